@@ -1,0 +1,8 @@
+"""`python -m jsoftmax verify | train`."""
+
+import sys
+
+from jsoftmax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""What every public function asks of its arguments, said once: dtypes, axes, masks, error messages."""
+
+import operator
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Axis = int | tuple[int, ...] | None
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+    """The dtype that sums run in: float32 at least."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def as_scores(function: str, argument: str, z: Any) -> jax.Array:
+    """`z` as a floating-point array; integers and booleans promote as in `jax.nn.softmax`."""
+    array = _as_array(function, argument, z)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    if jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_:
+        return array.astype(jnp.result_type(float))
+    raise TypeError(
+        f"{function}: {argument} must be real (floating point, or integers, which promote); got dtype {array.dtype}. "
+        "Pass the real scores, e.g. jnp.real(z) or jnp.abs(z)."
+    )
+
+
+def canonical_axis(function: str, axis: Any, ndim: int) -> tuple[int, ...]:
+    """`axis` as a tuple of distinct integers in [0, ndim)."""
+    if axis is None:
+        return tuple(range(ndim))
+    wanted = "an int, a tuple of ints or None"
+    try:
+        axes = tuple(operator.index(a) for a in (axis if isinstance(axis, tuple) else (axis,)))
+    except TypeError:
+        raise TypeError(
+            f"{function}: axis must be {wanted}, known at trace time; got {axis!r}. "
+            "Write axis=-1 for the last axis, or a tuple such as axis=(-2, -1)."
+        ) from None
+    for a in axes:
+        if not -ndim <= a < ndim:
+            raise ValueError(
+                f"{function}: axis {a} is out of range for scores with {ndim} dimension(s); wanted {wanted} in "
+                f"[{-ndim}, {ndim}). Give the scores a class axis, e.g. z[None], or name an axis that they have."
+            )
+    canonical = tuple(sorted(a % ndim for a in axes))
+    if len(set(canonical)) < len(canonical):
+        raise ValueError(f"{function}: axis names an axis twice; got {axis!r}, wanted {wanted}. Name each axis once.")
+    return canonical
+
+
+def check_where(function: str, where: Any, shape: tuple[int, ...]) -> jax.Array | None:
+    """`where` as a boolean array that broadcasts to the scores' shape."""
+    if where is None:
+        return None
+    array = _as_array(function, "where", where)
+    if array.dtype != jnp.bool_:
+        raise TypeError(
+            f"{function}: where must be boolean; got dtype {array.dtype}. "
+            "Compare first, e.g. where=mask > 0, or pass weights as log_weights=jnp.log(w)."
+        )
+    return _check_broadcast(function, "where", array, shape)
+
+
+def check_log_weights(function: str, log_weights: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array | None:
+    """`log_weights` in the accumulation dtype; they must broadcast to the scores' shape."""
+    if log_weights is None:
+        return None
+    array = as_scores(function, "log_weights", log_weights).astype(dtype)
+    return _check_broadcast(function, "log_weights", array, shape)
+
+
+def joint_shape(function: str, arrays: dict[str, jax.Array]) -> tuple[int, ...]:
+    """The shape that the score arrays of a function broadcast to."""
+    try:
+        return jnp.broadcast_shapes(*(array.shape for array in arrays.values()))
+    except ValueError:
+        got = " and ".join(str(array.shape) for array in arrays.values())
+        raise ValueError(
+            f"{function}: {' and '.join(arrays)} must have shapes that broadcast together; got {got}. "
+            "Add axes of length 1 where they are to be repeated, e.g. z[:, None]."
+        ) from None
+
+
+def is_concrete_number(value: Any) -> bool:
+    """Whether `value` is a plain number that a factory can judge; arrays and tracers are judged by nobody."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _as_array(function: str, argument: str, value: Any) -> jax.Array:
+    if isinstance(value, list | tuple | str) or value is None:
+        _reject(function, argument, value)
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        _reject(function, argument, value)
+
+
+def _reject(function: str, argument: str, value: Any) -> NoReturn:
+    raise TypeError(
+        f"{function}: {argument} must be an array or a number; got {type(value).__name__}. "
+        f"Convert it first: jnp.asarray({argument})."
+    )
+
+
+def _check_broadcast(function: str, argument: str, array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    try:
+        fits = jnp.broadcast_shapes(array.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if fits:
+        return array
+    raise ValueError(
+        f"{function}: {argument} must broadcast to the scores' shape {shape}; got shape {array.shape}. "
+        f"Add axes of length 1 to {argument}, or broadcast the scores first with jnp.broadcast_to."
+    )

@@ -1,0 +1,183 @@
+"""`python -m jsoftmax train`: scanned digits, a linear model and a small network, with every φ."""
+
+import argparse
+import functools
+import itertools
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from jsoftmax import PHIS, entropy, log_softmax
+from jsoftmax.phi import Phi
+
+EPOCHS, BATCH, LEARNING_RATE = 40, 128, 1e-2
+HIDDEN = {"linear": (), "network": (64,)}
+CLASSES = 10
+
+
+class Data(NamedTuple):
+    """Scanned digits, 8 × 8 pixels in [0, 1], and their labels."""
+
+    inputs: jax.Array
+    labels: jax.Array
+
+
+class Result(NamedTuple):
+    """One model with one φ: per seed, the final test scores and the curve of the test loss."""
+
+    model: str
+    phi: str
+    accuracy: np.ndarray
+    loss: np.ndarray
+    entropy: np.ndarray
+    curve: np.ndarray
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `train`."""
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how many seeds (default 5)")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="draw the test losses over the epochs")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, as in the README")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, print, draw."""
+    if arguments.seeds < 2:
+        print(f"train: --seeds must be at least 2, for a standard error; got {arguments.seeds}.")
+        return 2
+    console = Console()
+    train, test = digits()
+    console.print(
+        f"scanned digits: {len(train.labels)} to train, {len(test.labels)} to test; {EPOCHS} epochs of Adam, "
+        f"{arguments.seeds} seeds.\n"
+        "Test accuracy, negative log-likelihood and mean predictive entropy: mean ± standard error."
+    )
+    jobs = [(model, phi) for model in HIDDEN for phi in PHIS]
+    steps = track(jobs, "training", console=console, transient=True)
+    results = [fit(model, phi, train, test, arguments.seeds) for model, phi in steps]
+    if arguments.markdown:
+        print(_markdown(results))
+    else:
+        console.print(_table(results))
+    if arguments.plot:
+        try:
+            from jsoftmax import plot  # noqa: PLC0415  (matplotlib is an extra)
+        except ModuleNotFoundError as missing:
+            print(f"train: --plot needs the package {missing.name!r}: pip install 'jsoftmax[plot]'.")
+            return 2
+        plot.learning_curves(results, arguments.plot)
+        console.print(f"drawn in {arguments.plot}")
+    return 0
+
+
+def digits() -> tuple[Data, Data]:
+    """Training and test set, stratified."""
+    inputs, labels = load_digits(return_X_y=True)
+    parts = train_test_split(inputs / 16, labels, test_size=0.3, random_state=0, stratify=labels)
+    x_train, x_test, y_train, y_test = (jnp.asarray(part) for part in parts)
+    return Data(x_train.astype(jnp.float32), y_train), Data(x_test.astype(jnp.float32), y_test)
+
+
+def initial(key: jax.Array, sizes: tuple[int, ...]) -> list[tuple[jax.Array, jax.Array]]:
+    """Weights of variance 1/fan-in, no bias at first."""
+    layers = zip(jax.random.split(key, len(sizes) - 1), itertools.pairwise(sizes), strict=True)
+    return [(jax.random.normal(k, (m, n)) / m**0.5, jnp.zeros(n)) for k, (m, n) in layers]
+
+
+def scores(parameters: Any, inputs: jax.Array, phi: Phi) -> jax.Array:
+    """The model's scores, brought into φ's domain by a softplus where that is not all of R."""
+    *hidden, (weight, bias) = parameters
+    for w, b in hidden:
+        inputs = jax.nn.relu(inputs @ w + b)
+    z = inputs @ weight + bias
+    low, high = (edge + margin for edge, margin in zip(phi.domain, (1e-3, -1e-3), strict=True))
+    if np.isfinite(low):
+        z = low + jax.nn.softplus(z - low)
+    return high - jax.nn.softplus(high - z) if np.isfinite(high) else z
+
+
+def loss(parameters: Any, data: Data, phi: Phi) -> jax.Array:
+    """Mean negative log-likelihood, in nats."""
+    log_p = log_softmax(scores(parameters, data.inputs, phi), phi=phi)
+    return -jnp.mean(jnp.take_along_axis(log_p, data.labels[:, None], -1))
+
+
+@functools.partial(jax.jit, static_argnames="phi")
+@functools.partial(jax.vmap, in_axes=(0, 0, None, None, None))
+def _fit(parameters: Any, batches: jax.Array, phi: Phi, train: Data, test: Data) -> tuple[jax.Array, ...]:
+    """Adam over batches `[epochs, steps, BATCH]` of row numbers; one seed, vmapped over several."""
+    adam = optax.adam(LEARNING_RATE)
+
+    def step(carry: Any, rows: jax.Array) -> Any:
+        parameters, state = carry
+        gradient = jax.grad(loss)(parameters, Data(train.inputs[rows], train.labels[rows]), phi)
+        updates, state = adam.update(gradient, state)
+        return (optax.apply_updates(parameters, updates), state), None
+
+    def epoch(carry: Any, rows: jax.Array) -> Any:
+        carry, _ = jax.lax.scan(step, carry, rows)
+        return carry, loss(carry[0], test, phi)
+
+    (parameters, _), curve = jax.lax.scan(epoch, (parameters, adam.init(parameters)), batches)
+    z = scores(parameters, test.inputs, phi)
+    right = jnp.argmax(log_softmax(z, phi=phi), -1) == test.labels
+    return jnp.mean(right), jnp.mean(entropy(z, phi=phi)), curve
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "rows"))
+@functools.partial(jax.vmap, in_axes=(0, None, None))
+def _start(key: jax.Array, sizes: tuple[int, ...], rows: int) -> tuple[Any, jax.Array]:
+    """One seed's first parameters and batches, the same for every φ."""
+    first, order = jax.random.split(key)
+    steps = rows // BATCH
+    shuffled = jax.vmap(lambda key: jax.random.permutation(key, rows))(jax.random.split(order, EPOCHS))
+    return initial(first, sizes), shuffled[:, : steps * BATCH].reshape(EPOCHS, steps, BATCH)
+
+
+def fit(model: str, phi: Phi, train: Data, test: Data, seeds: int) -> Result:
+    """Train one model with one φ for several seeds at once."""
+    sizes = (train.inputs.shape[1], *HIDDEN[model], CLASSES)
+    parameters, batches = _start(jax.random.split(jax.random.key(0), seeds), sizes, len(train.labels))
+    accuracy, mean_entropy, curve = map(np.asarray, _fit(parameters, batches, phi, train, test))
+    return Result(model, str(phi), accuracy, curve[:, -1], mean_entropy, curve)
+
+
+def _cells(result: Result) -> list[str]:
+    def mean_and_error(values: np.ndarray, digits: int) -> str:
+        return f"{values.mean():.{digits}f} ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}"
+
+    return [
+        result.model,
+        result.phi,
+        mean_and_error(100 * result.accuracy, 2),
+        mean_and_error(result.loss, 4),
+        mean_and_error(result.entropy, 4),
+    ]
+
+
+_COLUMNS = ("model", "φ", "accuracy, %", "NLL, nats", "entropy, nats")
+
+
+def _table(results: list[Result]) -> Table:
+    table = Table()
+    for column in _COLUMNS:
+        table.add_column(column, justify="right" if column not in _COLUMNS[:2] else "left", no_wrap=True)
+    for before, result in zip([None, *results], results, strict=False):
+        if before and before.model != result.model:
+            table.add_section()
+        table.add_row(*_cells(result))
+    return table
+
+
+def _markdown(results: list[Result]) -> str:
+    rows = [_COLUMNS, ("---", "---", "---:", "---:", "---:"), *(_cells(result) for result in results)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

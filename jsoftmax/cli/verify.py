@@ -1,0 +1,87 @@
+"""`python -m jsoftmax verify`: the oracle's table; exit code 1 on any miss."""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from typing import Any
+
+import jax
+import mpmath  # noqa: F401  (the oracle's; named here so that a missing extra is reported before any work)
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import jsoftmax
+from jsoftmax import verify
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `verify`."""
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write every error and tolerance as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, print, write; 1 if anything misses."""
+    console = Console()
+    about = environment()
+    console.print(" · ".join(f"{name} {value}" for name, value in about.items()))
+    started = time.perf_counter()
+    total = len(verify.FUNCTIONS) * len(verify.PHIS)
+    cells = list(track(verify.cells(), "function × φ", total, console=console, transient=True))
+    errata = [(erratum, *erratum.errors()) for erratum in verify.ERRATA]
+    console.print(_table(cells), _errata_table(errata))
+    missed = [cell for cell in cells if not cell.ok] + [e for e, claimed, true in errata if not e.ok(claimed, true)]
+    seconds = time.perf_counter() - started
+    if arguments.json:
+        rows = [{**dataclasses.asdict(cell), "ok": cell.ok} for cell in cells]
+        wrong = [{"where": e.where, "claimed": c, "true": t, "ok": e.ok(c, t)} for e, c, t in errata]
+        arguments.json.write_text(json.dumps({**about, "cells": rows, "errata": wrong}, indent=1) + "\n")
+        console.print(f"written to {arguments.json}")
+    checks = sum(len(cell.error64) + len(cell.error32) for cell in cells) + len(errata)
+    console.print(f"{checks} comparisons in {seconds:.0f} s: " + (f"{len(missed)} MISSED" if missed else "no miss"))
+    return 1 if missed else 0
+
+
+def environment() -> dict[str, str]:
+    """What the numbers depend on."""
+    device = jax.devices()[0]
+    return {
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "jsoftmax": jsoftmax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _table(cells: list[verify.Cell]) -> Table:
+    wide = "float64" if verify.wide_dtype() == "float64" else "float32"
+    table = Table(title=f"Worst relative error: {wide} against autodiff | float32 against many digits")
+    for column in ("function", "φ"):
+        table.add_column(column, no_wrap=True)
+    for column in (*verify.ORDERS, *verify.ORDERS):
+        table.add_column(column, justify="right", no_wrap=True)
+    previous = None
+    for cell in cells:
+        if previous not in (None, cell.function):
+            table.add_section()
+        errors = zip(cell.error64 + cell.error32, cell.tolerance64 + cell.tolerance32, strict=True)
+        marked = (f"{e:.0e}" if e <= tolerance else f"[bold red]{e:.0e} MISS[/]" for e, tolerance in errors)
+        table.add_row("" if cell.function == previous else cell.function, cell.phi, *marked)
+        previous = cell.function
+    return table
+
+
+def _errata_table(errata: list[tuple[verify.Erratum, float, float]]) -> Table:
+    table = Table(title="Where the article errs (MATH.md 2): relative error against autodiff")
+    for column in ("formula", "claimed", "its error", "true", "its error"):
+        table.add_column(column, no_wrap=True)
+    for erratum, claimed, true in errata:
+        row: list[Any] = [erratum.where, erratum.claimed, f"[red]{claimed:.1f}[/]", erratum.true, f"{true:.0e}"]
+        table.add_row(*row)
+    return table

@@ -1,0 +1,35 @@
+"""Pictures, by matplotlib (the extra `plot`)."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def learning_curves(results: Sequence[Any], path: pathlib.Path) -> None:
+    """Mean test loss over the epochs, one panel a model, one line a φ; the band is a standard error wide each side."""
+    models = list(dict.fromkeys(result.model for result in results))
+    phis = list(dict.fromkeys(result.phi for result in results))
+    colours = mpl.colormaps["tab20"](np.linspace(0, 1, 20))
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for panel, model in zip(axes, models, strict=True):
+        for result in (r for r in results if r.model == model):
+            epochs = np.arange(1, result.curve.shape[1] + 1)
+            mean, error = result.curve.mean(0), result.curve.std(0, ddof=1) / len(result.curve) ** 0.5
+            colour = colours[phis.index(result.phi) % 20]
+            style = "--" if phis.index(result.phi) % 2 else "-"
+            panel.plot(epochs, mean, style, color=colour, label=result.phi, linewidth=1.6)
+            panel.fill_between(epochs, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+        panel.set_title(model)
+        panel.set_xlabel("epoch")
+        panel.set_yscale("log")
+        panel.grid(visible=True, which="both", alpha=0.3)
+    axes[0].set_ylabel("test negative log-likelihood, nats")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", title="φ", frameon=False)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,370 @@
+"""The oracle: closed forms against autodiff of the plain definitions, and against many-digit arithmetic.
+
+Every function of scores × every φ × every order of derivative, from the two lists `FUNCTIONS` and `PHIS`.
+`python -m jsoftmax verify` prints it and the tests ask it. A plain definition is written once, for two namespaces:
+`jax.numpy` in float64, differentiated by JAX, and mpmath with many digits, differentiated by central differences.
+"""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsoftmax import entropy, entropy_expansion, kl_divergence, log_normalizer, log_softmax, maps, softmax, varentropy
+from jsoftmax.phi import Phi
+from jsoftmax.phis import PHIS
+
+ORDERS = ("value", "Jacobian", "Hessian", "third")
+CLASSES = 4
+
+
+class Plain:
+    """`jax.numpy` as a namespace for plain definitions."""
+
+    exp, log, log1p, sum, where = jnp.exp, jnp.log, jnp.log1p, jnp.sum, jnp.where
+    maximum, minimum = jnp.maximum, jnp.minimum
+
+    @staticmethod
+    def expansion(h: Callable[[Any], Any]) -> Any:
+        """h(0) + h'(0) + h''(0)/2."""
+        zero, one = (jnp.zeros(()),), (jnp.ones(()),)
+        (value, first), (_, second) = jax.jvp(lambda t: jax.jvp(h, (t,), one), zero, one)
+        return value + first + second / 2
+
+
+class ManyDigits:
+    """mpmath on NumPy arrays of objects as a namespace for plain definitions.
+
+    Central differences of step h err by h² and lose the digits of h, which there are enough of: the third order of a
+    second-order expansion divides by h⁵, which leaves 25 digits of 100, and h² is far below float64.
+    """
+
+    digits = 100
+
+    def __init__(self) -> None:
+        import mpmath  # noqa: PLC0415  (an extra: only the oracle needs it)
+
+        self.mp: Any = mpmath.mp.clone()
+        self.mp.dps = self.digits
+        self.step = self.mp.mpf(10) ** -15
+        self.exp, self.log, self.log1p = (np.frompyfunc(f, 1, 1) for f in (self.mp.exp, self.mp.log, self.mp.log1p))
+        self.sum, self.where, self.maximum, self.minimum = np.sum, np.where, np.maximum, np.minimum
+
+    def array(self, values: Any) -> Any:
+        """Floats as they are, with many digits."""
+        return np.frompyfunc(lambda v: self.mp.mpf(float(v)), 1, 1)(np.asarray(values))
+
+    def expansion(self, h: Callable[[Any], Any]) -> Any:
+        """h(0) + h'(0) + h''(0)/2."""
+        value, above, below = h(0), h(self.step), h(-self.step)
+        return value + (above - below) / (2 * self.step) + (above - 2 * value + below) / (2 * self.step**2)
+
+    def jacobian(self, f: Callable[[Any], Any]) -> Callable[[Any], np.ndarray]:
+        """The derivative by an array, whose axes come last."""
+
+        def of(z: np.ndarray) -> np.ndarray:
+            columns = []
+            for index in np.ndindex(z.shape):
+                e = np.zeros(z.shape, object)
+                e[index] = self.step
+                columns.append((f(z + e) - f(z - e)) / (2 * self.step))
+            stacked = np.moveaxis(np.array(columns, object), 0, -1)
+            return stacked.reshape(stacked.shape[:-1] + z.shape)
+
+        return of
+
+    def orders(self, f: Callable[[Any], Any], z: np.ndarray, v: np.ndarray) -> list[Any]:
+        """Value, Jacobian, and the second and third derivative along v, once and twice."""
+        below, here, above = (self.jacobian(f)(z + step * v) for step in (-self.step, 0, self.step))
+        return [f(z), here, (above - below) / (2 * self.step), (above - 2 * here + below) / self.step**2]
+
+
+# --- the list of functions -----------------------------------------------------------------------------------
+
+
+def _log(w: Any, xp: Any) -> Any:
+    """log w, and 0 where w is 0: for 0 · log 0."""
+    return xp.log(xp.where(w > 0, w, 1))
+
+
+def plain_softmax(phi: Phi, xp: Any, z: Any) -> Any:
+    """φ(z) / Σ φ(z)."""
+    w = phi.definition(z, xp)
+    return w / xp.sum(w)
+
+
+def plain_entropy(phi: Phi, xp: Any, z: Any) -> Any:
+    """−Σ p log p."""
+    p = plain_softmax(phi, xp, z)
+    return -xp.sum(p * _log(p, xp))
+
+
+def plain_varentropy(phi: Phi, xp: Any, z: Any) -> Any:
+    """Σ p (log p + H)²."""
+    p = plain_softmax(phi, xp, z)
+    return xp.sum(p * (_log(p, xp) + plain_entropy(phi, xp, z)) ** 2)
+
+
+def plain_kl(phi: Phi, xp: Any, z_p: Any, z_q: Any) -> Any:
+    """Σ p (log p − log q)."""
+    p, q = plain_softmax(phi, xp, z_p), plain_softmax(phi, xp, z_q)
+    return xp.sum(p * (_log(p, xp) - _log(q, xp)))
+
+
+def plain_expansion(phi: Phi, xp: Any, z: Any, dz: Any) -> Any:
+    """h(0) + h'(0) + h''(0)/2 for h(τ) = H(z + τ Δ)."""
+
+    return xp.expansion(lambda t: plain_entropy(phi, xp, z + t * dz))
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A function of scores beside its plain definition, with what the comparison allows.
+
+    The tolerances are of the worst entry's error over the largest entry, one for each order of derivative.
+    """
+
+    name: str
+    ours: Callable[..., Any]
+    """ours(*scores, phi=φ)."""
+    plain: Callable[..., Any]
+    """plain(φ, namespace, *scores)."""
+    scores: int = 1
+    third_by_autodiff: bool = True
+    tolerance64: tuple[float, ...] = (1e-14, 1e-13, 1e-12, 1e-11)
+    tolerance32: tuple[float, ...] = (2e-6, 1e-5, 1e-4, 1e-3)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FUNCTIONS = (
+    Function("entropy", entropy, plain_entropy),
+    Function("varentropy", varentropy, plain_varentropy),
+    Function("kl_divergence", kl_divergence, plain_kl, scores=2),
+    Function(
+        "entropy_expansion",
+        entropy_expansion,
+        plain_expansion,
+        scores=2,
+        third_by_autodiff=False,
+        tolerance32=(2e-5, 1e-5, 1e-4, 1e-3),
+    ),
+    Function("softmax", softmax, plain_softmax),
+    Function("log_softmax", log_softmax, lambda phi, xp, z: _log(plain_softmax(phi, xp, z), xp)),
+    Function("log_normalizer", log_normalizer, lambda phi, xp, z: xp.log(xp.sum(phi.definition(z, xp)))),
+)
+"""The one list of functions: tests, `verify` and the README's table iterate over it."""
+
+
+# --- the two comparisons -------------------------------------------------------------------------------------
+
+
+def scores(function: Function, phi: Phi, seed: int = 0) -> np.ndarray:
+    """Float32 scores `[function.scores, classes]` from N(0, 2²), reflected into φ's domain."""
+    z = np.random.default_rng(seed).normal(0, 2, (function.scores, CLASSES)).astype(np.float32)
+    low, high = phi.domain
+    z = np.where(z < low + 0.1, 2 * (low + 0.1) - z, z)
+    return np.where(z > high - 0.1, 2 * (high - 0.1) - z, z).astype(np.float32)
+
+
+def rounded(phi: Phi) -> Phi:
+    """φ with parameters that float32 can represent, so that every namespace means the same φ."""
+    return jax.tree.map(lambda leaf: float(np.float32(leaf)), phi)
+
+
+def error(ours: Any, reference: Any) -> float:
+    """The worst error over the largest entry; not finite counts as a miss."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    worst = float(np.max(np.abs(ours - reference)) / np.max(np.abs(reference)))
+    return worst if math.isfinite(worst) else math.inf
+
+
+def wide_dtype() -> Any:
+    """float64, or float32 where the backend has none."""
+    try:
+        with jax.enable_x64(True):
+            return jnp.ones((), jnp.float64).dtype if float(jnp.float64(1) + 2**-40) > 1 else jnp.float32
+    except Exception:  # a backend may refuse in ways of its own
+        return np.dtype(np.float32)
+
+
+def _along(f: Callable[[Any], Any], v: Any) -> Callable[[Any], Any]:
+    return lambda z: jax.jvp(f, (z,), (v,))[1]
+
+
+def against_autodiff(function: Function, phi: Phi) -> list[float]:
+    """Errors, by order, of the closed forms against autodiff of the plain definition, in float64.
+
+    Value, Jacobian and Hessian in full, the third order along a direction, twice. Autodiff of order three of a
+    second-order expansion is order five: for it the reference has many digits, as for float32.
+    """
+    phi, dtype = rounded(phi), wide_dtype()
+
+    def ours(z: Any) -> Any:
+        return function.ours(*z, phi=phi)
+
+    def plain(z: Any) -> Any:
+        return function.plain(phi, Plain, *z)
+
+    with jax.enable_x64(dtype == np.float64):
+        z, v = (jnp.asarray(scores(function, phi, seed), dtype) for seed in (0, 1))
+        third = _along(_along(jax.jacrev(ours), v), v)
+        closed = jax.jit(lambda z: [ours(z), jax.jacrev(ours)(z), jax.hessian(ours)(z), third(z)])(z)
+        by_autodiff = [plain(z), jax.jacrev(plain)(z), jax.hessian(plain)(z)]  # compiling it would take longer
+        if function.third_by_autodiff:
+            by_autodiff.append(_along(_along(jax.jacrev(plain), v), v)(z))
+        else:
+            by_autodiff.append(_many_digits(function, phi, scores(function, phi, 0), scores(function, phi, 1))[3])
+        return [error(*pair) for pair in zip(closed, by_autodiff, strict=True)]
+
+
+def _many_digits(function: Function, phi: Phi, z: np.ndarray, v: np.ndarray) -> list[Any]:
+    xp = ManyDigits()
+    return xp.orders(lambda z: function.plain(phi, xp, *z), xp.array(z), xp.array(v))
+
+
+def against_digits(function: Function, phi: Phi) -> list[float]:
+    """Errors, by order, of float32 against the plain definition in many digits.
+
+    Value and Jacobian in full, the second and third order along a direction, once and twice.
+    """
+    phi = rounded(phi)
+    z, v = (scores(function, phi, seed) for seed in (0, 1))
+
+    @jax.jit
+    def ours(z: Any, v: Any) -> list[Any]:
+        def f(z: Any) -> Any:
+            return function.ours(*z, phi=phi)
+
+        (jacobian, second), (_, third) = jax.jvp(lambda z: jax.jvp(jax.jacrev(f), (z,), (v,)), (z,), (v,))
+        return [f(z), jacobian, second, third]
+
+    return [error(*pair) for pair in zip(ours(z, v), _many_digits(function, phi, z, v), strict=True)]
+
+
+# --- every cell ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One function, one φ: errors by order, in float64 against autodiff and in float32 against many digits."""
+
+    function: str
+    phi: str
+    error64: tuple[float, ...]
+    tolerance64: tuple[float, ...]
+    error32: tuple[float, ...]
+    tolerance32: tuple[float, ...]
+
+    @property
+    def ok(self) -> bool:
+        """No miss; a NaN is one."""
+        pairs = zip(self.error64 + self.error32, self.tolerance64 + self.tolerance32, strict=True)
+        return all(error <= tolerance for error, tolerance in pairs)
+
+
+def cell(function: Function, phi: Phi) -> Cell:
+    """Both comparisons of one function for one φ."""
+    wide = wide_dtype() == np.float64
+    return Cell(
+        function.name,
+        str(phi),
+        tuple(against_autodiff(function, phi)),
+        function.tolerance64 if wide else function.tolerance32,
+        tuple(against_digits(function, phi)),
+        function.tolerance32,
+    )
+
+
+def _cell_at(index: tuple[int, int]) -> Cell:
+    return cell(FUNCTIONS[index[0]], PHIS[index[1]])
+
+
+def cells() -> Iterator[Cell]:
+    """Every function × every φ, as they are done; on CPU by two processes, since tracing and mpmath are Python."""
+    indices = list(itertools.product(range(len(FUNCTIONS)), range(len(PHIS))))
+    if jax.default_backend() != "cpu":
+        yield from map(_cell_at, indices)
+        return
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_cell_at, indices)
+
+
+# --- the article's errors ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Erratum:
+    """A formula of the article that is wrong, the true one, and how far each is from autodiff in float64."""
+
+    where: str
+    claimed: str
+    true: str
+    claimed_form: Callable[[jax.Array], jax.Array]
+    true_form: Callable[[jax.Array], jax.Array]
+    reference: Callable[[jax.Array], jax.Array]
+
+    def ok(self, claimed: float, true: float) -> bool:
+        """Whether the claimed form is seen to be wrong and the true one to be right."""
+        return claimed > 0.1 and true <= (1e-12 if wide_dtype() == np.float64 else 1e-5)
+
+    def errors(self) -> tuple[float, float]:
+        """The errors of the claimed and of the true form."""
+        dtype = wide_dtype()
+        with jax.enable_x64(dtype == np.float64):
+            z = jnp.asarray(np.random.default_rng(2).normal(0, 2, CLASSES), dtype)
+            reference = self.reference(z)
+            return error(self.claimed_form(z), reference), error(self.true_form(z), reference)
+
+
+def _second_derivative_case(formula: Callable[[jax.Array, int, int], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """The entries ∂²σ_i/∂z_j² with j ≠ i by a formula of (σ, i, j)."""
+    pairs = list(itertools.permutations(range(CLASSES), 2))
+    return lambda z: jnp.stack([formula(softmax(z), i, j) for i, j in pairs])
+
+
+def _errata() -> tuple[Erratum, ...]:
+    def plain(z: jax.Array) -> jax.Array:
+        return plain_entropy(maps.exp, Plain, z)
+
+    def second(z: jax.Array) -> jax.Array:
+        tensor = jax.jacfwd(jax.jacrev(lambda z: plain_softmax(maps.exp, Plain, z)))(z)
+        return jnp.stack([tensor[i, j, j] for i, j in itertools.permutations(range(CLASSES), 2)])
+
+    return (
+        Erratum(
+            "entropy gradient",
+            "−1 + p",
+            "−p (log p + H)",
+            lambda z: -1 + softmax(z),
+            jax.grad(entropy),
+            jax.grad(plain),
+        ),
+        Erratum(
+            "entropy Hessian",
+            "diag p − p pᵀ",
+            "p pᵀ + (pc) pᵀ + p (pc)ᵀ − diag(p (1+c))",
+            lambda z: jnp.diag(softmax(z)) - jnp.outer(softmax(z), softmax(z)),
+            jax.hessian(entropy),
+            jax.hessian(plain),
+        ),
+        Erratum(
+            "∂²σ_i/∂z_j∂z_k, i ≠ j = k",
+            "σ_i σ_k (2σ_i − 1)",
+            "σ_i σ_k (2σ_k − 1)",
+            _second_derivative_case(lambda p, i, j: p[i] * p[j] * (2 * p[i] - 1)),
+            _second_derivative_case(lambda p, i, j: p[i] * p[j] * (2 * p[j] - 1)),
+            second,
+        ),
+    )
+
+
+ERRATA = _errata()

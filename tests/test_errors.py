@@ -1,0 +1,100 @@
+"""Wrong calls: one table. Each message names function and argument, what came, what was wanted and the way out."""
+
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsoftmax as js
+from jsoftmax.verify import FUNCTIONS
+
+Z = jnp.zeros((2, 3))
+
+
+def raw(f):
+    """The function without the run-time type checks of the tests, whose errors come first."""
+    return inspect.unwrap(f)
+
+
+WRONG = [  # call, error, what the message says
+    (lambda: raw(js.taylor)(3), ValueError, "taylor: order must be an even integer", "got 3", "taylor(2)"),
+    (lambda: raw(js.taylor)(0), ValueError, "taylor: order", "got 0"),
+    (lambda: raw(js.taylor)(18), ValueError, "taylor: order", "[2, 16]", "got 18"),
+    (lambda: raw(js.taylor)(2.0), TypeError, "taylor: order", "float", "taylor(2)"),
+    (lambda: jax.jit(raw(js.taylor))(2), TypeError, "taylor: order", "traced"),
+    (lambda: js.spherical(0), ValueError, "spherical: epsilon must be > 0", "got 0"),
+    (lambda: js.spherical(-1.0), ValueError, "spherical: epsilon", "got -1.0"),
+    (lambda: js.spherical("a"), TypeError, "spherical: epsilon", "got str"),
+    (lambda: js.q_exponential(float("nan")), ValueError, "q_exponential: q", "finite"),
+    (lambda: js.relu_power(0.5, 0.1), ValueError, "relu_power: power must be >= 1", "got 0.5"),
+    (lambda: js.relu_power(2, 0.0), ValueError, "relu_power: epsilon must be > 0"),
+    (raw(js.from_callable), ValueError, "from_callable: exactly one", "neither"),
+    (lambda: raw(js.from_callable)(jnp.exp, log_phi=jnp.log), ValueError, "from_callable: exactly one", "both"),
+    (lambda: raw(js.from_callable)(3), TypeError, "from_callable: phi must be a function", "int"),
+    (lambda: raw(js.from_callable)(js.exp), TypeError, "from_callable: phi", "phi=jsoftmax.softplus"),
+    (lambda: raw(js.from_callable)(jnp.exp, slope=1), TypeError, "from_callable: slope must be a function"),
+    (lambda: js.softmax(Z, phi=js.from_callable(jnp.sum)), ValueError, "from_callable", "one by one", "(2, 3)"),
+    (lambda: js.softmax(Z, phi=js.spherical(jnp.ones(4))), (ValueError, TypeError), "broadcast"),
+    (lambda: raw(js.entropy_expansion)(Z, Z, 3), ValueError, "entropy_expansion: order must be 1 or 2", "got 3"),
+    (lambda: raw(js.entropy_expansion)(Z, Z, None), ValueError, "entropy_expansion: order", "got None"),
+    (lambda: js.kl_divergence(Z, jnp.zeros(4)), ValueError, "kl_divergence: z_p and z_q", "(2, 3) and (4,)"),
+    (lambda: js.entropy_expansion(Z, jnp.zeros(4)), ValueError, "entropy_expansion: z and dz", "broadcast"),
+    (lambda: raw(type(js.exp).log)(js.exp, [1.0]), TypeError, "exp.log: z", "jnp.asarray(z)"),
+]
+
+EVERY = [  # keywords that are wrong for every function of scores
+    ({"phi": jnp.exp}, TypeError, "phi must be a φ", "from_callable(f)"),
+    ({"phi": "exp"}, TypeError, "phi must be a φ", "'exp'"),
+    ({"axis": 2}, ValueError, "axis 2 is out of range", "2 dimension(s)", "[-2, 2)"),
+    ({"axis": (0, -2)}, ValueError, "axis names an axis twice", "(0, -2)"),
+    ({"axis": 1.0}, TypeError, "axis must be an int", "got 1.0"),
+    ({"axis": "last"}, TypeError, "axis must be an int", "'last'"),
+    ({"where": jnp.ones(3)}, TypeError, "where must be boolean", "float32", "log_weights"),
+    ({"where": jnp.ones(4, bool)}, ValueError, "where must broadcast", "(2, 3)", "(4,)"),
+    ({"where": jnp.ones((5, 2, 3), bool)}, ValueError, "where must broadcast", "(5, 2, 3)"),
+    ({"where": [True, False, True]}, TypeError, "where must be an array", "list", "jnp.asarray(where)"),
+    ({"log_weights": jnp.ones(4)}, ValueError, "log_weights must broadcast", "(4,)"),
+    ({"log_weights": jnp.ones(3) * 1j}, TypeError, "log_weights must be real", "complex64"),
+]
+
+SCORES = [
+    (jnp.ones(3) * 1j, TypeError, "must be real", "complex64", "jnp.real"),
+    ([1.0, 2.0], TypeError, "must be an array", "list", "jnp.asarray"),
+    ("scores", TypeError, "must be an array", "str"),
+    (None, TypeError, "must be an array", "NoneType"),
+    (jnp.float32(1.0), ValueError, "axis -1 is out of range", "0 dimension(s)"),
+    (np.array(["a"]), TypeError, "must be"),
+]
+
+
+def check(call, error, *parts):
+    with pytest.raises(error) as caught:
+        call()
+    for part in parts:
+        assert re.search(re.escape(part), str(caught.value)), (part, str(caught.value))
+
+
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: case[2])
+def test_wrong_arguments(case):
+    check(*case)
+
+
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: f"{case[0]}"[:40])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_wrong_keywords(function, case):
+    keywords, error, *parts = case
+    check(lambda: raw(function.ours)(*(Z,) * function.scores, **keywords), error, f"{function.name}: ", *parts)
+
+
+@pytest.mark.parametrize("case", SCORES, ids=lambda case: case[2] + str(type(case[0])))
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_wrong_scores(function, case):
+    z, error, *parts = case
+    check(lambda: raw(function.ours)(*(z,) * function.scores), error, f"{function.name}: ", *parts)
+
+
+def test_nothing_raises_for_the_values_of_traced_arguments():
+    assert np.isnan(jax.jit(lambda e: js.softmax(jnp.zeros(2), phi=js.spherical(e)))(-1.0)).all()

@@ -1,0 +1,101 @@
+"""dtypes under strict promotion, debug_nans, retracing, residuals, sharding, what an import costs."""
+
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import jsoftmax as js
+from jsoftmax import verify
+from jsoftmax.verify import FUNCTIONS, PHIS
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.int32])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_dtypes_under_strict_promotion_and_debug_nans(function, dtype):
+    phis = (js.exp, js.taylor(2), js.spherical(0.1), js.relu_power(2, 0.1))
+    with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+        z = [jnp.asarray([[1.0, 2.0, -1.0]] * 2, dtype)] * function.scores
+        keeps = function.name in ("softmax", "log_softmax")
+        inexact = jnp.float32 if dtype == jnp.int32 else dtype
+        want = inexact if keeps or jnp.finfo(inexact).bits >= 32 else jnp.float32
+        for phi in phis:
+            out = function.ours(*z, phi=phi, where=jnp.array([True, True, False]), log_weights=jnp.zeros(3, inexact))
+            assert out.dtype == want
+            if dtype != jnp.int32:
+
+                def total(*z, phi=phi):
+                    return function.ours(*z, phi=phi, where=jnp.array([[True], [False]])).astype(jnp.float32)[0].sum()
+
+                gradient = jax.grad(total)(*z)
+                assert gradient.dtype == dtype
+                assert np.all(np.isfinite(np.asarray(gradient, np.float32)))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_a_new_parameter_or_an_equal_phi_does_not_retrace(function):
+    z = jnp.asarray(verify.scores(function, js.exp))
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=2)
+    def f(z, phi):
+        return function.ours(*z, phi=phi)
+
+    for epsilon in (0.1, 0.2, 0.3):
+        f(z, js.spherical(epsilon))
+    for _ in range(3):
+        f(z, js.taylor(4))
+    compiled = function.ours(*z, phi=js.spherical(0.5))
+    np.testing.assert_allclose(f(z, js.spherical(0.5)), compiled, rtol=1e-5)
+
+
+@pytest.mark.parametrize("phi", [js.exp, js.taylor(4), js.softplus], ids=str)
+@pytest.mark.parametrize("f", [js.softmax, js.log_softmax, js.log_normalizer, js.entropy], ids=lambda f: f.__name__)
+def test_residuals(f, phi):
+    """What the backward pass keeps is of the scores' size at most thrice: p c or p, the slope, and a mask."""
+    z = jnp.zeros((4, 1000))
+    _, pull = jax.vjp(lambda z: f(z, phi=phi), z)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if getattr(leaf, "size", 0) >= z.size]
+    assert sum(leaf.nbytes for leaf in kept) <= (2.25 if phi == js.exp else 3.25) * z.nbytes
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_survives_shard_map(function):
+    """Rows sharded over the devices there are: value and gradient as without."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
+    z = jnp.stack([jnp.asarray(verify.scores(function, js.exp, seed)) for seed in (0, 1)])
+    spec = PartitionSpec("rows")
+
+    def f(z):
+        return jax.vmap(lambda z: function.ours(*z, phi=js.softplus))(z)
+
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
+    np.testing.assert_allclose(jax.jit(sharded)(z), f(z), rtol=1e-6)
+
+    def total(g):
+        return jax.grad(lambda z: jnp.sum(jnp.sin(g(z))))
+
+    np.testing.assert_allclose(jax.jit(total(sharded))(z), total(f)(z), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("phi", PHIS, ids=str)
+def test_phi_is_an_ordinary_argument(phi):
+    z = jnp.array([0.3, -0.7, 1.1])
+    np.testing.assert_allclose(jax.jit(lambda p: js.entropy(z, phi=p))(phi), js.entropy(z, phi=phi), rtol=1e-6)
+    leaves, structure = jax.tree.flatten(phi)
+    assert jax.tree.unflatten(structure, leaves) == phi
+
+
+def test_import_brings_only_the_core():
+    code = (
+        "import sys, jax, jaxtyping; before = set(sys.modules); import jsoftmax; "
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(eval(done.stdout)) <= {"jsoftmax", "jax"}, done.stdout

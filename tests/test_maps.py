@@ -1,0 +1,168 @@
+"""The maps with exp are jax.nn's; axes, blocks, masks and weights for every function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsoftmax as js
+from jsoftmax.verify import FUNCTIONS, PHIS
+
+LENGTHS = [1, 2, 7, 64, 255, 256, 257, 300, 320, 1000, 1024, 4097]
+
+
+def scores(*shape, seed=0, scale=3):
+    return jnp.asarray(np.random.default_rng(seed).normal(0, scale, shape), jnp.float32)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_equal_to_jax_nn(length):
+    z = scores(3, length)
+    pairs = (
+        (js.softmax, jax.nn.softmax),
+        (js.log_softmax, jax.nn.log_softmax),
+        (js.log_normalizer, lambda z: jax.nn.logsumexp(z, -1)),
+    )
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours(z), theirs(z), rtol=5e-6, atol=1e-7)
+        g = scores(*theirs(z).shape, seed=1)
+        np.testing.assert_allclose(jax.vjp(ours, z)[1](g)[0], jax.vjp(theirs, z)[1](g)[0], rtol=1e-4, atol=3e-6)
+        v = scores(3, length, seed=2)
+
+        def product(f, g=g, v=v):
+            return jax.jvp(lambda z: jax.vjp(f, z)[1](g)[0], (z,), (v,))[1]
+
+        np.testing.assert_allclose(product(ours), product(theirs), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("peak", [0, 63, 64, 299])
+@pytest.mark.parametrize("ties", [0, 2])
+def test_blocks_find_the_maximum_wherever_it_is(peak, ties):
+    z = scores(300, scale=1) - 30
+    z = z.at[peak].set(0.0).at[jnp.arange(ties) * 100 + 5].set(0.0)
+    wide = np.asarray(z, np.float64)  # the largest is 0: its own 1 is left out of the sum
+    log_normalizer = np.log1p(np.sum(np.exp(np.delete(wide, peak))))
+    np.testing.assert_allclose(js.log_normalizer(z), log_normalizer, rtol=1e-6)
+    p = np.exp(wide - log_normalizer)
+    np.testing.assert_allclose(js.entropy(z), log_normalizer - np.sum(p * wide), rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1, -2, (0, 2), (-1, 0), None, (0, 1, 2)])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_axes(function, axis):
+    z = [scores(3, 4, 5, seed=i) for i in range(function.scores)]
+    axes = tuple(range(3)) if axis is None else tuple(a % 3 for a in (axis if isinstance(axis, tuple) else (axis,)))
+    kept = tuple(a for a in range(3) if a not in axes)
+
+    def flat(a):
+        return jnp.transpose(a, kept + axes).reshape(*(a.shape[k] for k in kept), -1)
+
+    got, want = function.ours(*z, axis=axis), function.ours(*map(flat, z))
+    if function.name in ("softmax", "log_softmax"):
+        assert got.shape == z[0].shape
+        got = flat(got)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("f", [js.entropy, js.varentropy, js.log_normalizer])
+def test_keepdims(f):
+    z = scores(2, 3, 4)
+    np.testing.assert_array_equal(f(z, (0, 2), keepdims=True), f(z, (0, 2))[None, :, None])
+
+
+def left_out(function, z, keep, **keywords):
+    """The result on the kept classes alone, put back where it was; 0 or −inf elsewhere."""
+    part = function.ours(*(a[..., keep] for a in z), **keywords)
+    if function.name not in ("softmax", "log_softmax"):
+        return part
+    return jnp.full(z[0].shape, -jnp.inf if function.name == "log_softmax" else 0.0).at[..., keep].set(part)
+
+
+@pytest.mark.parametrize("phi", PHIS, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_masks_weights_and_infinite_scores_leave_classes_out(function, phi):
+    """A mask, a weight of 0 and a score of −inf mean the same: value, gradient and Hessian product."""
+    z = [jnp.clip(scores(5, seed=i, scale=1), -1.5, 1.5) for i in range(function.scores)]
+    keep = np.array([True, False, True, True, False])
+    log_weights = jnp.where(keep, jnp.array([0.3, 1.0, -0.7, 0.2, 1.0]), -jnp.inf)
+    mask, weights = {"where": keep}, {"log_weights": jnp.where(keep, 0.0, -jnp.inf)}
+    infinite = [jnp.where(keep, a, -jnp.inf) for a in z]
+    if function.name == "entropy_expansion":
+        infinite[1] = z[1]
+    nan = [jnp.where(keep, a, jnp.nan) for a in z]
+
+    def results(z, **keywords):
+        def total(*z):
+            value = function.ours(*z, phi=phi, **keywords)
+            finite = jnp.where(jnp.isfinite(value), value, 0)
+            return jnp.sum(jnp.cos(jnp.arange(finite.size)) * finite)
+
+        gradient = jax.grad(total, range(len(z)))
+        along = tuple(jnp.ones(5) * 0.5**i for i in range(len(z)))
+        product = jax.jvp(gradient, tuple(z), along)[1]
+        return function.ours(*z, phi=phi, **keywords), gradient(*z), product
+
+    def agree(got, want):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, want)
+
+    want = results(z, **mask)
+    np.testing.assert_allclose(want[0], left_out(function, z, keep, phi=phi), rtol=1e-5, atol=1e-6)
+    for derivative in (*want[1], *want[2]):
+        np.testing.assert_array_equal(derivative[~keep], 0)
+    agree(results(z, **weights), want)
+    agree(results(infinite), want)
+    agree(results(nan, **mask), want)
+    agree(results(nan, **weights), want)
+    weighted = results(z, log_weights=log_weights)
+    agree(weighted, results(z, log_weights=jnp.where(keep, log_weights, 0), where=keep))
+
+
+def test_log_weights_are_added_to_psi_and_differentiated():
+    z, log_w = scores(5), scores(5, seed=1)
+    np.testing.assert_allclose(js.softmax(z, log_weights=log_w), jax.nn.softmax(z + log_w), rtol=1e-5)
+    for f in (js.entropy, js.log_normalizer, js.varentropy):
+        by_weights = jax.grad(lambda w, f=f: f(z, phi=js.softplus, log_weights=w))(log_w)
+        by_scores = jax.grad(lambda x, f=f: f(x))(js.softplus.log(z) + log_w)
+        np.testing.assert_allclose(by_weights, by_scores, rtol=1e-4, atol=1e-6)
+    rows = jax.grad(lambda w: js.entropy(jnp.stack([z, z]), log_weights=w).sum())(log_w)
+    np.testing.assert_allclose(rows, 2 * jax.grad(lambda w: js.entropy(z, log_weights=w))(log_w), rtol=1e-5)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_second_argument_broadcasts(function):
+    if function.scores == 2:
+        z, other = scores(4), scores(3, 4, seed=1)
+        np.testing.assert_allclose(function.ours(z, other), function.ours(jnp.stack([z] * 3), other), rtol=1e-6)
+    else:
+        assert function.ours(scores(3, 4), where=jnp.array([[True], [True], [True]])).shape[0] == 3
+
+
+def test_kl_edges():
+    z, out = jnp.array([0.0, 1.0, -1.0]), jnp.array([0.0, 1.0, -jnp.inf])
+    value, (by_p, by_q) = jax.value_and_grad(js.kl_divergence, (0, 1))(z, out)
+    assert value == jnp.inf
+    assert np.all(np.isfinite(by_p))
+    assert np.all(np.isfinite(by_q))
+    assert by_q[2] == 0
+    value, (by_p, by_q) = jax.value_and_grad(js.kl_divergence, (0, 1))(out, z)
+    p, q = jax.nn.softmax(out), jax.nn.softmax(z)
+    np.testing.assert_allclose(value, sum(p[:2] * jnp.log(p[:2] / q[:2])), rtol=1e-6)
+    np.testing.assert_allclose(by_q, q - p, rtol=1e-5)
+    assert by_p[2] == 0
+    empty = jnp.full(3, -jnp.inf)
+    value, (by_p, by_q) = jax.value_and_grad(js.kl_divergence, (0, 1))(empty, z)
+    assert value == 0
+    np.testing.assert_array_equal(jnp.stack([by_p, by_q]), 0)
+    assert np.isnan(js.kl_divergence(empty, jnp.array([0.0, jnp.nan, 0.0])))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("phi", PHIS, ids=str)
+def test_expansion_errs_by_the_next_order(phi, order):
+    with jax.enable_x64(True):
+        z, dz = jnp.array([0.3, -0.7, 1.1]), jnp.array([1.0, -2.0, 0.5])
+        errors = [
+            abs(js.entropy_expansion(z, step * dz, order, phi=phi) - js.entropy(z + step * dz, phi=phi))
+            for step in (2e-3, 1e-3)
+        ]
+    np.testing.assert_allclose(errors[0] / errors[1], 2 ** (order + 1), rtol=0.05)

@@ -1,0 +1,50 @@
+"""The README names every public name, its tables are the lists, and its example runs."""
+
+import pathlib
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsoftmax
+from jsoftmax import verify
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+MATH = (pathlib.Path(__file__).parent.parent / "MATH.md").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in jsoftmax.__all__ if name != "PHIS"])
+def test_tables_are_complete(name):
+    assert re.search(rf"^\| `{name}\b", README, re.M), name
+
+
+def test_tables_follow_the_lists():
+    assert re.findall(r"^\| `(\w+)\(z", README, re.M) == [function.name for function in verify.FUNCTIONS]
+    families = list(dict.fromkeys(phi.name for phi in jsoftmax.PHIS))
+    assert re.findall(r"^\| `(\w+)[^|]*\|[^|]*\|[^|]*\| 3\.", README, re.M) == families
+
+
+def test_results_cover_every_phi():
+    table = README.split("## Scanned digits")[1]
+    for phi in jsoftmax.PHIS:
+        assert table.count(f"| {phi} |") == 2, phi
+
+
+def test_example():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {}
+    exec(code, names)
+    assert names["hessians"].shape == (2, 3, 3)
+    assert np.all(np.isfinite(names["hessians"]))
+    np.testing.assert_allclose(jsoftmax.entropy(names["z"]), jnp.array([0.8323954, 4.328423e-08]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in jsoftmax.__all__ if name.islower()])
+def test_docstrings_cite_rows_that_exist(name):
+    thing = getattr(jsoftmax, name)
+    text = (type(thing) if name in map(str, jsoftmax.PHIS) else thing).__doc__
+    rows = re.findall(r"MATH (\d\.\d+)", text)
+    assert rows, name
+    for row in rows:
+        assert f"**{row} " in MATH, (name, row)

@@ -1,0 +1,67 @@
+"""The experiment: it learns, and its linear model with exp is scikit-learn's logistic regression."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.linear_model import LogisticRegression
+
+import jsoftmax as js
+from jsoftmax import cli
+from jsoftmax.cli import train
+
+
+def test_linear_model_is_logistic_regression():
+    strength = 1e-2
+    with jax.enable_x64(True):
+        data, test = (train.Data(d.inputs.astype(jnp.float64), d.labels) for d in train.digits())
+        parameters = [(jnp.zeros((64, 10)), jnp.zeros(10))]
+
+        def objective(parameters):
+            return train.loss(parameters, data, js.exp) + strength / 2 * jnp.sum(parameters[0][0] ** 2)
+
+        optimiser = optax.lbfgs()
+        value_and_grad = optax.value_and_grad_from_state(objective)
+
+        @jax.jit
+        def step(carry, _):
+            parameters, state = carry
+            value, grad = value_and_grad(parameters, state=state)
+            updates, state = optimiser.update(grad, state, parameters, value=value, grad=grad, value_fn=objective)
+            return (optax.apply_updates(parameters, updates), state), value
+
+        (parameters, _), _ = jax.lax.scan(step, (parameters, optimiser.init(parameters)), length=150)
+        ours = np.asarray(js.softmax(train.scores(parameters, test.inputs, js.exp)))
+    peer = LogisticRegression(C=1 / (strength * len(data.labels)), tol=1e-8, max_iter=5000)
+    peer.fit(np.asarray(data.inputs), np.asarray(data.labels))
+    np.testing.assert_allclose(ours, peer.predict_proba(np.asarray(test.inputs)), atol=1e-5)
+
+
+def test_every_phi_has_finite_gradients_far_out():
+    data, _ = train.digits()
+    for phi in js.PHIS:
+        for scale in (0.0, 1.0, 100.0):
+            parameters = jax.tree.map(lambda a, scale=scale: scale * a, train.initial(jax.random.key(1), (64, 10)))
+            value, gradient = jax.value_and_grad(train.loss)(parameters, data, phi)
+            assert np.isfinite(value), (phi, scale)
+            assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient)), (phi, scale)
+
+
+def test_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "PHIS", (js.exp, js.taylor(2)))
+    assert cli.main(["train", "--seeds", "2", "--plot", str(tmp_path / "curves.png"), "--markdown"]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(table) == 2 + 2 * 2
+    for line in table[2:]:
+        assert 90 < float(line.split("|")[3].split("±")[0]) < 100
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert cli.main(["train", "--seeds", "1"]) == 2
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'optax'", name="optax")
+
+    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    assert cli.main(["train"]) == 2
+    assert "'optax' is missing" in capsys.readouterr().out

@@ -1,0 +1,115 @@
+"""Every function × φ under every transformation equals the plain definition under the same transformation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsoftmax import verify
+from jsoftmax.verify import FUNCTIONS, PHIS
+
+
+def weighted(value):
+    """One number of all outputs, with distinct cotangents, so that no two can be mistaken for one another."""
+    return jnp.sum(jnp.cos(jnp.arange(1.0, 1 + value.size)) * jnp.ravel(value))
+
+
+def ours(function, phi, z, v):
+    """Everything users compose, for rows of scores z and directions v, `[rows, scores, classes]`."""
+
+    def scalar(z, phi=phi):
+        return weighted(function.ours(*z, phi=phi))
+
+    def scan(z):
+        return jax.lax.scan(lambda total, row: (total + scalar(row), None), 0.0, z)[0]
+
+    def mixture(z):
+        def body(row):
+            return jax.lax.cond(row[0, 0] > 9, lambda r: 2 * scalar(r), jax.checkpoint(scalar), row)
+
+        return jnp.sum(jax.lax.map(jax.vmap(body), z[:, None]))
+
+    def reverse_over_reverse(f, z, v):
+        return jax.grad(lambda z: jnp.sum(v * jax.grad(f)(z)))(z)
+
+    results = {
+        "vmap": jax.vmap(scalar)(z),
+        "jvp of vmap": jax.jvp(jax.vmap(scalar), (z,), (v,))[1],
+        "scan, forward over reverse": jax.jvp(jax.grad(scan), (z,), (v,)),
+        "scan, reverse over reverse": reverse_over_reverse(scan, z, v),
+        "map of vmap of cond of remat, reverse over reverse": reverse_over_reverse(mixture, z, v),
+    }
+    if jax.tree.leaves(phi):
+        several = jax.tree.map(lambda leaf: jnp.array([leaf, leaf]), phi)
+        mixed = jax.jacfwd(jax.grad(lambda phi, z: scalar(z, phi)), 1)
+        results["vmap over φ, gradient in φ"] = jax.vmap(jax.grad(lambda phi: scalar(z[0], phi)))(several)
+        results["vmap over φ, φ and scores"] = jax.vmap(lambda phi: mixed(phi, z[0]))(several)
+    return results
+
+
+def plain(function, phi, z, v):
+    """The same, assembled from values and derivatives of the plain definition in many digits."""
+    xp = verify.ManyDigits()
+    outputs = np.size(function.plain(phi, xp, *xp.array(z[0])))
+    weigh = xp.array(np.cos(np.arange(1.0, 1 + outputs)))
+
+    def scalar(z, phi=phi):
+        return np.sum(weigh * np.ravel(function.plain(phi, xp, *z)))
+
+    rows = [xp.orders(scalar, xp.array(a), xp.array(b)) for a, b in zip(z, v, strict=True)]
+    value, gradient, along, _ = (np.array(parts).astype(float) for parts in zip(*rows, strict=True))
+    results = {
+        "vmap": value,
+        "jvp of vmap": np.sum(gradient * v, (1, 2)),
+        "scan, forward over reverse": (gradient, along),
+        "scan, reverse over reverse": along,
+        "map of vmap of cond of remat, reverse over reverse": along,
+    }
+    leaves, structure = jax.tree.flatten(phi)
+    if leaves:
+
+        def of_parameters(theta, z):
+            return scalar(z, jax.tree.unflatten(structure, list(theta)))
+
+        def by_parameters(z):
+            return xp.jacobian(lambda theta: of_parameters(theta, z))(xp.array(leaves))
+
+        mixed = xp.jacobian(by_parameters)(xp.array(z[0])).astype(float)
+        first = by_parameters(xp.array(z[0])).astype(float)
+        results["vmap over φ, gradient in φ"] = [np.array([d, d]) for d in first]
+        results["vmap over φ, φ and scores"] = [np.array([d, d]) for d in mixed]
+    return results
+
+
+@pytest.mark.parametrize("phi", PHIS, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_survives(function, phi):
+    phi = verify.rounded(phi)
+    z, v = (np.stack([verify.scores(function, phi, seed + i)[:, :3] for i in (0, 1)]) for seed in (3, 5))
+    with jax.enable_x64(True):
+        got = jax.jit(functools.partial(ours, function, phi))(np.float64(z), np.float64(v))
+    wanted = plain(function, phi, np.float64(z), np.float64(v))
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(wanted[name]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * np.max(np.abs(b)), err_msg=name)
+
+
+def lie(x):
+    return jnp.sin(x)
+
+
+lying_sin = jax.custom_jvp(lie)
+lying_sin.defjvp(lambda primals, tangents: (lying_sin(primals[0]), 7 * lying_sin(primals[0]) * tangents[0]))
+
+
+def test_checkpointed_bodies_keep_rules_at_order_two_in_a_scan():
+    """jax 0.10 and 0.11 drop custom_jvp rules inside a scan at order 2 unless the body is checkpointed."""
+
+    def h(x):
+        return jnp.sum(jax.lax.map(jax.checkpoint(lying_sin), jnp.stack([x, x]))) / 2
+
+    x = jnp.float32(0.7)
+    np.testing.assert_allclose(jax.jvp(jax.grad(h), (x,), (1.0,))[1] / jnp.sin(x), 49, rtol=1e-5)
