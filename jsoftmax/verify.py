@@ -7,6 +7,7 @@ Every function of scores × every φ × every order of derivative, from the two 
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import math
 import multiprocessing
@@ -196,8 +197,14 @@ def wide_dtype() -> Any:
         return np.dtype(np.float32)
 
 
-def _along(f: Callable[[Any], Any], v: Any) -> Callable[[Any], Any]:
-    return lambda z: jax.jvp(f, (z,), (v,))[1]
+def _orders(f: Callable[[Any], Any], z: Any, v: Any) -> list[Any]:
+    """Value, Jacobian, and the second and third derivative along v, once and twice, by autodiff."""
+
+    def along(g: Callable[[Any], Any], z: Any) -> Any:
+        return jax.jvp(g, (z,), (v,))
+
+    (jacobian, second), (_, third) = along(lambda z: along(jax.jacrev(f), z), z)
+    return [f(z), jacobian, second, third]
 
 
 def against_autodiff(function: Function, phi: Phi) -> list[float]:
@@ -214,14 +221,17 @@ def against_autodiff(function: Function, phi: Phi) -> list[float]:
     def plain(z: Any) -> Any:
         return function.plain(phi, Plain, *z)
 
+    def orders(f: Callable[[Any], Any], z: Any, v: Any) -> list[Any]:
+        value, jacobian, _, third = _orders(f, z, v)
+        return [value, jacobian, jax.hessian(f)(z), third]
+
     with jax.enable_x64(dtype == np.float64):
         z, v = (jnp.asarray(scores(function, phi, seed), dtype) for seed in (0, 1))
-        third = _along(_along(jax.jacrev(ours), v), v)
-        closed = jax.jit(lambda z: [ours(z), jax.jacrev(ours)(z), jax.hessian(ours)(z), third(z)])(z)
-        by_autodiff = [plain(z), jax.jacrev(plain)(z), jax.hessian(plain)(z)]  # compiling it would take longer
+        closed = jax.jit(functools.partial(orders, ours))(z, v)
         if function.third_by_autodiff:
-            by_autodiff.append(_along(_along(jax.jacrev(plain), v), v)(z))
+            by_autodiff = jax.jit(functools.partial(orders, plain))(z, v)
         else:
+            by_autodiff = jax.jit(lambda z: [plain(z), jax.jacrev(plain)(z), jax.hessian(plain)(z)])(z)
             by_autodiff.append(_many_digits(function, phi, scores(function, phi, 0), scores(function, phi, 1))[3])
         return [error(*pair) for pair in zip(closed, by_autodiff, strict=True)]
 
@@ -239,15 +249,11 @@ def against_digits(function: Function, phi: Phi) -> list[float]:
     phi = rounded(phi)
     z, v = (scores(function, phi, seed) for seed in (0, 1))
 
-    @jax.jit
-    def ours(z: Any, v: Any) -> list[Any]:
-        def f(z: Any) -> Any:
-            return function.ours(*z, phi=phi)
+    def ours(z: Any) -> Any:
+        return function.ours(*z, phi=phi)
 
-        (jacobian, second), (_, third) = jax.jvp(lambda z: jax.jvp(jax.jacrev(f), (z,), (v,)), (z,), (v,))
-        return [f(z), jacobian, second, third]
-
-    return [error(*pair) for pair in zip(ours(z, v), _many_digits(function, phi, z, v), strict=True)]
+    computed = jax.jit(functools.partial(_orders, ours))(z, v)
+    return [error(*pair) for pair in zip(computed, _many_digits(function, phi, z, v), strict=True)]
 
 
 # --- every cell ----------------------------------------------------------------------------------------------
