@@ -84,6 +84,7 @@ def _kl_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, 
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "order"))
+@functools.partial(jax.checkpoint, static_argnums=(1, 5), prevent_cse=False)
 def _expansion(  # noqa: PLR0917  (as `maps.Arguments` has them)
     scores: tuple[Array, Array],
     axis: tuple[int, ...],
@@ -92,7 +93,10 @@ def _expansion(  # noqa: PLR0917  (as `maps.Arguments` has them)
     phi: Phi,
     order: int,
 ) -> Array:
-    """H − Σ p c s Δ − ½ Σ p (1+c) ((sΔ)~)² − ½ Σ p c t Δ²  (MATH 6.5)."""
+    """H − Σ p c s Δ − ½ Σ p (1+c) ((sΔ)~)² − ½ Σ p c t Δ²  (MATH 6.5).
+
+    Without a rule of its own; checkpointed, for the backward pass would keep some hundred arrays.
+    """
     z, dz = scores
     x = maps.weighted_scores(phi, z, where, log_weights)
     c, H = centred_log_p(x, axis)

@@ -129,7 +129,13 @@ def _normalize_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[
     out = normalize(x, axis)
     mean = jnp.sum(out.p * x_dot, axis, keepdims=True)
     centred = x_dot - mean
-    return out, Normalized(jnp.where(jnp.isneginf(x), 0, centred), out.p * centred, mean)
+    return out, Normalized(_where_not(jnp.isneginf(x), centred), out.p * centred, mean)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _where_not(left_out: Array, a: Array) -> Array:
+    """a, and 0 where a class is left out; checkpointed, for the backward pass would keep the zeros too."""
+    return jnp.where(left_out, 0, a)
 
 
 def weighted_scores(phi: Phi, z: Array, where: Array | None, log_weights: Array | None) -> Array:

@@ -173,7 +173,9 @@ def _tangent(f: Callable[..., Array], rate: Callable[..., Array], primals: Any, 
     leaves, structure = jax.tree.flatten(phi)
     dots = structure.flatten_up_to(phi_dot)
     live = [i for i, dot in enumerate(dots) if not isinstance(dot, SymbolicZero)]
-    total = jnp.zeros_like(z) if isinstance(z_dot, SymbolicZero) else rate(phi, z) * z_dot
+    # checkpointed: the backward pass keeps the scores, which it has anyway, and computes the rate from them
+    product = jax.checkpoint(lambda phi, z, z_dot: rate(phi, z) * z_dot, prevent_cse=False)
+    total = jnp.zeros_like(z) if isinstance(z_dot, SymbolicZero) else product(phi, z, z_dot)
     if live:
 
         def of_parameters(values: list[Array]) -> Array:

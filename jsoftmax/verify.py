@@ -22,7 +22,7 @@ from jsoftmax import entropy, entropy_expansion, kl_divergence, log_normalizer, 
 from jsoftmax.phi import Phi
 from jsoftmax.phis import PHIS
 
-ORDERS = ("value", "Jacobian", "Hessian", "third")
+ORDERS = ("f", "f′", "f″", "f‴")
 CLASSES = 4
 
 

@@ -1,63 +1,113 @@
-"""MATH 5: infinities, NaN and empty rows, for every function and φ, in that row alone."""
+"""MATH 5 and 1.1: bad and empty rows, and all ways to leave a class out, for every function and φ, in that row alone."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jsoftmax as js
 from jsoftmax.verify import FUNCTIONS, PHIS
 
-FINE = [0.5, -1.0, 1.0]
+inf, nan = np.inf, np.nan
+FINE, OTHER = np.array([0.5, -1.0, 1.0, 0.3, -0.2]), np.array([-0.7, 0.9, 0.1, -1.2, 0.4])
+KEEP = np.array([True, False, True, True, False])
+WEIGHTS = np.array([0.3, 1.0, -0.7, 0.2, 1.0])
+LEFT_OUT = np.where(KEEP, 0, -inf)
 
 
-def both(function, rows):
-    rows = jnp.array(rows)
-    return (rows,) if function.scores == 1 else (rows, jnp.broadcast_to(jnp.array(FINE[::-1]), rows.shape))
+def row(scores=FINE, other=OTHER, where=True, log_weights=0.0):
+    return tuple(np.broadcast_to(a, 5) for a in (scores, other, where, log_weights))
 
 
-def value_and_derivatives(function, phi, z, **keywords):
-    """Value, gradient and Hessian product of each row, compiled as one."""
+def infinite(function, other):
+    """A change of the scores cannot leave a class out."""
+    return other if function.name == "entropy_expansion" else np.where(KEEP, other, -inf)
 
-    def total(*z):
-        return jnp.sum(function.ours(*z, phi=phi, **keywords))
 
-    @jax.jit
-    def of(*z):
-        ones = tuple(jnp.ones_like(a) for a in z)
-        first, second = jax.vmap(lambda *z: jax.jvp(jax.grad(total), z, tuple(a[0] for a in ones)))(*z)
-        return function.ours(*z, phi=phi, **keywords), (first, second)
+def rows(function):
+    return {
+        "fine": row(),
+        "+inf": row([0.5, inf, 1.0, 0.3, -0.2]),
+        "nan": row([0.5, nan, 1.0, 0.3, -0.2]),
+        "-inf and +inf": row([-inf, inf, 1.0, 0.3, -0.2]),
+        "all +inf": row(inf),
+        "all -inf": row(-inf),
+        "empty by mask": row(where=False),
+        "empty by weights": row(log_weights=-inf),
+        "mask": row(where=KEEP),
+        "weights": row(log_weights=LEFT_OUT),
+        "-inf": row(np.where(KEEP, FINE, -inf), infinite(function, OTHER)),
+        "nan behind a mask": row(np.where(KEEP, FINE, nan), np.where(KEEP, OTHER, nan), where=KEEP),
+        "nan behind weights": row(np.where(KEEP, FINE, nan), np.where(KEEP, OTHER, nan), log_weights=LEFT_OUT),
+        "prior, left out by weights": row(log_weights=WEIGHTS + LEFT_OUT),
+        "prior, left out by mask": row(log_weights=WEIGHTS, where=KEEP),
+    }
 
-    return of(*z)
+
+def value_and_derivatives(function, phi, z, where, log_weights):
+    """Value, gradient and a Hessian product of one row; distinct cotangents tell the outputs apart."""
+    keywords = {"where": where, "log_weights": log_weights, "phi": phi}
+
+    def total(z):
+        value = function.ours(*z, **keywords)
+        return jnp.sum(jnp.cos(jnp.arange(value.size)) * value), value
+
+    along = tuple(0.5**i * jnp.ones(5) for i in range(len(z)))
+    gradient, product, value = jax.jvp(jax.grad(total, has_aux=True), (z,), (along,), has_aux=True)
+    return value, *gradient, *product
 
 
 @pytest.mark.parametrize("phi", PHIS, ids=str)
 @pytest.mark.parametrize("function", FUNCTIONS, ids=str)
-def test_bad_rows(function, phi):
-    inf, nan = jnp.inf, jnp.nan
-    z = both(function, [FINE, [0.5, inf, 1.0], [0.5, nan, 1.0], [-inf, inf, 1.0], [inf, inf, inf]])
-    value, derivatives = value_and_derivatives(function, phi, z)
-    np.testing.assert_allclose(value[0], function.ours(*(a[0] for a in z), phi=phi), rtol=1e-6)
-    if function.name == "log_normalizer":
-        np.testing.assert_array_equal(value[1:], [inf, nan, inf, inf])
-    else:
-        assert np.all(np.isnan(value[1:]))
-    for derivative in derivatives:
-        assert np.all(np.isfinite(derivative[0]))
-        assert np.all(np.isnan(derivative[1:]).any(-1))
+def test_rows(function, phi):
+    table = rows(function)
+    scores, other, where, log_weights = (jnp.asarray(np.stack(column)) for column in zip(*table.values(), strict=True))
+    z = (scores, other)[: function.scores]
+    f = jax.jit(jax.vmap(functools.partial(value_and_derivatives, function, phi)))
+    results = dict(zip(table, zip(*f(z, where, log_weights), strict=True), strict=True))
+
+    for name in ("+inf", "nan", "-inf and +inf", "all +inf"):
+        value, *derivatives = results[name]
+        normalizer = nan if name == "nan" else inf
+        np.testing.assert_array_equal(value, normalizer if function.name == "log_normalizer" else value * nan, name)
+        assert np.all(np.isnan(derivatives).any(-1)), name
+
+    nothing = -inf if function.name in ("log_softmax", "log_normalizer") else 0
+    for name in ("all -inf", "empty by mask", "empty by weights"):
+        value, *derivatives = results[name]
+        np.testing.assert_array_equal(value, np.full(value.shape, nothing), name)
+        np.testing.assert_array_equal(derivatives, np.zeros_like(derivatives), name)
+
+    part = function.ours(*(a[KEEP] for a in (FINE, OTHER)[: function.scores]), phi=phi)
+    if part.ndim:
+        np.testing.assert_array_equal(results["mask"][0][~KEEP], nothing)
+    np.testing.assert_allclose(results["mask"][0][KEEP if part.ndim else ...], part, rtol=2e-5, atol=1e-6)
+    for name in ("mask", "prior, left out by mask"):
+        np.testing.assert_array_equal(np.stack(results[name][1:])[:, ~KEEP], 0, name)
+    for name in ("weights", "-inf", "nan behind a mask", "nan behind weights"):
+        for got, want in zip(results[name], results["mask"], strict=True):
+            np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6, err_msg=name)
+    for got, want in zip(results["prior, left out by weights"], results["prior, left out by mask"], strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+    for result in results["fine"]:
+        assert np.all(np.isfinite(result))
 
 
-@pytest.mark.parametrize("phi", PHIS, ids=str)
+@pytest.mark.parametrize("phi", [js.exp, js.spherical(0.1)], ids=str)
 @pytest.mark.parametrize("function", FUNCTIONS, ids=str)
-def test_empty_rows(function, phi):
-    z = both(function, [[-jnp.inf] * 3, FINE])
-    value, derivatives = value_and_derivatives(function, phi, z)
-    nothing = -jnp.inf if function.name in ("log_softmax", "log_normalizer") else 0.0
-    np.testing.assert_array_equal(value[0], jnp.full(value[0].shape, nothing))
-    masked = function.ours(*both(function, [FINE]), phi=phi, where=jnp.zeros(3, bool))
-    np.testing.assert_array_equal(masked[0], value[0])
-    for derivative in derivatives:
-        np.testing.assert_array_equal(derivative[0], 0)
-    assert np.all(np.isfinite(value[1]))
+def test_arguments_not_given(function, phi):
+    """No mask is a mask of True, no log-weights are zeros: value and derivatives."""
+    z = (jnp.asarray(FINE), jnp.asarray(OTHER))[: function.scores]
+    every, zeros = jnp.ones(5, bool), jnp.zeros(5)
+    f = jax.jit(functools.partial(value_and_derivatives, function, phi))
+    for given in ((None, None), (every, None), (None, zeros)):
+        for got, want in zip(f(z, *given), f(z, every, zeros), strict=True):
+            np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+    for given in ((KEEP, None), (None, jnp.asarray(LEFT_OUT))):
+        for got, want in zip(f(z, *given), f(z, KEEP, zeros), strict=True):
+            np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=str)
@@ -73,12 +123,32 @@ def test_no_classes_at_all(function):
 @pytest.mark.parametrize("function", FUNCTIONS, ids=str)
 def test_huge_scores(function):
     """Differences beyond float32 leave a one-hot row, with finite derivatives."""
-    z = both(function, [[3e38, -3e38, 0.0], [1e30, 1e30, -1e30]])
+    z = jnp.array([[3e38, -3e38, 0.0], [0.5, -1.0, 1.0]])[: function.scores]
+    value = function.ours(*z)
     if function.name == "log_softmax":
-        return np.testing.assert_array_equal(function.ours(*z)[0], np.float32([0, -np.inf, -3e38]))
-    assert np.all(np.isfinite(function.ours(*z)) | (function.name == "kl_divergence"))
+        np.testing.assert_array_equal(value, np.float32([0, -np.inf, -3e38]))
+        return
+    assert np.all(np.isfinite(value))
     if function.name in ("entropy", "varentropy"):
-        assert function.ours(*z)[0] == 0
-        for derivative in value_and_derivatives(function, PHIS[0], z)[1]:
-            assert np.all(np.isfinite(derivative))
-    return None
+        assert value == 0
+        assert np.all(np.isfinite(jax.grad(function.ours)(*z)))
+        assert np.all(np.isfinite(jax.hessian(function.ours)(*z)))
+
+
+def test_kl_edges():
+    z, out = jnp.array([0.0, 1.0, -1.0]), jnp.array([0.0, 1.0, -jnp.inf])
+    value, (by_p, by_q) = jax.value_and_grad(js.kl_divergence, (0, 1))(z, out)
+    assert value == jnp.inf
+    assert np.all(np.isfinite(by_p))
+    assert np.all(np.isfinite(by_q))
+    assert by_q[2] == 0
+    value, (by_p, by_q) = jax.value_and_grad(js.kl_divergence, (0, 1))(out, z)
+    p, q = jax.nn.softmax(out), jax.nn.softmax(z)
+    np.testing.assert_allclose(value, sum(p[:2] * jnp.log(p[:2] / q[:2])), rtol=1e-6)
+    np.testing.assert_allclose(by_q, q - p, rtol=1e-5)
+    assert by_p[2] == 0
+    empty = jnp.full(3, -jnp.inf)
+    value, (by_p, by_q) = jax.value_and_grad(js.kl_divergence, (0, 1))(empty, z)
+    assert value == 0
+    np.testing.assert_array_equal(jnp.stack([by_p, by_q]), 0)
+    assert np.isnan(js.kl_divergence(empty, jnp.array([0.0, jnp.nan, 0.0])))

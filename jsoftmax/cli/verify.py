@@ -7,10 +7,10 @@ import json
 import pathlib
 import platform
 import time
-from typing import Any
 
 import jax
 import mpmath  # noqa: F401  (the oracle's; named here so that a missing extra is reported before any work)
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -60,28 +60,34 @@ def environment() -> dict[str, str]:
 
 
 def _table(cells: list[verify.Cell]) -> Table:
+    """One line a φ, in 80 columns."""
     wide = "float64" if verify.wide_dtype() == "float64" else "float32"
-    table = Table(title=f"Worst relative error: {wide} against autodiff | float32 against many digits")
-    for column in ("function", "φ"):
-        table.add_column(column, no_wrap=True)
-    for column in (*verify.ORDERS, *verify.ORDERS):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = Table(
+        title=f"Worst relative error\nleft: {wide} against autodiff, right: float32 against many digits; ! is a miss",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    for order in 2 * verify.ORDERS:
+        table.add_column(order, justify="right", no_wrap=True)
     previous = None
     for cell in cells:
-        if previous not in (None, cell.function):
-            table.add_section()
+        if cell.function != previous:
+            table.add_row(f"[bold]{cell.function}[/]")
         errors = zip(cell.error64 + cell.error32, cell.tolerance64 + cell.tolerance32, strict=True)
-        marked = (f"{e:.0e}" if e <= tolerance else f"[bold red]{e:.0e} MISS[/]" for e, tolerance in errors)
-        table.add_row("" if cell.function == previous else cell.function, cell.phi, *marked)
+        marked = (f"{e:.0e}" if e <= tolerance else f"[bold red]{e:.0e}![/]" for e, tolerance in errors)
+        table.add_row(f"  {cell.phi}", *marked)
         previous = cell.function
     return table
 
 
 def _errata_table(errata: list[tuple[verify.Erratum, float, float]]) -> Table:
-    table = Table(title="Where the article errs (MATH.md 2): relative error against autodiff")
-    for column in ("formula", "claimed", "its error", "true", "its error"):
+    table = Table(title="Where the article errs (MATH.md 2): relative error against autodiff", box=box.SIMPLE_HEAD)
+    for column in ("", "formula", "error"):
         table.add_column(column, no_wrap=True)
     for erratum, claimed, true in errata:
-        row: list[Any] = [erratum.where, erratum.claimed, f"[red]{claimed:.1f}[/]", erratum.true, f"{true:.0e}"]
-        table.add_row(*row)
+        table.add_row(f"[bold]{erratum.where}[/]")
+        table.add_row("  the article", erratum.claimed, f"[red]{claimed:.1f}[/]")
+        table.add_row("  true", erratum.true, f"{true:.0e}")
     return table
