@@ -14,9 +14,15 @@ from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=1)
 def centred_log_p(x: Array, axis: tuple[int, ...]) -> tuple[Array, Array]:
-    """c = u + Σ p (−u) and H = log1p(rest) + Σ p (−u)  (MATH 4.3); c is 0 where p is 0. H keeps the reduced axes."""
+    """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes."""
+    return _centred_log_p(x, axis)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _centred_log_p(x: Array, axis: tuple[int, ...]) -> tuple[Array, Array]:
+    """c = u + Σ p (−u) and H = log1p(rest) + Σ p (−u)  (MATH 4.3)."""
     u, e, rest, _ = maps.centre(x, axis)
     u = jnp.where(e == 0, 0, u)  # 0 · log 0 = 0, its derivatives too
     rest = jnp.where(rest == -1, 0, rest)  # an empty row has H = 0
@@ -24,7 +30,7 @@ def centred_log_p(x: Array, axis: tuple[int, ...]) -> tuple[Array, Array]:
     return jnp.where(e == 0, 0, u + spread), jnp.log1p(rest) + spread
 
 
-@centred_log_p.defjvp
+@_centred_log_p.defjvp
 def _centred_log_p_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Any, Any]:
     """Ḣ = −Σ p c ẋ, ċ = ẋ − Σ p ẋ + Ḣ  (MATH 1.5)."""
     (x,), (x_dot,) = primals, tangents

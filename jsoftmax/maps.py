@@ -109,9 +109,18 @@ def _peak(peak: Array) -> Array:
     return jnp.where(jnp.isneginf(peak), 0, peak)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=1)
 def normalize(x: Array, axis: tuple[int, ...]) -> Normalized:
-    """l = u − log1p(rest), p = e^u/(1 + rest), L = max x + log1p(rest)  (MATH 4.2); x = −inf leaves a class out."""
+    """l = log p, p and L; x = −inf leaves a class out.
+
+    Compiled by itself: rules call it again and again, and JAX keeps its trace.
+    """
+    return _normalize(x, axis)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _normalize(x: Array, axis: tuple[int, ...]) -> Normalized:
+    """l = u − log1p(rest), p = e^u/(1 + rest), L = max x + log1p(rest)  (MATH 4.2)."""
     u, e, rest, peak = centre(x, axis)
     empty = rest == -1
     log_total = jnp.log1p(jnp.where(empty, 0, rest))
@@ -122,7 +131,7 @@ def normalize(x: Array, axis: tuple[int, ...]) -> Normalized:
     return Normalized(log_p, e / jnp.where(empty, 1, 1 + rest), L)
 
 
-@normalize.defjvp
+@_normalize.defjvp
 def _normalize_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Normalized, Normalized]:
     """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ  (MATH 1.2 to 1.4)."""
     (x,), (x_dot,) = primals, tangents

@@ -123,19 +123,26 @@ def _number(value: Any) -> str:
 
 def log_phi(phi: Phi, z: Array) -> Array:
     """ψ(z) with the edges of MATH 5, for floating `z` in the accumulation dtype; `exp` costs nothing."""
-    if isinstance(phi, Exponential):
-        return z
+    return z if isinstance(phi, Exponential) else _traced_log(phi, z)
+
+
+# Compiled by themselves, as `maps.normalize` is: a rule calls them again and again, and JAX keeps their traces.
+@jax.jit
+def _traced_log(phi: Phi, z: Array) -> Array:
     return _log(_cast(phi, z.dtype), z)
 
 
+@jax.jit
 def slope(phi: Phi, z: Array) -> Array:
     """s = ψ'(z), 0 where a score is infinite; its rule is t."""
     return _slope(_cast(phi, z.dtype), z)
 
 
+@jax.jit
 def curvature(phi: Phi, z: Array) -> Array:
     """t = ψ''(z), 0 where a score is infinite."""
-    return _curvature(_cast(phi, z.dtype), z)
+    finite = jnp.isfinite(z)
+    return jnp.where(finite, _elementwise(phi, _cast(phi, z.dtype).curvature, jnp.where(finite, z, 0)), 0)
 
 
 @jax.custom_jvp
@@ -147,7 +154,7 @@ def _log(phi: Phi, z: Array) -> Array:
 @functools.partial(_log.defjvp, symbolic_zeros=True)
 def _log_jvp(primals: tuple[Phi, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
     """ψ̇ = s ż + (∂ψ/∂θ) θ̇  (MATH 1.9)."""
-    return _log(*primals), _tangent(_log.fun, _slope, primals, tangents)
+    return _log(*primals), _tangent(_log.fun, slope, primals, tangents)
 
 
 @jax.custom_jvp
@@ -159,12 +166,7 @@ def _slope(phi: Phi, z: Array) -> Array:
 @functools.partial(_slope.defjvp, symbolic_zeros=True)
 def _slope_jvp(primals: tuple[Phi, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
     """ṡ = t ż + (∂s/∂θ) θ̇  (MATH 1.10)."""
-    return _slope(*primals), _tangent(_slope.fun, _curvature, primals, tangents)
-
-
-def _curvature(phi: Phi, z: Array) -> Array:
-    finite = jnp.isfinite(z)
-    return jnp.where(finite, _elementwise(phi, phi.curvature, jnp.where(finite, z, 0)), 0)
+    return _slope(*primals), _tangent(_slope.fun, curvature, primals, tangents)
 
 
 def _tangent(f: Callable[..., Array], rate: Callable[..., Array], primals: Any, tangents: Any) -> Array:

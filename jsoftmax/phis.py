@@ -158,7 +158,8 @@ def _log1p_deficit(a: Array) -> Array:
     near = (a >= -0.5) & (a <= 1)
     a_near, a_far = jnp.where(near, a, 0), jnp.where(near, 1, a)
     y = a_near / (2 + a_near)
-    terms = functools.reduce(lambda total, k: total * y**2 + 1 / (2 * k + 1), range(16, 0, -1), jnp.zeros_like(y))
+    enough = range(16 if a.dtype == jnp.float64 else 8, 0, -1)
+    terms = functools.reduce(lambda total, k: total * y**2 + 1 / (2 * k + 1), enough, jnp.zeros_like(y))
     return jnp.where(near, y - (1 - y) * y**2 * terms, 1 - jnp.log1p(a_far) / a_far)
 
 

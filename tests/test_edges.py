@@ -1,4 +1,4 @@
-"""MATH 5 and 1.1: bad and empty rows, and all ways to leave a class out, for every function and φ, in that row alone."""
+"""MATH 5 and 1.1, for every function and φ: bad and empty rows, and all ways to leave a class out."""
 
 import functools
 
