@@ -1,7 +1,17 @@
 """Every map from scores to probabilities, p = φ(z) / Σ φ(z), in JAX, with exact closed-form derivatives."""
 
+from jsoftmax.derivatives import (
+    cross_entropy_hessian,
+    entropy_gradient,
+    entropy_hessian,
+    log_normalizer_hessian,
+    softmax_jacobian,
+    softmax_second_derivative,
+    softmax_second_derivative_product,
+)
 from jsoftmax.entropy import entropy, entropy_expansion, kl_divergence, varentropy
 from jsoftmax.maps import log_normalizer, log_softmax, softmax
+from jsoftmax.operators import DiagonalPlusLowRank
 from jsoftmax.phi import exp, from_callable
 from jsoftmax.phis import PHIS, elu1, logistic, q_exponential, relu_power, sigsoftmax, softplus, spherical, taylor
 
@@ -16,6 +26,15 @@ __all__ = [  # noqa: RUF022  (grouped as the README groups them)
     "softmax",
     "log_softmax",
     "log_normalizer",
+    # their derivatives, as operators and dense
+    "softmax_jacobian",
+    "log_normalizer_hessian",
+    "entropy_gradient",
+    "entropy_hessian",
+    "cross_entropy_hessian",
+    "softmax_second_derivative",
+    "softmax_second_derivative_product",
+    "DiagonalPlusLowRank",
     # positive maps φ
     "exp",
     "taylor",

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,43 +18,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jsoftmax import _arguments
-
-
-def static() -> Any:
-    """A field of a φ that is structure: part of the compiled program."""
-    return dataclasses.field(metadata={"static": True})
-
-
-_Class = TypeVar("_Class", bound=type)
-
-
-@dataclass_transform(frozen_default=True)
-def phi_class(cls: _Class) -> _Class:
-    """A frozen dataclass that is a pytree: learnable numbers are leaves, `static` fields are structure.
-
-    The class is part of the structure too. `jax.tree_util.register_dataclass` leaves it out: with it the structures of
-    softplus and sigsoftmax compare equal (jax 0.10 to 0.12), and a compiled program of one may serve for the other.
-    """
-    made = dataclasses.dataclass(frozen=True, repr=False)(cls)
-    names = [(f.name, bool(f.metadata.get("static"))) for f in dataclasses.fields(made)]
-    leaves, fixed = ([name for name, is_static in names if is_static == wanted] for wanted in (False, True))
-    keys = [jax.tree_util.GetAttrKey(name) for name in leaves]
-
-    def structure(phi: Any) -> tuple[Any, ...]:
-        return (made, *(getattr(phi, name) for name in fixed))
-
-    def values(phi: Any) -> list[Any]:
-        return [getattr(phi, name) for name in leaves]
-
-    jax.tree_util.register_pytree_with_keys(
-        made,
-        lambda phi: (list(zip(keys, values(phi), strict=True)), structure(phi)),
-        lambda aux, children: made(
-            **dict(zip(fixed, aux[1:], strict=True)), **dict(zip(leaves, children, strict=True))
-        ),
-        lambda phi: (values(phi), structure(phi)),
-    )
-    return made
+from jsoftmax._pytree import pytree_class
 
 
 class Phi(abc.ABC):
@@ -209,7 +173,7 @@ def _elementwise(phi: Phi, f: Callable[[Array], Array], z: Array) -> Array:
 # --- the two φ that need no file of their own: exp, and a function of the user's -------------------------------
 
 
-@phi_class
+@pytree_class
 class Exponential(Phi):
     """φ(z) = e^z: the softmax itself; s = 1, t = 0 (MATH 3.1)."""
 
@@ -231,7 +195,7 @@ class Exponential(Phi):
 exp = Exponential()
 
 
-@phi_class
+@pytree_class
 class FromCallable(Phi):
     """A user's φ or ψ; slope and curvature by autodiff where they are not given (MATH 3.10)."""
 

@@ -11,7 +11,8 @@ from jax.lax import logistic as _sigmoid
 from jaxtyping import Array
 
 from jsoftmax import _arguments
-from jsoftmax.phi import Phi, exp, from_callable, phi_class, static
+from jsoftmax._pytree import pytree_class, static
+from jsoftmax.phi import Phi, exp, from_callable
 
 
 def _parameter(function: str, argument: str, value: Any, wanted: str, fits: Callable[[Any], bool]) -> Any:
@@ -44,7 +45,7 @@ def _log_polynomial(coefficients: list[Any], z: Array) -> Array:
     return (len(coefficients) - 1) * power + jnp.log(_scaled(coefficients, z))
 
 
-@phi_class
+@pytree_class
 class Taylor(Phi):
     """φ(z) = Σ_{k≤n} z^k / k!, n even (MATH 3.2)."""
 
@@ -103,7 +104,7 @@ def taylor(order: int) -> Phi:
     return Taylor(order)
 
 
-@phi_class
+@pytree_class
 class Spherical(Phi):
     """φ(z) = z² + ε (MATH 3.3)."""
 
@@ -169,7 +170,7 @@ def _log1p_exp(z: Array) -> Array:
     return jnp.where(above, z + jnp.log1p(jnp.exp(-jnp.where(above, z, 0))), jnp.log1p(jnp.exp(jnp.where(above, 0, z))))
 
 
-@phi_class
+@pytree_class
 class Softplus(Phi):
     """φ(z) = log(1 + e^z) (MATH 3.4)."""
 
@@ -198,7 +199,7 @@ class Softplus(Phi):
 softplus = Softplus()
 
 
-@phi_class
+@pytree_class
 class Sigsoftmax(Phi):
     """φ(z) = e^z σ(z) (MATH 3.5)."""
 
@@ -220,7 +221,7 @@ class Sigsoftmax(Phi):
 sigsoftmax = Sigsoftmax()
 
 
-@phi_class
+@pytree_class
 class Logistic(Phi):
     """φ(z) = σ(z) = 1/(1 + e^−z) (MATH 3.6)."""
 
@@ -245,7 +246,7 @@ logistic = Logistic()
 # --- powers --------------------------------------------------------------------------------------------------
 
 
-@phi_class
+@pytree_class
 class Elu1(Phi):
     """φ(z) = e^z for z < 0, 1 + z otherwise (MATH 3.7)."""
 
@@ -267,7 +268,7 @@ class Elu1(Phi):
 elu1 = Elu1()
 
 
-@phi_class
+@pytree_class
 class QExponential(Phi):
     """φ(z) = [1 + (1−q) z]_+^{1/(1−q)} (MATH 3.8)."""
 
@@ -323,7 +324,7 @@ def q_exponential(q: Any) -> Phi:
     return QExponential(_parameter("q_exponential", "q", q, "a finite number", math.isfinite))
 
 
-@phi_class
+@pytree_class
 class ReluPower(Phi):
     """φ(z) = relu(z)^m + ε (MATH 3.9)."""
 

@@ -18,7 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsoftmax import entropy, entropy_expansion, kl_divergence, log_normalizer, log_softmax, maps, softmax, varentropy
+from jsoftmax import (
+    derivatives,
+    entropy,
+    entropy_expansion,
+    kl_divergence,
+    log_normalizer,
+    log_softmax,
+    maps,
+    softmax,
+    varentropy,
+)
 from jsoftmax.phi import Phi
 from jsoftmax.phis import PHIS
 
@@ -31,6 +41,7 @@ class Plain:
 
     exp, log, log1p, sum, where = jnp.exp, jnp.log, jnp.log1p, jnp.sum, jnp.where
     maximum, minimum = jnp.maximum, jnp.minimum
+    jacobian, hessian = staticmethod(jax.jacrev), staticmethod(jax.hessian)
 
     @staticmethod
     def expansion(h: Callable[[Any], Any]) -> Any:
@@ -81,6 +92,10 @@ class ManyDigits:
 
         return of
 
+    def hessian(self, f: Callable[[Any], Any]) -> Callable[[Any], np.ndarray]:
+        """The second derivatives, whose axes come last."""
+        return self.jacobian(self.jacobian(f))
+
     def orders(self, f: Callable[[Any], Any], z: np.ndarray, v: np.ndarray) -> list[Any]:
         """Value, Jacobian, and the second and third derivative along v, once and twice."""
         below, here, above = (self.jacobian(f)(z + step * v) for step in (-self.step, 0, self.step))
@@ -105,6 +120,11 @@ def plain_entropy(phi: Phi, xp: Any, z: Any) -> Any:
     """−Σ p log p."""
     p = plain_softmax(phi, xp, z)
     return -xp.sum(p * _log(p, xp))
+
+
+def plain_log_normalizer(phi: Phi, xp: Any, z: Any) -> Any:
+    """log Σ φ(z)."""
+    return xp.log(xp.sum(phi.definition(z, xp)))
 
 
 def plain_varentropy(phi: Phi, xp: Any, z: Any) -> Any:
@@ -138,6 +158,8 @@ class Function:
     plain: Callable[..., Any]
     """plain(φ, namespace, *scores)."""
     scores: int = 1
+    orders: int = 4
+    """How many orders are compared: 1 for what is a derivative itself, else up to the third derivative."""
     third_by_autodiff: bool = True
     tolerance64: tuple[float, ...] = (1e-14, 1e-13, 1e-12, 1e-11)
     tolerance32: tuple[float, ...] = (2e-6, 1e-5, 1e-4, 1e-3)
@@ -160,9 +182,58 @@ FUNCTIONS = (
     ),
     Function("softmax", softmax, plain_softmax),
     Function("log_softmax", log_softmax, lambda phi, xp, z: _log(plain_softmax(phi, xp, z), xp)),
-    Function("log_normalizer", log_normalizer, lambda phi, xp, z: xp.log(xp.sum(phi.definition(z, xp)))),
+    Function("log_normalizer", log_normalizer, plain_log_normalizer),
 )
 """The one list of functions: tests, `verify` and the README's table iterate over it."""
+
+
+def _dense(f: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *z, **keywords: f(*z, **keywords).as_matrix()
+
+
+def _derivative(name: str, ours: Callable[..., Any], plain: Callable[..., Any], scores: int = 1) -> Function:
+    return Function(name, ours, plain, scores, orders=1, tolerance64=(1e-12,), tolerance32=(1e-4,))
+
+
+def _hessian_of(f: Callable[..., Any]) -> Callable[..., Any]:
+    """The plain Hessian, in the first of the arrays."""
+    return lambda phi, xp, z, *others: xp.hessian(lambda z: f(phi, xp, z, *others))(z)
+
+
+def plain_cross_entropy(phi: Phi, xp: Any, z: Any, q: Any) -> Any:
+    """−Σ q log p."""
+    return -xp.sum(q * _log(plain_softmax(phi, xp, z), xp))
+
+
+def plain_product(phi: Phi, xp: Any, z: Any, v: Any, w: Any) -> Any:
+    """Σ_jk ∂²p_i/∂z_j∂z_k v_j w_k."""
+    return xp.sum(_hessian_of(plain_softmax)(phi, xp, z) * (v[:, None] * w), (1, 2))
+
+
+DERIVATIVES = (
+    _derivative(
+        "softmax_jacobian",
+        _dense(derivatives.softmax_jacobian),
+        lambda phi, xp, z: xp.jacobian(lambda z: plain_softmax(phi, xp, z))(z),
+    ),
+    _derivative(
+        "log_normalizer_hessian", _dense(derivatives.log_normalizer_hessian), _hessian_of(plain_log_normalizer)
+    ),
+    _derivative(
+        "entropy_gradient",
+        derivatives.entropy_gradient,
+        lambda phi, xp, z: xp.jacobian(lambda z: plain_entropy(phi, xp, z))(z),
+    ),
+    _derivative("entropy_hessian", _dense(derivatives.entropy_hessian), _hessian_of(plain_entropy)),
+    _derivative(
+        "cross_entropy_hessian", _dense(derivatives.cross_entropy_hessian), _hessian_of(plain_cross_entropy), scores=2
+    ),
+    _derivative("softmax_second_derivative", derivatives.softmax_second_derivative, _hessian_of(plain_softmax)),
+    _derivative(
+        "softmax_second_derivative_product", derivatives.softmax_second_derivative_product, plain_product, scores=3
+    ),
+)
+"""The one list of closed-form derivatives, dense; their values are compared with the plain functions' derivatives."""
 
 
 # --- the two comparisons -------------------------------------------------------------------------------------
@@ -227,6 +298,8 @@ def against_autodiff(function: Function, phi: Phi) -> list[float]:
 
     with jax.enable_x64(dtype == np.float64):
         z, v = (jnp.asarray(scores(function, phi, seed), dtype) for seed in (0, 1))
+        if function.orders == 1:
+            return [error(jax.jit(ours)(z), jax.jit(plain)(z))]
         closed = jax.jit(functools.partial(orders, ours))(z, v)
         if function.third_by_autodiff:
             by_autodiff = jax.jit(functools.partial(orders, plain))(z, v)
@@ -238,7 +311,11 @@ def against_autodiff(function: Function, phi: Phi) -> list[float]:
 
 def _many_digits(function: Function, phi: Phi, z: np.ndarray, v: np.ndarray) -> list[Any]:
     xp = ManyDigits()
-    return xp.orders(lambda z: function.plain(phi, xp, *z), xp.array(z), xp.array(v))
+
+    def plain(z: Any) -> Any:
+        return function.plain(phi, xp, *z)
+
+    return [plain(xp.array(z))] if function.orders == 1 else xp.orders(plain, xp.array(z), xp.array(v))
 
 
 def against_digits(function: Function, phi: Phi) -> list[float]:
@@ -252,7 +329,7 @@ def against_digits(function: Function, phi: Phi) -> list[float]:
     def ours(z: Any) -> Any:
         return function.ours(*z, phi=phi)
 
-    computed = jax.jit(functools.partial(_orders, ours))(z, v)
+    computed = [jax.jit(ours)(z)] if function.orders == 1 else jax.jit(functools.partial(_orders, ours))(z, v)
     return [error(*pair) for pair in zip(computed, _many_digits(function, phi, z, v), strict=True)]
 
 
@@ -290,13 +367,16 @@ def cell(function: Function, phi: Phi) -> Cell:
     )
 
 
+EVERY = FUNCTIONS + DERIVATIVES
+
+
 def _cell_at(index: tuple[int, int]) -> Cell:
-    return cell(FUNCTIONS[index[0]], PHIS[index[1]])
+    return cell(EVERY[index[0]], PHIS[index[1]])
 
 
 def cells() -> Iterator[Cell]:
     """Every function × every φ, as they are done; on CPU by two processes, since tracing and mpmath are Python."""
-    indices = list(itertools.product(range(len(FUNCTIONS)), range(len(PHIS))))
+    indices = list(itertools.product(range(len(EVERY)), range(len(PHIS))))
     if jax.default_backend() != "cpu":
         yield from map(_cell_at, indices)
         return

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     about = environment()
     console.print(" · ".join(f"{name} {value}" for name, value in about.items()))
     started = time.perf_counter()
-    total = len(verify.FUNCTIONS) * len(verify.PHIS)
+    total = len(verify.EVERY) * len(verify.PHIS)
     cells = list(track(verify.cells(), "function × φ", total, console=console, transient=True))
     errata = [(erratum, *erratum.errors()) for erratum in verify.ERRATA]
     console.print(_table(cells), _errata_table(errata))
@@ -75,8 +75,12 @@ def _table(cells: list[verify.Cell]) -> Table:
     for cell in cells:
         if cell.function != previous:
             table.add_row(f"[bold]{cell.function}[/]")
-        errors = zip(cell.error64 + cell.error32, cell.tolerance64 + cell.tolerance32, strict=True)
-        marked = (f"{e:.0e}" if e <= tolerance else f"[bold red]{e:.0e}![/]" for e, tolerance in errors)
+        marked = []
+        for errors, tolerances in ((cell.error64, cell.tolerance64), (cell.error32, cell.tolerance32)):
+            of_side = [
+                f"{e:.0e}" if e <= t else f"[bold red]{e:.0e}![/]" for e, t in zip(errors, tolerances, strict=True)
+            ]
+            marked += of_side + [""] * (len(verify.ORDERS) - len(of_side))
         table.add_row(f"  {cell.phi}", *marked)
         previous = cell.function
     return table

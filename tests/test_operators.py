@@ -1,0 +1,148 @@
+"""DiagonalPlusLowRank against dense linear algebra, for every operator and φ: one list of each."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsoftmax as js
+from jsoftmax import verify
+
+OPERATORS = {
+    "softmax_jacobian": js.softmax_jacobian,
+    "log_normalizer_hessian": js.log_normalizer_hessian,
+    "entropy_hessian": js.entropy_hessian,
+    "cross_entropy_hessian": lambda z, **keywords: js.cross_entropy_hessian(z, jnp.cos(z), **keywords),
+}
+every_operator = pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
+
+
+def batch(phi, rows=3):
+    """Scores `[rows, classes]` in φ's domain."""
+    return jnp.stack([jnp.asarray(verify.scores(verify.FUNCTIONS[0], phi, seed)[0]) for seed in range(rows)])
+
+
+@pytest.mark.parametrize("phi", js.PHIS, ids=str)
+@every_operator
+def test_equals_dense(make, phi):
+    """Every method against the dense matrix in float64, damped so that D > 0; the operators are often indefinite."""
+    with jax.enable_x64(True):
+        z = batch(phi).astype(jnp.float64)
+        v, b = jnp.sin(1 + z), jnp.cos(2 * z)
+
+        @jax.jit
+        def results(z, v, b):
+            A = make(z, phi=phi)
+            damping = 0.1 - jnp.minimum(jnp.min(A.d, -1), 0)
+            solved, (sign, logabs) = A.solve(b, damping), A.slogdet(damping)
+            return (A.mv(v), A.transpose().mv(v), A.diagonal(), A.trace(), solved, sign, logabs), A.as_matrix(), damping
+
+        got, dense, damping = results(z, v, b)
+        assert dense.shape == (*z.shape, z.shape[-1])
+        damped = dense + damping[:, None, None] * np.eye(z.shape[-1])
+        sign, logabs = np.linalg.slogdet(damped)
+        want = (
+            np.einsum("nij,nj->ni", dense, v),
+            np.einsum("nij,ni->nj", dense, v),
+            np.einsum("nii->ni", dense),
+            np.einsum("nii->n", dense),
+            np.linalg.solve(damped, b[..., None])[..., 0],
+            sign,
+            logabs,
+        )
+        for a, w in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, w, rtol=1e-9, atol=1e-12 * np.max(np.abs(w)))
+
+
+def test_some_are_indefinite():
+    """What the solves above are tested on."""
+    eigenvalues = np.linalg.eigvalsh(js.entropy_hessian(batch(js.exp)).as_matrix())
+    assert np.any(eigenvalues > 1e-2)
+    assert np.any(eigenvalues < -1e-2)
+
+
+@every_operator
+def test_symmetric_where_it_says_so(make):
+    for phi in (js.exp, js.softplus):
+        A = make(batch(phi), phi=phi)
+        dense = np.asarray(A.as_matrix())
+        assert A.symmetric == np.allclose(dense, dense.swapaxes(-1, -2), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-2, 1.0])
+def test_solve_is_no_worse_than_dense(damping):
+    """float32, long rows, some almost one-hot: the error is a dense solve's, or κ ulp."""
+    rng = np.random.default_rng(0)
+    z = np.float32(rng.normal(0, 3, (4, 200)))
+    z[2:, 7] += 12
+    b = np.float32(rng.normal(size=z.shape))
+    for make in (js.softmax_jacobian, js.entropy_hessian):
+        A = make(z)
+        exact = np.float64(A.as_matrix()) + damping * np.eye(200)
+        D = np.float64(A.d) + damping
+        want = np.linalg.solve(exact, b[..., None])[..., 0]
+        error = np.linalg.norm(A.solve(b, damping) - want, axis=-1) / np.linalg.norm(want, axis=-1)
+        positive = np.all(D > 0, -1)
+        assert make is js.entropy_hessian or np.all(positive)
+        bound = 1.2e-7 * np.linalg.cond(exact)
+        assert np.all(error[positive] <= 4 * bound[positive])
+
+
+def test_a_zero_of_the_damped_diagonal_is_nan_in_its_row():
+    z = jnp.array([[0.0, 1.0, -jnp.inf], [0.0, 1.0, 2.0]])
+    A = js.softmax_jacobian(z)
+    for result in (A.solve(jnp.ones(3)), *A.slogdet()):
+        assert np.all(np.isnan(result[0]))
+    assert np.all(np.isfinite(A.solve(jnp.ones(3), jnp.array([0.1, 0.2]))))
+
+
+@pytest.mark.parametrize("keep", [[True] * 5, [True, False, True, True, False]])
+def test_pseudo_inverse(keep):
+    z = jnp.array([0.3, -1.0, 2.0, 0.0, -0.7])
+    with jax.enable_x64(True):
+        J = js.softmax_jacobian(z.astype(jnp.float64), jnp.array(keep))
+        inverse = jax.vmap(J.pinv_mv)(jnp.eye(5))
+        np.testing.assert_allclose(inverse, np.linalg.pinv(J.as_matrix(), rtol=1e-10), rtol=1e-9, atol=1e-12)
+
+
+def test_lives_inside_transformations():
+    """A pytree in jit, vmap, scan and grad: the same values, no retrace for new scores."""
+    z, v = batch(js.exp), jnp.array([1.0, 2.0, -1.0, 0.5])
+    A = js.entropy_hessian(z)
+    want = A.mv(v)
+    np.testing.assert_allclose(jax.vmap(lambda A: A.mv(v))(A), want, rtol=1e-6)
+    scanned = jax.lax.scan(lambda carry, A: (carry, A.mv(v)), 0.0, A)[1]
+    np.testing.assert_allclose(scanned, want, rtol=1e-6)
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def solve(A):
+        return A.solve(v, 3.0)
+
+    for shift in (0.0, 1.0):
+        solve(js.entropy_hessian(z + shift * v * z))
+
+    def through(z):
+        return jnp.sum(js.softmax_jacobian(z).solve(v, 0.5) ** 2)
+
+    def dense(z):
+        return jnp.sum(jnp.linalg.solve(jax.jacobian(jax.nn.softmax)(z) + 0.5 * jnp.eye(4), v) ** 2)
+
+    for transform in (jax.grad, jax.hessian):
+        np.testing.assert_allclose(transform(through)(z[0]), transform(dense)(z[0]), rtol=2e-4, atol=1e-5)
+    assert repr(A) == "DiagonalPlusLowRank(shape=(3, 4, 4), rank=2)"
+
+
+def test_lineax():
+    import lineax  # noqa: PLC0415
+
+    A = js.softmax_jacobian(jnp.array([0.0, 1.0, 2.0]))
+    operator = A.to_lineax()
+    np.testing.assert_allclose(operator.as_matrix(), A.as_matrix(), rtol=1e-6, atol=1e-8)
+    assert lineax.is_symmetric(operator)
+    assert not lineax.is_symmetric(js.softmax_jacobian(jnp.array([0.0, 1.0]), phi=js.softplus).to_lineax())
+    damped = operator + lineax.IdentityLinearOperator(operator.in_structure())
+    solution = lineax.linear_solve(damped, jnp.arange(3.0), lineax.AutoLinearSolver(well_posed=True))
+    np.testing.assert_allclose(solution.value, A.solve(jnp.arange(3.0), 1.0), rtol=1e-5)
