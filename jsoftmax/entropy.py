@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from jsoftmax import maps
 from jsoftmax._arguments import Axis
-from jsoftmax.maps import normalize
+from jsoftmax.maps import class_sum, normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
 
 
@@ -23,11 +23,15 @@ def centred_log_p(x: Array, axis: tuple[int, ...]) -> tuple[Array, Array]:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _centred_log_p(x: Array, axis: tuple[int, ...]) -> tuple[Array, Array]:
     """c = u + Σ p (−u) and H = log1p(rest) + Σ p (−u)  (MATH 4.3)."""
-    u, e, rest, _ = maps.centre(x, axis)
-    u = jnp.where(e == 0, 0, u)  # 0 · log 0 = 0, its derivatives too
+    u, e, rest, peak = maps.centre(x, axis)
     rest = jnp.where(rest == -1, 0, rest)  # an empty row has H = 0
-    spread = maps.careful_sum(e * -u, axis) / (1 + rest)
-    return jnp.where(e == 0, 0, u + spread), jnp.log1p(rest) + spread
+    spread = maps.careful_sum(_gap, x, peak, axis) / (1 + rest)
+    return jnp.where(e == 0, 0, jnp.where(e == 0, 0, u) + spread), jnp.log1p(rest) + spread
+
+
+def _gap(u: Array) -> Array:
+    """e^u (−u), and 0 · log 0 = 0, its derivatives too."""
+    return jnp.exp(u) * -jnp.maximum(u, jnp.finfo(u.dtype).min)
 
 
 @_centred_log_p.defjvp
@@ -36,15 +40,15 @@ def _centred_log_p_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tu
     (x,), (x_dot,) = primals, tangents
     c, H = centred_log_p(x, axis)
     p = normalize(x, axis).p
-    H_dot = -jnp.sum(p * c * x_dot, axis, keepdims=True)
-    return (c, H), (x_dot - jnp.sum(p * x_dot, axis, keepdims=True) + H_dot, H_dot)
+    H_dot = -class_sum(p * c * x_dot, axis)
+    return (c, H), (x_dot - class_sum(p * x_dot, axis) + H_dot, H_dot)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _varentropy(x: Array, axis: tuple[int, ...]) -> Array:
     """V = Σ p c²  (MATH 6.1)."""
     c, _ = centred_log_p(x, axis)
-    return jnp.sum(normalize(x, axis).p * c**2, axis, keepdims=True)
+    return class_sum(normalize(x, axis).p * c**2, axis)
 
 
 @_varentropy.defjvp
@@ -52,7 +56,7 @@ def _varentropy_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple
     """V̇ = Σ p (c² + 2c − V) ẋ  (MATH 6.2)."""
     (x,), (x_dot,) = primals, tangents
     (c, _), p, V = centred_log_p(x, axis), normalize(x, axis).p, _varentropy(x, axis)
-    return V, jnp.sum(p * (c**2 + 2 * c - V) * x_dot, axis, keepdims=True)
+    return V, class_sum(p * (c**2 + 2 * c - V) * x_dot, axis)
 
 
 def _log_ratio(log_p: Array, log_q: Array) -> tuple[Array, Array]:
@@ -73,7 +77,7 @@ def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...]) -> Array:
     r, both = _log_ratio(log_p, log_q)
     near = both & (jnp.abs(r) < 1)
     terms = jnp.where(near, p * _excess(jnp.where(near, r, 0)), p * r - p + q)
-    D = jnp.sum(terms, axis, keepdims=True)
+    D = class_sum(terms, axis)
     impossible = jnp.any(jnp.isneginf(log_q) & (log_p > -jnp.inf), axis, keepdims=True)
     return jnp.where(jnp.isnan(D), D, jnp.where(jnp.isneginf(L_p), 0, jnp.where(impossible, jnp.inf, D)))
 
@@ -85,8 +89,8 @@ def _kl_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, 
     (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis), normalize(x_q, axis)
     r, _ = _log_ratio(log_p, log_q)
     by_q = jnp.where(jnp.isneginf(x_q) | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q - p)
-    rate = p * (r - jnp.sum(p * r, axis, keepdims=True)) * x_p_dot + by_q * x_q_dot
-    return _kl(x_p, x_q, axis), jnp.sum(rate, axis, keepdims=True)
+    rate = p * (r - class_sum(p * r, axis)) * x_p_dot + by_q * x_q_dot
+    return _kl(x_p, x_q, axis), class_sum(rate, axis)
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "order"))
@@ -110,11 +114,11 @@ def _expansion(  # noqa: PLR0917  (as `maps.Arguments` has them)
     out = jnp.isneginf(x)
     z, dz = jnp.where(out, 0, z), jnp.where(out, 0, dz)
     y = slope(phi, z) * dz
-    centred = y - jnp.sum(p * y, axis, keepdims=True)
+    centred = y - class_sum(p * y, axis)
     change = p * c * centred
     if order == 2:
         change = change + p * ((1 + c) * centred**2 + c * curvature(phi, z) * dz**2) / 2
-    return H - jnp.sum(change, axis, keepdims=True)
+    return H - class_sum(change, axis)
 
 
 def _entropy(x: Array, axis: tuple[int, ...]) -> Array:

@@ -14,7 +14,7 @@ from jsoftmax import _arguments
 from jsoftmax._arguments import Axis
 from jsoftmax.phi import Phi, exp, log_phi
 
-_BLOCK = 64
+_SHORT_BLOCK = 64
 
 
 class Normalized(NamedTuple):
@@ -44,56 +44,84 @@ def centre(x: Array, axis: tuple[int, ...]) -> Centred:
     Ones are counted apart from what is smaller than one, so no small term is lost beside a 1. That takes a second sum,
     which is slow on CPU over many classes; so a long axis is cut into blocks, and only the block that holds the
     maximum, and what the blocks leave over, are summed with that care. The barriers keep XLA from fusing that block's
-    gather and sums into the pass over all classes, which it would then not vectorise (benchmarks/family.py times it).
+    gather and sums into the pass over all classes, which it would then not vectorise. Where e^u would not stay in a
+    cache it is computed twice rather than written and read (benchmarks/NOTES.md).
     Right under plain autodiff too: the maximum carries no derivative, and counting has none.
     """
-    blocks = _blocks(x, axis)
-    if not blocks:
-        u = x - (peak := _peak(jnp.max(lax.stop_gradient(x), axis, keepdims=True, initial=-jnp.inf)))
-        e = jnp.exp(u)
+    length = _block_length(x, axis)
+    if not length:
+        peak = _peak(_class_max(lax.stop_gradient(x), axis))
+        e = jnp.exp(x - peak)
         ones = jnp.floor(e)
-        small = jnp.sum(e - ones, axis, keepdims=True)
-        rest = small + (jnp.sum(ones, axis, keepdims=True) - 1)
-        return Centred(u, e, rest, peak)
-    cut, tail = _cut(x, blocks)
+        rest = class_sum(e - ones, axis) + (class_sum(ones, axis) - 1)
+        u = x - lax.optimization_barrier(peak)
+        return Centred(u, jnp.exp(u), rest, peak)
+    cut, tail = _cut(x, length)
+    blocks = cut.shape[-2]
     block_peak = lax.optimization_barrier(jnp.max(lax.stop_gradient(cut), -1))
     tail_peak = jnp.max(lax.stop_gradient(tail), -1, keepdims=True, initial=-jnp.inf)
     peak = _peak(jnp.maximum(jnp.max(block_peak, -1, keepdims=True), tail_peak))
     e_cut, e_tail = jnp.exp(cut - peak[..., None]), jnp.exp(tail - peak)
     block_sum = lax.optimization_barrier(jnp.sum(e_cut, -1))
-    total = jnp.sum(jnp.concatenate([block_sum, e_tail], -1), -1, keepdims=True)
-    best = jnp.argmax(block_peak, -1, keepdims=True)
+    total = _pairwise_sum(jnp.concatenate([block_sum, e_tail], -1))
+    # the block of the maximum; any, where the tail has it
+    best = jnp.min(jnp.where(block_peak == peak, jnp.arange(blocks), blocks - 1), -1, keepdims=True)
     others = jnp.where(jnp.arange(blocks) == best, 0, block_sum)
     block = jnp.take_along_axis(cut, best[..., None], -2)[..., 0, :]
     e = jnp.exp(jnp.concatenate([block, tail], -1) - peak)
     small = _pairwise_sum(lax.optimization_barrier(jnp.concatenate([e - jnp.floor(e), others], -1)))
     ones = jnp.round(total - small)  # an integer of at least 1: exact until an error of 1 is below rounding
-    # from the same exponentials as the sums, so that one pass serves both
-    e_all = jnp.concatenate([e_cut.reshape(*x.shape[:-1], blocks * _BLOCK), e_tail], -1)
-    return Centred(x - peak, e_all, small + (ones - 1), peak)
+    u = x - peak
+    shared = jnp.concatenate([e_cut.reshape(*x.shape[:-1], -1), e_tail], -1)
+    return Centred(u, shared if length == _SHORT_BLOCK else jnp.exp(u), small + (ones - 1), peak)
 
 
-def careful_sum(a: Array, axis: tuple[int, ...]) -> Array:
-    """Σ a, over a long axis by blocks and halves."""
-    blocks = _blocks(a, axis)
-    if not blocks:
-        return jnp.sum(a, axis, keepdims=True)
-    cut, tail = _cut(a, blocks)
-    quarter = _BLOCK // 4
-    fewer = (cut[..., :quarter] + cut[..., quarter : 2 * quarter]) + (
-        cut[..., 2 * quarter : 3 * quarter] + cut[..., 3 * quarter :]
-    )
-    return _pairwise_sum(jnp.concatenate([jnp.sum(fewer, -1), tail], -1))
+def careful_sum(f: Callable[[Array], Array], x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
+    """Σ f(x − peak), over a long axis by blocks and halves."""
+    length = _block_length(x, axis)
+    if not length:
+        return class_sum(f(x - peak), axis)
+    cut, tail = _cut(x, length)
+    peak = lax.optimization_barrier(peak)  # else XLA writes the e^u that `centre` computes too, for both to read
+    block_sum = lax.optimization_barrier(jnp.sum(f(cut - peak[..., None]), -1))
+    return _pairwise_sum(jnp.concatenate([block_sum, f(tail - peak)], -1))
 
 
-def _blocks(x: Array, axis: tuple[int, ...]) -> int:
-    """How many blocks a long last axis is cut into; 0 for a short one or another."""
-    return x.shape[-1] // _BLOCK if x.ndim and axis == (x.ndim - 1,) and x.shape[-1] > 4 * _BLOCK else 0
+def class_sum(a: Array, axis: tuple[int, ...]) -> Array:
+    """Σ over the classes, whose axes keep length 1."""
+    return _unrolled(jnp.add, a, axis) if _is_short_and_not_last(a, axis) else jnp.sum(a, axis, keepdims=True)
 
 
-def _cut(x: Array, blocks: int) -> tuple[Array, Array]:
-    split = blocks * _BLOCK
-    return x[..., :split].reshape(*x.shape[:-1], blocks, _BLOCK), x[..., split:]
+def _class_max(a: Array, axis: tuple[int, ...]) -> Array:
+    if _is_short_and_not_last(a, axis):
+        return _unrolled(jnp.maximum, a, axis)
+    return jnp.max(a, axis, keepdims=True, initial=-jnp.inf)
+
+
+def _is_short_and_not_last(a: Array, axis: tuple[int, ...]) -> bool:
+    """Where XLA on CPU reduces slowly, and faster by slices (benchmarks/NOTES.md)."""
+    return len(axis) == 1 and axis[0] < a.ndim - 1 and 0 < a.shape[axis[0]] <= 16
+
+
+def _unrolled(op: Callable[[Array, Array], Array], a: Array, axis: tuple[int, ...]) -> Array:
+    parts = [lax.slice_in_dim(a, i, i + 1, axis=axis[0]) for i in range(a.shape[axis[0]])]
+    while len(parts) > 1:
+        half = len(parts) // 2
+        parts = [*map(op, parts[:half], parts[half : 2 * half]), *parts[2 * half :]]
+    return parts[0]
+
+
+def _block_length(x: Array, axis: tuple[int, ...]) -> int:
+    """How many classes a block of a long last axis has; 0 for a short axis or another."""
+    if not x.ndim or axis != (x.ndim - 1,) or x.shape[-1] <= 256:
+        return 0
+    return _SHORT_BLOCK if x.shape[-1] < 4096 else 256
+
+
+def _cut(x: Array, length: int) -> tuple[Array, Array]:
+    """The last axis as blocks, and the tail that they leave over."""
+    split = x.shape[-1] - x.shape[-1] % length
+    return x[..., :split].reshape(*x.shape[:-1], -1, length), x[..., split:]
 
 
 def _pairwise_sum(a: Array) -> Array:
@@ -136,7 +164,7 @@ def _normalize_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[
     """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ  (MATH 1.2 to 1.4)."""
     (x,), (x_dot,) = primals, tangents
     out = normalize(x, axis)
-    mean = jnp.sum(out.p * x_dot, axis, keepdims=True)
+    mean = class_sum(out.p * x_dot, axis)
     centred = x_dot - mean
     return out, Normalized(_where_not(jnp.isneginf(x), centred), out.p * centred, mean)
 
