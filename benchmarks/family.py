@@ -1,27 +1,32 @@
-"""Value and vjp of softmax, log_softmax and log_normalizer beside jax.nn: one process, calls interleaved."""
+"""The family beside its peers: one list of cases; what is installed of distrax and torch is measured too."""
 
+import functools
 import json
 import pathlib
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-import jsoftmax
+import jsoftmax as js
+from benchmarks import measure
 
-FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "softmax": (jsoftmax.softmax, jax.nn.softmax),
-    "log_softmax": (jsoftmax.log_softmax, jax.nn.log_softmax),
-    "log_normalizer": (jsoftmax.log_normalizer, lambda z: jax.nn.logsumexp(z, -1)),
-}
-SHAPES = ((1024, 1024), (256, 32768), (1_000_000, 8))
+F = Callable[..., Any]
 
 
-def vjp(f: Callable[..., Any]) -> Callable[..., Any]:
+class Case(NamedTuple):
+    """One row: ours and its peers, on the same arguments."""
+
+    group: str
+    name: str
+    shape: tuple[int, ...]
+    candidates: dict[str, F]
+    arguments: tuple[Any, ...]
+    dtype: str = "float32"
+
+
+def vjp(f: F) -> F:
     def value_and_vjp(z: jax.Array, g: jax.Array) -> Any:
         value, pull = jax.vjp(f, z)
         return value, pull(g)
@@ -29,53 +34,121 @@ def vjp(f: Callable[..., Any]) -> Callable[..., Any]:
     return value_and_vjp
 
 
-def interleaved(ours: Callable[..., Any], peer: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, float]:
-    """Medians in ms over interleaved calls, and the ratio's median with its quartiles."""
-    ours, peer = jax.jit(ours), jax.jit(peer)
-    times: tuple[list[float], list[float]] = ([], [])
-    started = time.perf_counter()
-    while len(times[0]) < 15 or (time.perf_counter() - started < 2 and len(times[0]) < 200):
-        for f, taken in zip((ours, peer), times, strict=True):
-            if not taken:
-                jax.block_until_ready(f(*arguments))
-            start = time.perf_counter()
-            jax.block_until_ready(f(*arguments))
-            taken.append(1e3 * (time.perf_counter() - start))
-    ratios = [a / b for a, b in zip(*times, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return {
-        "ours_ms": statistics.median(times[0]),
-        "peer_ms": statistics.median(times[1]),
-        "ratio": statistics.median(ratios),
-        "ratio_low": low,
-        "ratio_high": high,
-        "calls": len(ratios),
+def hvp(f: F) -> F:
+    def product(z: jax.Array, g: jax.Array, v: jax.Array) -> Any:
+        return jax.jvp(lambda z: jax.vjp(f, z)[1](g)[0], (z,), (v,))[1]
+
+    return product
+
+
+def total(f: F) -> F:
+    return lambda z: jnp.sum(f(z))
+
+
+def plain_entropy(z: jax.Array) -> jax.Array:
+    """−Σ p log p, as it is usually written."""
+    return -jnp.sum(jax.nn.softmax(z) * jax.nn.log_softmax(z), -1)
+
+
+def distrax_entropy() -> F | None:
+    try:
+        import distrax  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (a peer)
+    except ImportError:
+        return None
+    return lambda z: distrax.Categorical(logits=z).entropy()
+
+
+def normal(seed: int, shape: tuple[int, ...], dtype: str = "float32") -> jax.Array:
+    return (3 * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
+
+
+MAPS: dict[str, tuple[F, F]] = {
+    "softmax": (js.softmax, jax.nn.softmax),
+    "log_softmax": (js.log_softmax, jax.nn.log_softmax),
+    "log_normalizer": (js.log_normalizer, lambda z, axis=-1: jax.nn.logsumexp(z, axis)),
+}
+
+
+def map_cases() -> list[Case]:
+    cases = []
+    for shape in ((1024, 1024), (256, 32768), (1_000_000, 8)):
+        for name, (ours, peer) in MAPS.items():
+            z, v = normal(0, shape), normal(2, shape)
+            g = normal(1, jax.eval_shape(ours, z).shape)
+            forms = ((name, lambda f: f, (z,)), (f"{name}, vjp", vjp, (z, g)), (f"{name}, HVP", hvp, (z, g, v)))
+            for label, form, arguments in forms:
+                cases.append(Case("maps", label, shape, {"ours": form(ours), "jax.nn": form(peer)}, arguments))
+    z = normal(0, (1024, 1024))
+    for name, (ours, peer) in MAPS.items():
+        candidates = {"ours": jax.vmap(ours), "jax.nn": jax.vmap(peer)}
+        cases.append(Case("maps", f"{name}, vmapped rows", z.shape, candidates, (z,)))
+    for name, (ours, peer) in MAPS.items():
+        first = {"ours": functools.partial(ours, axis=0), "jax.nn": functools.partial(peer, axis=0)}
+        cases.append(Case("maps", f"{name}, axis=0", (8, 1_000_000), first, (normal(0, (8, 1_000_000)),)))
+        narrow = normal(0, (64, 131072), "bfloat16")
+        cases.append(Case("maps", name, narrow.shape, {"ours": ours, "jax.nn": peer}, (narrow,), "bfloat16"))
+    return cases
+
+
+def entropy_cases() -> list[Case]:
+    candidates = {"ours": js.entropy, "jax.nn": plain_entropy}
+    if peer := distrax_entropy():
+        candidates["distrax"] = peer
+    cases = []
+    for shape in ((1024, 1024), (256, 32768)):
+        z = normal(0, shape)
+        cases.append(Case("entropy", "entropy", shape, candidates, (z,)))
+        both = {name: jax.value_and_grad(total(f)) for name, f in candidates.items()}
+        cases.append(Case("entropy", "entropy, value and gradient", shape, both, (z,)))
+    shape = (64, 32768)
+    products = {name: hvp(f) for name, f in candidates.items() if name != "distrax"}
+    arguments = (normal(0, shape), jnp.ones(64), normal(1, shape))
+    cases.append(Case("entropy", "entropy, HVP", shape, products, arguments))
+    return cases
+
+
+def dense_cases() -> list[Case]:
+    z, small = normal(0, (1024,)), normal(0, (64,))
+    hessian = {
+        "ours": lambda z: js.entropy_hessian(z).as_matrix(),
+        "jax.hessian": jax.hessian(plain_entropy),
+        "writing": lambda z: jnp.broadcast_to(z, (1024, 1024)) + 1,
     }
+    tensor = {
+        "ours": js.softmax_second_derivative,
+        "jax.hessian": jax.hessian(jax.nn.softmax),
+        "writing": lambda z: jnp.broadcast_to(z, (64, 64, 64)) + 1,
+    }
+    return [
+        Case("dense", "entropy Hessian", z.shape, hessian, (z,)),
+        Case("dense", "softmax second derivatives", small.shape, tensor, (small,)),
+    ]
+
+
+def limit_cases() -> list[Case]:
+    """What the machine can do at all: `ours` is the plain operation here."""
+    cases = []
+    for shape in ((1024, 1024), (256, 32768), (1_000_000, 8)):
+        z = normal(0, shape)
+        candidates: dict[str, F] = {
+            "ours": lambda z: z + 1,
+            "exp": jnp.exp,
+            "sum": lambda z: jnp.sum(z, -1),
+            "sum of exp": lambda z: jnp.sum(jnp.exp(z), -1),
+        }
+        cases.append(Case("limits", "copy", shape, candidates, (z,)))
+    return cases
 
 
 def run(output: pathlib.Path) -> None:
     rows = []
-    print("ours / jax.nn: median of the ratio [quartiles], medians in ms")
-    for shape in SHAPES:
-        z = 3 * jax.random.normal(jax.random.key(0), shape)
-        for name, (ours, peer) in FUNCTIONS.items():
-            g = jax.random.normal(jax.random.key(1), ours(z).shape)
-            for what, a, b, arguments in (("value", ours, peer, (z,)), ("vjp", vjp(ours), vjp(peer), (z, g))):
-                row = {"function": name, "what": what, "shape": shape, **interleaved(a, b, arguments)}
-                rows.append(row)
-                print(
-                    f"{shape!s:16} {name:15} {what:6} {row['ratio']:.2f} [{row['ratio_low']:.2f}, "
-                    f"{row['ratio_high']:.2f}]  {row['ours_ms']:.2f} / {row['peer_ms']:.2f}"
-                )
-    device = jax.devices()[0]
-    about = {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "processor": platform.machine(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jsoftmax": jsoftmax.__version__,
-        "dtype": str(jnp.float32.dtype),
-    }
-    output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    for case in (*map_cases(), *entropy_cases(), *dense_cases(), *limit_cases()):
+        result = measure.interleaved(case.candidates, case.arguments)
+        rows.append({"group": case.group, "name": case.name, "shape": case.shape, "dtype": case.dtype, **result})
+        against = "  ".join(
+            f"{peer} {middle:.2f} [{low:.2f}, {high:.2f}]" for peer, (low, middle, high) in result["ratio"].items()
+        )
+        print(f"{case.name:32} {case.shape!s:16} {result['ms']['ours']:8.3f} ms  ours / {against}", flush=True)
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(json.dumps({**measure.about(), "rows": rows}, indent=1) + "\n")
     print(f"written to {output}")

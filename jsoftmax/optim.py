@@ -79,7 +79,12 @@ def gauss_newton(
 
 
 def _by_cg(  # noqa: PLR0917
-    function: str, operator: Callable[..., DiagonalPlusLowRank], scores: Any, damping: Any, phi: Any, iterations: int
+    function: str,
+    operator: Callable[..., DiagonalPlusLowRank],
+    scores: Callable[[Any, Any], jax.Array],
+    damping: Any,
+    phi: Any,
+    iterations: int,
 ) -> Any:
     """−(Jᵀ B J / N + damping · I)⁻¹ gradient as an optax transformation; `operator` gets z and the extra arguments."""
     import optax  # noqa: PLC0415  (an extra)
@@ -96,16 +101,23 @@ def _by_cg(  # noqa: PLR0917
             "changes nothing): take e.g. 1e-3."
         )
 
-    def update(gradient: Any, state: Any, parameters: Any = None, *, inputs: Any, **given: Any) -> Any:
-        product = gauss_newton(lambda p: scores(p, inputs), parameters, lambda z: operator(z, **given))
+    def update(updates: Any, state: Any, params: Any = None, **given: Any) -> Any:
+        if params is None or "inputs" not in given:
+            missing = "parameters" if params is None else "inputs"
+            raise TypeError(
+                f"{function}: update needs the parameters and inputs=…; got no {missing}. "
+                "Write optimizer.update(gradient, state, parameters, inputs=inputs, …)."
+            )
+        inputs = given.pop("inputs")
+        product = gauss_newton(lambda p: scores(p, inputs), params, lambda z: operator(z, **given))
 
         def damped(v: Any) -> Any:
             return jax.tree.map(lambda a, b: a + damping * b, product(v), v)
 
-        step, _ = cg(damped, gradient, tol=1e-6, maxiter=iterations)
+        step, _ = cg(damped, updates, tol=1e-6, maxiter=iterations)
         return jax.tree.map(jnp.negative, step), state
 
-    return optax.GradientTransformationExtraArgs(lambda parameters: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def newton_cg(scores: Callable[[Any, Any], jax.Array], damping: float, *, phi: Phi = exp, iterations: int = 50) -> Any:

@@ -117,19 +117,25 @@ def test_newton_with_a_line_search_converges_in_a_few_steps():
             )
             return optax.apply_updates(W, updates), state, jnp.linalg.norm(gradient)
 
-        for _ in range(10):
+        for _ in range(4):
             W, state, norm = step(W, state)
-        assert norm < 1e-9
+        assert norm < 1e-6
 
 
 WRONG = [
     (lambda f: f(3, damping=1.0), TypeError, "scores must be a function", "int"),
     (lambda f: f(network, damping=0), ValueError, "damping must be > 0", "got 0"),
+    (
+        lambda f: f(network, damping=1.0).update(0.0, (), 0.0),
+        TypeError,
+        "update needs the parameters and inputs",
+        "got no inputs",
+    ),
     (lambda f: f(network, damping=1.0, phi=jnp.exp), TypeError, "phi must be a φ", "from_callable"),
 ]
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=["scores", "damping", "phi"])
+@pytest.mark.parametrize("wrong", WRONG, ids=["scores", "damping", "inputs", "phi"])
 @pytest.mark.parametrize("f", [optim.newton_cg, optim.natural_gradient], ids=lambda f: f.__name__)
 def test_wrong_calls(f, wrong):
     call, error, *says = wrong

@@ -1,0 +1,80 @@
+"""The README's table and picture of timings, made from the JSON files of `benchmarks/results`."""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+README = pathlib.Path(__file__).parent.parent / "README.md"
+PICTURE = RESULTS / "family.png"
+BETWEEN = re.compile(r"(<!-- timings -->\n).*?(<!-- /timings -->)", re.S)
+
+
+def load() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("family*.json"))]
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """One line a case, one column a run: ours in ms and its ratio to each peer, median [quartiles]."""
+    titles = [f"jax {run['jax']}, {run['processor']}, {run['cores']} cores" for run in runs]
+    lines = ["| | scores | " + " | ".join(titles) + " |", "|---|---|" + "---|" * len(runs)]
+    cases = [(row["group"], row["name"], row["shape"], row["dtype"]) for row in runs[0]["rows"]]
+    for case in cases:
+        if case[0] == "limits":
+            continue
+        shape = " × ".join(f"{n:,}" for n in case[2]) + (" bf16" if case[3] == "bfloat16" else "")
+        lines.append(f"| {case[1]} | {shape} | " + " | ".join(_cell(run, case) for run in runs) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(run: dict[str, Any], case: tuple[Any, ...]) -> str:
+    for row in run["rows"]:
+        if (row["group"], row["name"], row["shape"], row["dtype"]) == case:
+            ratios = (
+                f"{peer} {middle:.2f} [{low:.2f}, {high:.2f}]" for peer, (low, middle, high) in row["ratio"].items()
+            )
+            return f"{row['ms']['ours']:.2f} ms; / {', / '.join(ratios)}"
+    return ""
+
+
+def picture(runs: list[dict[str, Any]]) -> None:
+    """Ratios as dots with their quartiles, on a log axis; left of 1 ours is faster."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (an extra)
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    rows = [row for row in runs[0]["rows"] if row["group"] != "limits"]
+    names = [f"{row['name']}  {'×'.join(map(str, row['shape']))}" for row in rows]
+    names = [name + (" bf16" if row["dtype"] == "bfloat16" else "") for name, row in zip(names, rows, strict=True)]
+    figure = Figure(figsize=(10, 0.26 * len(rows) + 1.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours = {"jax.nn": "C0", "distrax": "C1", "jax.hessian": "C2", "writing": "0.5"}
+    for run, marker in zip(runs, "os^D", strict=False):
+        for i, row in enumerate(row for row in run["rows"] if row["group"] != "limits"):
+            for peer, (low, middle, high) in row["ratio"].items():
+                colour = colours.get(peer, "C3")
+                axes.plot([low, high], [i, i], color=colour, linewidth=2, alpha=0.5)
+                axes.plot(middle, i, marker, color=colour, markersize=5)
+    axes.axvline(1, color="0.3", linewidth=1)
+    axes.set_xscale("log")
+    ticks = [0.1, 0.2, 0.5, 1, 2, 5]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(visible=True, axis="x", alpha=0.3)
+    axes.set_xlabel("time of jsoftmax / time of the peer (median, quartiles); left of 1 jsoftmax is faster")
+    for peer, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=peer)
+    for run, marker in zip(runs, "os^D", strict=False):
+        axes.plot([], [], marker, color="0.2", label=f"jax {run['jax']}", fillstyle="none")
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(PICTURE, dpi=110)
+
+
+def render() -> None:
+    runs = load()
+    text = README.read_text()
+    README.write_text(BETWEEN.sub(lambda found: found[1] + table(runs) + found[2], text))
+    picture(runs)
+    print(f"written: the table in {README}, {PICTURE}")
