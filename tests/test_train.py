@@ -50,10 +50,14 @@ def test_every_phi_has_finite_gradients_far_out():
 def test_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "PHIS", (js.exp, js.taylor(2)))
     assert cli.main(["train", "--seeds", "2", "--plot", str(tmp_path / "curves.png"), "--markdown"]) == 0
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(table) == 2 + 2 * 2
-    for line in table[2:]:
-        assert 90 < float(line.split("|")[3].split("±")[0]) < 100
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == (2 + 2 * 2) + (2 + 3)
+    for row in rows[2:6]:
+        assert 90 < float(row[2].split("±")[0]) < 100
+    iterations = [int(row[1]) for row in rows[8:]]
+    assert "Newton" in rows[8][0]
+    assert iterations[0] < min(iterations[1:])
+    assert np.ptp([float(row[3]) for row in rows[8:]]) < 1e-4
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert cli.main(["train", "--seeds", "1"]) == 2
 
