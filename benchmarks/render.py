@@ -60,7 +60,9 @@ def picture(runs: list[dict[str, Any]]) -> None:
     axes.set_xscale("log")
     ticks = [0.1, 0.2, 0.5, 1, 2, 5]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
     axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.grid(visible=True, axis="x", alpha=0.3)
     axes.set_xlabel("time of jsoftmax / time of the peer (median, quartiles); left of 1 jsoftmax is faster")
