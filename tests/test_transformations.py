@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jsoftmax
 from jsoftmax import verify
-from jsoftmax.verify import FUNCTIONS, PHIS
+from jsoftmax.verify import DERIVATIVES, FUNCTIONS, PHIS
 
 
 def weighted(value):
@@ -84,8 +85,11 @@ def plain(function, phi, z, v):
     return results
 
 
-@pytest.mark.parametrize("phi", PHIS, ids=str)
-@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+EVERY = [(f, phi) for f in FUNCTIONS for phi in PHIS]
+EVERY += [(f, phi) for f in DERIVATIVES for phi in (jsoftmax.exp, jsoftmax.spherical(0.1))]
+
+
+@pytest.mark.parametrize(("function", "phi"), EVERY, ids=str)
 def test_survives(function, phi):
     phi = verify.rounded(phi)
     z, v = (np.stack([verify.scores(function, phi, seed + i)[:, :3] for i in (0, 1)]) for seed in (3, 5))
