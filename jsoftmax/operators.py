@@ -126,8 +126,8 @@ class DiagonalPlusLowRank:
         """
         if not self.covariance:
             raise ValueError(
-                "pinv_mv: the operator must be diag(p) − p pᵀ, the softmax Jacobian with phi=exp; got another. "
-                "Use solve(b, damping) with a small damping instead."
+                "DiagonalPlusLowRank.pinv_mv: the operator must be diag(p) − p pᵀ, the softmax Jacobian with phi=exp; "
+                "got another. Use solve(b, damping) with a small damping instead."
             )
         v = _vector("pinv_mv", "v", v, self.d)
         kept = self.d != 0
@@ -146,20 +146,30 @@ class DiagonalPlusLowRank:
         """
         if jnp.ndim(self.d) != 1:
             raise ValueError(
-                f"to_lineax: the operator must be one matrix; got a batch of shape {jnp.shape(self.d)[:-1]}. "
-                "Map over the batch: jax.vmap(lambda A: ... A.to_lineax() ...)(operator)."
+                "DiagonalPlusLowRank.to_lineax: the operator must be one matrix; got a batch of shape "
+                f"{jnp.shape(self.d)[:-1]}. Map over the batch: jax.vmap(lambda A: ... A.to_lineax() ...)(operator)."
             )
         try:
             import lineax  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (optional)
         except ModuleNotFoundError:
-            raise ModuleNotFoundError("to_lineax: the package 'lineax' is missing. pip install lineax.") from None
+            raise ModuleNotFoundError(
+                "DiagonalPlusLowRank.to_lineax: the package 'lineax' is missing. pip install lineax."
+            ) from None
         low_rank = lineax.MatrixLinearOperator(self.left) @ lineax.MatrixLinearOperator(self.right.T)
         operator = lineax.DiagonalLinearOperator(self.d) + low_rank
         return lineax.TaggedLinearOperator(operator, lineax.symmetric_tag) if self.symmetric else operator
 
     def _damped(self, method: str, damping: ArrayLike) -> tuple[Array, Array]:
         """D = diag(d) + damping, and the capacitance I + Vᵀ D⁻¹ U; a zero of D is left to the caller."""
-        damping = jnp.asarray(_arguments.as_scores(f"DiagonalPlusLowRank.{method}", "damping", damping), self.d.dtype)
+        function = f"DiagonalPlusLowRank.{method}"
+        damping = _arguments.as_scores(function, "damping", damping).astype(self.d.dtype)
+        try:
+            jnp.broadcast_shapes(damping.shape, self.d.shape[:-1])
+        except ValueError:
+            raise ValueError(
+                f"{function}: damping must be a number, or one for each matrix of the batch {self.d.shape[:-1]}; got "
+                f"shape {damping.shape}. A damping of each class is not offered: build diag(d) with it instead."
+            ) from None
         D = self.d + damping[..., None]
         safe = jnp.where(D == 0, 1, D)
         rows = [jnp.stack([jnp.sum(v * u / safe, -1) for u, _ in self._factors], -1) for _, v in self._factors]

@@ -81,7 +81,7 @@ def gauss_newton(
 def _by_cg(  # noqa: PLR0917
     function: str,
     operator: Callable[..., DiagonalPlusLowRank],
-    scores: Callable[[Any, Any], jax.Array],
+    scores: Any,
     damping: Any,
     phi: Any,
     iterations: int,
@@ -109,7 +109,8 @@ def _by_cg(  # noqa: PLR0917
                 "Write optimizer.update(gradient, state, parameters, inputs=inputs, …)."
             )
         inputs = given.pop("inputs")
-        product = gauss_newton(lambda p: scores(p, inputs), params, lambda z: operator(z, **given))
+        model: Any = scores
+        product = gauss_newton(lambda p: model(p, inputs), params, lambda z: operator(z, **given))
 
         def damped(v: Any) -> Any:
             return jax.tree.map(lambda a, b: a + damping * b, product(v), v)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import jsoftmax as js
-from jsoftmax.verify import FUNCTIONS
+from jsoftmax.verify import DERIVATIVES, FUNCTIONS
 
 Z = jnp.zeros((2, 3))
+J = js.softmax_jacobian(Z)
 
 
 def raw(f):
@@ -43,6 +44,28 @@ WRONG = [  # call, error, what the message says
     (lambda: js.kl_divergence(Z, jnp.zeros(4)), ValueError, "kl_divergence: z_p and z_q", "(2, 3) and (4,)"),
     (lambda: js.entropy_expansion(Z, jnp.zeros(4)), ValueError, "entropy_expansion: z and dz", "broadcast"),
     (lambda: raw(type(js.exp).log)(js.exp, [1.0]), TypeError, "exp.log: z", "jnp.asarray(z)"),
+    (lambda: J.mv(jnp.zeros(2)), ValueError, "DiagonalPlusLowRank.mv: v must have 3 classes last", "(2,)", "jax.vmap"),
+    (lambda: J.mv(jnp.zeros((5, 3))), ValueError, "DiagonalPlusLowRank.mv: v", "batch (2,)", "(5, 3)"),
+    (
+        lambda: J.solve(jnp.zeros(3), jnp.ones(3)),
+        ValueError,
+        "DiagonalPlusLowRank.solve: damping",
+        "batch (2,)",
+        "(3,)",
+    ),
+    (
+        lambda: js.entropy_hessian(Z[0]).pinv_mv(Z[0]),
+        ValueError,
+        "DiagonalPlusLowRank.pinv_mv: the operator",
+        "solve(b, damping)",
+    ),
+    (J.to_lineax, ValueError, "DiagonalPlusLowRank.to_lineax: the operator must be one matrix", "jax.vmap"),
+    (
+        lambda: js.cross_entropy_hessian(Z, jnp.zeros(4)),
+        ValueError,
+        "cross_entropy_hessian: z and q",
+        "(2, 3) and (4,)",
+    ),
 ]
 
 EVERY = [  # keywords that are wrong for every function of scores
@@ -82,18 +105,24 @@ def test_wrong_arguments(case):
     check(*case)
 
 
-@pytest.mark.parametrize("case", EVERY, ids=lambda case: f"{case[0]}"[:40])
-@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+# the named derivatives have their classes last, and no axis
+PAIRS = [(f, case) for f in FUNCTIONS for case in EVERY]
+PAIRS += [(f, case) for f in DERIVATIVES for case in EVERY if "axis" not in case[0]]
+
+
+@pytest.mark.parametrize(("function", "case"), PAIRS, ids=[f"{f}-{case[0]}"[:60] for f, case in PAIRS])
 def test_wrong_keywords(function, case):
     keywords, error, *parts = case
-    check(lambda: raw(function.ours)(*(Z,) * function.scores, **keywords), error, f"{function.name}: ", *parts)
+    f = raw(getattr(js, function.name))
+    check(lambda: f(*(Z,) * function.scores, **keywords), error, f"{function.name}: ", *parts)
 
 
 @pytest.mark.parametrize("case", SCORES, ids=lambda case: case[2] + str(type(case[0])))
-@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS + DERIVATIVES, ids=str)
 def test_wrong_scores(function, case):
     z, error, *parts = case
-    check(lambda: raw(function.ours)(*(z,) * function.scores), error, f"{function.name}: ", *parts)
+    f = raw(getattr(js, function.name))
+    check(lambda: f(*(z,) * function.scores), error, f"{function.name}: ", *parts)
 
 
 def test_nothing_raises_for_the_values_of_traced_arguments():
