@@ -73,8 +73,8 @@ def test_bounds(dtype, exact_differences):
                     "L": errors(L, want["L"], dtype, max(abs(max(XP.array(z))), abs(want["L"]))),
                     "gradient": errors(gradient, want["gradient"], dtype, max(abs(want["gradient"]))),
                 }
-                by_name = errors(by_name, want["gradient"], dtype, max(abs(want["gradient"])))
-                worst["gradient"] = np.maximum(worst["gradient"], by_name)
+                of_named = errors(by_name, want["gradient"], dtype, max(abs(want["gradient"])))
+                worst["gradient"] = np.maximum(worst["gradient"], of_named)
                 for name, error in worst.items():
                     beyond = np.max(error - (0 if exact_differences else slack[name]))
                     assert beyond <= 4, (name, len(z), beyond)

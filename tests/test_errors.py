@@ -110,7 +110,7 @@ PAIRS = [(f, case) for f in FUNCTIONS for case in EVERY]
 PAIRS += [(f, case) for f in DERIVATIVES for case in EVERY if "axis" not in case[0]]
 
 
-@pytest.mark.parametrize(("function", "case"), PAIRS, ids=[f"{f}-{case[0]}"[:60] for f, case in PAIRS])
+@pytest.mark.parametrize(("function", "case"), PAIRS, ids=[f"{f}-{case[2]}" for f, case in PAIRS])
 def test_wrong_keywords(function, case):
     keywords, error, *parts = case
     f = raw(getattr(js, function.name))
