@@ -1,4 +1,4 @@
-"""`python -m benchmarks family [--output FILE]`, `python -m benchmarks --render`."""
+"""`python -m benchmarks family [--output FILE]`, `python -m benchmarks xla`, `python -m benchmarks --render`."""
 
 import argparse
 import pathlib
@@ -6,7 +6,7 @@ import pathlib
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Timings beside peers, in one process.")
-    parser.add_argument("name", nargs="?", choices=["family"], help="what to measure")
+    parser.add_argument("name", nargs="?", choices=["family", "xla"], help="what to measure")
     default = pathlib.Path(__file__).parent / "results" / "family.json"
     parser.add_argument("--output", type=pathlib.Path, default=default, help="the JSON to write")
     parser.add_argument(
@@ -15,10 +15,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.name or arguments.render):
         parser.error("name what to measure, or --render")
-    if arguments.name:
+    if arguments.name == "family":
         from benchmarks import family  # noqa: PLC0415  (--render needs no JAX)
 
         family.run(arguments.output)
+    if arguments.name == "xla":
+        from benchmarks import xla  # noqa: PLC0415
+
+        xla.run()
     if arguments.render:
         from benchmarks import render  # noqa: PLC0415
 
