@@ -1,12 +1,13 @@
-"""`python -m benchmarks family [--output FILE]`, `python -m benchmarks xla`, `python -m benchmarks --render`."""
+"""`python -m benchmarks family [--output FILE] | xla | startup`, `python -m benchmarks --render`."""
 
 import argparse
+import importlib
 import pathlib
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Timings beside peers, in one process.")
-    parser.add_argument("name", nargs="?", choices=["family", "xla"], help="what to measure")
+    parser.add_argument("name", nargs="?", choices=["family", "xla", "startup"], help="what to measure")
     default = pathlib.Path(__file__).parent / "results" / "family.json"
     parser.add_argument("--output", type=pathlib.Path, default=default, help="the JSON to write")
     parser.add_argument(
@@ -19,10 +20,8 @@ def main() -> None:
         from benchmarks import family  # noqa: PLC0415  (--render needs no JAX)
 
         family.run(arguments.output)
-    if arguments.name == "xla":
-        from benchmarks import xla  # noqa: PLC0415
-
-        xla.run()
+    elif arguments.name:
+        importlib.import_module(f"benchmarks.{arguments.name}").run()
     if arguments.render:
         from benchmarks import render  # noqa: PLC0415
 
