@@ -14,7 +14,7 @@ from jsoftmax import _arguments
 from jsoftmax._arguments import Axis
 from jsoftmax.phi import Phi, exp, log_phi
 
-_SHORT_BLOCK = 64
+_SHORT_BLOCK, _FEW = 64, 16
 
 
 class Normalized(NamedTuple):
@@ -50,10 +50,13 @@ def centre(x: Array, axis: tuple[int, ...]) -> Centred:
     """
     length = _block_length(x, axis)
     if not length:
-        peak = _peak(_class_max(lax.stop_gradient(x), axis))
-        e = jnp.exp(x - peak)
-        ones = jnp.floor(e)
-        rest = class_sum(e - ones, axis) + (class_sum(ones, axis) - 1)
+        parts = [x] if len(axis) != 1 or not 1 < x.shape[axis[0]] <= _FEW else _slices(x, axis[0])
+        top = [jnp.max(lax.stop_gradient(part), axis, keepdims=True, initial=-jnp.inf) for part in parts]
+        peak = _peak(_by_halves(jnp.maximum, top))
+        e = [jnp.exp(part - peak) for part in parts]
+        ones = [jnp.floor(part) for part in e]
+        small = _by_halves(jnp.add, [jnp.sum(a - b, axis, keepdims=True) for a, b in zip(e, ones, strict=True)])
+        rest = small + (_by_halves(jnp.add, [jnp.sum(part, axis, keepdims=True) for part in ones]) - 1)
         u = x - lax.optimization_barrier(peak)
         return Centred(u, jnp.exp(u), rest, peak)
     cut, tail = _cut(x, length)
@@ -89,22 +92,17 @@ def careful_sum(f: Callable[[Array], Array], x: Array, peak: Array, axis: tuple[
 
 def class_sum(a: Array, axis: tuple[int, ...]) -> Array:
     """Σ over the classes, whose axes keep length 1."""
-    return _unrolled(jnp.add, a, axis) if _is_short_and_not_last(a, axis) else jnp.sum(a, axis, keepdims=True)
+    if len(axis) != 1 or axis[0] == a.ndim - 1 or not 1 < a.shape[axis[0]] <= _FEW:
+        return jnp.sum(a, axis, keepdims=True)
+    return _by_halves(jnp.add, _slices(a, axis[0]))
 
 
-def _class_max(a: Array, axis: tuple[int, ...]) -> Array:
-    if _is_short_and_not_last(a, axis):
-        return _unrolled(jnp.maximum, a, axis)
-    return jnp.max(a, axis, keepdims=True, initial=-jnp.inf)
+def _slices(a: Array, axis: int) -> list[Array]:
+    """A few classes one by one: XLA on CPU adds them faster than it reduces a short or a leading axis (NOTES.md)."""
+    return [lax.slice_in_dim(a, i, i + 1, axis=axis) for i in range(a.shape[axis])]
 
 
-def _is_short_and_not_last(a: Array, axis: tuple[int, ...]) -> bool:
-    """Where XLA on CPU reduces slowly, and faster by slices (benchmarks/NOTES.md)."""
-    return len(axis) == 1 and axis[0] < a.ndim - 1 and 0 < a.shape[axis[0]] <= 16
-
-
-def _unrolled(op: Callable[[Array, Array], Array], a: Array, axis: tuple[int, ...]) -> Array:
-    parts = [lax.slice_in_dim(a, i, i + 1, axis=axis[0]) for i in range(a.shape[axis[0]])]
+def _by_halves(op: Callable[[Array, Array], Array], parts: list[Array]) -> Array:
     while len(parts) > 1:
         half = len(parts) // 2
         parts = [*map(op, parts[:half], parts[half : 2 * half]), *parts[2 * half :]]
