@@ -70,7 +70,7 @@ def picture(runs: list[dict[str, Any]]) -> None:
         axes.plot([], [], "o", color=colour, label=peer)
     for run, marker in zip(runs, "os^D", strict=False):
         axes.plot([], [], marker, color="0.2", label=f"jax {run['jax']}", fillstyle="none")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper left", fontsize=8)
     figure.savefig(PICTURE, dpi=110)
 
 
