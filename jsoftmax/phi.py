@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import functools
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -253,12 +254,14 @@ def from_callable(
     The function maps an array elementwise and is written in jax.numpy. Positivity is your promise: where φ is negative
     its row is NaN, where it is 0 the class is left out. Give `log_phi` if φ may overflow. Learnable parameters enter
     through `jax.tree_util.Partial(f, parameters)`, called as f(parameters, z); they are differentiated. A plain
-    function is part of the compiled program: define it once, since every new lambda compiles again.
+    function is part of the compiled program: define it once, since every new lambda compiles again; it must not close
+    over traced values.
 
     Args:
       phi, log_phi: exactly one of them.
       slope, curvature: s and t as functions of z, where you have closed forms.
-    Raises: TypeError if something given is no function, ValueError unless exactly one of `phi` and `log_phi` is given.
+    Raises: TypeError if something given is no function or closes over a traced value, ValueError unless exactly one
+      of `phi` and `log_phi` is given.
 
     >>> bell = from_callable(log_phi=lambda z: -z**2 / 2)
     >>> bell.log(jnp.array([0., 1., 2.]))
@@ -276,7 +279,24 @@ def from_callable(
             f"from_callable: exactly one of phi and log_phi is wanted; got {got}. "
             "Write from_callable(f) for φ, or from_callable(log_phi=f) for ψ = log φ."
         )
-    return FromCallable(*(_as_pytree(f) for f in (phi, log_phi, slope, curvature)))
+    made = [_as_pytree(f) for f in (phi, log_phi, slope, curvature)]
+    if any(_closes_over_tracers(f) for f in made if f is not None):
+        raise TypeError(
+            "from_callable: the functions must not close over traced values, whose derivatives would be lost; got one "
+            "that does. Pass them as parameters: from_callable(jax.tree_util.Partial(f, parameters)), called as "
+            "f(parameters, z)."
+        )
+    return FromCallable(*made)
+
+
+def _closes_over_tracers(f: Any) -> bool:
+    """Whether a tracer hides in a closure, in a `functools.partial` or in an object that is called; leaves may be."""
+    f = f.func if isinstance(f, jax.tree_util.Partial) else f
+    hidden = [cell.cell_contents for cell in getattr(f, "__closure__", None) or () if cell != types.CellType()]
+    if isinstance(f, functools.partial):
+        hidden += [f.func, f.args, f.keywords]
+    hidden += vars(f).values() if hasattr(f, "__dict__") and not isinstance(f, type) else []
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(hidden))
 
 
 def _as_pytree(f: Callable[..., Any] | None) -> Any:

@@ -1,5 +1,7 @@
 """φ: closed forms over the whole float range, parameters, edges, user's callables."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,6 +147,39 @@ def test_callables():
     np.testing.assert_allclose(by_phi.of_phi.args[0], jax.grad(plain)(shape), rtol=1e-4)
     by_log = js.from_callable(log_phi=lambda z: jnp.log(quartic(shape, z)))
     np.testing.assert_allclose(js.entropy(z, phi=by_log), js.entropy(z, phi=learned), rtol=1e-6)
+
+
+class Lifted:
+    def __init__(self, epsilon):
+        self.epsilon = epsilon
+
+    def __call__(self, z):
+        return z**2 + self.epsilon
+
+
+def test_traced_values_must_be_parameters():
+    """Closed over, their derivatives would silently be 0."""
+    z = jnp.array([0.3, -0.7, 1.1])
+    hidden = (
+        lambda epsilon: lambda z: z**2 + epsilon,
+        lambda epsilon: functools.partial(lambda epsilon, z: z**2 + epsilon, epsilon),
+        Lifted,
+    )
+    for make in hidden:
+
+        def f(epsilon, make=make):
+            return js.entropy(z, phi=js.from_callable(make(epsilon)))
+
+        np.testing.assert_allclose(f(0.1), js.entropy(z, phi=js.spherical(0.1)), rtol=1e-6)
+        for transformed in (jax.grad(f), jax.jit(jax.grad(f)), jax.jit(f)):
+            with pytest.raises(TypeError, match="must not close over traced values"):
+                transformed(0.1)
+    by_parameter = jax.grad(
+        lambda epsilon: js.entropy(z, phi=js.from_callable(jax.tree_util.Partial(lambda e, z: z**2 + e, epsilon)))
+    )
+    np.testing.assert_allclose(
+        by_parameter(0.1), jax.grad(lambda e: js.entropy(z, phi=js.spherical(e)))(0.1), rtol=1e-5
+    )
 
 
 def test_given_slope_and_curvature_are_used():
