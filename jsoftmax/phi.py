@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -296,7 +297,7 @@ def _closes_over_tracers(f: Any) -> bool:
     if isinstance(f, functools.partial):
         hidden += [f.func, f.args, f.keywords]
     hidden += vars(f).values() if hasattr(f, "__dict__") and not isinstance(f, type) else []
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(hidden))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(hidden))
 
 
 def _as_pytree(f: Callable[..., Any] | None) -> Any:
