@@ -8,7 +8,6 @@ import abc
 import dataclasses
 import functools
 import math
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -291,13 +290,11 @@ def from_callable(
 
 
 def _closes_over_tracers(f: Any) -> bool:
-    """Whether a tracer hides in a closure, in a `functools.partial` or in an object that is called; leaves may be."""
-    f = f.func if isinstance(f, jax.tree_util.Partial) else f
-    hidden = [cell.cell_contents for cell in getattr(f, "__closure__", None) or () if cell != types.CellType()]
-    if isinstance(f, functools.partial):
-        hidden += [f.func, f.args, f.keywords]
-    hidden += vars(f).values() if hasattr(f, "__dict__") and not isinstance(f, type) else []
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(hidden))
+    """Whether f, traced with its parameters as arguments, reads traced values from elsewhere."""
+    leaves, structure = jax.tree.flatten(f)
+    z = jax.ShapeDtypeStruct((1,), jnp.float32)
+    program = jax.make_jaxpr(lambda leaves, z: jax.tree.unflatten(structure, leaves)(z))(leaves, z)
+    return any(isinstance(value, Tracer) for value in program.consts)
 
 
 def _as_pytree(f: Callable[..., Any] | None) -> Any:

@@ -160,7 +160,17 @@ class Lifted:
 def test_traced_values_must_be_parameters():
     """Closed over, their derivatives would silently be 0."""
     z = jnp.array([0.3, -0.7, 1.1])
+
+    def through_a_helper(epsilon):
+        def helper(z):
+            return z**2 + epsilon
+
+        return lambda z: 1.0 * helper(z)
+
     hidden = (
+        through_a_helper,
+        lambda epsilon: jax.jit(through_a_helper(epsilon)),
+        lambda epsilon: Lifted(epsilon).__call__,
         lambda epsilon: lambda z: z**2 + epsilon,
         lambda epsilon: functools.partial(lambda epsilon, z: z**2 + epsilon, epsilon),
         Lifted,
