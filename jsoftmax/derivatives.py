@@ -109,6 +109,31 @@ def log_normalizer_hessian(
     return _closed_form("log_normalizer_hessian", _second_cumulant, {"z": z}, where, phi, log_weights)
 
 
+def _fisher(parts: _Parts, phi: Phi) -> DiagonalPlusLowRank:
+    a = parts.p * parts.s
+    return _low_rank(a * parts.s, [(-a, a)], covariance=isinstance(phi, Exponential))
+
+
+def fisher_information(
+    z: ArrayLike, where: Bool[ArrayLike, "..."] | None = None, *, phi: Phi = exp, log_weights: ArrayLike | None = None
+) -> DiagonalPlusLowRank:
+    """The Fisher information of the scores, positive semi-definite for every φ.
+
+    F = Σ_y p_y ∇l_y ∇l_yᵀ = diag(s) (diag(p) − p pᵀ) diag(s)     (MATH 1.15)
+
+    Args:
+      z, where, phi, log_weights: as in `jsoftmax.softmax_jacobian`.
+    Returns: a symmetric operator `[..., K, K]`, as in `jsoftmax.softmax_jacobian`. With phi=exp it is
+      `jsoftmax.log_normalizer_hessian`.
+    Raises: as `jsoftmax.softmax`.
+    Source: Amari 1998; MATH 1.15.
+
+    >>> fisher_information(jnp.array([0., 1.])).trace()
+    Array(0.39322..., dtype=float32)
+    """
+    return _closed_form("fisher_information", _fisher, {"z": z}, where, phi, log_weights)
+
+
 def _entropy_gradient(parts: _Parts, phi: Phi) -> Array:
     return -parts.p * parts.c * parts.s
 

@@ -26,7 +26,7 @@ def _centred_log_p(x: Array, axis: tuple[int, ...]) -> tuple[Array, Array]:
     u, e, rest, peak = maps.centre(x, axis)
     rest = jnp.where(rest == -1, 0, rest)  # an empty row has H = 0
     spread = maps.careful_sum(_gap, x, peak, axis) / (1 + rest)
-    return jnp.where(e == 0, 0, jnp.where(e == 0, 0, u) + spread), jnp.log1p(rest) + spread
+    return jnp.where(e == 0, 0, u + spread), jnp.log1p(rest) + spread
 
 
 def _gap(u: Array) -> Array:

@@ -50,7 +50,7 @@ def centre(x: Array, axis: tuple[int, ...]) -> Centred:
     """
     length = _block_length(x, axis)
     if not length:
-        parts = [x] if len(axis) != 1 or not 1 < x.shape[axis[0]] <= _FEW else _slices(x, axis[0])
+        parts = _slices(x, axis[0]) if _has_few(x, axis) else [x]
         top = [jnp.max(lax.stop_gradient(part), axis, keepdims=True, initial=-jnp.inf) for part in parts]
         peak = _peak(_by_halves(jnp.maximum, top))
         e = [jnp.exp(part - peak) for part in parts]
@@ -92,9 +92,13 @@ def careful_sum(f: Callable[[Array], Array], x: Array, peak: Array, axis: tuple[
 
 def class_sum(a: Array, axis: tuple[int, ...]) -> Array:
     """Σ over the classes, whose axes keep length 1."""
-    if len(axis) != 1 or axis[0] == a.ndim - 1 or not 1 < a.shape[axis[0]] <= _FEW:
-        return jnp.sum(a, axis, keepdims=True)
-    return _by_halves(jnp.add, _slices(a, axis[0]))
+    if _has_few(a, axis) and axis[0] < a.ndim - 1:
+        return _by_halves(jnp.add, _slices(a, axis[0]))
+    return jnp.sum(a, axis, keepdims=True)
+
+
+def _has_few(a: Array, axis: tuple[int, ...]) -> bool:
+    return len(axis) == 1 and 1 < a.shape[axis[0]] <= _FEW
 
 
 def _slices(a: Array, axis: int) -> list[Array]:

@@ -10,37 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.sparse.linalg import cg
 from jax.typing import ArrayLike
-from jaxtyping import Bool
 
 from jsoftmax import _arguments, maps
-from jsoftmax.derivatives import _closed_form, _low_rank, _Parts, cross_entropy_hessian
+from jsoftmax.derivatives import cross_entropy_hessian, fisher_information
 from jsoftmax.operators import DiagonalPlusLowRank
-from jsoftmax.phi import Exponential, Phi, exp
-
-
-def _fisher(parts: _Parts, phi: Phi) -> DiagonalPlusLowRank:
-    a = parts.p * parts.s
-    return _low_rank(a * parts.s, [(-a, a)], covariance=isinstance(phi, Exponential))
-
-
-def fisher_information(
-    z: ArrayLike, where: Bool[ArrayLike, "..."] | None = None, *, phi: Phi = exp, log_weights: ArrayLike | None = None
-) -> DiagonalPlusLowRank:
-    """The Fisher information of the scores, positive semi-definite for every φ.
-
-    F = Σ_y p_y ∇l_y ∇l_yᵀ = diag(s) (diag(p) − p pᵀ) diag(s)     (MATH 1.15)
-
-    Args:
-      z, where, phi, log_weights: as in `jsoftmax.softmax_jacobian`.
-    Returns: a symmetric operator `[..., K, K]`, as in `jsoftmax.softmax_jacobian`. With phi=exp it is
-      `jsoftmax.log_normalizer_hessian`.
-    Raises: as `jsoftmax.softmax`.
-    Source: Amari 1998; MATH 1.15.
-
-    >>> fisher_information(jnp.array([0., 1.])).trace()
-    Array(0.39322..., dtype=float32)
-    """
-    return _closed_form("fisher_information", _fisher, {"z": z}, where, phi, log_weights)
+from jsoftmax.phi import Phi, exp
 
 
 def gauss_newton(
@@ -78,9 +52,10 @@ def gauss_newton(
     return product
 
 
-def _by_cg(  # noqa: PLR0917
+def _by_cg(
     function: str,
     operator: Callable[..., DiagonalPlusLowRank],
+    *,
     scores: Any,
     damping: Any,
     phi: Any,
@@ -127,8 +102,8 @@ def newton_cg(scores: Callable[[Any, Any], jax.Array], damping: float, *, phi: P
     update = −(Jᵀ B J / N + damping · I)⁻¹ gradient,  B = `cross_entropy_hessian`     (MATH 1.16)
 
     For scores linear in the parameters (an output layer, a linear model) that is Newton's step exactly, for any φ; for
-    a network it is Gauss–Newton's. With phi=exp the matrix is positive; with another φ the Hessian can be indefinite:
-    there raise `damping`, or take `natural_gradient`. Weight decay of strength `damping` makes it exact, too.
+    a network it is Gauss–Newton's. With phi=exp the matrix is positive and the update points downhill; with another φ
+    the Hessian can be indefinite and the update point uphill: raise `damping`, or take `natural_gradient`. Weight decay of strength `damping` makes it exact, too.
 
     Args:
       scores: (parameters, inputs) ↦ z `[..., K]`.
@@ -137,7 +112,7 @@ def newton_cg(scores: Callable[[Any, Any], jax.Array], damping: float, *, phi: P
       iterations: conjugate gradients stop there, or at a relative residual of 1e-6.
     Raises: TypeError if `scores` is no function or `phi` no φ, ValueError if `damping` is a number and not positive.
     Returns: an `optax.GradientTransformationExtraArgs`; `update(gradient, state, parameters, inputs=…, targets=…)` with
-      targets q `[..., K]`. The update points downhill: chain a line search after it, as after `optax.lbfgs`'s.
+      targets q `[..., K]`. Chain a line search after it, as after `optax.lbfgs`'s.
     Source: Nocedal & Wright 2006, section 7.1.
 
     >>> import optax
@@ -154,7 +129,7 @@ def newton_cg(scores: Callable[[Any, Any], jax.Array], damping: float, *, phi: P
     def operator(z: jax.Array, targets: ArrayLike, **_: Any) -> DiagonalPlusLowRank:
         return cross_entropy_hessian(z, targets, phi=phi)
 
-    return _by_cg("newton_cg", operator, scores, damping, phi, iterations)
+    return _by_cg("newton_cg", operator, scores=scores, damping=damping, phi=phi, iterations=iterations)
 
 
 def natural_gradient(
@@ -179,4 +154,4 @@ def natural_gradient(
     def operator(z: jax.Array, **_: Any) -> DiagonalPlusLowRank:
         return fisher_information(z, phi=phi)
 
-    return _by_cg("natural_gradient", operator, scores, damping, phi, iterations)
+    return _by_cg("natural_gradient", operator, scores=scores, damping=damping, phi=phi, iterations=iterations)

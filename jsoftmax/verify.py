@@ -130,6 +130,11 @@ def _derivative(name: str, ours: Callable[..., Any], plain: Callable[..., Any], 
     return Function(name, ours, plain, scores, orders=1, tolerance64=(1e-12,), tolerance32=(1e-4,))
 
 
+def _jacobian_of(f: Callable[..., Any]) -> Callable[..., Any]:
+    """The plain Jacobian."""
+    return lambda phi, xp, z: xp.jacobian(lambda z: f(phi, xp, z))(z)
+
+
 def _hessian_of(f: Callable[..., Any]) -> Callable[..., Any]:
     """The plain Hessian, in the first of the arrays."""
     return lambda phi, xp, z, *others: xp.hessian(lambda z: f(phi, xp, z, *others))(z)
@@ -149,7 +154,7 @@ DERIVATIVES = (
     _derivative(
         "softmax_jacobian",
         _dense(derivatives.softmax_jacobian),
-        lambda phi, xp, z: xp.jacobian(lambda z: plain_softmax(phi, xp, z))(z),
+        _jacobian_of(plain_softmax),
     ),
     _derivative(
         "log_normalizer_hessian", _dense(derivatives.log_normalizer_hessian), _hessian_of(plain_log_normalizer)
@@ -157,7 +162,7 @@ DERIVATIVES = (
     _derivative(
         "entropy_gradient",
         derivatives.entropy_gradient,
-        lambda phi, xp, z: xp.jacobian(lambda z: plain_entropy(phi, xp, z))(z),
+        _jacobian_of(plain_entropy),
     ),
     _derivative("entropy_hessian", _dense(derivatives.entropy_hessian), _hessian_of(plain_entropy)),
     _derivative(
@@ -240,17 +245,20 @@ def against_autodiff(function: Function, phi: Phi) -> list[float]:
             by_autodiff = jax.jit(functools.partial(orders, plain))(z, v)
         else:
             by_autodiff = jax.jit(lambda z: [plain(z), jax.jacrev(plain)(z), jax.hessian(plain)(z)])(z)
-            by_autodiff.append(_many_digits(function, phi, scores(function, phi, 0), scores(function, phi, 1))[3])
+            by_autodiff.append(_many_digits(function, phi)[3])
         return [error(*pair) for pair in zip(closed, by_autodiff, strict=True)]
 
 
-def _many_digits(function: Function, phi: Phi, z: np.ndarray, v: np.ndarray) -> list[Any]:
+@functools.cache  # both comparisons of an expansion ask for it
+def _many_digits(function: Function, phi: Phi) -> list[Any]:
+    """The plain definition and its derivatives, by order, at the scores that every comparison takes."""
     xp = ManyDigits()
+    z, v = (xp.array(scores(function, phi, seed)) for seed in (0, 1))
 
     def plain(z: Any) -> Any:
         return function.plain(phi, xp, *z)
 
-    return [plain(xp.array(z))] if function.orders == 1 else xp.orders(plain, xp.array(z), xp.array(v))
+    return [plain(z)] if function.orders == 1 else xp.orders(plain, z, v)
 
 
 def against_digits(function: Function, phi: Phi) -> list[float]:
@@ -265,7 +273,7 @@ def against_digits(function: Function, phi: Phi) -> list[float]:
         return function.ours(*z, phi=phi)
 
     computed = [jax.jit(ours)(z)] if function.orders == 1 else jax.jit(functools.partial(_orders, ours))(z, v)
-    return [error(*pair) for pair in zip(computed, _many_digits(function, phi, z, v), strict=True)]
+    return [error(*pair) for pair in zip(computed, _many_digits(function, phi), strict=True)]
 
 
 # --- every cell ----------------------------------------------------------------------------------------------

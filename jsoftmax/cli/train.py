@@ -67,12 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
     steps = track(jobs, "training", console=console, transient=True)
     results = [fit(model, phi, train, test, arguments.seeds) for model, phi in steps]
     if arguments.markdown:
-        print(_markdown(results))
+        print(_markdown(_COLUMNS, map(_cells, results)))
     else:
-        console.print(_table(results))
+        console.print(_results_table(results))
     runs = second_order(train)
     if arguments.markdown:
-        print(_markdown_of(_RUN_COLUMNS, map(_run_cells, runs)))
+        print(_markdown(_RUN_COLUMNS, map(_run_cells, runs)))
     else:
         console.print(_runs_table(runs))
     if arguments.plot:
@@ -183,7 +183,11 @@ def second_order(train: Data) -> list[Run]:
         return jnp.mean(rows) + DECAY / 2 * optax.tree.norm(parameters, squared=True)
 
     newton = optax.chain(optim.newton_cg(model, DECAY), optax.scale_by_backtracking_linesearch(20))
-    optimizers = {"damped Newton–CG": newton, "optax.lbfgs": optax.lbfgs(), "optax.adam(0.1)": optax.adam(0.1)}
+    optimizers = {
+        "damped Newton–CG": (newton, 12),
+        "optax.lbfgs": (optax.lbfgs(), 600),
+        "optax.adam(0.1)": (optax.adam(0.1), 600),
+    }
 
     def descend(optimizer: Any, iterations: int) -> tuple[list[float], list[float]]:
         """The losses before each step, and the seconds since the first."""
@@ -206,7 +210,7 @@ def second_order(train: Data) -> list[Run]:
             seconds.append(time.perf_counter() - begun)
         return losses, seconds
 
-    runs = {name: descend(f, 12 if name.startswith("damped") else 600) for name, f in optimizers.items()}
+    runs = {name: descend(optimizer, iterations) for name, (optimizer, iterations) in optimizers.items()}
     wanted = (1 + 1e-4) * min(min(losses) for losses, _ in runs.values())
     results = []
     for name, (losses, seconds) in runs.items():
@@ -232,26 +236,6 @@ _COLUMNS = ("model", "φ", "accuracy, %", "NLL, nats", "entropy, nats")
 _LEFT = ("model", "φ", "optimiser")
 
 
-def _table(results: list[Result]) -> Table:
-    table = Table()
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column in _LEFT else "right", no_wrap=True)
-    for before, result in zip([None, *results], results, strict=False):
-        if before and before.model != result.model:
-            table.add_section()
-        table.add_row(*_cells(result))
-    return table
-
-
-def _markdown(results: list[Result]) -> str:
-    return _markdown_of(_COLUMNS, map(_cells, results))
-
-
-def _markdown_of(columns: tuple[str, ...], cells: Iterable[list[str]]) -> str:
-    rules = ["---" if column in _LEFT else "---:" for column in columns]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, rules, *cells))
-
-
 _RUN_COLUMNS = ("optimiser", "iterations", "ms", "objective, nats")
 
 
@@ -259,10 +243,29 @@ def _run_cells(run: Run) -> list[str]:
     return [run.name, str(run.iterations), f"{1e3 * run.seconds:.0f}", f"{run.loss:.5f}"]
 
 
-def _runs_table(runs: list[Run]) -> Table:
-    table = Table(title="The linear model with exp, full batches, to one loss")
-    for column in _RUN_COLUMNS:
+def _table(columns: tuple[str, ...], title: str | None = None) -> Table:
+    table = Table(title=title)
+    for column in columns:
         table.add_column(column, justify="left" if column in _LEFT else "right", no_wrap=True)
+    return table
+
+
+def _results_table(results: list[Result]) -> Table:
+    table = _table(_COLUMNS)
+    for before, result in zip([None, *results], results, strict=False):
+        if before and before.model != result.model:
+            table.add_section()
+        table.add_row(*_cells(result))
+    return table
+
+
+def _runs_table(runs: list[Run]) -> Table:
+    table = _table(_RUN_COLUMNS, "The linear model with exp, full batches, to one loss")
     for run in runs:
         table.add_row(*_run_cells(run))
     return table
+
+
+def _markdown(columns: tuple[str, ...], cells: Iterable[list[str]]) -> str:
+    rules = ["---" if column in _LEFT else "---:" for column in columns]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, rules, *cells))
