@@ -1,4 +1,4 @@
-"""The family beside its peers: one list of cases; what is installed of distrax and torch is measured too."""
+"""The family beside its peers, jax.nn and, where it is installed, distrax."""
 
 import functools
 import json
@@ -126,17 +126,17 @@ def dense_cases() -> list[Case]:
 
 
 def limit_cases() -> list[Case]:
-    """What the machine can do at all: `ours` is the plain operation here."""
+    """What the machine can do at all, with nothing of ours."""
     cases = []
     for shape in ((1024, 1024), (256, 32768), (1_000_000, 8)):
         z = normal(0, shape)
         candidates: dict[str, F] = {
-            "ours": lambda z: z + 1,
+            "copy": lambda z: z + 1,
             "exp": jnp.exp,
             "sum": lambda z: jnp.sum(z, -1),
             "sum of exp": lambda z: jnp.sum(jnp.exp(z), -1),
         }
-        cases.append(Case("limits", "copy", shape, candidates, (z,)))
+        cases.append(Case("limits", "limits", shape, candidates, (z,)))
     return cases
 
 
@@ -148,7 +148,8 @@ def run(output: pathlib.Path) -> None:
         against = "  ".join(
             f"{peer} {middle:.2f} [{low:.2f}, {high:.2f}]" for peer, (low, middle, high) in result["ratio"].items()
         )
-        print(f"{case.name:32} {case.shape!s:16} {result['ms']['ours']:8.3f} ms  ours / {against}", flush=True)
+        first = next(iter(case.candidates))
+        print(f"{case.name:32} {case.shape!s:16} {result['ms'][first]:8.3f} ms  {first} / {against}", flush=True)
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps({**measure.about(), "rows": rows}, indent=1) + "\n")
     print(f"written to {output}")

@@ -20,18 +20,19 @@ def interleaved(candidates: dict[str, Callable[..., Any]], arguments: tuple[Any,
     for program in programs.values():
         jax.block_until_ready(program(*arguments))
     times: dict[str, list[float]] = {name: [] for name in programs}
+    first, *others = programs
     started = time.perf_counter()
-    while len(times["ours"]) < 15 or (time.perf_counter() - started < 2 and len(times["ours"]) < 200):
+    while len(times[first]) < 15 or (time.perf_counter() - started < 2 and len(times[first]) < 200):
         for name, program in programs.items():
             start = time.perf_counter()
             jax.block_until_ready(program(*arguments))
             times[name].append(1e3 * (time.perf_counter() - start))
     result: dict[str, Any] = {"ms": {name: statistics.median(t) for name, t in times.items()}}
     result["ratio"] = {}
-    for name in list(programs)[1:]:
-        ratios = [a / b for a, b in zip(times["ours"], times[name], strict=True)]
+    for name in others:
+        ratios = [a / b for a, b in zip(times[first], times[name], strict=True)]
         result["ratio"][name] = statistics.quantiles(ratios, n=4)
-    result["calls"] = len(times["ours"])
+    result["calls"] = len(times[first])
     return result
 
 

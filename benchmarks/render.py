@@ -12,30 +12,31 @@ BETWEEN = re.compile(r"(<!-- timings -->\n).*?(<!-- /timings -->)", re.S)
 
 
 def load() -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("family*.json"))]
+    """The runs, with the rows that compare something of ours."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("family*.json"))]
+    return [{**run, "rows": [row for row in run["rows"] if row["group"] != "limits"]} for run in runs]
+
+
+def label(row: dict[str, Any]) -> tuple[str, str]:
+    """A case's name and its shape: one line of the table and of the picture."""
+    shape = " × ".join(f"{n:,}" for n in row["shape"])
+    return row["name"], shape + (" bf16" if row["dtype"] == "bfloat16" else "")
 
 
 def table(runs: list[dict[str, Any]]) -> str:
     """One line a case, one column a run: ours in ms and its ratio to each peer, median [quartiles]."""
     titles = [f"jax {run['jax']}, {run['processor']}, {run['cores']} cores" for run in runs]
     lines = ["| | scores | " + " | ".join(titles) + " |", "|---|---|" + "---|" * len(runs)]
-    cases = [(row["group"], row["name"], row["shape"], row["dtype"]) for row in runs[0]["rows"]]
-    for case in cases:
-        if case[0] == "limits":
-            continue
-        shape = " × ".join(f"{n:,}" for n in case[2]) + (" bf16" if case[3] == "bfloat16" else "")
-        lines.append(f"| {case[1]} | {shape} | " + " | ".join(_cell(run, case) for run in runs) + " |")
+    by_case = [{label(row): row for row in run["rows"]} for run in runs]
+    for case in by_case[0]:
+        cells = [_cell(rows[case]) if case in rows else "" for rows in by_case]
+        lines.append("| " + " | ".join((*case, *cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(run: dict[str, Any], case: tuple[Any, ...]) -> str:
-    for row in run["rows"]:
-        if (row["group"], row["name"], row["shape"], row["dtype"]) == case:
-            ratios = (
-                f"{peer} {middle:.2f} [{low:.2f}, {high:.2f}]" for peer, (low, middle, high) in row["ratio"].items()
-            )
-            return f"{row['ms']['ours']:.2f} ms; / {', / '.join(ratios)}"
-    return ""
+def _cell(row: dict[str, Any]) -> str:
+    ratios = (f"{peer} {middle:.2f} [{low:.2f}, {high:.2f}]" for peer, (low, middle, high) in row["ratio"].items())
+    return f"{row['ms']['ours']:.2f} ms; / {', / '.join(ratios)}"
 
 
 def picture(runs: list[dict[str, Any]]) -> None:
@@ -43,15 +44,13 @@ def picture(runs: list[dict[str, Any]]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (an extra)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    rows = [row for row in runs[0]["rows"] if row["group"] != "limits"]
-    names = [f"{row['name']}  {'×'.join(map(str, row['shape']))}" for row in rows]
-    names = [name + (" bf16" if row["dtype"] == "bfloat16" else "") for name, row in zip(names, rows, strict=True)]
-    figure = Figure(figsize=(10, 0.26 * len(rows) + 1.5), layout="constrained")
+    names = ["  ".join(label(row)) for row in runs[0]["rows"]]
+    figure = Figure(figsize=(10, 0.26 * len(names) + 1.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     colours = {"jax.nn": "C0", "distrax": "C1", "jax.hessian": "C2", "writing": "0.5"}
     for run, marker in zip(runs, "os^D", strict=False):
-        for i, row in enumerate(row for row in run["rows"] if row["group"] != "limits"):
+        for i, row in enumerate(run["rows"]):
             for peer, (low, middle, high) in row["ratio"].items():
                 colour = colours.get(peer, "C3")
                 axes.plot([low, high], [i, i], color=colour, linewidth=2, alpha=0.5)
