@@ -18,7 +18,7 @@ from jsoftmax.verify import FUNCTIONS, PHIS
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.int32])
 @pytest.mark.parametrize("function", FUNCTIONS, ids=str)
 def test_dtypes_under_strict_promotion_and_debug_nans(function, dtype):
-    phis = (js.exp, js.relu_power(2, 0.1))
+    phis = (js.exp, js.taylor(2), js.spherical(0.1), js.relu_power(2, 0.1))
     with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
         z = [jnp.asarray([[1.0, 2.0, -1.0]] * 2, dtype)] * function.scores
         keeps = function.name in ("softmax", "log_softmax")

@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import lineax
 import numpy as np
 import pytest
 
@@ -136,8 +137,6 @@ def test_lives_inside_transformations():
 
 
 def test_lineax():
-    import lineax  # noqa: PLC0415
-
     A = js.softmax_jacobian(jnp.array([0.0, 1.0, 2.0]))
     operator = A.to_lineax()
     np.testing.assert_allclose(operator.as_matrix(), A.as_matrix(), rtol=1e-6, atol=1e-8)
