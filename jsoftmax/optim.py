@@ -103,7 +103,8 @@ def newton_cg(scores: Callable[[Any, Any], jax.Array], damping: float, *, phi: P
 
     For scores linear in the parameters (an output layer, a linear model) that is Newton's step exactly, for any φ; for
     a network it is Gauss–Newton's. With phi=exp the matrix is positive and the update points downhill; with another φ
-    the Hessian can be indefinite and the update point uphill: raise `damping`, or take `natural_gradient`. Weight decay of strength `damping` makes it exact, too.
+    the Hessian can be indefinite and the update point uphill: raise `damping`, or take `natural_gradient`. Weight decay
+    of strength `damping` makes it exact, too.
 
     Args:
       scores: (parameters, inputs) ↦ z `[..., K]`.
