@@ -4,6 +4,7 @@ from jsoftmax.derivatives import (
     cross_entropy_hessian,
     entropy_gradient,
     entropy_hessian,
+    fisher_information,
     log_normalizer_hessian,
     softmax_jacobian,
     softmax_second_derivative,
@@ -29,6 +30,7 @@ __all__ = [  # noqa: RUF022  (grouped as the README groups them)
     # their derivatives, as operators and dense
     "softmax_jacobian",
     "log_normalizer_hessian",
+    "fisher_information",
     "entropy_gradient",
     "entropy_hessian",
     "cross_entropy_hessian",

@@ -6,9 +6,9 @@ from typing import Any, TypeVar, dataclass_transform
 import jax
 
 
-def static() -> Any:
+def static(default: Any = dataclasses.MISSING) -> Any:
     """A field that is structure: part of the compiled program."""
-    return dataclasses.field(metadata={"static": True})
+    return dataclasses.field(default=default, metadata={"static": True})
 
 
 _Class = TypeVar("_Class", bound=type)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -59,9 +60,12 @@ def _varentropy_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple
     return V, class_sum(p * (c**2 + 2 * c - V) * x_dot, axis)
 
 
-def _log_ratio(log_p: Array, log_q: Array) -> tuple[Array, Array]:
-    """r = log p − log q, and where both are finite; elsewhere r is 0, and those classes are dealt with apart."""
-    both = (log_p > -jnp.inf) & (log_q > -jnp.inf) | jnp.isnan(log_p) | jnp.isnan(log_q)
+def _log_ratio(log_p: Array, p: Array, log_q: Array) -> tuple[Array, Array]:
+    """r = log p − log q, and where p and q are positive; elsewhere r is 0, and those classes are dealt with apart.
+
+    p underflows where log p is finite, and r may overflow there: 0 · inf would be NaN.
+    """
+    both = (p > 0) & (log_q > -jnp.inf) | jnp.isnan(log_p) | jnp.isnan(log_q)
     return jnp.where(both, log_p, 0) - jnp.where(both, log_q, 0), both
 
 
@@ -74,7 +78,7 @@ def _excess(r: Array) -> Array:
 def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...]) -> Array:
     """D = Σ p r, r = log p − log q, summed as p (e^−r − 1 + r) ≥ 0, since Σ q − Σ p = 0  (MATH 6.3)."""
     (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis), normalize(x_q, axis)
-    r, both = _log_ratio(log_p, log_q)
+    r, both = _log_ratio(log_p, p, log_q)
     near = both & (jnp.abs(r) < 1)
     terms = jnp.where(near, p * _excess(jnp.where(near, r, 0)), p * r - p + q)
     D = class_sum(terms, axis)
@@ -87,7 +91,7 @@ def _kl_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, 
     """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4); finite where D is not: those classes have r = 0."""
     (x_p, x_q), (x_p_dot, x_q_dot) = primals, tangents
     (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis), normalize(x_q, axis)
-    r, _ = _log_ratio(log_p, log_q)
+    r, _ = _log_ratio(log_p, p, log_q)
     by_q = jnp.where(jnp.isneginf(x_q) | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q - p)
     rate = p * (r - class_sum(p * r, axis)) * x_p_dot + by_q * x_q_dot
     return _kl(x_p, x_q, axis), class_sum(rate, axis)
@@ -111,7 +115,7 @@ def _expansion(  # noqa: PLR0917  (as `maps.Arguments` has them)
     x = maps.weighted_scores(phi, z, where, log_weights)
     c, H = centred_log_p(x, axis)
     p = normalize(x, axis).p
-    out = jnp.isneginf(x)
+    out = jnp.isneginf(x) | (p == 0)  # with p underflowed, too: 0 · inf would be NaN
     z, dz = jnp.where(out, 0, z), jnp.where(out, 0, dz)
     y = slope(phi, z) * dz
     centred = y - class_sum(p * y, axis)
@@ -248,11 +252,11 @@ def entropy_expansion(
     >>> entropy_expansion(z, dz), entropy(z + dz)
     (Array(0.87445..., dtype=float32), Array(0.87434..., dtype=float32))
     """
-    if not isinstance(order, int) or order not in (1, 2):
+    if not isinstance(order, int | np.integer) or isinstance(order, bool) or order not in (1, 2):
         raise ValueError(
             f"entropy_expansion: order must be 1 or 2, known at trace time; got {order!r}. "
             "For higher orders differentiate entropy itself, e.g. with nested jax.jvp."
         )
     arguments = maps.check("entropy_expansion", {"z": z, "dz": dz}, axis, where, phi, log_weights)
-    result = _expansion((arguments.scores[0], arguments.scores[1]), *arguments[1:4], phi, order)
+    result = _expansion((arguments.scores[0], arguments.scores[1]), *arguments[1:4], phi, int(order))
     return jnp.squeeze(result, arguments.axis)

@@ -184,10 +184,8 @@ def weighted_scores(phi: Phi, z: Array, where: Array | None, log_weights: Array 
     kept = jnp.ones((), bool) if where is None else where
     if log_weights is not None:
         kept = kept & ~jnp.isneginf(log_weights) & ~jnp.isneginf(z)
-    x = log_phi(phi, jnp.where(kept, z, 0))
-    if log_weights is not None:
-        x = x + jnp.where(kept, log_weights, 0)
-    return jnp.where(kept, x, -jnp.inf)
+    x = log_phi(phi, jnp.where(kept, z, -jnp.inf))
+    return x if log_weights is None else x + jnp.where(kept, log_weights, 0)
 
 
 class Arguments(NamedTuple):

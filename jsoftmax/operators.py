@@ -18,9 +18,10 @@ class DiagonalPlusLowRank:
 
     Args:
       d: diagonal `[..., K]`.
-      left, right: U and V, `[..., K, rank]`.
+      left, right: U and V, `[..., K, rank]`, rank ≥ 1.
       symmetric: whether A is symmetric by construction (structure, not data).
       covariance: whether A = diag(d) − d dᵀ with Σ d = 1 or 0: what `pinv_mv` asks for.
+    Raises: ValueError if the shapes do not belong together.
 
     >>> from jsoftmax import softmax_jacobian
     >>> J = softmax_jacobian(jnp.array([0., 1., 2.]))
@@ -33,8 +34,18 @@ class DiagonalPlusLowRank:
     d: Any
     left: Any
     right: Any
-    symmetric: bool = static()
-    covariance: bool = static()
+    symmetric: bool = static(default=False)
+    covariance: bool = static(default=False)
+
+    def __post_init__(self) -> None:
+        if not all(hasattr(part, "shape") for part in (self.d, self.left, self.right)):
+            return  # a tree of something else, such as axes to map over
+        d, left, right = self.d.shape, self.left.shape, self.right.shape
+        if not (left == right and left[:-1] == d and d and left[-1] > 0):
+            raise ValueError(
+                "DiagonalPlusLowRank: d must be [..., K], left and right [..., K, rank] with rank ≥ 1; got shapes "
+                f"{d}, {left} and {right}. Give one column an axis: u[..., None]; no columns: zeros."
+            )
 
     def __repr__(self) -> str:
         *batch, classes, rank = jnp.shape(self.left)
@@ -118,7 +129,8 @@ class DiagonalPlusLowRank:
 
         Returns: `[..., K]`, 0 for classes with p = 0. For a target p' of the same sum, the step J⁺ (p' − p) of the
           scores changes p to p', to first order.
-        Raises: ValueError for any other operator than `softmax_jacobian` and `log_normalizer_hessian` with phi=exp.
+        Raises: ValueError for any other operator than `softmax_jacobian`, `log_normalizer_hessian` and
+          `fisher_information` with phi=exp.
 
         >>> from jsoftmax import softmax_jacobian
         >>> J = softmax_jacobian(jnp.array([0., 1., 2.]))
@@ -132,7 +144,7 @@ class DiagonalPlusLowRank:
             )
         v = _vector("pinv_mv", "v", v, self.d)
         kept = self.d != 0
-        count = jnp.maximum(jnp.sum(kept, -1, keepdims=True), 1)
+        count = jnp.maximum(jnp.sum(kept.astype(v.dtype), -1, keepdims=True), 1)
 
         def centre(a: Array) -> Array:
             return jnp.where(kept, a - jnp.sum(jnp.where(kept, a, 0), -1, keepdims=True) / count, 0)

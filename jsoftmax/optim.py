@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.sparse.linalg import cg
+import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from jsoftmax import _arguments, maps
@@ -29,10 +30,12 @@ def gauss_newton(
     One linearisation of the network serves all products: each costs one forward and one backward pass.
 
     Args:
-      scores: parameters (a pytree) ↦ z `[..., K]`; N is the number of its rows.
+      scores: parameters (a pytree) ↦ z `[..., K]`; N is the number of its rows. Shard rows by jit with sharded inputs:
+        inside `jax.shard_map` N is the number of one shard's rows, while JAX adds the products over all shards.
       parameters: the point.
       operator: z ↦ `DiagonalPlusLowRank` for each row.
     Returns: a linear function of a pytree like `parameters`; symmetric, and positive semi-definite if B is.
+    Raises: TypeError if `scores` or `operator` is no function, or `operator` returns anything else.
     Source: Schraudolph 2002, section 3.
 
     >>> from jsoftmax import log_normalizer_hessian
@@ -42,8 +45,15 @@ def gauss_newton(
     Array([[-0.11111...,  0.05555...,  0.05555...],
            [-0.22222...,  0.11111...,  0.11111...]], dtype=float32)
     """
+    _check_callable("gauss_newton", "scores", scores, "parameters", "lambda W: inputs @ W")
+    _check_callable("gauss_newton", "operator", operator, "z", "log_normalizer_hessian")
     z, forward = jax.linearize(scores, parameters)
     backward, B = jax.linear_transpose(forward, parameters), operator(z)
+    if not isinstance(B, DiagonalPlusLowRank):
+        raise TypeError(
+            f"gauss_newton: operator must return a DiagonalPlusLowRank; got {type(B).__name__}. "
+            "Write e.g. operator=lambda z: jsoftmax.cross_entropy_hessian(z, q), without as_matrix()."
+        )
     rows = max(z.size // z.shape[-1], 1)
 
     def product(v: Any) -> Any:
@@ -52,66 +62,124 @@ def gauss_newton(
     return product
 
 
+def _check_callable(function: str, argument: str, f: Any, arguments: str, example: str) -> None:
+    if not callable(f):
+        raise TypeError(
+            f"{function}: {argument} must be a function of {arguments}; got {type(f).__name__}. "
+            f"Write e.g. {argument}={example}."
+        )
+
+
+def _check_steps(function: str, damping: Any, iterations: Any) -> jax.Array:
+    """`damping` as a scalar; both in range, where that is known at trace time."""
+    array = _arguments.as_scores(function, "damping", damping)
+    if array.ndim or (_arguments.is_concrete_number(damping) and not damping > 0):
+        got = f"shape {array.shape}" if array.ndim else damping
+        raise ValueError(
+            f"{function}: damping must be > 0, one number; got {got}. The matrix is singular without (scores have a "
+            "shift that changes nothing): take e.g. 1e-3."
+        )
+    if not isinstance(iterations, int | np.integer) or isinstance(iterations, bool) or iterations < 1:
+        raise ValueError(f"{function}: iterations must be an int >= 1; got {iterations!r}. The default is 50.")
+    return array
+
+
+def _along(a: Any, step: jax.Array, b: Any) -> Any:
+    """a + step b."""
+    return jax.tree.map(lambda a, b: a + step.astype(b.dtype) * b, a, b)
+
+
+def _dot(a: Any, b: Any) -> jax.Array:
+    return sum((jnp.vdot(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)), jnp.zeros(()))
+
+
+def _descent(product: Callable[[Any], Any], gradient: Any, iterations: int) -> Any:
+    """−product⁻¹ gradient by conjugate gradients, which stop before a direction of curvature ≤ 0; −gradient if the
+    first is one. So the result points downhill whatever the matrix (Nocedal & Wright 2006, algorithm 7.1)."""
+    start = _dot(gradient, gradient)
+
+    def go_on(state: Any) -> jax.Array:
+        _, _, _, size, count, positive = state
+        return (size > 1e-12 * start) & (count < iterations) & positive
+
+    def advance(state: Any) -> Any:
+        x, residual, direction, size, count, _ = state
+        image = product(direction)
+        curvature = _dot(direction, image)
+        positive = curvature > 0
+        step = jnp.where(positive, size / jnp.where(positive, curvature, 1), jnp.where(count == 0, 1, 0))
+        residual = _along(residual, -step, image)
+        new_size = _dot(residual, residual)
+        return (
+            _along(x, step, direction),
+            residual,
+            _along(residual, new_size / size, direction),
+            new_size,
+            count + 1,
+            (positive),
+        )
+
+    zero, downhill = jax.tree.map(jnp.zeros_like, gradient), jax.tree.map(jnp.negative, gradient)
+    return lax.while_loop(go_on, advance, (zero, downhill, downhill, start, 0, jnp.array(True)))[0]
+
+
 def _by_cg(
     function: str,
     operator: Callable[..., DiagonalPlusLowRank],
+    needs: tuple[str, ...],
     *,
     scores: Any,
     damping: Any,
     phi: Any,
-    iterations: int,
+    iterations: Any,
 ) -> Any:
     """−(Jᵀ B J / N + damping · I)⁻¹ gradient as an optax transformation; `operator` gets z and the extra arguments."""
-    import optax  # noqa: PLC0415  (an extra)
+    try:
+        import optax  # noqa: PLC0415  (an extra)
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"{function}: the package 'optax' is missing. pip install 'jsoftmax[train]'."
+        ) from None
 
     maps.check_phi(function, phi)
-    if not callable(scores):
-        raise TypeError(
-            f"{function}: scores must be a function of (parameters, inputs); got {type(scores).__name__}. "
-            "Write e.g. scores=lambda W, inputs: inputs @ W."
-        )
-    if _arguments.is_concrete_number(damping) and not damping > 0:
-        raise ValueError(
-            f"{function}: damping must be > 0; got {damping}. The matrix is singular without (scores have a shift that "
-            "changes nothing): take e.g. 1e-3."
-        )
+    _check_callable(function, "scores", scores, "(parameters, inputs)", "lambda W, inputs: inputs @ W")
+    strength = _check_steps(function, damping, iterations)
 
     def update(updates: Any, state: Any, params: Any = None, **given: Any) -> Any:
-        if params is None or "inputs" not in given:
-            missing = "parameters" if params is None else "inputs"
+        missing = ["parameters"] * (params is None) + [name for name in needs if name not in given]
+        if missing:
+            call = ", ".join(f"{name}={name}" for name in needs)
             raise TypeError(
-                f"{function}: update needs the parameters and inputs=…; got no {missing}. "
-                "Write optimizer.update(gradient, state, parameters, inputs=inputs, …)."
+                f"{function}: update needs the parameters and {call}; got no {' and no '.join(missing)}. "
+                f"Write optimizer.update(gradient, state, parameters, {call})."
             )
         inputs = given.pop("inputs")
-        model: Any = scores
-        product = gauss_newton(lambda p: model(p, inputs), params, lambda z: operator(z, **given))
-
-        def damped(v: Any) -> Any:
-            return jax.tree.map(lambda a, b: a + damping * b, product(v), v)
-
-        step, _ = cg(damped, updates, tol=1e-6, maxiter=iterations)
-        return jax.tree.map(jnp.negative, step), state
+        product = gauss_newton(lambda p: scores(p, inputs), params, lambda z: operator(z, **given))
+        return _descent(lambda v: _along(product(v), strength, v), updates, iterations), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def newton_cg(scores: Callable[[Any, Any], jax.Array], damping: float, *, phi: Phi = exp, iterations: int = 50) -> Any:
+def newton_cg(
+    scores: Callable[[Any, Any], jax.Array], damping: ArrayLike, *, phi: Phi = exp, iterations: int = 50
+) -> Any:
     """Damped Newton steps by conjugate gradients, as an optax transformation, for a mean cross-entropy.
 
     update = −(Jᵀ B J / N + damping · I)⁻¹ gradient,  B = `cross_entropy_hessian`     (MATH 1.16)
 
     For scores linear in the parameters (an output layer, a linear model) that is Newton's step exactly, for any φ; for
-    a network it is Gauss–Newton's. With phi=exp the matrix is positive and the update points downhill; with another φ
-    the Hessian can be indefinite and the update point uphill: raise `damping`, or take `natural_gradient`. Weight decay
-    of strength `damping` makes it exact, too.
+    a network it is Gauss–Newton's. With another φ than exp the Hessian can be indefinite: conjugate gradients stop
+    before a direction of negative curvature, so the update points downhill all the same. Weight decay of strength
+    `damping` makes the damped step exact, too.
 
     Args:
       scores: (parameters, inputs) ↦ z `[..., K]`.
-      damping: added to the diagonal, > 0.
+      damping: added to the diagonal, > 0; may be traced.
       phi: the positive map φ.
       iterations: conjugate gradients stop there, or at a relative residual of 1e-6.
-    Raises: TypeError if `scores` is no function or `phi` no φ, ValueError if `damping` is a number and not positive.
+    Raises: TypeError if `scores` is no function or `phi` no φ, ValueError if `damping` or `iterations` is not positive;
+      `update` raises TypeError without its arguments, ValueError for targets of another shape than the scores.
+      ModuleNotFoundError without optax.
     Returns: an `optax.GradientTransformationExtraArgs`; `update(gradient, state, parameters, inputs=…, targets=…)` with
       targets q `[..., K]`. Chain a line search after it, as after `optax.lbfgs`'s.
     Source: Nocedal & Wright 2006, section 7.1.
@@ -127,14 +195,20 @@ def newton_cg(scores: Callable[[Any, Any], jax.Array], damping: float, *, phi: P
            [-0.773...,  0.773...]], dtype=float32)
     """
 
-    def operator(z: jax.Array, targets: ArrayLike, **_: Any) -> DiagonalPlusLowRank:
+    def operator(z: jax.Array, targets: Any, **_: Any) -> DiagonalPlusLowRank:
+        if jnp.shape(targets) != z.shape:
+            raise ValueError(
+                f"newton_cg: targets must be distributions over the classes, of the scores' shape {z.shape}; got shape "
+                f"{jnp.shape(targets)}. Labels are made so by jax.nn.one_hot(labels, {z.shape[-1]})."
+            )
         return cross_entropy_hessian(z, targets, phi=phi)
 
-    return _by_cg("newton_cg", operator, scores=scores, damping=damping, phi=phi, iterations=iterations)
+    needs = ("inputs", "targets")
+    return _by_cg("newton_cg", operator, needs, scores=scores, damping=damping, phi=phi, iterations=iterations)
 
 
 def natural_gradient(
-    scores: Callable[[Any, Any], jax.Array], damping: float, *, phi: Phi = exp, iterations: int = 50
+    scores: Callable[[Any, Any], jax.Array], damping: ArrayLike, *, phi: Phi = exp, iterations: int = 50
 ) -> Any:
     """Damped natural-gradient steps by conjugate gradients, as an optax transformation.
 
@@ -146,6 +220,7 @@ def natural_gradient(
       scores, damping, phi, iterations: as in `newton_cg`.
     Returns: an `optax.GradientTransformationExtraArgs`; `update(gradient, state, parameters, inputs=…)`; targets are
       ignored.
+    Raises: as `newton_cg`.
     Source: Amari 1998.
 
     >>> natural_gradient(lambda W, inputs: inputs @ W, damping=1e-2).init(jnp.zeros((2, 2)))
@@ -155,4 +230,6 @@ def natural_gradient(
     def operator(z: jax.Array, **_: Any) -> DiagonalPlusLowRank:
         return fisher_information(z, phi=phi)
 
-    return _by_cg("natural_gradient", operator, scores=scores, damping=damping, phi=phi, iterations=iterations)
+    return _by_cg(
+        "natural_gradient", operator, ("inputs",), scores=scores, damping=damping, phi=phi, iterations=iterations
+    )

@@ -51,6 +51,11 @@ def plain_softmax(phi: Phi, xp: Any, z: Any) -> Any:
     return w / xp.sum(w)
 
 
+def plain_log_softmax(phi: Phi, xp: Any, z: Any) -> Any:
+    """log p."""
+    return _log(plain_softmax(phi, xp, z), xp)
+
+
 def plain_entropy(phi: Phi, xp: Any, z: Any) -> Any:
     """−Σ p log p."""
     p = plain_softmax(phi, xp, z)
@@ -93,6 +98,8 @@ class Function:
     plain: Callable[..., Any]
     """plain(φ, namespace, *scores)."""
     scores: int = 1
+    empty: float = 0.0
+    """The value of a row with no class left."""
     orders: int = 4
     """How many orders are compared: 1 for what is a derivative itself, else up to the third derivative."""
     third_by_autodiff: bool = True
@@ -116,8 +123,8 @@ FUNCTIONS = (
         tolerance32=(2e-5, 1e-5, 1e-4, 1e-3),
     ),
     Function("softmax", softmax, plain_softmax),
-    Function("log_softmax", log_softmax, lambda phi, xp, z: _log(plain_softmax(phi, xp, z), xp)),
-    Function("log_normalizer", log_normalizer, plain_log_normalizer),
+    Function("log_softmax", log_softmax, plain_log_softmax, empty=-math.inf),
+    Function("log_normalizer", log_normalizer, plain_log_normalizer, empty=-math.inf),
 )
 """The one list of functions: tests, `verify` and the README's table iterate over it."""
 
@@ -142,7 +149,13 @@ def _hessian_of(f: Callable[..., Any]) -> Callable[..., Any]:
 
 def plain_cross_entropy(phi: Phi, xp: Any, z: Any, q: Any) -> Any:
     """−Σ q log p."""
-    return -xp.sum(q * _log(plain_softmax(phi, xp, z), xp))
+    return -xp.sum(q * plain_log_softmax(phi, xp, z))
+
+
+def plain_fisher(phi: Phi, xp: Any, z: Any) -> Any:
+    """Σ_y p_y ∇l_y ∇l_yᵀ."""
+    gradients = xp.jacobian(lambda z: plain_log_softmax(phi, xp, z))(z)
+    return (gradients.T * plain_softmax(phi, xp, z)) @ gradients
 
 
 def plain_product(phi: Phi, xp: Any, z: Any, v: Any, w: Any) -> Any:
@@ -159,6 +172,7 @@ DERIVATIVES = (
     _derivative(
         "log_normalizer_hessian", _dense(derivatives.log_normalizer_hessian), _hessian_of(plain_log_normalizer)
     ),
+    _derivative("fisher_information", _dense(derivatives.fisher_information), plain_fisher),
     _derivative(
         "entropy_gradient",
         derivatives.entropy_gradient,

@@ -4,6 +4,7 @@ import jax
 import jaxtyping
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 4)  # for shard_map
 jaxtyping.install_import_hook("jsoftmax", "beartype.beartype")
 
 

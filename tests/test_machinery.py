@@ -68,9 +68,10 @@ def test_residuals(function, phi):
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=str)
 def test_survives_shard_map(function):
-    """Rows sharded over the devices there are: value and gradient as without."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
-    z = jnp.stack([jnp.asarray(verify.scores(function, js.exp, seed)) for seed in (0, 1)])
+    """Rows sharded over the devices there are, four on CPU: value and gradient as without."""
+    devices = jax.devices()
+    mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
+    z = jnp.stack([jnp.asarray(verify.scores(function, js.exp, seed)) for seed in range(len(devices))])
     spec = PartitionSpec("rows")
 
     def f(z):

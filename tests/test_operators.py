@@ -90,6 +90,39 @@ def test_solve_is_no_worse_than_dense(damping):
         assert np.all(error[positive] <= 4 * bound[positive])
 
 
+def test_a_tiny_entry_of_the_damped_diagonal_costs_its_condition():
+    """As the docstring says: the error is of the order of κ(D) ulp then."""
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        z, b = np.float32(rng.normal(0, 2, 12)), np.float32(rng.normal(size=12))
+        A = js.entropy_hessian(z)
+        damping = np.float32(1e-4 - np.min(A.d))
+        D = np.float64(A.d + damping)
+        exact = np.float64(A.as_matrix()) + np.float64(damping) * np.eye(12)
+        want = np.linalg.solve(exact, b)
+        error = np.linalg.norm(A.solve(b, damping) - want) / np.linalg.norm(want)
+        assert error <= 4 * 1.2e-7 * (np.linalg.cond(exact) + np.max(D) / np.min(D))
+
+
+def test_shapes_belong_together():
+    d, u = jnp.ones(3), jnp.ones((3, 1))
+    np.testing.assert_array_equal(js.DiagonalPlusLowRank(d, u, u).as_matrix(), np.eye(3) + 1)
+    for parts in ((d, d, d), (d, u, jnp.ones((3, 2))), (d, u[:2], u[:2]), (d, u[:, :0], u[:, :0]), (d[0], d, d)):
+        with pytest.raises(ValueError, match=r"DiagonalPlusLowRank: d must be \[..., K\]"):
+            js.DiagonalPlusLowRank(*parts)
+    axes = js.DiagonalPlusLowRank(0, 0, 0)
+    A = js.DiagonalPlusLowRank(jnp.ones((2, 3)), jnp.ones((2, 3, 1)), jnp.ones((2, 3, 1)))
+    np.testing.assert_array_equal(jax.vmap(lambda A: A.mv(d), in_axes=(axes,))(A), np.full((2, 3), 4))
+
+
+def test_strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        A, v = js.softmax_jacobian(jnp.array([0.0, 1.0, -jnp.inf])), jnp.ones(3)
+        for result in (A.mv(v), A.pinv_mv(v), A.solve(v, 0.1), *A.slogdet(0.1), A.as_matrix(), A.trace()):
+            assert result.dtype == jnp.float32
+            assert np.all(np.isfinite(result))
+
+
 def test_a_zero_of_the_damped_diagonal_is_nan_in_its_row():
     z = jnp.array([[0.0, 1.0, -jnp.inf], [0.0, 1.0, 2.0]])
     A = js.softmax_jacobian(z)

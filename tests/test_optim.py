@@ -67,7 +67,7 @@ def test_fisher_information(phi):
     with jax.enable_x64(True):
         z = jnp.array([0.3, -0.7, 1.1])
         p, J = js.softmax(z, phi=phi), jax.jacobian(lambda z: js.log_softmax(z, phi=phi))(z)
-        F = optim.fisher_information(z, phi=phi)
+        F = js.fisher_information(z, phi=phi)
         np.testing.assert_allclose(F.as_matrix(), jnp.einsum("y,yi,yj->ij", p, J, J), rtol=1e-10, atol=1e-14)
         assert F.covariance == (phi == js.exp)
 
@@ -88,7 +88,7 @@ def test_steps_are_damped_solves(phi):
         )
         natural = optim.natural_gradient(lambda W, inputs: inputs @ W, damping, phi=phi)
         step = jax.jit(natural.update)(gradient, natural.init(W), W, inputs=inputs)[0]
-        F = optim.fisher_information(inputs @ W, phi=phi).as_matrix()
+        F = js.fisher_information(inputs @ W, phi=phi).as_matrix()
         J = jnp.einsum("nf,kl->nkfl", inputs, jnp.eye(3)).reshape(20, 3, 12)
         matrix = jnp.einsum("nka,nkl,nlb->ab", J, F, J) / 20 + damping * np.eye(12)
         np.testing.assert_allclose(step.ravel(), -np.linalg.solve(matrix, gradient.ravel()), rtol=1e-5, atol=1e-6)
@@ -122,20 +122,93 @@ def test_newton_with_a_line_search_converges_in_a_few_steps():
         assert norm < 1e-6
 
 
+@pytest.mark.parametrize("phi", [js.taylor(2), js.spherical(0.1), js.relu_power(2, 0.1)], ids=str)
+def test_newton_points_downhill(phi):
+    """The Hessian of these φ is indefinite at many points; plain conjugate gradients climb from some of them."""
+
+    def linear(W, inputs):
+        return inputs @ W
+
+    loss, damping, indefinite = loss_of(linear, phi), 1e-3, 0
+    newton = optim.newton_cg(linear, damping, phi=phi)
+
+    @jax.jit
+    def step(W, inputs, targets):
+        gradient = jax.grad(loss)(W, inputs, targets)
+        hessian = jax.hessian(loss)(W, inputs, targets).reshape(W.size, W.size)
+        update, _ = newton.update(gradient, newton.init(W), W, inputs=inputs, targets=targets)
+        return jnp.vdot(update, gradient), jnp.vdot(gradient, gradient), jnp.linalg.eigvalsh(hessian)[0]
+
+    with jax.enable_x64(True):
+        inputs, targets = data(rows=20)
+        for seed in range(20):
+            W = jnp.asarray(np.random.default_rng(seed).normal(size=(4, 3)))
+            slope, size, lowest = step(W, inputs, targets)
+            assert slope < 0 or size == 0, seed
+            indefinite += bool(lowest < -damping)
+    assert indefinite > 5
+
+
+def test_iterations_and_a_traced_damping():
+    """One iteration is steepest descent with the exact step; the damping is an array like another."""
+    with jax.enable_x64(True):
+        inputs, targets = data(rows=20)
+        W = jnp.asarray(np.random.default_rng(3).normal(size=(4, 3)))
+        gradient = jax.grad(loss_of(lambda W, inputs: inputs @ W, js.exp))(W, inputs, targets)
+
+        @jax.jit
+        def step(damping):
+            newton = optim.newton_cg(lambda W, inputs: inputs @ W, damping, iterations=1)
+            return newton.update(gradient, newton.init(W), W, inputs=inputs, targets=targets)[0]
+
+        product = optim.gauss_newton(lambda W: inputs @ W, W, lambda z: js.cross_entropy_hessian(z, targets))(gradient)
+        curvature = jnp.vdot(gradient, product + 0.3 * gradient)
+        np.testing.assert_allclose(step(0.3), -gradient * jnp.vdot(gradient, gradient) / curvature, rtol=1e-12)
+
+
+LABELS = jnp.zeros(4, int)
+FOUR = {"inputs": jnp.zeros((4, 2))}
+
+
+def update(f, **given):
+    W = jnp.zeros((2, 4))
+    return f(lambda W, inputs: inputs @ W, damping=1.0).update(W, (), W, **given)
+
+
+def test_newton_takes_no_labels_for_weights():
+    """As many rows as classes: labels would broadcast."""
+    for targets in (LABELS, LABELS[:, None], jnp.zeros((1, 4))):
+        with pytest.raises(ValueError, match=r"newton_cg: targets must be distributions.*one_hot"):
+            update(optim.newton_cg, targets=targets, **FOUR)
+    with pytest.raises(TypeError, match=r"newton_cg: update needs .* targets=targets; got no targets"):
+        update(optim.newton_cg, **FOUR)
+
+
+def test_wrong_products():
+    with pytest.raises(TypeError, match="gauss_newton: operator must return a DiagonalPlusLowRank"):
+        optim.gauss_newton(lambda W: W, jnp.zeros(3), lambda z: js.entropy_hessian(z).as_matrix())
+    with pytest.raises(TypeError, match="gauss_newton: scores must be a function of parameters; got Array"):
+        inspect.unwrap(optim.gauss_newton)(jnp.zeros(3), jnp.zeros(3), js.entropy_hessian)
+
+
 WRONG = [
     (lambda f: f(3, damping=1.0), TypeError, "scores must be a function", "int"),
     (lambda f: f(network, damping=0), ValueError, "damping must be > 0", "got 0"),
+    (lambda f: f(network, damping=jnp.ones(2)), ValueError, "damping must be > 0", "got shape (2,)"),
+    (lambda f: f(network, damping=None), TypeError, "damping must be an array or a number", "NoneType"),
+    (lambda f: f(network, damping=1.0, iterations=0), ValueError, "iterations must be an int >= 1", "got 0"),
+    (lambda f: f(network, damping=1.0, iterations=2.5), ValueError, "iterations must be an int >= 1", "got 2.5"),
     (
         lambda f: f(network, damping=1.0).update(0.0, (), 0.0),
         TypeError,
-        "update needs the parameters and inputs",
+        "update needs the parameters and inputs=inputs",
         "got no inputs",
     ),
     (lambda f: f(network, damping=1.0, phi=jnp.exp), TypeError, "phi must be a φ", "from_callable"),
 ]
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=["scores", "damping", "inputs", "phi"])
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: f"{wrong[2]}, {wrong[3]}")
 @pytest.mark.parametrize("f", [optim.newton_cg, optim.natural_gradient], ids=lambda f: f.__name__)
 def test_wrong_calls(f, wrong):
     call, error, *says = wrong

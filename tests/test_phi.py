@@ -43,6 +43,21 @@ def test_closed_forms_over_the_whole_range(phi):
                 assert abs(form[i]) <= 2 * tiny, (name, value)
 
 
+@pytest.mark.parametrize(("order", "bound"), [(2, 2e-6), (4, 2e-6), (8, 7e-6), (12, 6e-5), (16, 5e-4)])
+def test_digits_of_taylor(order, bound):
+    """What taylor's docstring says of negative scores."""
+    z = np.linspace(-30, 0, 100001, dtype=np.float32)
+    want = np.log(js.taylor(order).definition(np.longdouble(z), np))
+    assert np.max(np.abs(js.taylor(order).log(z) - np.float64(want))) <= bound
+
+
+def test_relu_itself_has_finite_curvature():
+    """m = 1 at the smallest scores, where 1/z nearly overflows."""
+    z = jnp.array([2e-38, 0.5, 0.0])
+    hessian = jax.hessian(lambda z: js.entropy(z, phi=js.relu_power(1.0, 0.1)))(z)
+    assert np.all(np.isfinite(hessian))
+
+
 @pytest.mark.parametrize(
     "row", [[-90.0, -95.0, -110.0], [5.0, -120.0, 0.0], [-100.0, -100.0, -101.0], [300.0, -9e3, 0.0]]
 )

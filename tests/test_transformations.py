@@ -102,6 +102,28 @@ def test_survives(function, phi):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * np.max(np.abs(b)), err_msg=name)
 
 
+def test_long_rows_in_a_scan():
+    """Rows of several blocks, at order 2 inside a scan."""
+    with jax.enable_x64(True):
+        z = jnp.asarray(np.random.default_rng(6).normal(0, 2, (2, 300)))
+        v = jnp.cos(z)
+
+        def of(functions):
+            def total(row):
+                return sum(weighted(f(row)) for f in functions)
+
+            def scanned(z):
+                return jax.lax.scan(lambda carry, row: (carry + total(row), None), 0.0, z)[0]
+
+            return jax.jit(lambda z: jax.jvp(jax.grad(scanned), (z,), (v,)))(z)
+
+        one = [f for f in FUNCTIONS if f.scores == 1]
+        ours = of([f.ours for f in one])
+        wanted = of([functools.partial(f.plain, jsoftmax.exp, verify.Plain) for f in one])
+        for a, b in zip(ours, wanted, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * np.max(np.abs(b)))
+
+
 def lie(x):
     return jnp.sin(x)
 
