@@ -168,11 +168,11 @@ def _normalize_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[
     out = normalize(x, axis)
     mean = class_sum(out.p * x_dot, axis)
     centred = x_dot - mean
-    return out, Normalized(_where_not(jnp.isneginf(x), centred), out.p * centred, mean)
+    return out, Normalized(where_not(jnp.isneginf(x), centred), out.p * centred, mean)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def _where_not(left_out: Array, a: Array) -> Array:
+def where_not(left_out: Array, a: Array) -> Array:
     """a, and 0 where a class is left out; checkpointed, for the backward pass would keep the zeros too."""
     return jnp.where(left_out, 0, a)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jsoftmax
-from jsoftmax import verify
+from jsoftmax import losses, optim, verify
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 MATH = (pathlib.Path(__file__).parent.parent / "MATH.md").read_text()
@@ -32,17 +32,22 @@ def test_results_cover_every_phi():
 
 
 def test_example():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     names = {}
-    exec(code, names)
+    for code in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(code, names)
     assert names["hessians"].shape == (2, 3, 3)
     assert np.all(np.isfinite(names["hessians"]))
     np.testing.assert_allclose(jsoftmax.entropy(names["z"]), jnp.array([0.8323954, 4.328423e-08]), rtol=1e-6)
+    np.testing.assert_allclose(names["loss"], jnp.array([2.0611537e-09, 0.3132617]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in jsoftmax.__all__ if name.islower()])
+CITING = {name: getattr(jsoftmax, name) for name in jsoftmax.__all__ if name.islower()}
+CITING |= {f.__name__: f for f in (optim.gauss_newton, optim.newton_cg, optim.natural_gradient, losses.cross_entropy)}
+
+
+@pytest.mark.parametrize("name", CITING)
 def test_docstrings_cite_rows_that_exist(name):
-    thing = getattr(jsoftmax, name)
+    thing = CITING[name]
     text = (type(thing) if name in map(str, jsoftmax.PHIS) else thing).__doc__
     rows = re.findall(r"MATH (\d\.\d+)", text)
     assert rows, name
