@@ -1,5 +1,6 @@
 """What every public function asks of its arguments, said once: dtypes, axes, masks, error messages."""
 
+import importlib
 import operator
 from typing import Any, NoReturn
 
@@ -88,6 +89,19 @@ def joint_shape(function: str, arrays: dict[str, jax.Array]) -> tuple[int, ...]:
 def is_concrete_number(value: Any) -> bool:
     """Whether `value` is a plain number that a factory can judge; arrays and tracers are judged by nobody."""
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def is_int(value: Any) -> bool:
+    """Whether `value` is an integer known at trace time; True is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def optional_package(function: str, package: str, install: str) -> Any:
+    """A package that the library does without, imported where a function needs it."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"{function}: the package {package!r} is missing. pip install {install}.") from None
 
 
 def _as_array(function: str, argument: str, value: Any) -> jax.Array:

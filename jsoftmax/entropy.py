@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import maps
+from jsoftmax import _arguments, maps
 from jsoftmax._arguments import Axis
 from jsoftmax.maps import class_sum, normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
@@ -252,7 +251,7 @@ def entropy_expansion(
     >>> entropy_expansion(z, dz), entropy(z + dz)
     (Array(0.87445..., dtype=float32), Array(0.87434..., dtype=float32))
     """
-    if not isinstance(order, int | np.integer) or isinstance(order, bool) or order not in (1, 2):
+    if not _arguments.is_int(order) or order not in (1, 2):
         raise ValueError(
             f"entropy_expansion: order must be 1 or 2, known at trace time; got {order!r}. "
             "For higher orders differentiate entropy itself, e.g. with nested jax.jvp."

@@ -1,7 +1,8 @@
 """Losses of scores and labels, unreduced as in optax, for every φ (MATH 7)."""
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,61 +46,67 @@ def _is_label(x: Array, label: Array) -> Array:
     return (lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) == label).astype(x.dtype)
 
 
-# --- the losses in x, classes last ---------------------------------------------------------------------------
+# --- the loss in x, classes last -----------------------------------------------------------------------------
 
 
-@jax.jit
-def _of_labels(options: dict[str, Any], z: Array, label: Array, rows: Array | None) -> Array:
-    """MATH 7.2 for integer labels `[...]`; `rows` `[...]` are those that count, None for all."""
-    valid = (label >= 0) & (label < z.shape[-1])
-    safe = jnp.where(valid, label, 0)[..., None]
-    z = _counting(rows, z)
-    if options["margin"] is not None:
-        z = z - options["margin"] * _is_label(z, safe)
-    x = maps.weighted_scores(options["phi"], z, options["where"], options["log_weights"])
-    loss = negative_log_p(x, safe)
-    weights = options["class_weights"]
+class _Options(NamedTuple):
+    """Checked: φ and what goes with the scores, classes last; None for what is not asked for."""
+
+    phi: Phi
+    where: Array | None
+    log_weights: Array | None
+    margin: Array | None
+    label_smoothing: Array | None
+    z_loss: Array | None
+    class_weights: Array | None
+
+
+@functools.partial(jax.jit, static_argnames="by_label")
+def _cross_entropy(options: _Options, z: Array, labels: Array, rows: Array | None, by_label: bool) -> Array:
+    """MATH 7.2 for labels, integers `[...]` or distributions `[..., K]`; `rows` `[...]` are those that count."""
+    if rows is not None:
+        z = maps.where_not(~rows[..., None], z)  # a row that does not count may hold anything
+    x, loss = _of_labels(options, z, labels) if by_label else _of_distributions(options, z, labels)
+    if options.z_loss is not None:
+        L = normalize(x, (x.ndim - 1,)).log_normalizer
+        loss = loss + options.z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
+    loss = loss[..., 0]
+    return loss if rows is None else jnp.where(rows, loss, 0)
+
+
+def _of_labels(options: _Options, z: Array, labels: Array) -> tuple[Array, Array]:
+    """x and (1 − a) α_y (−l_y) + (a/K) Σ α_k (−l_k), NaN for a label out of range."""
+    valid = ((labels >= 0) & (labels < z.shape[-1]))[..., None]
+    label = jnp.where(valid, labels[..., None], 0)
+    if options.margin is not None:
+        z = z - options.margin * _is_label(z, label)
+    x = maps.weighted_scores(options.phi, z, options.where, options.log_weights)
+    loss, weights, smoothing = negative_log_p(x, label), options.class_weights, options.label_smoothing
     if weights is not None:
-        loss = loss * weights[safe]
-    if options["label_smoothing"] is not None:
-        kept, smoothing = ~jnp.isneginf(x), options["label_smoothing"]
-        spread = jnp.where(kept, -normalize(x, (x.ndim - 1,)).log_p, 0)
+        loss = loss * weights[label]
+    if smoothing is not None:
+        kept, axis = ~jnp.isneginf(x), (x.ndim - 1,)
+        spread = jnp.where(kept, -normalize(x, axis).log_p, 0)
         if weights is not None:
             spread = spread * weights
-        loss = (1 - smoothing) * loss + smoothing * class_sum(spread, (x.ndim - 1,)) / _count(kept)
-    loss = jnp.where(valid, 1, jnp.nan).astype(loss.dtype) * _with_penalty(loss, x, options)[..., 0]
-    return loss if rows is None else jnp.where(rows, loss, 0)
+        loss = (1 - smoothing) * loss + smoothing * class_sum(spread, axis) / _count(kept, x.dtype)
+    return x, jnp.where(valid, 1, jnp.nan).astype(x.dtype) * loss
 
 
-@jax.jit
-def _of_distributions(options: dict[str, Any], z: Array, q: Array, rows: Array | None) -> Array:
-    """MATH 7.2 for distributions `[..., K]`."""
-    z = _counting(rows, z)
-    x = maps.weighted_scores(options["phi"], z, options["where"], options["log_weights"])
-    kept, axis = ~jnp.isneginf(x), (x.ndim - 1,)
+def _of_distributions(options: _Options, z: Array, q: Array) -> tuple[Array, Array]:
+    """x and Σ ((1 − a) q + a/K) (−l)."""
+    x = maps.weighted_scores(options.phi, z, options.where, options.log_weights)
+    kept, axis, smoothing = ~jnp.isneginf(x), (x.ndim - 1,), options.label_smoothing
     impossible = jnp.where(q == 0, 0, jnp.inf).astype(x.dtype)
-    if options["label_smoothing"] is not None:
-        q = (1 - options["label_smoothing"]) * q + options["label_smoothing"] / _count(kept)
+    if smoothing is not None:
+        q = (1 - smoothing) * q + smoothing / _count(kept, x.dtype)
     terms = jnp.where(kept, q * -jnp.where(kept, normalize(x, axis).log_p, 0), impossible)
-    loss = _with_penalty(class_sum(terms, axis), x, options)[..., 0]
-    return loss if rows is None else jnp.where(rows, loss, 0)
+    return x, class_sum(terms, axis)
 
 
-def _counting(rows: Array | None, z: Array) -> Array:
-    """z, and 0 in rows that do not count, which may hold anything."""
-    return z if rows is None else maps.where_not(~rows[..., None], z)
-
-
-def _count(kept: Array) -> Array:
+def _count(kept: Array, dtype: Any) -> Array:
     """How many classes there are to share the smoothing, at least 1."""
-    return jnp.maximum(jnp.sum(kept, -1, keepdims=True), 1).astype(jnp.float32)
-
-
-def _with_penalty(loss: Array, x: Array, options: dict[str, Any]) -> Array:
-    if options["z_loss"] is None:
-        return loss
-    L = normalize(x, (x.ndim - 1,)).log_normalizer
-    return loss + options["z_loss"] * jnp.where(jnp.isneginf(L), 0, L) ** 2
+    return jnp.maximum(jnp.sum(kept, -1, keepdims=True), 1).astype(dtype)
 
 
 # --- the public functions ------------------------------------------------------------------------------------
@@ -159,33 +166,32 @@ def cross_entropy(
     axes = _arguments.canonical_axis(function, axis, z.ndim)
     batch = tuple(length for i, length in enumerate(z.shape) if i not in axes)
     by_label, labels = _check_labels(function, labels, z, batch, axes)
-    if not by_label:
-        _no_labels(function, margin=margin, class_weights=class_weights, ignore_label=ignore_label)
     class_mask, rows = _check_mask(function, where, z.shape, batch)
 
-    def last(a: Array | None) -> Array | None:
+    def last(a: Array) -> Array:
         """The class axes as one, the last."""
-        if a is None:
-            return None
         moved = jnp.moveaxis(jnp.broadcast_to(a, z.shape), axes, range(len(batch), z.ndim))
         return moved.reshape(*batch, math.prod(z.shape[i] for i in axes))
 
-    options = {
-        "phi": phi,
-        "where": last(class_mask),
-        "log_weights": last(_arguments.check_log_weights(function, log_weights, z.shape, z.dtype)),
-        "margin": _option(function, margin, z.dtype, margin=(-math.inf, math.inf)),
-        "label_smoothing": _option(function, label_smoothing, z.dtype, label_smoothing=(0.0, 1.0)),
-        "z_loss": _option(function, z_loss, z.dtype, z_loss=(0.0, math.inf)),
-        "class_weights": _check_class_weights(function, class_weights, tuple(z.shape[i] for i in axes), z.dtype),
-    }
-    scores = last(z)
+    log_w = _arguments.check_log_weights(function, log_weights, z.shape, z.dtype)
+    class_mask, log_w = jax.tree.map(last, (class_mask, log_w))  # None stays None
+    options = _Options(
+        phi,
+        class_mask,
+        log_w,
+        _option(function, margin, z.dtype, margin=(-math.inf, math.inf)),
+        _option(function, label_smoothing, z.dtype, label_smoothing=(0.0, 1.0)),
+        _option(function, z_loss, z.dtype, z_loss=(0.0, math.inf)),
+        _check_class_weights(function, class_weights, tuple(z.shape[i] for i in axes), z.dtype),
+    )
     if not by_label:
-        return _of_distributions(options, scores, last(labels), rows)
-    if ignore_label is not None:
+        of_labels = {"margin": options.margin, "class_weights": class_weights, "ignore_label": ignore_label}
+        _reject_given(function, of_labels)
+        labels = last(labels)
+    elif ignore_label is not None:
         known = labels != ignore_label
         rows = known if rows is None else rows & known
-    return _of_labels(options, scores, labels, rows)
+    return _cross_entropy(options, last(z), labels, rows, by_label)
 
 
 def _check_labels(
@@ -215,9 +221,10 @@ def _check_labels(
     return False, array.astype(z.dtype)
 
 
-def _no_labels(function: str, **options: Any) -> None:
+def _reject_given(function: str, options: dict[str, Any]) -> None:
+    """Options that go with integer labels only."""
     for name, value in options.items():
-        if value is not None and not (_arguments.is_concrete_number(value) and value == 0 and name == "margin"):
+        if value is not None:
             raise ValueError(
                 f"{function}: {name} must be left out where labels are distributions; got {value}. It goes with "
                 "integer labels only."

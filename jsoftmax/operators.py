@@ -162,12 +162,7 @@ class DiagonalPlusLowRank:
                 "DiagonalPlusLowRank.to_lineax: the operator must be one matrix; got a batch of shape "
                 f"{jnp.shape(self.d)[:-1]}. Map over the batch: jax.vmap(lambda A: ... A.to_lineax() ...)(operator)."
             )
-        try:
-            import lineax  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (optional)
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError(
-                "DiagonalPlusLowRank.to_lineax: the package 'lineax' is missing. pip install lineax."
-            ) from None
+        lineax = _arguments.optional_package("DiagonalPlusLowRank.to_lineax", "lineax", "lineax")
         low_rank = lineax.MatrixLinearOperator(self.left) @ lineax.MatrixLinearOperator(self.right.T)
         operator = lineax.DiagonalLinearOperator(self.d) + low_rank
         return lineax.TaggedLinearOperator(operator, lineax.symmetric_tag) if self.symmetric else operator

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -79,7 +78,7 @@ def _check_steps(function: str, damping: Any, iterations: Any) -> jax.Array:
             f"{function}: damping must be > 0, one number; got {got}. The matrix is singular without (scores have a "
             "shift that changes nothing): take e.g. 1e-3."
         )
-    if not isinstance(iterations, int | np.integer) or isinstance(iterations, bool) or iterations < 1:
+    if not _arguments.is_int(iterations) or iterations < 1:
         raise ValueError(f"{function}: iterations must be an int >= 1; got {iterations!r}. The default is 50.")
     return array
 
@@ -108,16 +107,9 @@ def _descent(product: Callable[[Any], Any], gradient: Any, iterations: int) -> A
         curvature = _dot(direction, image)
         positive = curvature > 0
         step = jnp.where(positive, size / jnp.where(positive, curvature, 1), jnp.where(count == 0, 1, 0))
-        residual = _along(residual, -step, image)
+        x, residual = _along(x, step, direction), _along(residual, -step, image)
         new_size = _dot(residual, residual)
-        return (
-            _along(x, step, direction),
-            residual,
-            _along(residual, new_size / size, direction),
-            new_size,
-            count + 1,
-            (positive),
-        )
+        return x, residual, _along(residual, new_size / size, direction), new_size, count + 1, positive
 
     zero, downhill = jax.tree.map(jnp.zeros_like, gradient), jax.tree.map(jnp.negative, gradient)
     return lax.while_loop(go_on, advance, (zero, downhill, downhill, start, 0, jnp.array(True)))[0]
@@ -134,13 +126,7 @@ def _by_cg(
     iterations: Any,
 ) -> Any:
     """−(Jᵀ B J / N + damping · I)⁻¹ gradient as an optax transformation; `operator` gets z and the extra arguments."""
-    try:
-        import optax  # noqa: PLC0415  (an extra)
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"{function}: the package 'optax' is missing. pip install 'jsoftmax[train]'."
-        ) from None
-
+    optax = _arguments.optional_package(function, "optax", "'jsoftmax[train]'")
     maps.check_phi(function, phi)
     _check_callable(function, "scores", scores, "(parameters, inputs)", "lambda W, inputs: inputs @ W")
     strength = _check_steps(function, damping, iterations)

@@ -154,7 +154,7 @@ def plain_cross_entropy(phi: Phi, xp: Any, z: Any, q: Any) -> Any:
 
 def plain_fisher(phi: Phi, xp: Any, z: Any) -> Any:
     """Σ_y p_y ∇l_y ∇l_yᵀ."""
-    gradients = xp.jacobian(lambda z: plain_log_softmax(phi, xp, z))(z)
+    gradients = _jacobian_of(plain_log_softmax)(phi, xp, z)
     return (gradients.T * plain_softmax(phi, xp, z)) @ gradients
 
 
@@ -164,20 +164,12 @@ def plain_product(phi: Phi, xp: Any, z: Any, v: Any, w: Any) -> Any:
 
 
 DERIVATIVES = (
-    _derivative(
-        "softmax_jacobian",
-        _dense(derivatives.softmax_jacobian),
-        _jacobian_of(plain_softmax),
-    ),
+    _derivative("softmax_jacobian", _dense(derivatives.softmax_jacobian), _jacobian_of(plain_softmax)),
     _derivative(
         "log_normalizer_hessian", _dense(derivatives.log_normalizer_hessian), _hessian_of(plain_log_normalizer)
     ),
     _derivative("fisher_information", _dense(derivatives.fisher_information), plain_fisher),
-    _derivative(
-        "entropy_gradient",
-        derivatives.entropy_gradient,
-        _jacobian_of(plain_entropy),
-    ),
+    _derivative("entropy_gradient", derivatives.entropy_gradient, _jacobian_of(plain_entropy)),
     _derivative("entropy_hessian", _dense(derivatives.entropy_hessian), _hessian_of(plain_entropy)),
     _derivative(
         "cross_entropy_hessian", _dense(derivatives.cross_entropy_hessian), _hessian_of(plain_cross_entropy), scores=2

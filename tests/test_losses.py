@@ -59,7 +59,7 @@ def defined(phi, z, labels, **options):
     return jnp.where(rows & (ignore_label is None or labels != ignore_label), loss, 0)
 
 
-def same(f, g, z, rtol=1e-11):
+def assert_same(f, g, z, rtol=1e-11):
     """Value, Jacobian, Hessian, and a Hessian product in a scan."""
 
     def results(f, z):
@@ -80,14 +80,16 @@ def same(f, g, z, rtol=1e-11):
 def test_options(phi, options):
     with jax.enable_x64(True):
         z, labels = jnp.asarray(Z), jnp.asarray(LABELS)
-        same(lambda z: cross_entropy(z, labels, phi=phi, **options), lambda z: defined(phi, z, labels, **options), z)
+        assert_same(
+            lambda z: cross_entropy(z, labels, phi=phi, **options), lambda z: defined(phi, z, labels, **options), z
+        )
 
 
 @pytest.mark.parametrize("phi", PHIS, ids=str)
 def test_every_phi(phi):
     with jax.enable_x64(True):
         z, labels = jnp.asarray(Z), jnp.asarray(LABELS)
-        same(lambda z: cross_entropy(z, labels, phi=phi), lambda z: defined(phi, z, labels), z)
+        assert_same(lambda z: cross_entropy(z, labels, phi=phi), lambda z: defined(phi, z, labels), z)
 
 
 @pytest.mark.parametrize("name", ["plain", "smoothing", "z_loss", "prior", "classes", "rows"])
@@ -95,8 +97,8 @@ def test_distributions(name):
     with jax.enable_x64(True):
         z, options = jnp.asarray(Z), OPTIONS[name]
         q = jax.nn.softmax(jnp.sin(3 * z)) * (KEEP if name == "classes" else 1)
-        same(lambda z: cross_entropy(z, q, **options), lambda z: defined(js.exp, z, q, **options), z)
-        same(lambda q: cross_entropy(z, q, **options), lambda q: defined(js.exp, z, q, **options), q)
+        assert_same(lambda z: cross_entropy(z, q, **options), lambda z: defined(js.exp, z, q, **options), z)
+        assert_same(lambda q: cross_entropy(z, q, **options), lambda q: defined(js.exp, z, q, **options), q)
 
 
 def test_agrees_with_optax():
@@ -159,6 +161,13 @@ def test_dtypes_under_strict_promotion_and_debug_nans(dtype):
         assert loss.dtype == jnp.float32
         q = jax.nn.softmax(z.astype(jnp.float32))
         assert cross_entropy(z, q, label_smoothing=0.1, z_loss=0.1).dtype == jnp.float32
+
+
+def test_float64_under_strict_promotion():
+    """The count that shares the smoothing has the logits' dtype, too."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        for labels in (jnp.asarray(LABELS), jax.nn.softmax(jnp.asarray(Z))):
+            assert cross_entropy(jnp.asarray(Z), labels, label_smoothing=0.1).dtype == jnp.float64
 
 
 def test_residuals():
