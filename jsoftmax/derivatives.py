@@ -208,7 +208,8 @@ def cross_entropy_hessian(
       where, phi, log_weights: as in `softmax_jacobian`.
     Returns: a symmetric operator `[..., K, K]`, as in `softmax_jacobian`. For phi=exp and Q = 1 it does not depend on q
       and is ∇²L.
-    Raises: as `jsoftmax.softmax`, and ValueError if z and q do not broadcast together.
+    Raises: as `jsoftmax.softmax`, ValueError if z and q do not broadcast together, TypeError for integers q, which
+      would be labels.
     Source: MATH 1.14.
 
     >>> cross_entropy_hessian(jnp.array([0., 1.]), jnp.array([0., 1.])).as_matrix()
@@ -216,6 +217,12 @@ def cross_entropy_hessian(
            [-0.19661...,  0.19661...]], dtype=float32)
     """
     scores = {"z": z, "q": q}
+    dtype = getattr(q, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(
+            f"cross_entropy_hessian: q must be floating weights of the classes; got dtype {dtype}. Labels are "
+            "made so by jax.nn.one_hot(labels, K); weights by q.astype(float)."
+        )
     return _closed_form("cross_entropy_hessian", _cross_entropy_hessian, scores, where, phi, log_weights)
 
 

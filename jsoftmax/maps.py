@@ -248,11 +248,14 @@ def reduce_classes(f: Callable[..., Array], arguments: Arguments, phi: Phi, keep
 
 def check_phi(function: str, phi: Any) -> None:
     """A φ is a `Phi`; anything else raises and names the way out."""
-    if not isinstance(phi, Phi):
-        raise TypeError(
-            f"{function}: phi must be a φ such as jsoftmax.exp or jsoftmax.taylor(2); got {phi!r}. "
-            "Wrap a function of your own: phi=jsoftmax.from_callable(f)."
-        )
+    if isinstance(phi, Phi):
+        return
+    name = getattr(phi, "__name__", "")
+    if getattr(phi, "__module__", "").startswith("jsoftmax."):
+        way_out = f"Call {name} with its parameters: phi=jsoftmax.{name}(…)."
+    else:
+        way_out = "Wrap a function of your own: phi=jsoftmax.from_callable(f)."
+    raise TypeError(f"{function}: phi must be a φ such as jsoftmax.exp or jsoftmax.taylor(2); got {phi!r}. {way_out}")
 
 
 def softmax(

@@ -90,7 +90,9 @@ class DiagonalPlusLowRank:
         Returns: `[..., K]`. Where D is positive the error is of the order of that of a dense solve, κ(A + damping · I)
           units in the last place, also for indefinite A, such as the entropy's Hessian, unless an entry of D is far
           smaller than the others: D is divided by, so κ(D) counts too. NaN for a matrix whose D has a zero (dense
-          solves may succeed there). Where D has both signs the identity holds, and digits may be lost.
+          solves may succeed there). Where D has both signs the identity holds, and digits may be lost. A
+          singular matrix, such as the softmax's Jacobian without damping, gives infinite or meaningless numbers: for
+          that one there is `pinv_mv`.
 
         >>> from jsoftmax import entropy_hessian
         >>> H = entropy_hessian(jnp.array([0., 1., 2.]))

@@ -139,6 +139,12 @@ def _by_cg(
                 f"{function}: update needs the parameters and {call}; got no {' and no '.join(missing)}. "
                 f"Write optimizer.update(gradient, state, parameters, {call})."
             )
+        if jax.tree.map(jnp.shape, updates) != jax.tree.map(jnp.shape, params):
+            raise ValueError(
+                f"{function}: the gradient must have the structure and shapes of the parameters; got "
+                f"{jax.tree.map(jnp.shape, updates)} for {jax.tree.map(jnp.shape, params)}. Take "
+                "jax.grad(loss)(parameters)."
+            )
         inputs = given.pop("inputs")
         product = gauss_newton(lambda p: scores(p, inputs), params, lambda z: operator(z, **given))
         return _descent(lambda v: _along(product(v), strength, v), updates, iterations), state
@@ -151,11 +157,12 @@ def newton_cg(
 ) -> Any:
     """Damped Newton steps by conjugate gradients, as an optax transformation, for a mean cross-entropy.
 
-    update = −(Jᵀ B J / N + damping · I)⁻¹ gradient,  B = `cross_entropy_hessian`     (MATH 1.16)
+    update = −(Jᵀ B J / N + damping · I)⁻¹ gradient where that matrix is positive definite,
+    B = `cross_entropy_hessian`     (MATH 1.16)
 
-    For scores linear in the parameters (an output layer, a linear model) that is Newton's step exactly, for any φ; for
-    a network it is Gauss–Newton's. With another φ than exp the Hessian can be indefinite: conjugate gradients stop
-    before a direction of negative curvature, so the update points downhill all the same. Weight decay of strength
+    For scores linear in the parameters (an output layer, a linear model) that is Newton's step, for any φ; for a
+    network it is Gauss–Newton's. With another φ than exp the matrix can be indefinite: conjugate gradients stop before
+    a direction of negative curvature, and the update is then another one that points downhill. Weight decay of strength
     `damping` makes the damped step exact, too.
 
     Args:
@@ -164,8 +171,8 @@ def newton_cg(
       phi: the positive map φ.
       iterations: conjugate gradients stop there, or at a relative residual of 1e-6.
     Raises: TypeError if `scores` is no function or `phi` no φ, ValueError if `damping` or `iterations` is not positive;
-      `update` raises TypeError without its arguments, ValueError for targets of another shape than the scores.
-      ModuleNotFoundError without optax.
+      `update` raises TypeError without its arguments or for integer targets, ValueError for targets of another shape
+      than the scores, or a gradient of another than the parameters. ModuleNotFoundError without optax.
     Returns: an `optax.GradientTransformationExtraArgs`; `update(gradient, state, parameters, inputs=…, targets=…)` with
       targets q `[..., K]`. Chain a line search after it, as after `optax.lbfgs`'s.
     Source: Nocedal & Wright 2006, section 7.1.

@@ -261,8 +261,8 @@ def from_callable(
     Args:
       phi, log_phi: exactly one of them.
       slope, curvature: s and t as functions of z, where you have closed forms.
-    Raises: TypeError if something given is no function or closes over a traced value, ValueError unless exactly one
-      of `phi` and `log_phi` is given.
+    Raises: TypeError if something given is no function, fails on an array or closes over a traced value, ValueError
+      unless exactly one of `phi` and `log_phi` is given.
 
     >>> bell = from_callable(log_phi=lambda z: -z**2 / 2)
     >>> bell.log(jnp.array([0., 1., 2.]))
@@ -294,7 +294,13 @@ def _closes_over_tracers(f: Any) -> bool:
     """Whether f, traced with its parameters as arguments, reads traced values from elsewhere."""
     leaves, structure = jax.tree.flatten(f)
     z = jax.ShapeDtypeStruct((1,), jnp.float32)
-    program = jax.make_jaxpr(lambda leaves, z: jax.tree.unflatten(structure, leaves)(z))(leaves, z)
+    try:
+        program = jax.make_jaxpr(lambda leaves, z: jax.tree.unflatten(structure, leaves)(z))(leaves, z)
+    except Exception as error:  # whatever a function of the user's raises
+        raise TypeError(
+            "from_callable: the functions must map an array of scores elementwise, in jax.numpy; got one that raised "
+            f"{type(error).__name__}. It is called as f(z), a jax.tree_util.Partial(f, parameters) as f(parameters, z)."
+        ) from error
     return any(isinstance(value, Tracer) for value in program.consts)
 
 

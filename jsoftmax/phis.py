@@ -138,7 +138,8 @@ def spherical(epsilon: Any) -> Phi:
     sign of all scores.
 
     Args:
-      epsilon: ε > 0, a number or an array that broadcasts to the scores; may be traced, vmapped and learned.
+      epsilon: ε > 0, a number or an array that broadcasts to the scores; may be traced, vmapped and learned. A traced
+        ε < 0 gives NaN; so learn its logarithm: spherical(jnp.exp(a)).
     Raises: ValueError if ε is a number and not positive.
     Source: de Brébisson & Vincent 2016, section 3.1; ε keeps log p finite at z = 0.
 
@@ -370,7 +371,8 @@ def relu_power(power: Any, epsilon: Any) -> Phi:
     Constant left of 0, increasing right of it; the derivatives at 0 are those from the left.
 
     Args:
-      power: m ≥ 1; epsilon: ε > 0. Numbers or arrays that broadcast to the scores; may be traced, vmapped, learned.
+      power: m ≥ 1; epsilon: ε > 0. Numbers or arrays that broadcast to the scores; may be traced, vmapped, learned (as
+        jnp.exp(a) if they are to stay in range).
     Raises: ValueError if a number is out of range.
     Source: So et al. 2021 (squared ReLU, there an activation of feed-forward layers).
 

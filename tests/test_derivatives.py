@@ -76,7 +76,8 @@ def test_batches_and_dtypes(derivative):
         np.testing.assert_allclose(got[row], derivative.ours(*(a[row] for a in scores)), rtol=1e-6)
     narrow = derivative.ours(*(a.astype(jnp.bfloat16) for a in scores))
     assert narrow.dtype == jnp.float32
-    assert derivative.ours(*(jnp.arange(3) for _ in scores)).dtype == jnp.float32
+    integers = [jnp.arange(3)] + [jnp.arange(3.0)] * (derivative.scores - 1)
+    assert derivative.ours(*integers).dtype == jnp.float32
 
 
 def test_names_agree_with_transformations():

@@ -38,6 +38,13 @@ WRONG = [  # call, error, what the message says
     (lambda: raw(js.from_callable)(js.exp), TypeError, "from_callable: phi", "phi=jsoftmax.softplus"),
     (lambda: raw(js.from_callable)(jnp.exp, slope=1), TypeError, "from_callable: slope must be a function"),
     (lambda: js.softmax(Z, phi=js.from_callable(jnp.sum)), ValueError, "from_callable", "one by one", "(2, 3)"),
+    (lambda: js.from_callable(np.exp), TypeError, "from_callable: the functions must map", "in jax.numpy"),
+    (
+        lambda: js.from_callable(jax.tree_util.Partial(lambda z, a: z * a["scale"], {"scale": 1.0})),
+        TypeError,
+        "from_callable: the functions must map",
+        "as f(parameters, z)",
+    ),
     (lambda: js.softmax(Z, phi=js.spherical(jnp.ones(4))), (ValueError, TypeError), "broadcast"),
     (lambda: raw(js.entropy_expansion)(Z, Z, 3), ValueError, "entropy_expansion: order must be 1 or 2", "got 3"),
     (lambda: raw(js.entropy_expansion)(Z, Z, None), ValueError, "entropy_expansion: order", "got None"),
@@ -66,10 +73,17 @@ WRONG = [  # call, error, what the message says
         "cross_entropy_hessian: z and q",
         "(2, 3) and (4,)",
     ),
+    (
+        lambda: js.cross_entropy_hessian(Z, jnp.zeros(3, int)),
+        TypeError,
+        "cross_entropy_hessian: q must be floating weights",
+        "jax.nn.one_hot(labels, K)",
+    ),
 ]
 
 EVERY = [  # keywords that are wrong for every function of scores
     ({"phi": jnp.exp}, TypeError, "phi must be a φ", "from_callable(f)"),
+    ({"phi": js.taylor}, TypeError, "phi must be a φ", "phi=jsoftmax.taylor(…)"),
     ({"phi": "exp"}, TypeError, "phi must be a φ", "'exp'"),
     ({"axis": 2}, ValueError, "axis 2 is out of range", "2 dimension(s)", "[-2, 2)"),
     ({"axis": (0, -2)}, ValueError, "axis names an axis twice", "(0, -2)"),

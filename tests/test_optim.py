@@ -204,6 +204,12 @@ WRONG = [
         "update needs the parameters and inputs=inputs",
         "got no inputs",
     ),
+    (
+        lambda f: f(network, damping=1.0).update({"W": FOUR}, (), {"V": FOUR}, inputs=0, targets=0),
+        ValueError,
+        "the gradient must have the structure and shapes of the parameters",
+        "jax.grad",
+    ),
     (lambda f: f(network, damping=1.0, phi=jnp.exp), TypeError, "phi must be a φ", "from_callable"),
 ]
 

@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,6 +39,8 @@ def test_example():
     assert names["hessians"].shape == (2, 3, 3)
     assert np.all(np.isfinite(names["hessians"]))
     np.testing.assert_allclose(jsoftmax.entropy(names["z"]), jnp.array([0.8323954, 4.328423e-08]), rtol=1e-6)
+    np.testing.assert_allclose(names["by_theta"]["scale"], 0.36613, rtol=1e-4)
+    assert jnp.abs(jax.grad(names["value"])(names["W"], names["inputs"], names["targets"])).max() < 1e-4
     np.testing.assert_allclose(names["loss"], jnp.array([2.0611537e-09, 0.3132617]), rtol=1e-6)
 
 
