@@ -10,11 +10,14 @@ from jsoftmax.derivatives import (
     softmax_second_derivative,
     softmax_second_derivative_product,
 )
-from jsoftmax.entropy import entropy, entropy_expansion, kl_divergence, varentropy
+from jsoftmax.entropy import entropy, entropy_expansion, kl_divergence, renyi_entropy, tsallis_entropy, varentropy
 from jsoftmax.maps import log_normalizer, log_softmax, softmax
+from jsoftmax.mixtures import mixture_log_softmax, sink_softmax
 from jsoftmax.operators import DiagonalPlusLowRank
 from jsoftmax.phi import exp, from_callable
 from jsoftmax.phis import PHIS, elu1, logistic, q_exponential, relu_power, sigsoftmax, softplus, spherical, taylor
+from jsoftmax.sparse import entmax, entmax15, fenchel_young_loss, sparsemax
+from jsoftmax.temperature import temperature_for_entropy
 
 __version__ = "0.1.0"
 
@@ -22,6 +25,8 @@ __all__ = [  # noqa: RUF022  (grouped as the README groups them)
     # functions of scores
     "entropy",
     "varentropy",
+    "tsallis_entropy",
+    "renyi_entropy",
     "kl_divergence",
     "entropy_expansion",
     "softmax",
@@ -37,6 +42,15 @@ __all__ = [  # noqa: RUF022  (grouped as the README groups them)
     "softmax_second_derivative",
     "softmax_second_derivative_product",
     "DiagonalPlusLowRank",
+    # sparse maps
+    "sparsemax",
+    "entmax15",
+    "entmax",
+    "fenchel_young_loss",
+    # mixtures, sinks, temperatures
+    "mixture_log_softmax",
+    "sink_softmax",
+    "temperature_for_entropy",
     # positive maps φ
     "exp",
     "taylor",

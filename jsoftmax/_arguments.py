@@ -18,7 +18,7 @@ def accumulation_dtype(dtype: Any) -> Any:
 
 def as_scores(function: str, argument: str, z: Any) -> jax.Array:
     """`z` as a floating-point array; integers and booleans promote as in `jax.nn.softmax`."""
-    array = _as_array(function, argument, z)
+    array = as_array(function, argument, z)
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array
     if jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_:
@@ -57,7 +57,7 @@ def check_where(function: str, where: Any, shape: tuple[int, ...]) -> jax.Array 
     """`where` as a boolean array that broadcasts to the scores' shape."""
     if where is None:
         return None
-    array = _as_array(function, "where", where)
+    array = as_array(function, "where", where)
     if array.dtype != jnp.bool_:
         raise TypeError(
             f"{function}: where must be boolean; got dtype {array.dtype}. "
@@ -86,6 +86,21 @@ def joint_shape(function: str, arrays: dict[str, jax.Array]) -> tuple[int, ...]:
         ) from None
 
 
+def per_row(  # noqa: PLR0917
+    function: str, argument: str, value: Any, shape: tuple[int, ...], axes: tuple[int, ...], dtype: Any
+) -> jax.Array:
+    """One number for each row of scores of that shape, of length 1 along the class axes."""
+    array = as_scores(function, argument, value).astype(dtype)
+    rows = tuple(1 if i in axes else length for i, length in enumerate(shape))
+    try:
+        return jnp.broadcast_to(array, rows)
+    except ValueError:
+        raise ValueError(
+            f"{function}: {argument} must be one number, or one for each row, of shape {rows} with length 1 along the "
+            f"classes; got shape {array.shape}. Write {argument}[..., None]."
+        ) from None
+
+
 def is_concrete_number(value: Any) -> bool:
     """Whether `value` is a plain number that a factory can judge; arrays and tracers are judged by nobody."""
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
@@ -104,7 +119,8 @@ def optional_package(function: str, package: str, install: str) -> Any:
         raise ModuleNotFoundError(f"{function}: the package {package!r} is missing. pip install {install}.") from None
 
 
-def _as_array(function: str, argument: str, value: Any) -> jax.Array:
+def as_array(function: str, argument: str, value: Any) -> jax.Array:
+    """`value` as an array of any dtype; lists and strings are none."""
     if isinstance(value, list | tuple | str) or value is None:
         _reject(function, argument, value)
     try:

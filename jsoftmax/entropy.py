@@ -1,15 +1,18 @@
 """Entropy, varentropy, Kullback–Leibler divergence and the entropy's second-order expansion, for every φ."""
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, maps
 from jsoftmax._arguments import Axis
+from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
 from jsoftmax.maps import class_sum, normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
 
@@ -59,7 +62,73 @@ def _varentropy_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple
     return V, class_sum(p * (c**2 + 2 * c - V) * x_dot, axis)
 
 
-def _log_ratio(log_p: Array, p: Array, log_q: Array) -> tuple[Array, Array]:
+def _surprise(log_p: Array, p: Array, alpha: Array) -> Array:
+    """−p log_α p = (p − p^α)/(α − 1) ≥ 0, −p log p for α = 1; 0 where a class is left out  (MATH 6.6)."""
+    safe = jnp.where(jnp.isneginf(log_p), 0, log_p)
+    far = (alpha - 1) * safe > 1  # for α < 1 a p that underflows still counts
+    powers = (jnp.exp(alpha * safe) - p) / jnp.where(far, 1 - alpha, 1)
+    return jnp.where(far, powers, -p * safe * expm1_ratio(jnp.where(far, 0, (alpha - 1) * safe)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _tsallis(x: Array, alpha: Array, axis: tuple[int, ...]) -> Array:
+    """S = Σ b, b = −p log_α p: terms that are not negative  (MATH 6.6)."""
+    log_p, p, _ = normalize(x, axis)
+    return class_sum(_surprise(log_p, p, alpha), axis)
+
+
+@functools.partial(_tsallis.defjvp, symbolic_zeros=True)
+def _tsallis_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """Ṡ = α Σ (b − p S) ẋ + Σ (∂b/∂α) α̇  (MATH 6.6)."""
+    (x, alpha), (x_dot, alpha_dot) = primals, tangents
+    log_p, p, _ = normalize(x, axis)
+    b, S = _surprise(log_p, p, alpha), _tsallis(x, alpha, axis)
+    S_dot = jnp.zeros_like(S)
+    if not isinstance(x_dot, SymbolicZero):
+        S_dot = class_sum(alpha * (b - p * S) * x_dot, axis)
+    if not isinstance(alpha_dot, SymbolicZero):
+        S_dot = S_dot + class_sum(jax.jvp(lambda a: _surprise(log_p, p, a), (alpha,), (alpha_dot,))[1], axis)
+    return S, S_dot
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _renyi(x: Array, alpha: Array, axis: tuple[int, ...]) -> Array:
+    """R = log Σ p^α / (1 − α); near α = 1 of Tsallis' S, as log1p((1 − α) S)/(1 − α)  (MATH 6.7)."""
+    log_p, _, L = normalize(x, axis)
+    S = _tsallis(x, alpha, axis)
+    a = (1 - alpha) * S
+    near = jnp.abs(a) <= 0.5
+    far = normalize(_times(alpha, log_p), axis).log_normalizer / jnp.where(near, 1, 1 - alpha)
+    return jnp.where(jnp.isneginf(L), 0, jnp.where(near, S * (1 - log1p_deficit(jnp.where(near, a, 0))), far))
+
+
+def _times(alpha: Array, log_p: Array) -> Array:
+    """α log p, and no NaN where a class is left out."""
+    out = jnp.isneginf(log_p)
+    return jnp.where(out, -jnp.inf, alpha * jnp.where(out, 0, log_p))
+
+
+@functools.partial(_renyi.defjvp, symbolic_zeros=True)
+def _renyi_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """Ṙ = α Σ (r − p)/(1 − α) ẋ − D(r‖p)/(1 − α)² α̇, r = p^α / Σ p^α; by y = (α − 1) (l + R) = log r/p where it is
+    small  (MATH 6.7)."""
+    (x, alpha), (x_dot, alpha_dot) = primals, tangents
+    log_p, p, _ = normalize(x, axis)
+    r, R = normalize(_times(alpha, log_p), axis).p, _renyi(x, alpha, axis)
+    d = jnp.where(jnp.isneginf(log_p), 0, log_p + R)
+    y = (alpha - 1) * d
+    near = jnp.abs(y) < 0.5
+    y_near, gap = jnp.where(near, y, 0), jnp.where(near, 1, 1 - alpha)
+    R_dot = jnp.zeros_like(R)
+    if not isinstance(x_dot, SymbolicZero):
+        R_dot = class_sum(alpha * jnp.where(near, -p * d * expm1_ratio(y_near), (r - p) / gap) * x_dot, axis)
+    if not isinstance(alpha_dot, SymbolicZero):
+        divergence = jnp.where(near, r * d**2 * excess_ratio(y_near), (p - r + r * y) / gap**2)
+        R_dot = R_dot - class_sum(divergence, axis) * alpha_dot
+    return R, R_dot
+
+
+def log_ratio(log_p: Array, p: Array, log_q: Array) -> tuple[Array, Array]:
     """r = log p − log q, and where p and q are positive; elsewhere r is 0, and those classes are dealt with apart.
 
     p underflows where log p is finite, and r may overflow there: 0 · inf would be NaN.
@@ -68,18 +137,14 @@ def _log_ratio(log_p: Array, p: Array, log_q: Array) -> tuple[Array, Array]:
     return jnp.where(both, log_p, 0) - jnp.where(both, log_q, 0), both
 
 
-def _excess(r: Array) -> Array:
-    """e^−r − 1 + r ≥ 0 for |r| < 1, by its series r²/2 (1 − r/3 (1 − r/4 (…))): no cancellation."""
-    return r**2 / 2 * functools.reduce(lambda total, k: 1 - r / k * total, range(20, 2, -1), jnp.ones_like(r))
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...]) -> Array:
     """D = Σ p r, r = log p − log q, summed as p (e^−r − 1 + r) ≥ 0, since Σ q − Σ p = 0  (MATH 6.3)."""
     (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis), normalize(x_q, axis)
-    r, both = _log_ratio(log_p, p, log_q)
-    near = both & (jnp.abs(r) < 1)
-    terms = jnp.where(near, p * _excess(jnp.where(near, r, 0)), p * r - p + q)
+    r, both = log_ratio(log_p, p, log_q)
+    near = both & (jnp.abs(r) < 0.5)
+    r_near = jnp.where(near, r, 0)
+    terms = jnp.where(near, p * r_near**2 * excess_ratio(r_near), p * r - p + q)
     D = class_sum(terms, axis)
     impossible = jnp.any(jnp.isneginf(log_q) & (log_p > -jnp.inf), axis, keepdims=True)
     return jnp.where(jnp.isnan(D), D, jnp.where(jnp.isneginf(L_p), 0, jnp.where(impossible, jnp.inf, D)))
@@ -90,7 +155,7 @@ def _kl_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, 
     """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4); finite where D is not: those classes have r = 0."""
     (x_p, x_q), (x_p_dot, x_q_dot) = primals, tangents
     (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis), normalize(x_q, axis)
-    r, _ = _log_ratio(log_p, p, log_q)
+    r, _ = log_ratio(log_p, p, log_q)
     by_q = jnp.where(jnp.isneginf(x_q) | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q - p)
     rate = p * (r - class_sum(p * r, axis)) * x_p_dot + by_q * x_q_dot
     return _kl(x_p, x_q, axis), class_sum(rate, axis)
@@ -191,6 +256,73 @@ def varentropy(
     """
     arguments = maps.check("varentropy", {"z": z}, axis, where, phi, log_weights)
     return maps.reduce_classes(_varentropy, arguments, phi, keepdims)
+
+
+def tsallis_entropy(
+    z: ArrayLike,
+    alpha: ArrayLike,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    phi: Phi = exp,
+    log_weights: ArrayLike | None = None,
+    keepdims: bool = False,
+) -> Float[Array, "..."]:
+    """Tsallis entropy of p = w φ(z) / Σ w φ(z); Shannon's for α = 1, the Gini impurity for α = 2.
+
+    S = (1 − Σ p^α)/(α − 1) = Σ b,  b = (p − p^α)/(α − 1);   ∂S/∂z = α (b − p S) s     (MATH 6.6)
+
+    S/α is −Ω of `jsoftmax.fenchel_young_loss`.
+
+    Args:
+      z, axis, where, phi, log_weights, keepdims: as in `entropy`.
+      alpha: α ≥ 0, a number, or an array with one for each row, of length 1 along the classes; differentiable, through
+        α = 1 too.
+    Returns: as `entropy`: `[...]` ≥ 0, with the digits of small results. One class or none left: 0.
+    Raises: as `entropy`, and ValueError if α is a number and negative or infinite, or of a shape that does not fit.
+    Source: Tsallis 1988.
+
+    >>> tsallis_entropy(jnp.log(jnp.array([0.5, 0.25, 0.25])), 2)
+    Array(0.625, dtype=float32)
+    """
+    return _of_order("tsallis_entropy", _tsallis, z, alpha, axis, where, phi, log_weights, keepdims)
+
+
+def renyi_entropy(
+    z: ArrayLike,
+    alpha: ArrayLike,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    phi: Phi = exp,
+    log_weights: ArrayLike | None = None,
+    keepdims: bool = False,
+) -> Float[Array, "..."]:
+    """Rényi entropy of p = w φ(z) / Σ w φ(z), in nats; Shannon's for α = 1, the logarithm of the support's size for 0.
+
+    R = log Σ p^α / (1 − α);   ∂R/∂z = α/(1 − α) (r − p) s,  r = p^α / Σ p^α     (MATH 6.7)
+
+    Args:
+      z, alpha, axis, where, phi, log_weights, keepdims: as in `tsallis_entropy`. For α = ∞, the min-entropy, take
+        −jnp.max(log_softmax(z), -1).
+    Returns: as `entropy`: `[...]` in [0, log K].
+    Raises: as `tsallis_entropy`.
+    Source: Rényi 1961.
+
+    >>> renyi_entropy(jnp.log(jnp.array([0.5, 0.25, 0.25])), 2)  # −log 3/8
+    Array(0.98082..., dtype=float32)
+    """
+    return _of_order("renyi_entropy", _renyi, z, alpha, axis, where, phi, log_weights, keepdims)
+
+
+def _of_order(function: str, f: Any, z: Any, alpha: Any, *options: Any) -> Array:
+    axis, where, phi, log_weights, keepdims = options
+    if _arguments.is_concrete_number(alpha) and not 0 <= alpha < math.inf:
+        raise ValueError(f"{function}: alpha must be >= 0 and finite; got {alpha}. 1 is Shannon's entropy, 2 is usual.")
+    arguments = maps.check(function, {"z": z}, axis, where, phi, log_weights)
+    (scores,) = arguments.scores
+    order = _arguments.per_row(function, "alpha", alpha, scores.shape, arguments.axis, scores.dtype)
+    return maps.reduce_classes(f, arguments, phi, keepdims, (order,))
 
 
 def kl_divergence(

@@ -229,20 +229,28 @@ def _of_weighted_scores(  # noqa: PLR0917  (as `Arguments` has them)
     where: Array | None,
     log_weights: Array | None,
     phi: Phi,
+    parameters: tuple[Array, ...] = (),
 ) -> Array:
-    return f(*(weighted_scores(phi, z, where, log_weights) for z in scores), axis)
+    return f(*(weighted_scores(phi, z, where, log_weights) for z in scores), *parameters, axis)
 
 
-def keep_classes(f: Callable[..., Array], arguments: Arguments, phi: Phi) -> Array:
-    """f(x, …, axis) of x = ψ(z) + log w, in the scores' dtype. Compiled as one: what f drops is not computed."""
+def keep_classes(f: Callable[..., Array], arguments: Arguments, phi: Phi, parameters: tuple[Array, ...] = ()) -> Array:
+    """f(x, …, *parameters, axis) of x = ψ(z) + log w, in the scores' dtype. Compiled as one: what f drops is not
+    computed."""
     *given, dtype = arguments
-    return _of_weighted_scores(f, *given, phi).astype(dtype)
+    return _of_weighted_scores(f, *given, phi, parameters).astype(dtype)
 
 
-def reduce_classes(f: Callable[..., Array], arguments: Arguments, phi: Phi, keepdims: bool = False) -> Array:
-    """f(x, …, axis) for an f that reduces the classes, in the accumulation dtype."""
+def reduce_classes(
+    f: Callable[..., Array],
+    arguments: Arguments,
+    phi: Phi,
+    keepdims: bool = False,
+    parameters: tuple[Array, ...] = (),
+) -> Array:
+    """f(x, …, *parameters, axis) for an f that reduces the classes, in the accumulation dtype."""
     *given, _ = arguments
-    result = _of_weighted_scores(f, *given, phi)
+    result = _of_weighted_scores(f, *given, phi, parameters)
     return result if keepdims else jnp.squeeze(result, arguments.axis)
 
 

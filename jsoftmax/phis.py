@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from jsoftmax import _arguments
 from jsoftmax._pytree import pytree_class, static
+from jsoftmax._series import log1p_deficit, log1p_exp
 from jsoftmax.phi import Phi, exp, from_callable
 
 
@@ -152,25 +153,6 @@ def spherical(epsilon: Any) -> Phi:
 # --- built on log(1 + e^z) -----------------------------------------------------------------------------------
 
 
-def _log1p_deficit(a: Array) -> Array:
-    """h(a) = 1 − log1p(a)/a without cancellation, h(0) = 0, for a > −1, with derivatives of every order.
-
-    log1p(a) = 2 artanh(y), y = a/(2 + a), so h = y − (1 − y) (y²/3 + y⁴/5 + …); |y| ≤ 1/3 for a in [−1/2, 1].
-    """
-    near = (a >= -0.5) & (a <= 1)
-    a_near, a_far = jnp.where(near, a, 0), jnp.where(near, 1, a)
-    y = a_near / (2 + a_near)
-    enough = range(16 if a.dtype == jnp.float64 else 8, 0, -1)
-    terms = functools.reduce(lambda total, k: total * y**2 + 1 / (2 * k + 1), enough, jnp.zeros_like(y))
-    return jnp.where(near, y - (1 - y) * y**2 * terms, 1 - jnp.log1p(a_far) / a_far)
-
-
-def _log1p_exp(z: Array) -> Array:
-    """log(1 + e^z), by branches whose derivatives are right too."""
-    above = z > 0
-    return jnp.where(above, z + jnp.log1p(jnp.exp(-jnp.where(above, z, 0))), jnp.log1p(jnp.exp(jnp.where(above, 0, z))))
-
-
 @pytree_class
 class Softplus(Phi):
     """φ(z) = log(1 + e^z) (MATH 3.4)."""
@@ -183,18 +165,18 @@ class Softplus(Phi):
     def log_phi(self, z: Array) -> Array:
         above = z > 0
         z_above, u = jnp.where(above, z, 1), jnp.exp(jnp.where(above, 0, z))
-        return jnp.where(above, jnp.log(_log1p_exp(z_above)), z + jnp.log1p(-_log1p_deficit(u)))
+        return jnp.where(above, jnp.log(log1p_exp(z_above)), z + jnp.log1p(-log1p_deficit(u)))
 
     def slope(self, z: Array) -> Array:  # s = σ(z)/φ; for small u = e^z 1/((1 + u) (1 − h))
         above = z > 0
         z_above, u = jnp.where(above, z, 1), jnp.exp(jnp.where(above, 0, z))
-        return jnp.where(above, _sigmoid(z_above) / _log1p_exp(z_above), 1 / ((1 + u) * (1 - _log1p_deficit(u))))
+        return jnp.where(above, _sigmoid(z_above) / log1p_exp(z_above), 1 / ((1 + u) * (1 - log1p_deficit(u))))
 
     def curvature(self, z: Array) -> Array:  # t = s (σ(−z) − s); for small u −s² h
         above = z > 0
         z_above, u = jnp.where(above, z, 1), jnp.exp(jnp.where(above, 0, z))
         s = self.slope(z)
-        return jnp.where(above, s * (_sigmoid(-z_above) - s), -(s**2) * _log1p_deficit(u))
+        return jnp.where(above, s * (_sigmoid(-z_above) - s), -(s**2) * log1p_deficit(u))
 
 
 softplus = Softplus()
@@ -210,7 +192,7 @@ class Sigsoftmax(Phi):
         return xp.exp(z) / (1 + xp.exp(-z))
 
     def log_phi(self, z: Array) -> Array:  # not below the lowest float: a finite score is no mask
-        return jnp.maximum(z - _log1p_exp(-z), jnp.finfo(z.dtype).min)
+        return jnp.maximum(z - log1p_exp(-z), jnp.finfo(z.dtype).min)
 
     def slope(self, z: Array) -> Array:
         return 1 + _sigmoid(-z)
@@ -232,7 +214,7 @@ class Logistic(Phi):
         return 1 / (1 + xp.exp(-z))
 
     def log_phi(self, z: Array) -> Array:
-        return -_log1p_exp(-z)
+        return -log1p_exp(-z)
 
     def slope(self, z: Array) -> Array:
         return _sigmoid(-z)
@@ -294,7 +276,7 @@ class QExponential(Phi):
         a, inside, outside = self._inside(z)
         near = jnp.abs(a) <= 0.5
         far = jnp.log1p(jnp.where(near, 1, a)) / jnp.where(near, 1, 1 - self.q)
-        return jnp.where(inside, jnp.where(near, z * (1 - _log1p_deficit(jnp.where(near, a, 0))), far), outside)
+        return jnp.where(inside, jnp.where(near, z * (1 - log1p_deficit(jnp.where(near, a, 0))), far), outside)
 
     def slope(self, z: Array) -> Array:  # s = φ^{q−1}
         a, inside, outside = self._inside(z)

@@ -18,168 +18,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsoftmax import (
-    derivatives,
-    entropy,
-    entropy_expansion,
-    kl_divergence,
-    log_normalizer,
-    log_softmax,
-    maps,
-    softmax,
-    varentropy,
+from jsoftmax import entropy, maps, softmax
+from jsoftmax._definitions import (
+    DERIVATIVES,
+    EVERY,
+    FUNCTIONS,
+    LOSSES,
+    OTHERS,
+    SPARSE_MAPS,
+    Function,
+    plain_cross_entropy,
+    plain_entropy,
+    plain_kl,
+    plain_log_normalizer,
+    plain_log_softmax,
+    plain_softmax,
 )
 from jsoftmax._namespaces import ManyDigits, Plain
 from jsoftmax.phi import Phi
 from jsoftmax.phis import PHIS
 
+__all__ = [
+    "DERIVATIVES",
+    "ERRATA",
+    "EVERY",
+    "FUNCTIONS",
+    "LOSSES",
+    "OTHERS",
+    "PAIRS",
+    "PHIS",
+    "SPARSE_MAPS",
+    "Cell",
+    "Function",
+    "ManyDigits",
+    "Plain",
+    "cell",
+    "cells",
+    "error",
+    "plain_cross_entropy",
+    "plain_entropy",
+    "plain_kl",
+    "plain_log_normalizer",
+    "plain_log_softmax",
+    "plain_softmax",
+    "rounded",
+    "scores",
+    "wide_dtype",
+]
+
 ORDERS = ("f", "f′", "f″", "f‴")
 CLASSES = 4
-
-
-# --- the list of functions -----------------------------------------------------------------------------------
-
-
-def _log(w: Any, xp: Any) -> Any:
-    """log w, and 0 where w is 0: for 0 · log 0."""
-    return xp.log(xp.where(w > 0, w, 1))
-
-
-def plain_softmax(phi: Phi, xp: Any, z: Any) -> Any:
-    """φ(z) / Σ φ(z)."""
-    w = phi.definition(z, xp)
-    return w / xp.sum(w)
-
-
-def plain_log_softmax(phi: Phi, xp: Any, z: Any) -> Any:
-    """log p."""
-    return _log(plain_softmax(phi, xp, z), xp)
-
-
-def plain_entropy(phi: Phi, xp: Any, z: Any) -> Any:
-    """−Σ p log p."""
-    p = plain_softmax(phi, xp, z)
-    return -xp.sum(p * _log(p, xp))
-
-
-def plain_log_normalizer(phi: Phi, xp: Any, z: Any) -> Any:
-    """log Σ φ(z)."""
-    return xp.log(xp.sum(phi.definition(z, xp)))
-
-
-def plain_varentropy(phi: Phi, xp: Any, z: Any) -> Any:
-    """Σ p (log p + H)²."""
-    p = plain_softmax(phi, xp, z)
-    return xp.sum(p * (_log(p, xp) + plain_entropy(phi, xp, z)) ** 2)
-
-
-def plain_kl(phi: Phi, xp: Any, z_p: Any, z_q: Any) -> Any:
-    """Σ p (log p − log q)."""
-    p, q = plain_softmax(phi, xp, z_p), plain_softmax(phi, xp, z_q)
-    return xp.sum(p * (_log(p, xp) - _log(q, xp)))
-
-
-def plain_expansion(phi: Phi, xp: Any, z: Any, dz: Any) -> Any:
-    """h(0) + h'(0) + h''(0)/2 for h(τ) = H(z + τ Δ)."""
-
-    return xp.expansion(lambda t: plain_entropy(phi, xp, z + t * dz))
-
-
-@dataclasses.dataclass(frozen=True)
-class Function:
-    """A function of scores beside its plain definition, with what the comparison allows.
-
-    The tolerances are of the worst entry's error over the largest entry, one for each order of derivative.
-    """
-
-    name: str
-    ours: Callable[..., Any]
-    """ours(*scores, phi=φ)."""
-    plain: Callable[..., Any]
-    """plain(φ, namespace, *scores)."""
-    scores: int = 1
-    empty: float = 0.0
-    """The value of a row with no class left."""
-    orders: int = 4
-    """How many orders are compared: 1 for what is a derivative itself, else up to the third derivative."""
-    third_by_autodiff: bool = True
-    tolerance64: tuple[float, ...] = (1e-14, 1e-13, 1e-12, 1e-11)
-    tolerance32: tuple[float, ...] = (2e-6, 1e-5, 1e-4, 1e-3)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-FUNCTIONS = (
-    Function("entropy", entropy, plain_entropy),
-    Function("varentropy", varentropy, plain_varentropy),
-    Function("kl_divergence", kl_divergence, plain_kl, scores=2),
-    Function(
-        "entropy_expansion",
-        entropy_expansion,
-        plain_expansion,
-        scores=2,
-        third_by_autodiff=False,
-        tolerance32=(2e-5, 1e-5, 1e-4, 1e-3),
-    ),
-    Function("softmax", softmax, plain_softmax),
-    Function("log_softmax", log_softmax, plain_log_softmax, empty=-math.inf),
-    Function("log_normalizer", log_normalizer, plain_log_normalizer, empty=-math.inf),
-)
-"""The one list of functions: tests, `verify` and the README's table iterate over it."""
-
-
-def _dense(f: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *z, **keywords: f(*z, **keywords).as_matrix()
-
-
-def _derivative(name: str, ours: Callable[..., Any], plain: Callable[..., Any], scores: int = 1) -> Function:
-    return Function(name, ours, plain, scores, orders=1, tolerance64=(1e-12,), tolerance32=(1e-4,))
-
-
-def _jacobian_of(f: Callable[..., Any]) -> Callable[..., Any]:
-    """The plain Jacobian."""
-    return lambda phi, xp, z: xp.jacobian(lambda z: f(phi, xp, z))(z)
-
-
-def _hessian_of(f: Callable[..., Any]) -> Callable[..., Any]:
-    """The plain Hessian, in the first of the arrays."""
-    return lambda phi, xp, z, *others: xp.hessian(lambda z: f(phi, xp, z, *others))(z)
-
-
-def plain_cross_entropy(phi: Phi, xp: Any, z: Any, q: Any) -> Any:
-    """−Σ q log p."""
-    return -xp.sum(q * plain_log_softmax(phi, xp, z))
-
-
-def plain_fisher(phi: Phi, xp: Any, z: Any) -> Any:
-    """Σ_y p_y ∇l_y ∇l_yᵀ."""
-    gradients = _jacobian_of(plain_log_softmax)(phi, xp, z)
-    return (gradients.T * plain_softmax(phi, xp, z)) @ gradients
-
-
-def plain_product(phi: Phi, xp: Any, z: Any, v: Any, w: Any) -> Any:
-    """Σ_jk ∂²p_i/∂z_j∂z_k v_j w_k."""
-    return xp.sum(_hessian_of(plain_softmax)(phi, xp, z) * (v[:, None] * w), (1, 2))
-
-
-DERIVATIVES = (
-    _derivative("softmax_jacobian", _dense(derivatives.softmax_jacobian), _jacobian_of(plain_softmax)),
-    _derivative(
-        "log_normalizer_hessian", _dense(derivatives.log_normalizer_hessian), _hessian_of(plain_log_normalizer)
-    ),
-    _derivative("fisher_information", _dense(derivatives.fisher_information), plain_fisher),
-    _derivative("entropy_gradient", derivatives.entropy_gradient, _jacobian_of(plain_entropy)),
-    _derivative("entropy_hessian", _dense(derivatives.entropy_hessian), _hessian_of(plain_entropy)),
-    _derivative(
-        "cross_entropy_hessian", _dense(derivatives.cross_entropy_hessian), _hessian_of(plain_cross_entropy), scores=2
-    ),
-    _derivative("softmax_second_derivative", derivatives.softmax_second_derivative, _hessian_of(plain_softmax)),
-    _derivative(
-        "softmax_second_derivative_product", derivatives.softmax_second_derivative_product, plain_product, scores=3
-    ),
-)
-"""The one list of closed-form derivatives, dense; their values are compared with the plain functions' derivatives."""
 
 
 # --- the two comparisons -------------------------------------------------------------------------------------
@@ -199,9 +87,10 @@ def rounded(phi: Phi) -> Phi:
 
 
 def error(ours: Any, reference: Any) -> float:
-    """The worst error over the largest entry; not finite counts as a miss."""
+    """The worst error over the largest entry, or as it is where all are 0; not finite counts as a miss."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
-    worst = float(np.max(np.abs(ours - reference)) / np.max(np.abs(reference)))
+    scale = np.max(np.abs(reference)) or 1.0
+    worst = float(np.max(np.abs(ours - reference)) / scale)
     return worst if math.isfinite(worst) else math.inf
 
 
@@ -214,12 +103,14 @@ def wide_dtype() -> Any:
         return np.dtype(np.float32)
 
 
-def _orders(f: Callable[[Any], Any], z: Any, v: Any) -> list[Any]:
-    """Value, Jacobian, and the second and third derivative along v, once and twice, by autodiff."""
+def _orders(f: Callable[[Any], Any], count: int, z: Any, v: Any) -> list[Any]:
+    """Value, Jacobian, and the second and third derivative along v, once and twice, by autodiff; or fewer."""
 
     def along(g: Callable[[Any], Any], z: Any) -> Any:
         return jax.jvp(g, (z,), (v,))
 
+    if count < 4:
+        return [f(z), *(along(jax.jacrev(f), z) if count == 3 else ())]
     (jacobian, second), (_, third) = along(lambda z: along(jax.jacrev(f), z), z)
     return [f(z), jacobian, second, third]
 
@@ -239,13 +130,11 @@ def against_autodiff(function: Function, phi: Phi) -> list[float]:
         return function.plain(phi, Plain, *z)
 
     def orders(f: Callable[[Any], Any], z: Any, v: Any) -> list[Any]:
-        value, jacobian, _, third = _orders(f, z, v)
-        return [value, jacobian, jax.hessian(f)(z), third]
+        results = _orders(f, function.orders, z, v)
+        return [*results[:2], *([jax.hessian(f)(z)] if function.orders > 2 else []), *results[3:]]
 
     with jax.enable_x64(dtype == np.float64):
         z, v = (jnp.asarray(scores(function, phi, seed), dtype) for seed in (0, 1))
-        if function.orders == 1:
-            return [error(jax.jit(ours)(z), jax.jit(plain)(z))]
         closed = jax.jit(functools.partial(orders, ours))(z, v)
         if function.third_by_autodiff:
             by_autodiff = jax.jit(functools.partial(orders, plain))(z, v)
@@ -264,7 +153,7 @@ def _many_digits(function: Function, phi: Phi) -> list[Any]:
     def plain(z: Any) -> Any:
         return function.plain(phi, xp, *z)
 
-    return [plain(z)] if function.orders == 1 else xp.orders(plain, z, v)
+    return [plain(z)] if function.orders == 1 else xp.orders(plain, z, v)[: function.orders]
 
 
 def against_digits(function: Function, phi: Phi) -> list[float]:
@@ -278,7 +167,7 @@ def against_digits(function: Function, phi: Phi) -> list[float]:
     def ours(z: Any) -> Any:
         return function.ours(*z, phi=phi)
 
-    computed = [jax.jit(ours)(z)] if function.orders == 1 else jax.jit(functools.partial(_orders, ours))(z, v)
+    computed = jax.jit(functools.partial(_orders, ours, function.orders))(z, v)
     return [error(*pair) for pair in zip(computed, _many_digits(function, phi), strict=True)]
 
 
@@ -310,22 +199,23 @@ def cell(function: Function, phi: Phi) -> Cell:
         function.name,
         str(phi),
         tuple(against_autodiff(function, phi)),
-        function.tolerance64 if wide else function.tolerance32,
+        (function.tolerance64 if wide else function.tolerance32)[: function.orders],
         tuple(against_digits(function, phi)),
-        function.tolerance32,
+        function.tolerance32[: function.orders],
     )
 
 
-EVERY = FUNCTIONS + DERIVATIVES
+PAIRS = [*itertools.product(EVERY, PHIS), *((function, maps.exp) for function in SPARSE_MAPS + OTHERS)]
+"""Every cell: function × φ, and the functions without φ once."""
 
 
-def _cell_at(index: tuple[int, int]) -> Cell:
-    return cell(EVERY[index[0]], PHIS[index[1]])
+def _cell_at(index: int) -> Cell:
+    return cell(*PAIRS[index])
 
 
 def cells() -> Iterator[Cell]:
-    """Every function × every φ, as they are done; on CPU by two processes, since tracing and mpmath are Python."""
-    indices = list(itertools.product(range(len(EVERY)), range(len(PHIS))))
+    """Every pair, as they are done; on CPU by two processes, since tracing and mpmath are Python."""
+    indices = range(len(PAIRS))
     if jax.default_backend() != "cpu":
         yield from map(_cell_at, indices)
         return

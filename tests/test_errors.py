@@ -128,7 +128,7 @@ PAIRS += [(f, case) for f in DERIVATIVES for case in EVERY if "axis" not in case
 def test_wrong_keywords(function, case):
     keywords, error, *parts = case
     f = raw(getattr(js, function.name))
-    check(lambda: f(*(Z,) * function.scores, **keywords), error, f"{function.name}: ", *parts)
+    check(lambda: f(*(Z,) * function.scores, *function.arguments, **keywords), error, f"{function.name}: ", *parts)
 
 
 @pytest.mark.parametrize("case", SCORES, ids=lambda case: case[2] + str(type(case[0])))
@@ -136,7 +136,7 @@ def test_wrong_keywords(function, case):
 def test_wrong_scores(function, case):
     z, error, *parts = case
     f = raw(getattr(js, function.name))
-    check(lambda: f(*(z,) * function.scores), error, f"{function.name}: ", *parts)
+    check(lambda: f(*(z,) * function.scores, *function.arguments), error, f"{function.name}: ", *parts)
 
 
 def test_nothing_raises_for_the_values_of_traced_arguments():

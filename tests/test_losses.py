@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -179,11 +180,183 @@ def test_residuals():
     assert sum(leaf.nbytes for leaf in beyond) <= 1.25 * z.nbytes
 
 
-f = inspect.unwrap(cross_entropy)
+TERMS = {  # the loss of one class, of n = −log p
+    "focal": (losses.focal_cross_entropy, lambda n: n * (1 - jnp.exp(-n)) ** 2, {}),
+    "focal, gamma": (losses.focal_cross_entropy, lambda n: n * (1 - jnp.exp(-n)) ** 0.5, {"gamma": 0.5}),
+    "focal, gamma 0": (losses.focal_cross_entropy, lambda n: n, {"gamma": 0}),
+    "poly": (losses.poly_cross_entropy, lambda n: n + 2 * (1 - jnp.exp(-n)), {}),
+    "poly, epsilon": (losses.poly_cross_entropy, lambda n: n - 0.5 * (1 - jnp.exp(-n)), {"epsilon": -0.5}),
+}
+
+
+@pytest.mark.parametrize("name", ["plain", "prior", "weights", "classes", "rows", "ignored"])
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+def test_factors(terms, name):
+    """The factors know of the prior, not of the class weights."""
+    f, term, parameters = terms
+    options = OPTIONS[name]
+    with jax.enable_x64(True):
+        labels = jnp.asarray(LABELS)
+
+        def plain(z, labels=labels):
+            n = defined(js.exp, z, labels, **{k: v for k, v in options.items() if k != "class_weights"})
+            return term(n) * (ALPHA[labels] if name == "weights" else 1)
+
+        z = jnp.asarray(Z)
+        assert_same(lambda z: f(z, labels, **parameters, **options), plain, z)
+        if name in ("plain", "prior"):
+            q = jax.nn.softmax(jnp.sin(3 * z))
+            hot = [jnp.full(3, k) for k in range(4)]
+            mixed = sum(q[:, k] * plain(z, hot[k]) for k in range(4))
+            np.testing.assert_allclose(f(z, q, **parameters, **options), mixed, rtol=1e-12)
+
+
+def test_factors_agree_with_optax():
+    q = jax.nn.softmax(-Z)
+    np.testing.assert_allclose(losses.poly_cross_entropy(Z, q), optax.losses.poly_loss_cross_entropy(Z, q), rtol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 1, 2, 3.5])
+def test_focal_loss_of_right_answers(gamma):
+    """Digits, and derivatives where nothing is left but the answer, in the logits and in γ."""
+    xp = verify.ManyDigits()
+    for gap in (0.5, 3, 20, 60):
+        n = xp.mp.log1p(xp.mp.exp(-gap))
+        want = float(n * (-xp.mp.expm1(-n)) ** gamma)
+        got = losses.focal_cross_entropy(jnp.array([0.0, -gap]), jnp.array(0), gamma=gamma)
+        if want > 1e-34:
+            np.testing.assert_allclose(got, want, rtol=2e-6)
+    for z in ([0.0, -jnp.inf], [0.0, -300.0], [-200.0, 0.0], [-3000.0, 0.0], [-jnp.inf, 0.0]):
+
+        def loss(z, gamma):
+            return losses.focal_cross_entropy(z, jnp.array(0), gamma=gamma)
+
+        by_z, by_gamma = jax.grad(loss, (0, 1))(jnp.array(z), jnp.float32(gamma))
+        assert np.all(np.isfinite(by_z))
+        if z[0] > -jnp.inf:
+            assert np.isfinite(by_gamma)
+
+
+def test_kl_to_target():
+    with jax.enable_x64(True):
+        z, q = jnp.asarray(Z), jax.nn.softmax(jnp.sin(3 * jnp.asarray(Z)))
+
+        def plain(z, q):
+            return jnp.sum(q * (jnp.log(q) - jax.nn.log_softmax(z)), -1)
+
+        assert_same(lambda z: losses.kl_to_target(z, q), lambda z: plain(z, q), z)
+        assert_same(lambda q: losses.kl_to_target(z, q), lambda q: plain(z, q), 1.5 * q)
+        np.testing.assert_allclose(losses.kl_to_target(z, q), optax.kl_divergence(jax.nn.log_softmax(z), q), rtol=1e-10)
+        scored = js.kl_divergence(jnp.log(q), z)
+        np.testing.assert_allclose(losses.kl_to_target(z, q), scored, rtol=1e-10)
+        exact = jnp.array([0.25, 0.25, 0.5])
+        near = jnp.float32(jnp.log(exact) + 1e-3 * jnp.array([1.0, -1.0, 0.5]))
+        want = js.kl_divergence(jnp.log(exact), jnp.float64(near))
+        assert 0 < want < 1e-6
+        np.testing.assert_allclose(losses.kl_to_target(near, jnp.float32(exact)), want, rtol=2e-4)
+
+
+def test_kl_to_target_edges():
+    """A target of 0 counts nothing, with derivative 0; a positive one on a class left out +inf, others finite."""
+    inf, nan = jnp.inf, jnp.nan
+    z = jnp.array([[0.0, 1.0, 2.0], [0.0, 1.0, -inf], [0.0, 1.0, -inf], [-inf] * 3, [nan, 0.0, 0.0], [inf, 0.0, 0.0]])
+    q = jnp.array([[0.0, 0.5, 0.5], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.0] * 3, [1.0, 0, 0], [1.0, 0, 0]])
+    value = losses.kl_to_target(z, q)
+    p = jax.nn.softmax(z[0])
+    np.testing.assert_allclose(value[0], -0.5 * jnp.log(4 * p[1] * p[2]), rtol=1e-6)
+    np.testing.assert_array_equal(np.isfinite(value), [True, True, False, True, False, False])
+    assert value[2] == inf
+    assert value[3] == 0
+    by_z, by_q = jax.grad(lambda z, q: losses.kl_to_target(z, q).sum(), (0, 1))(z, q)
+    assert np.all(np.isfinite(by_z[:4]))
+    assert np.all(np.isfinite(by_q[:4]))
+    assert by_q[0, 0] == by_z[1, 2] == 0
+    np.testing.assert_array_equal(np.isnan(by_z[4:]).any(-1), True)
+    assert np.isnan(losses.kl_to_target(z[0], jnp.array([-0.5, 0.5, 1.0])))
+    rows = losses.kl_to_target(z, q, where=jnp.array([True, True, False, True, False, False]))
+    np.testing.assert_allclose(rows, jnp.where(jnp.isfinite(value), value, 0))
+    keep = jnp.array([True, True, False])
+    masked = losses.kl_to_target(z[:2], q[:2], where=jnp.stack([keep, keep]))
+    np.testing.assert_allclose(masked, [inf, value[1]])
+
+
+def test_spherical_z_loss():
+    with jax.enable_x64(True):
+        z, labels = jnp.asarray(Z), jnp.asarray(LABELS)
+
+        def plain(z, a=1.0, b=0.0):
+            t = (z - z.mean(-1, keepdims=True)) / z.std(-1, keepdims=True)
+            return jax.nn.softplus(a * (b - t[jnp.arange(3), labels])) / a
+
+        assert_same(lambda z: losses.spherical_z_loss(z, labels), plain, z)
+        options = {"scale": 2.0, "shift": 0.7}
+        assert_same(lambda z: losses.spherical_z_loss(z, labels, **options), lambda z: plain(z, 2.0, 0.7), z)
+        loss = losses.spherical_z_loss(z, labels)
+        np.testing.assert_allclose(losses.spherical_z_loss(3 * z - 7, labels), loss, rtol=1e-12)
+        keep = jnp.stack([jnp.asarray(KEEP)] * 3)
+        part = losses.spherical_z_loss(z[:, KEEP], jnp.array([1, 0, 2]), where=jnp.array([True, True, False]))
+        np.testing.assert_allclose(losses.spherical_z_loss(z, labels, where=keep)[:2], part[:2], rtol=1e-12)
+        assert part[2] == 0
+    z = jnp.array([[2.0, 2.0, 2.0], [1e30, -1e30, 0.0], [1e-30, 0.0, 0.0], [jnp.nan, 0.0, 0.0], [0.0, jnp.inf, 0.0]])
+    labels = jnp.zeros(5, int)
+    loss = losses.spherical_z_loss(z, labels)
+    np.testing.assert_allclose(loss[0], np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(loss[1:3], losses.spherical_z_loss(jnp.sign(z[1:3]), labels[1:3]), rtol=1e-6)
+    assert np.all(np.isnan(loss[3:]))
+    gradient = jax.grad(lambda z: losses.spherical_z_loss(z, labels).sum())(z)
+    np.testing.assert_array_equal(gradient[0], 0)
+    assert np.all(np.isfinite(gradient[:3]))
+    out = losses.spherical_z_loss(jnp.array([-jnp.inf, 0.0, 1.0]), jnp.array(0))
+    assert out == jnp.inf
+    for bad in (3, -1):
+        assert np.isnan(losses.spherical_z_loss(z[0], jnp.array(bad)))
+    assert losses.spherical_z_loss(z[0], jnp.array(-1), ignore_label=-1) == 0
+
+
+@pytest.mark.parametrize("phi", [js.exp, js.taylor(2)], ids=str)
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_plackett_luce(length, phi):
+    """Its probabilities of all orders of one length sum to 1, and are products of what is left."""
+    z = jnp.asarray(Z[0], jnp.float32)
+    orders = jnp.array(list(itertools.permutations(range(4), length)))
+    log_p = jax.vmap(lambda order: losses.plackett_luce_log_prob(z, order, phi=phi))(orders)
+    np.testing.assert_allclose(jnp.exp(log_p).sum(), 1, rtol=1e-5)
+    weights = np.asarray(phi(z))
+    for order, got in zip(np.asarray(orders), log_p, strict=True):
+        left, want = set(range(4)), 0.0
+        for k in order:
+            want += np.log(weights[k] / sum(weights[j] for j in left))
+            left -= {k}
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_plackett_luce_edges_and_axes():
+    f, inf = losses.plackett_luce_log_prob, jnp.inf
+    z = jnp.array([0.5, -1.0, -inf, 0.3])
+    orders = jnp.array([[0, 3], [0, 0], [0, 4], [-1, 0], [0, 2]])
+    log_p = jax.vmap(lambda order: f(z, order))(orders)
+    np.testing.assert_array_equal(np.isnan(log_p), [False, True, True, True, False])
+    assert log_p[4] == -inf
+    np.testing.assert_allclose(log_p[0], f(z[jnp.array([0, 1, 3])], jnp.array([0, 2])), rtol=1e-6)
+    np.testing.assert_allclose(log_p[0], f(z.at[2].set(9.0), orders[0], where=z > -inf), rtol=1e-6)
+    gradients = jax.vmap(jax.grad(f), (None, 0))(z, orders)
+    assert np.all(np.isfinite(gradients[jnp.array([0, 4])]))
+    for bad in (inf, jnp.nan):
+        assert np.isnan(f(z.at[1].set(bad), orders[0]))
+    rows = jnp.stack([z, z[::-1]])
+    np.testing.assert_allclose(f(rows.T, orders[:1].repeat(2, 0).T, axis=0), f(rows, orders[:1].repeat(2, 0)))
+    sure = jnp.array([60.0, 40.0, 20.0])
+    np.testing.assert_allclose(f(sure, jnp.array([0, 1, 2])), -2 * np.exp(-20.0), rtol=1e-5)
+    assert f(jnp.arange(3), jnp.array([2, 1, 0])).dtype == jnp.float32
+    assert f(z.astype(jnp.bfloat16), orders[0]).dtype == jnp.float32
+
+
+raw = inspect.unwrap
+f = raw(cross_entropy)
 Q = jnp.full((3, 4), 0.25)
 WRONG = [
     (lambda: f(Z, LABELS[:2]), ValueError, "integer labels must have the logits' shape without the classes, (3,)"),
-    (lambda: f(Z, [1, 2, 3]), TypeError, "labels must be an array; got list"),
+    (lambda: f(Z, [1, 2, 3]), TypeError, "labels must be an array or a number; got list"),
     (lambda: f(Z, LABELS > 1), TypeError, "labels must be integers or floating distributions; got dtype bool"),
     (lambda: f(Z, Q[0]), ValueError, "labels that are distributions must have the logits' shape (3, 4)"),
     (lambda: f(Z, Q, margin=0.1), ValueError, "margin must be left out where labels are distributions"),
@@ -198,6 +371,30 @@ WRONG = [
     (lambda: f(Z, LABELS, phi=jnp.exp), TypeError, "phi must be a φ"),
     (lambda: f(Z, LABELS, axis=2), ValueError, "axis 2 is out of range"),
 ]
+
+
+focal, to_target, z_loss, ranking = map(
+    raw, (losses.focal_cross_entropy, losses.kl_to_target, losses.spherical_z_loss, losses.plackett_luce_log_prob)
+)
+OTHERS_WRONG = [
+    (lambda: focal(Z, LABELS, gamma=-1), ValueError, "focal_cross_entropy: gamma must be in [0, inf]; got -1"),
+    (lambda: focal(Z, Q, class_weights=ALPHA), ValueError, "focal_cross_entropy: class_weights must be left out"),
+    (lambda: to_target(Z, LABELS), TypeError, "kl_to_target: targets must be floating distributions"),
+    (lambda: to_target(Z, Q[0]), ValueError, "kl_to_target: targets that are distributions must have"),
+    (lambda: z_loss(Z, Q), TypeError, "spherical_z_loss: labels must be integers; got dtype float32"),
+    (lambda: z_loss(Z, LABELS, scale=0), ValueError, "spherical_z_loss: scale must be in"),
+    (lambda: ranking(Z, Q), TypeError, "plackett_luce_log_prob: order must be integers"),
+    (lambda: ranking(Z, LABELS), ValueError, "plackett_luce_log_prob: order must have the scores' shape (3, 4)"),
+    (lambda: ranking(Z, LABELS, axis=(0, 1)), ValueError, "plackett_luce_log_prob: axis must be one axis"),
+]
+
+
+@pytest.mark.parametrize("wrong", OTHERS_WRONG, ids=lambda wrong: wrong[2])
+def test_wrong_calls_of_others(wrong):
+    call, error, says = wrong
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value).startswith(says)
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong[2])

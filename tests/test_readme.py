@@ -21,7 +21,14 @@ def test_tables_are_complete(name):
 
 
 def test_tables_follow_the_lists():
-    assert re.findall(r"^\| `(\w+)\(z", README, re.M) == [function.name for function in verify.EVERY]
+    tables = README.split("## Losses")[0]
+    scored = [function.name for function in verify.FUNCTIONS + verify.DERIVATIVES]
+    assert re.findall(r"^\| `(\w+)\(z", tables, re.M) == scored
+    assert re.findall(r"^\| `losses\.(\w+)\(", README, re.M) == [
+        *("cross_entropy", "focal_cross_entropy", "poly_cross_entropy"),
+        *("kl_to_target", "spherical_z_loss", "plackett_luce_log_prob"),
+    ]
+    assert set(losses.__all__) == set(re.findall(r"^\| `losses\.(\w+)\(", README, re.M))
     families = list(dict.fromkeys(phi.name for phi in jsoftmax.PHIS))
     assert re.findall(r"^\| `(\w+)[^|]*\|[^|]*\|[^|]*\| 3\.", README, re.M) == families
 
@@ -39,13 +46,16 @@ def test_example():
     assert names["hessians"].shape == (2, 3, 3)
     assert np.all(np.isfinite(names["hessians"]))
     np.testing.assert_allclose(jsoftmax.entropy(names["z"]), jnp.array([0.8323954, 4.328423e-08]), rtol=1e-6)
+    np.testing.assert_allclose(names["p"], [0, 0.32600734, 0.67399275], rtol=1e-4)
+    np.testing.assert_allclose(jsoftmax.entropy(names["z"][0] / names["t"]), 0.5, rtol=1e-5)
     np.testing.assert_allclose(names["by_theta"]["scale"], 0.36613, rtol=1e-4)
     assert jnp.abs(jax.grad(names["value"])(names["W"], names["inputs"], names["targets"])).max() < 1e-4
     np.testing.assert_allclose(names["loss"], jnp.array([2.0611537e-09, 0.3132617]), rtol=1e-6)
 
 
 CITING = {name: getattr(jsoftmax, name) for name in jsoftmax.__all__ if name.islower()}
-CITING |= {f.__name__: f for f in (optim.gauss_newton, optim.newton_cg, optim.natural_gradient, losses.cross_entropy)}
+CITING |= {name: getattr(losses, name) for name in losses.__all__}
+CITING |= {f.__name__: f for f in (optim.gauss_newton, optim.newton_cg, optim.natural_gradient)}
 
 
 @pytest.mark.parametrize("name", CITING)

@@ -1,0 +1,162 @@
+"""Labels beside scores: what every loss asks of its arguments, and which rows count."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jsoftmax import _arguments, maps
+from jsoftmax.phi import exp
+
+
+class Labelled(NamedTuple):
+    """Checked and in the accumulation dtype, the class axes as one, the last; None for what is not given."""
+
+    z: Array
+    """Scores `[..., K]`."""
+    labels: Array
+    """Integers `[...]` or distributions `[..., K]`."""
+    rows: Array | None
+    """`[...]`, those that count."""
+    where: Array | None
+    """`[..., K]`, the classes that are kept."""
+    log_weights: Array | None
+    """`[..., K]`."""
+    class_weights: Array | None
+    """`[K]`."""
+
+    @property
+    def by_label(self) -> bool:
+        """Whether the labels are integers."""
+        return jnp.issubdtype(self.labels.dtype, jnp.integer)
+
+    def counted(self) -> Array:
+        """The scores, harmless in rows that do not count, which may hold anything."""
+        return self.z if self.rows is None else maps.where_not(~self.rows[..., None], self.z)
+
+    def keep_rows(self, loss: Array) -> Array:
+        """The loss `[..., 1]` as `[...]`, 0 in rows that do not count."""
+        return loss[..., 0] if self.rows is None else jnp.where(self.rows, loss[..., 0], 0)
+
+
+def check(
+    function: str,
+    logits: Any,
+    labels: Any,
+    axis: Any,
+    where: Any,
+    *,
+    phi: Any = exp,
+    log_weights: Any = None,
+    class_weights: Any = None,
+    ignore_label: Any = None,
+    names: tuple[str, str] = ("logits", "labels"),
+) -> Labelled:
+    """The arguments of a loss, checked; `where` masks classes or rows, `ignore_label` rows."""
+    maps.check_phi(function, phi)
+    z = _arguments.as_scores(function, names[0], logits)
+    z = z.astype(_arguments.accumulation_dtype(z.dtype))
+    axes = _arguments.canonical_axis(function, axis, z.ndim)
+    batch = tuple(length for i, length in enumerate(z.shape) if i not in axes)
+    of_classes = tuple(z.shape[i] for i in axes)
+    labels = _check_labels(function, names[1], labels, z, batch, axes)
+    classes, rows = _check_mask(function, where, z.shape, batch)
+    log_weights = _arguments.check_log_weights(function, log_weights, z.shape, z.dtype)
+
+    def last(a: Array | None) -> Any:
+        if a is None:
+            return None
+        moved = jnp.moveaxis(jnp.broadcast_to(a, z.shape), axes, range(len(batch), z.ndim))
+        return moved.reshape(*batch, math.prod(of_classes))
+
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        reject_given(function, {"class_weights": class_weights, "ignore_label": ignore_label})
+        labels = last(labels)
+    elif ignore_label is not None:
+        known = labels != ignore_label
+        rows = known if rows is None else rows & known
+    weights = _check_class_weights(function, class_weights, of_classes, z.dtype)
+    return Labelled(last(z), labels, rows, last(classes), last(log_weights), weights)
+
+
+def reject_given(function: str, options: dict[str, Any]) -> None:
+    """Options that go with integer labels only."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"{function}: {name} must be left out where labels are distributions; got {value}. It goes with "
+                "integer labels only."
+            )
+
+
+def check_option(function: str, value: Any, dtype: Any, **limits: tuple[float, float]) -> Array:
+    """A scalar in the accumulation dtype, in its limits where it is a plain number."""
+    ((argument, (low, high)),) = limits.items()
+    if _arguments.is_concrete_number(value) and not (low <= value <= high and math.isfinite(value)):
+        raise ValueError(f"{function}: {argument} must be in [{low:g}, {high:g}]; got {value}. Take one in that range.")
+    array = _arguments.as_scores(function, argument, value)
+    if array.ndim:
+        raise ValueError(f"{function}: {argument} must be one number; got shape {array.shape}. Map over it: jax.vmap.")
+    return array.astype(dtype)
+
+
+def in_range(labels: Array, classes: int) -> tuple[Array, Array]:
+    """Labels `[..., 1]`, 0 where one is out of [0, classes), and where that is not so."""
+    valid = ((labels >= 0) & (labels < classes))[..., None]
+    return jnp.where(valid, labels[..., None], 0), valid
+
+
+def _check_labels(  # noqa: PLR0917
+    function: str, argument: str, labels: Any, z: Array, batch: tuple[int, ...], axes: tuple[int, ...]
+) -> Array:
+    """Labels as an array of the right shape."""
+    array = _arguments.as_array(function, argument, labels)
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        if array.shape != batch:
+            raise ValueError(
+                f"{function}: integer {argument} must have the logits' shape without the classes, {batch}; got shape "
+                f"{array.shape}. The classes of {z.shape} are the axes {axes}: name others by axis=…."
+            )
+        return array
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{function}: {argument} must be integers or floating distributions; got dtype {array.dtype}. Convert "
+            f"them, e.g. {argument}.astype(int)."
+        )
+    if array.shape != z.shape:
+        raise ValueError(
+            f"{function}: {argument} that are distributions must have the logits' shape {z.shape}; got shape "
+            f"{array.shape}. Class numbers are passed as integers: {argument}.astype(int)."
+        )
+    return array.astype(z.dtype)
+
+
+def _check_mask(
+    function: str, where: Any, shape: tuple[int, ...], batch: tuple[int, ...]
+) -> tuple[Array | None, Array | None]:
+    """The mask of classes, or that of rows `[...]`, whichever it is."""
+    if where is None:
+        return None, None
+    mask: Any = _arguments.check_where(function, where, batch if np.ndim(where) == len(batch) else shape)
+    if mask.ndim == len(batch):
+        return None, jnp.broadcast_to(mask, batch)
+    if mask.ndim != len(shape):
+        raise ValueError(
+            f"{function}: where must have as many dimensions as the logits ({len(shape)}), to leave classes out, or as "
+            f"the loss ({len(batch)}), to leave rows out; got shape {mask.shape}. Add axes of length 1."
+        )
+    return mask, None
+
+
+def _check_class_weights(function: str, weights: Any, shape: tuple[int, ...], dtype: Any) -> Array | None:
+    if weights is None:
+        return None
+    array = _arguments.as_scores(function, "class_weights", weights)
+    if array.shape != shape:
+        raise ValueError(
+            f"{function}: class_weights must have the shape of the class axes {shape}; got shape {array.shape}. "
+            "To weigh rows multiply the loss."
+        )
+    return array.astype(dtype).reshape(-1)

@@ -1,0 +1,249 @@
+"""Cross-entropy, focal and Poly-1: functions of −l_y and its one rule (MATH 7.1 to 7.4)."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from jsoftmax import _arguments, _labels, maps
+from jsoftmax._arguments import Axis
+from jsoftmax._labels import Labelled
+from jsoftmax._series import expm1_ratio
+from jsoftmax.maps import class_sum, normalize
+from jsoftmax.phi import Phi, exp
+
+# --- −l_y with its one rule ----------------------------------------------------------------------------------
+
+
+@jax.jit
+def negative_log_p(x: Array, label: Array) -> Array:
+    """−l_y over the last axis of `x`, for labels `[..., 1]` in [0, K)."""
+    return _negative_log_p(x, label)
+
+
+@jax.custom_jvp
+def _negative_log_p(x: Array, label: Array) -> Array:
+    """−l_y = log1p(rest) + (max x − x_y): two terms that are not negative  (MATH 7.1)."""
+    _, _, rest, peak = maps.centre(x, (x.ndim - 1,))
+    return jnp.log1p(jnp.where(rest == -1, 0, rest)) + (peak - jnp.take_along_axis(x, label, -1))
+
+
+@_negative_log_p.defjvp
+def _negative_log_p_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """Σ p ẋ − ẋ_y  (MATH 7.1); one array is kept for the backward pass.
+
+    XLA on CPU scatters the label's −1 into the array that is written anyway, where comparing each class with it would
+    take 1.6 times as long; for a few classes comparing is faster (benchmarks/NOTES.md).
+    """
+    (x, label), (x_dot, _) = primals, tangents
+    axis, p = (x.ndim - 1,), normalize(x, (x.ndim - 1,)).p
+    if x.shape[-1] <= 16:
+        return negative_log_p(x, label), class_sum((p - _is_label(x, label)) * x_dot, axis)
+    return negative_log_p(x, label), class_sum(p * x_dot, axis) - jnp.take_along_axis(x_dot, label, -1)
+
+
+def _is_label(x: Array, label: Array) -> Array:
+    """1_y in the dtype of x; XLA fuses it, and no one-hot array is built."""
+    return (lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) == label).astype(x.dtype)
+
+
+# --- cross-entropy and its kin -------------------------------------------------------------------------------
+
+
+def _expected(given: Labelled, x: Array, labels: Array, f: Callable[[Array], Array] = lambda n: n) -> Array:
+    """α_y f(−l_y), NaN for a label out of range; for distributions Σ q f(−l), +inf if q > 0 on a class left out."""
+    if given.by_label:
+        label, valid = _labels.in_range(labels, x.shape[-1])
+        weights = 1 if given.class_weights is None else given.class_weights[label]
+        return jnp.where(valid, 1, jnp.nan).astype(x.dtype) * weights * f(negative_log_p(x, label))
+    axis, kept = (x.ndim - 1,), ~jnp.isneginf(x)
+    impossible = jnp.where(labels == 0, 0, jnp.inf).astype(x.dtype)
+    n = jnp.where(kept, -normalize(x, axis).log_p, 0)
+    return class_sum(jnp.where(kept, labels * f(n), impossible), axis)
+
+
+@jax.jit
+def _cross_entropy(
+    given: Labelled, phi: Phi, margin: Array | None, smoothing: Array | None, z_loss: Array | None
+) -> Array:
+    """MATH 7.2; None for what is not asked for, which costs nothing."""
+    z, labels = given.counted(), given.labels
+    axis = (z.ndim - 1,)
+    if margin is not None:
+        z = z - margin * _is_label(z, _labels.in_range(labels, z.shape[-1])[0])
+    x = maps.weighted_scores(phi, z, given.where, given.log_weights)
+    loss = _expected(given, x, labels)
+    if smoothing is not None:
+        kept = ~jnp.isneginf(x)
+        spread = jnp.where(kept, -normalize(x, axis).log_p, 0)
+        if given.class_weights is not None:
+            spread = spread * given.class_weights
+        count = jnp.maximum(jnp.sum(kept, -1, keepdims=True), 1).astype(x.dtype)
+        loss = (1 - smoothing) * loss + smoothing * class_sum(spread, axis) / count
+    if z_loss is not None:
+        L = normalize(x, axis).log_normalizer
+        loss = loss + z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
+    return given.keep_rows(loss)
+
+
+@functools.partial(jax.jit, static_argnames="f")
+def _of_log_p(f: Callable[[Array, Array], Array], given: Labelled, phi: Phi, parameter: Array) -> Array:
+    """α_y f(−l_y), or Σ q f(−l)."""
+    x = maps.weighted_scores(phi, given.counted(), given.where, given.log_weights)
+    return given.keep_rows(_expected(given, x, given.labels, lambda n: f(n, parameter)))
+
+
+def _focal(n: Array, gamma: Array) -> Array:
+    """(1 − p)^γ n for n = −log p, p = e^−n; n itself where p is no longer seen  (MATH 7.3).
+
+    Near 0 it is n^{γ+1} ((1 − p)/n)^γ: so n = 0 has its derivatives.
+    """
+    near, far = n < 0.5, n > 800
+    n_near, n_mid = jnp.where(near, n, 0), jnp.where(near | far, 1, n)
+    mid = n_mid * (-jnp.expm1(-n_mid)) ** gamma
+    return jnp.where(near, n_near ** (gamma + 1) * expm1_ratio(-n_near) ** gamma, jnp.where(far, n, mid))
+
+
+def _poly(n: Array, epsilon: Array) -> Array:
+    """n + ε (1 − p)  (MATH 7.4)."""
+    return n - epsilon * jnp.expm1(-n)
+
+
+# --- the public functions ------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    phi: Phi = exp,
+    margin: ArrayLike = 0.0,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """Cross-entropy of labels under p = w φ(z) / Σ w φ(z), in nats, not reduced.
+
+    loss = (1 − a) α_y (−l_y) + (a/K) Σ α_k (−l_k) + z_loss · L²,   x = ψ(z − m 1_y) + log w     (MATH 7.2)
+    ∂(−l_y)/∂z = (p − 1_y) s     (MATH 7.1)
+
+    With phi=taylor(2) it is the log-Taylor softmax's loss, with phi=spherical(ε) the log-spherical softmax's; with a
+    margin the soft-margin softmax's, and with margin and phi=taylor(n) SM-Taylor's. A temperature is logits / T.
+
+    Args:
+      logits: scores `[..., K]`, any floating dtype; integers promote.
+      labels: integers `[...]`, the class y; or, if floating, distributions q `[..., K]`: then −l_y is −Σ q l, and
+        q takes part in the derivatives. Over several class axes an integer is a flat index, as in optax.
+      axis: int, tuple or None (all): the classes' axis.
+      where: bool; with as many dimensions as the logits it leaves classes out, with as many as the loss it leaves rows
+        out, whose loss is 0.
+      phi: the positive map φ.
+      margin: m, subtracted from the label's score before φ.
+      label_smoothing: a in [0, 1], shared by the K classes that are kept.
+      z_loss: factor of L², L the log-normaliser of x: keeps logits from drifting.
+      class_weights: α, of the class axes' shape. Like `margin`, it goes with integer labels.
+      ignore_label: rows with that label have loss 0.
+      log_weights: log w, broadcastable to the logits, e.g. log class frequencies for logit adjustment.
+    Returns: `[...]`, in the logits' dtype, but float32 for narrower ones; without smoothing within |u| + 4 ulp, of the
+      loss of a confident right answer too (MATH 4). A label out of range: NaN; one on a class left out: +inf, with
+      finite derivatives. A class with q = 0 adds 0. A score of +inf or NaN: NaN in that row alone.
+    Raises: TypeError or ValueError for shapes or dtypes that do not fit, an option out of range, or one that does not
+      go with distributions.
+    Source: Banerjee et al. 2020 and Liang et al. 2017 (margin); de Brébisson & Vincent 2016 (φ); Szegedy et al. 2016
+      (smoothing); Menon et al. 2021 (logit adjustment).
+
+    >>> cross_entropy(jnp.array([[0., -20.], [1., 2.]]), jnp.array([0, 1]))
+    Array([2.06115...e-09, 3.13261...e-01], dtype=float32)
+    """
+    function = "cross_entropy"
+    options = {"log_weights": log_weights, "class_weights": class_weights, "ignore_label": ignore_label}
+    given = _labels.check(function, logits, labels, axis, where, phi=phi, **options)
+
+    def option(value: ArrayLike, **limits: tuple[float, float]) -> Array | None:
+        checked = _labels.check_option(function, value, given.z.dtype, **limits)
+        return None if _arguments.is_concrete_number(value) and value == 0 else checked
+
+    m = option(margin, margin=(-math.inf, math.inf))
+    if not given.by_label:
+        _labels.reject_given(function, {"margin": m})
+    a = option(label_smoothing, label_smoothing=(0.0, 1.0))
+    return _cross_entropy(given, phi, m, a, option(z_loss, z_loss=(0.0, math.inf)))
+
+
+def focal_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    gamma: ArrayLike = 2.0,
+    phi: Phi = exp,
+    class_weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """Focal loss: cross-entropy that counts the rows less that are right already.
+
+    loss = α_y (1 − p_y)^γ (−l_y);  for distributions Σ q (1 − p)^γ (−l)     (MATH 7.3)
+
+    Args:
+      logits, labels, axis, where, phi, ignore_label, log_weights: as in `cross_entropy`.
+      gamma: γ ≥ 0, one number, may be traced; 0 is cross-entropy.
+      class_weights: α, of the class axes' shape, with integer labels. The factor (1 − p_y)^γ knows nothing of them.
+    Returns: `[...]`, as `cross_entropy`; 1 − p_y keeps its digits. For 0 < γ < 1 the second derivative is infinite
+      where p_y = 1.
+    Raises: as `cross_entropy`.
+    Source: Lin et al. 2017, equation 5.
+
+    >>> focal_cross_entropy(jnp.array([[3., 0.], [1., 2.]]), jnp.array([0, 1]))
+    Array([0.00010..., 0.02265...], dtype=float32)
+    """
+    function = "focal_cross_entropy"
+    options = {"log_weights": log_weights, "class_weights": class_weights, "ignore_label": ignore_label}
+    given = _labels.check(function, logits, labels, axis, where, phi=phi, **options)
+    return _of_log_p(_focal, given, phi, _labels.check_option(function, gamma, given.z.dtype, gamma=(0.0, math.inf)))
+
+
+def poly_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    epsilon: ArrayLike = 2.0,
+    phi: Phi = exp,
+    class_weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """Poly-1 cross-entropy: the first term of its series in 1 − p has another weight.
+
+    loss = α_y (−l_y + ε (1 − p_y));  for distributions Σ q (−l + ε (1 − p))     (MATH 7.4)
+
+    Args:
+      logits, labels, axis, where, phi, ignore_label, log_weights: as in `cross_entropy`.
+      epsilon: ε, one number, may be traced; 0 is cross-entropy.
+      class_weights: α, of the class axes' shape, with integer labels; p_y knows nothing of them.
+    Returns: `[...]`, as `cross_entropy`; 1 − p_y keeps its digits.
+    Raises: as `cross_entropy`.
+    Source: Leng et al. 2022, equation 6.
+
+    >>> poly_cross_entropy(jnp.array([[3., 0.], [1., 2.]]), jnp.array([0, 1]))
+    Array([0.14343..., 0.85114...], dtype=float32)
+    """
+    function = "poly_cross_entropy"
+    options = {"log_weights": log_weights, "class_weights": class_weights, "ignore_label": ignore_label}
+    given = _labels.check(function, logits, labels, axis, where, phi=phi, **options)
+    return _of_log_p(
+        _poly, given, phi, _labels.check_option(function, epsilon, given.z.dtype, epsilon=(-math.inf, math.inf))
+    )

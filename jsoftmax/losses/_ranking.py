@@ -1,0 +1,84 @@
+"""Plackett–Luce: the probability of a ranking (MATH 7.7)."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Integer
+
+from jsoftmax import _arguments, maps
+from jsoftmax._series import log1p_exp
+from jsoftmax.maps import normalize
+from jsoftmax.phi import Phi, exp
+
+
+def _log_add(a: Array, b: Array) -> Array:
+    """log(e^a + e^b), with derivatives of every order, −inf among them."""
+    top = lax.stop_gradient(jnp.maximum(a, b))
+    none = jnp.isneginf(top)
+    top = jnp.where(none, 0, top)
+    return jnp.where(none, -jnp.inf, top + jnp.log(jnp.where(none, 1, jnp.exp(a - top) + jnp.exp(b - top))))
+
+
+@jax.jit
+def _plackett_luce(x: Array, order: Array) -> Array:
+    """−Σ_i log(1 + e^{R_{i+1} − x_{o_i}}), R_{i+1} over the classes that come after o_i  (MATH 7.7)."""
+    inside = (order >= 0) & (order < x.shape[-1])
+    index = jnp.where(inside, order, 0)
+    ordered = jnp.sort(order, -1)
+    valid = jnp.all(inside, -1) & jnp.all(ordered[..., 1:] != ordered[..., :-1], -1) & ~jnp.any(x == jnp.inf, -1)
+    chosen = jnp.put_along_axis(jnp.zeros(x.shape, bool), index, True, -1, inplace=False)
+    never = normalize(jnp.where(chosen, -jnp.inf, x), (x.ndim - 1,)).log_normalizer
+    y = jnp.take_along_axis(x, index, -1)
+    R = lax.associative_scan(_log_add, jnp.concatenate([y, never], -1), reverse=True, axis=y.ndim - 1)[..., 1:]
+    out, last = jnp.isneginf(y), jnp.isneginf(R)
+    terms = jnp.where(last, 0, log1p_exp(jnp.where(out | last, 0, R) - jnp.where(out, 0, y)))
+    return -jnp.sum(jnp.where(out, jnp.inf, terms), -1) * jnp.where(valid, 1, jnp.nan).astype(x.dtype)
+
+
+def plackett_luce_log_prob(
+    scores: ArrayLike,
+    order: Integer[ArrayLike, "..."],
+    axis: int = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    phi: Phi = exp,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """Log-probability of a ranking: classes drawn one after the other without replacement, each from p of what is left.
+
+    log P = Σ_i (x_{o_i} − log Σ_{not yet chosen} e^x),   x = ψ(z) + log w     (MATH 7.7)
+
+    Args:
+      scores: z `[..., K]`, any floating dtype; integers promote.
+      order: integers `[..., k]`, the classes in the order of their choice, best first; k < K is a partial order.
+      axis: int: the axis of the classes in `scores`, and of the choices in `order`.
+      where: bool, broadcastable to the scores; False leaves a class out.
+      phi, log_weights: as in `jsoftmax.softmax`.
+    Returns: `[...]` ≤ 0, in the scores' dtype, but float32 for narrower ones. A class twice or out of range: NaN. One
+      left out: −inf, with finite derivatives. A score of +inf or NaN: NaN in that row alone.
+    Raises: as `jsoftmax.softmax`; TypeError if `order` is not of integers, ValueError if its other axes do not fit.
+    Source: Luce 1959; Plackett 1975.
+
+    >>> plackett_luce_log_prob(jnp.log(jnp.array([1., 2., 3.])), jnp.array([2, 1]))  # 3/6 · 2/3
+    Array(-1.09861..., dtype=float32)
+    """
+    function = "plackett_luce_log_prob"
+    arguments = maps.check(function, {"scores": scores}, axis, where, phi, log_weights)
+    chosen = _arguments.as_array(function, "order", order)
+    z, *_ = arguments.scores
+    if len(arguments.axis) != 1:
+        raise ValueError(f"{function}: axis must be one axis; got {axis}. Flatten the classes first: reshape.")
+    if not jnp.issubdtype(chosen.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: order must be integers, the classes by rank; got dtype {chosen.dtype}. Of scores it is made "
+            "by jnp.argsort(scores, descending=True)."
+        )
+    (at,) = arguments.axis
+    if chosen.ndim != z.ndim or any(chosen.shape[i] != z.shape[i] for i in range(z.ndim) if i != at):
+        raise ValueError(
+            f"{function}: order must have the scores' shape {z.shape} but for the length of axis {at}; got shape "
+            f"{chosen.shape}. Write jnp.broadcast_to to rank many rows alike."
+        )
+    x = maps.weighted_scores(phi, z, arguments.where, arguments.log_weights)
+    return _plackett_luce(jnp.moveaxis(x, at, -1), jnp.moveaxis(chosen, at, -1))

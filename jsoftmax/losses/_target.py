@@ -1,0 +1,92 @@
+"""The divergence of target probabilities from the scores' (MATH 7.5)."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from jsoftmax import _labels, maps
+from jsoftmax._arguments import Axis
+from jsoftmax._labels import Labelled
+from jsoftmax._series import excess_ratio
+from jsoftmax.entropy import log_ratio
+from jsoftmax.maps import class_sum, normalize
+from jsoftmax.phi import Phi, exp
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _kl_to_target(x: Array, q: Array, axis: tuple[int, ...]) -> Array:
+    """D = Σ q r, r = log q − log p, as Σ (q r − q + p) + Σ q − Σ p  (MATH 7.5)."""
+    log_p, p, L = normalize(x, axis)
+    r, both = log_ratio(_log(q), q, log_p)
+    near = both & (jnp.abs(r) < 0.5)
+    r_near = jnp.where(near, r, 0)
+    terms = jnp.where(near, q * r_near**2 * excess_ratio(r_near), jnp.where(q == 0, p, q * r - q + p))
+    D = class_sum(terms, axis) + (class_sum(q, axis) - jnp.where(jnp.isneginf(L), 0, 1))
+    impossible = jnp.any(jnp.isneginf(x) & (q > 0), axis, keepdims=True)
+    return jnp.where(impossible & ~jnp.isnan(D), jnp.inf, D)
+
+
+@_kl_to_target.defjvp
+def _kl_to_target_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """Ḋ = Σ (Q p − q) ẋ + Σ (r + 1) q̇, Q = Σ q; 0 for a class left out, and where q = 0  (MATH 7.5)."""
+    (x, q), (x_dot, q_dot) = primals, tangents
+    log_p, p, _ = normalize(x, axis)
+    by_x = jnp.where(jnp.isneginf(x), 0, class_sum(q, axis) * p - q)
+    by_q = jnp.where(q == 0, 0, log_ratio(_log(q), q, log_p)[0] + 1)
+    return _kl_to_target(x, q, axis), class_sum(by_x * x_dot + by_q * q_dot, axis)
+
+
+def _log(q: Array) -> Array:
+    """log q, −inf where q is 0."""
+    return jnp.where(q == 0, -jnp.inf, jnp.log(jnp.where(q == 0, 1, q)))
+
+
+@jax.jit
+def _to_target(given: Labelled, phi: Phi) -> Array:
+    z = given.counted()
+    x = maps.weighted_scores(phi, z, given.where, given.log_weights)
+    q = given.labels if given.rows is None else maps.where_not(~given.rows[..., None], given.labels)
+    return given.keep_rows(_kl_to_target(x, q, (z.ndim - 1,)))
+
+
+def kl_to_target(
+    logits: ArrayLike,
+    targets: ArrayLike,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    phi: Phi = exp,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """Kullback–Leibler divergence D(q‖p) of target probabilities q from p = w φ(z) / Σ w φ(z), in nats.
+
+    D = Σ q (log q − log p);   ∂D/∂z = (Q p − q) s, Q = Σ q;   ∂D/∂q = log q − log p + 1     (MATH 7.5)
+
+    Cross-entropy less the target's own entropy: 0 where p = q, and small differences keep their digits. For a target
+    given by scores, `jsoftmax.kl_divergence`.
+
+    Args:
+      logits, axis, where, phi, log_weights: as in `cross_entropy`.
+      targets: q `[..., K]`, floating, not negative; taken as they are, not normalised. Differentiable.
+    Returns: `[...]`, in the logits' dtype, but float32 for narrower ones. A class with q = 0 adds 0, and its derivative
+      in q is 0 by convention; one left out with q > 0 makes D = +inf, with finite derivatives. A negative q: NaN. A
+      score of +inf or NaN: NaN in that row alone.
+    Raises: as `cross_entropy`; TypeError for targets that are no floating distributions.
+    Source: Kullback & Leibler 1951.
+
+    >>> kl_to_target(jnp.array([0., 1.]), jnp.array([0., 1.]))
+    Array(0.31326..., dtype=float32)
+    """
+    function = "kl_to_target"
+    names = ("logits", "targets")
+    given = _labels.check(function, logits, targets, axis, where, phi=phi, log_weights=log_weights, names=names)
+    if given.by_label:
+        raise TypeError(
+            f"{function}: targets must be floating distributions; got dtype {given.labels.dtype}. For class numbers "
+            "there is cross_entropy, which is the same there."
+        )
+    return _to_target(given, phi)

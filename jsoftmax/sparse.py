@@ -1,0 +1,348 @@
+"""Sparse maps: α-entmax, which gives exact zeros, and its Fenchel–Young loss (MATH 8)."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from jsoftmax import _arguments, _labels, maps
+from jsoftmax._arguments import Axis
+from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
+
+# --- p = [1 + (α − 1) v]_+^{1/(α−1)} -------------------------------------------------------------------------
+
+
+class _Density(NamedTuple):
+    """p and w = p^{2−α} of v = z − t, 0 outside the support; `power` = 1/(α − 1) where that is an integer, else 0."""
+
+    p: Array
+    w: Array
+
+
+def _density(v: Array, alpha: Array, power: int) -> _Density:
+    if power:
+        r = jnp.maximum(1 + v / power, 0)
+        return _Density(r**power, r ** (power - 1) if power > 1 else jnp.sign(r))
+    a = (alpha - 1) * jnp.where(jnp.isneginf(v), 0, v)
+    inside = ~((1 + a <= 0) | jnp.isneginf(v))  # a NaN stays inside and goes through
+    near = jnp.abs(a) <= 0.5
+    a_near, a_far = jnp.where(near, a, 0), jnp.where(near | ~inside, 1, a)
+    log_near = jnp.where(near, jnp.where(inside, v, 0) * (1 - log1p_deficit(a_near)), 0)
+    log_p = jnp.where(near, log_near, jnp.log1p(a_far) / jnp.where(near, 1, alpha - 1))
+    p = jnp.where(inside, jnp.exp(log_p), 0)
+    return _Density(p, p / jnp.where(inside, 1 + a, 1))
+
+
+def _step(t: Array, u: Array, alpha: Array, power: int) -> tuple[Array, Array]:
+    """Newton's step towards F = Σ p = 1, taken on F^{α−1}, for which it is exact where all p are equal; and log F
+    (MATH 8.2)."""
+    p, w = _density(u - t, alpha, power)
+    F, W = (jnp.sum(a, -1, keepdims=True) for a in (p, w))
+    log_F = jnp.log(jnp.where(F > 0, F, 1))
+    return F / jnp.where(W > 0, W, 1) * log_F * expm1_ratio((1 - alpha) * log_F), log_F
+
+
+def _threshold(u: Array, alpha: Array, power: int) -> Array:
+    """t with Σ p(u − t) = 1, for max u = 0  (MATH 8.2).
+
+    For α ≤ 2 the steps from 0 approach it from one side. For larger α they can miss, and every other step halves the
+    bracket instead. The last two steps, from the threshold as a constant, give t its derivatives to order three where
+    JAX drops the rule (inside scans at order 2).
+    """
+    fixed_u, fixed_alpha = lax.stop_gradient((u, alpha))
+    eps = float(jnp.finfo(u.dtype).eps)
+    log_classes = jnp.log(jnp.maximum(jnp.sum(~jnp.isneginf(fixed_u), -1, keepdims=True), 1).astype(u.dtype))
+    top = log_classes * expm1_ratio((1 - fixed_alpha) * log_classes)  # t where all p are equal
+    steep = fixed_alpha > 2
+
+    def go_on(state: Any) -> Array:
+        _, low, high, log_F, count = state
+        done = jnp.where(steep, (high - low <= eps * (1 + top)) | (log_F == 0), jnp.abs(log_F) <= 1e-2)
+        return ~jnp.all(done | jnp.isnan(log_F)) & (count < 128)
+
+    def advance(state: Any) -> Any:
+        t, low, high, _, count = state
+        step, log_F = _step(t, fixed_u, fixed_alpha, power)
+        low, high = jnp.where(log_F >= 0, t, low), jnp.where(log_F < 0, t, high)
+        newton = t + step
+        halve = steep & ((count % 2 == 1) | ~((low < newton) & (newton < high)))
+        return jnp.where(halve, (low + high) / 2, newton), low, high, log_F, count + 1
+
+    zero = jnp.zeros_like(top)
+    t = lax.stop_gradient(lax.while_loop(go_on, advance, (zero, zero, top, zero + jnp.inf, 0))[0])
+    for _ in range(2):
+        t = t + _step(t, u, alpha, power)[0]
+    return t
+
+
+@functools.partial(jax.jit, static_argnames="power")
+def _solve(z: Array, alpha: Array, power: int) -> tuple[Array, Array]:
+    """p and t + max z, over the last axis; −inf leaves a class out; p = 0 in an empty row."""
+    peak = jnp.max(lax.stop_gradient(z), -1, keepdims=True, initial=-jnp.inf)
+    empty = jnp.isneginf(peak)
+    u = jnp.where(empty, 0, z) - jnp.where(empty, 0, peak)
+    t = _threshold(u, alpha, power)
+    return jnp.where(empty, 0, _density(u - t, alpha, power).p), t + peak
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _entmax(z: Array, alpha: Array, power: int) -> Array:
+    return _solve(z, alpha, power)[0]
+
+
+@functools.partial(_entmax.defjvp, symbolic_zeros=True)
+def _entmax_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """ṗ = w (ż − Σ w̄ ż) + (g − w̄ Σ g) α̇, w̄ = w / Σ w  (MATH 8.3)."""
+    (z, alpha), (z_dot, alpha_dot) = primals, tangents
+    p = _entmax(z, alpha, power)
+    w = _weight(p, alpha, power)
+    total = jnp.sum(w, -1, keepdims=True)
+    share = w / jnp.where(total == 0, 1, total)
+    p_dot = jnp.zeros_like(p)
+    if not isinstance(z_dot, SymbolicZero):
+        p_dot = w * (z_dot - jnp.sum(share * z_dot, -1, keepdims=True))
+    if not isinstance(alpha_dot, SymbolicZero):
+        g = _by_alpha(p, alpha)
+        p_dot = p_dot + (g - share * jnp.sum(g, -1, keepdims=True)) * alpha_dot
+    return p, p_dot
+
+
+def _safe(p: Array) -> tuple[Array, Array]:
+    """Where p is not 0 (a NaN is not), and p made safe elsewhere."""
+    support = p != 0
+    return support, jnp.where(support, p, 1)
+
+
+def _weight(p: Array, alpha: Array, power: int) -> Array:
+    """w = p^{2−α} on the support."""
+    if power == 1:
+        return jnp.where(jnp.isnan(p), p, (p > 0).astype(p.dtype))
+    support, safe = _safe(p)
+    return jnp.where(support, jnp.sqrt(safe) if power == 2 else safe ** (2 - alpha), 0)
+
+
+def _by_alpha(p: Array, alpha: Array) -> Array:
+    """g = −p log²p E((α − 1) log p), E(y) = (e^−y − 1 + y)/y²: the derivative of p in α where t is held (MATH 8.3)."""
+    support, safe = _safe(p)
+    log_p = jnp.log(safe)
+    return jnp.where(support, -safe * log_p**2 * excess_ratio((alpha - 1) * log_p), 0)
+
+
+# --- the Fenchel–Young loss ----------------------------------------------------------------------------------
+
+
+def _deformed_log(p: Array, alpha: Array) -> Array:
+    """(p^{α−1} − 1)/(α − 1) on the support, log p for α = 1  (MATH 8.4)."""
+    support, safe = _safe(p)
+    log_p = jnp.log(safe)
+    return jnp.where(support, log_p * expm1_ratio((alpha - 1) * log_p), 0)
+
+
+def _power_sum(p: Array, alpha: Array) -> Array:
+    """p^α / α, 0 where p is."""
+    support, safe = _safe(p)
+    return jnp.where(support, safe**alpha, 0) / alpha
+
+
+def _tail(delta: Array, alpha: Array) -> Array:
+    """∫₀¹ s (1 − δ s)^{α−2} ds for |δ| ≤ 1/4, by its series: no cancellation."""
+    terms = jnp.zeros_like(delta)
+    for j in range(24 if delta.dtype == jnp.float64 else 12, 0, -1):
+        terms = -delta * (alpha - 1 - j) / j * (1 / (j + 2) + terms)
+    return 0.5 + terms
+
+
+def _surplus(q: Array, p: Array, v: Array, delta: Array, alpha: Array) -> Array:
+    """q ((q^{α−1} − 1)/(α − 1) − 1 − α v)/α + p^α/α ≥ 0, δ = q − p; near δ = 0 as q^α (δ/q)² ∫  (MATH 8.4)."""
+    positive = q > 0
+    q_safe = jnp.where(positive, q, 1)
+    ratio = delta / q_safe
+    near = positive & (jnp.abs(ratio) <= 0.25) & (p > 0)
+    ratio = jnp.where(near, ratio, 0)
+    close = q_safe**alpha * ratio**2 * _tail(ratio, alpha)
+    far = q_safe * ((_deformed_log(q_safe, alpha) - 1) / alpha - jnp.where(positive & ~near, v, 0))
+    return jnp.where(near, close, jnp.where(positive, far, 0) + _power_sum(p, alpha))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _fenchel_young(z: Array, labels: Array, alpha: Array, power: int) -> Array:
+    """Ω*(z) + Ω(q) − ⟨z, q⟩ as a sum of terms that are not negative  (MATH 8.4)."""
+    p, threshold = _solve(z, alpha, power)
+    v = jnp.where(jnp.isneginf(z), -jnp.inf, z - threshold)
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        others = jnp.where(lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1) == labels, 0, p)
+        p_y, v_y = (jnp.take_along_axis(a, labels, -1) for a in (p, v))
+        of_label = _surplus(jnp.ones_like(p_y), p_y, v_y, jnp.sum(others, -1, keepdims=True), alpha)
+        return of_label + jnp.sum(_power_sum(others, alpha), -1, keepdims=True)
+    terms = _surplus(labels, p, v, labels - p, alpha)
+    spare = 1 - jnp.sum(labels, -1, keepdims=True)
+    offset = jnp.where(spare == 0, 0, spare * (threshold - 1 / alpha))
+    return jnp.sum(terms, -1, keepdims=True) + jnp.where(jnp.isneginf(threshold), 0, offset)
+
+
+@functools.partial(_fenchel_young.defjvp, symbolic_zeros=True)
+def _fenchel_young_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """Σ (p − q) ż + Σ (log_α q + 1/α − z) q̇ + (∂Ω(q) − ∂Ω(p)) α̇, ∂Ω in α  (MATH 8.4)."""
+    (z, labels, alpha), (z_dot, q_dot, alpha_dot) = primals, tangents
+    p = _entmax(z, alpha, power)
+    by_label = jnp.issubdtype(labels.dtype, jnp.integer)
+    q = (lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1) == labels).astype(p.dtype) if by_label else labels
+    total = jnp.zeros_like(p[..., :1])
+    if not isinstance(z_dot, SymbolicZero):
+        total = total + jnp.sum(jnp.where(jnp.isneginf(z), 0, p - q) * z_dot, -1, keepdims=True)
+    if not by_label and not isinstance(q_dot, SymbolicZero):
+        at_zero = jnp.where(alpha > 1, -1 / jnp.where(alpha > 1, alpha - 1, 1), 0)
+        rate = jnp.where(q == 0, at_zero, _deformed_log(q, alpha)) + 1 / alpha - z
+        total = total + jnp.sum(jnp.where(jnp.isneginf(z), 0, rate) * q_dot, -1, keepdims=True)
+    if not isinstance(alpha_dot, SymbolicZero):
+
+        def change(alpha: Array) -> Array:
+            omega = q * _deformed_log(q, alpha) - p * _deformed_log(p, alpha)
+            return jnp.sum(omega, -1, keepdims=True) / alpha
+
+        total = total + jax.jvp(change, (alpha,), (alpha_dot,))[1]
+    return _fenchel_young(z, labels, alpha, power), total
+
+
+# --- the public functions ------------------------------------------------------------------------------------
+
+
+def _check_alpha(function: str, alpha: Any, shape: tuple[int, ...], axes: tuple[int, ...], dtype: Any) -> Any:
+    """α as an array `[..., 1]` for classes last, and 1/(α − 1) where that is a small integer known at trace time."""
+    power = 0
+    if _arguments.is_concrete_number(alpha):
+        if not 1 <= alpha < math.inf:
+            raise ValueError(
+                f"{function}: alpha must be >= 1 and finite; got {alpha}. 1 is the softmax, 1.5 and 2 are usual."
+            )
+        power = next((k for k in (1, 2, 3, 4) if alpha == 1 + 1 / k), 0)
+    array = _arguments.per_row(function, "alpha", alpha, shape, axes, dtype)
+    batch = [length for i, length in enumerate(shape) if i not in axes]
+    return jnp.moveaxis(array, axes, range(-len(axes), 0)).reshape(*batch, 1), power
+
+
+def _map(function: str, z: Any, alpha: Any, axis: Any, where: Any) -> Array:
+    (scores,), axes, mask, _, dtype = maps.check(function, {"z": z}, axis, where, maps.exp, None)
+    alpha, power = _check_alpha(function, alpha, scores.shape, axes, scores.dtype)
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
+    moved = jnp.moveaxis(scores, axes, range(-len(axes), 0))
+    flat = moved.reshape(*alpha.shape[:-1], -1)
+    p = _entmax(flat, alpha, power).reshape(moved.shape)
+    return jnp.moveaxis(p, range(-len(axes), 0), axes).astype(dtype)
+
+
+def sparsemax(z: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None) -> Float[Array, "..."]:
+    """Sparsemax: the point of the probability simplex that is nearest to the scores; most classes get exactly 0.
+
+    p = [z − τ]_+ with Σ p = 1;   ∂p/∂z = diag(w) − w wᵀ/Σ w,  w = 1 where p > 0     (MATH 8.1, 8.3; α = 2)
+
+    Args:
+      z: scores `[..., K]`, any floating dtype; integers promote.
+      axis: int, tuple or None (all): the classes' axis.
+      where: bool, broadcastable to `z`; False leaves a class out.
+    Returns: the shape and dtype of `z`, computed in float32 at least. A class left out, or with a score of −inf, has
+      p = 0 and derivatives 0; so have all classes of an empty row. A score of +inf or NaN makes its row NaN. Second
+      derivatives are 0, as they are wherever they exist.
+    Raises: TypeError or ValueError for an `axis` out of range, a mask that is not boolean or does not broadcast.
+    Source: Martins & Astudillo 2016, equation 2.
+
+    >>> sparsemax(jnp.array([-2., 0., 0.5]))
+    Array([0.  , 0.25, 0.75], dtype=float32)
+    """
+    return _map("sparsemax", z, 2, axis, where)
+
+
+def entmax15(z: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None) -> Float[Array, "..."]:
+    """1.5-entmax, between softmax and sparsemax: exact zeros, and smooth where there are none.
+
+    p = [z/2 − τ]_+² with Σ p = 1;   ∂p/∂z = diag(w) − w wᵀ/Σ w,  w = √p     (MATH 8.1, 8.3; α = 1.5)
+
+    Args:
+      z, axis, where: as in `sparsemax`.
+    Returns: as `sparsemax`; second derivatives are right, beside zeros too.
+    Raises: as `sparsemax`.
+    Source: Peters, Niculae & Martins 2019, section 4.
+
+    >>> entmax15(jnp.array([-2., 0., 0.5]))
+    Array([0.        , 0.32600..., 0.67399...], dtype=float32)
+    """
+    return _map("entmax15", z, 1.5, axis, where)
+
+
+def entmax(
+    z: ArrayLike, alpha: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None
+) -> Float[Array, "..."]:
+    """α-entmax: softmax for α = 1, `entmax15`, `sparsemax` for α = 2, and all between and beyond.
+
+    p = [(α − 1) z − τ]_+^{1/(α−1)} with Σ p = 1;   ∂p/∂z = diag(w) − w wᵀ/Σ w,  w = p^{2−α}     (MATH 8.1)
+    ∂p/∂α = g − w Σ g/Σ w,  g = (p − w − (α − 1) p log p)/(α − 1)²     (MATH 8.3)
+
+    Args:
+      z, axis, where: as in `sparsemax`.
+      alpha: α ≥ 1, a number, or an array with one for each row, of length 1 along the classes. May be traced and
+        learned: differentiable, through α = 1 too. A traced α < 1 gives NaN or nonsense: learn 1 + jnp.exp(a).
+    Returns: as `sparsemax`. For α > 2 a p near 0 is as uncertain as (rounding)^{1/(α−1)}.
+    Raises: as `sparsemax`, and ValueError if α is a number below 1, or of a shape that does not fit.
+    Source: Peters, Niculae & Martins 2019, equation 10; ∂p/∂α: Correia, Niculae & Martins 2019, proposition 1.
+
+    >>> entmax(jnp.array([-1., 0., 0.5]), 1.33)
+    Array([0.04598..., 0.32763..., 0.62638...], dtype=float32)
+    """
+    return _map("entmax", z, alpha, axis, where)
+
+
+def fenchel_young_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    alpha: ArrayLike = 1.5,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    ignore_label: int | None = None,
+) -> Float[Array, "..."]:
+    """The loss that belongs to α-entmax: cross-entropy for α = 1, the sparsemax loss for α = 2. Not reduced.
+
+    loss = Ω*(z) + Ω(q) − ⟨z, q⟩,   Ω(p) = Σ (p^α − p)/(α (α − 1));   ∂loss/∂z = p − q,  p = entmax(z, α)    (MATH 8.4)
+
+    Not negative, and 0 exactly where p = q. It has a margin: 0 once the label's score is 1/(α − 1) above all others.
+
+    Args:
+      logits: scores `[..., K]`, any floating dtype.
+      labels: integers `[...]`, or distributions q `[..., K]`, which take part in the derivatives.
+      alpha: α ≥ 1, as in `entmax`.
+      axis, where, ignore_label: as in `jsoftmax.losses.cross_entropy`.
+    Returns: `[...]`, in the logits' dtype, but float32 for narrower ones. Labels out of range or left out, and bad
+      scores, as in `jsoftmax.losses.cross_entropy`.
+    Raises: as `jsoftmax.losses.cross_entropy` and `entmax`.
+    Source: Blondel, Martins & Niculae 2020, definition 2.
+
+    >>> fenchel_young_loss(jnp.array([[-2., 0., 0.5], [3., 0., 0.]]), jnp.array([2, 0]))
+    Array([0.18437..., 0.        ], dtype=float32)
+    """
+    function = "fenchel_young_loss"
+    given = _labels.check(function, logits, labels, axis, where, ignore_label=ignore_label)
+    shape = jnp.shape(logits)
+    axes = _arguments.canonical_axis(function, axis, len(shape))
+    alpha, power = _check_alpha(function, alpha, shape, axes, given.z.dtype)
+    return _loss(given, alpha, power)
+
+
+@functools.partial(jax.jit, static_argnames="power")
+def _loss(given: _labels.Labelled, alpha: Array, power: int) -> Array:
+    z = given.counted()
+    if given.where is not None:
+        z = jnp.where(given.where, z, -jnp.inf)
+    if not given.by_label:
+        q = given.labels if given.rows is None else maps.where_not(~given.rows[..., None], given.labels)
+        impossible = jnp.any((q > 0) & jnp.isneginf(z), -1, keepdims=True)
+        loss = _fenchel_young(z, jnp.where(jnp.isneginf(z), 0, q), alpha, power)
+        return given.keep_rows(loss + jnp.where(impossible, jnp.inf, 0).astype(z.dtype))
+    label, valid = _labels.in_range(given.labels, z.shape[-1])
+    return given.keep_rows(jnp.where(valid, 1, jnp.nan).astype(z.dtype) * _fenchel_young(z, label, alpha, power))

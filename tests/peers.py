@@ -1,0 +1,61 @@
+"""What PyTorch and the package entmax say: `python tests/peers.py` writes tests/peers.json (extra `peers`)."""
+
+import json
+import pathlib
+
+import numpy as np
+
+FILE = pathlib.Path(__file__).with_suffix(".json")
+Z = np.random.default_rng(0).normal(0, 2, (4, 6)).astype(np.float32)
+G = np.random.default_rng(1).normal(0, 1, (4, 6)).astype(np.float32)
+LABELS = np.array([2, 0, 5, 3])
+WEIGHTS = np.linspace(0.5, 2.0, 6).astype(np.float32)
+Q = np.exp(G) / np.exp(G).sum(-1, keepdims=True)
+CROSS_ENTROPY = {  # options of ours, by name
+    "plain": {},
+    "weights": {"class_weights": WEIGHTS},
+    "smoothing": {"label_smoothing": 0.1},
+    "ignored": {"ignore_label": 5},
+    "together": {"class_weights": WEIGHTS, "label_smoothing": 0.1, "ignore_label": 5},
+}
+ALPHAS = (1.1, 1.3, 1.5, 1.7, 2.0)
+
+
+def measure():
+    """Every number, by peer and name."""
+    import entmax  # noqa: PLC0415  (the extra)
+    import torch  # noqa: PLC0415
+
+    z, g, labels, q = (torch.tensor(a) for a in (Z, G, LABELS, Q))
+
+    def cross_entropy(options, targets=labels):
+        names = {"class_weights": "weight", "ignore_label": "ignore_index", "label_smoothing": "label_smoothing"}
+        given = {names[k]: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+        return torch.nn.functional.cross_entropy(z, targets, reduction="none", **given)
+
+    def with_product(f):
+        x = z.clone().requires_grad_()
+        y = f(x)
+        (product,) = torch.autograd.grad(y, x, g if y.shape == g.shape else torch.ones_like(y))
+        return {"value": y.tolist(), "product": product.tolist()}
+
+    losses = {1.5: entmax.entmax15_loss, 2.0: entmax.sparsemax_loss}
+    return {
+        "torch": {
+            "version": torch.__version__,
+            "cross_entropy": {name: cross_entropy(options).tolist() for name, options in CROSS_ENTROPY.items()},
+            "distributions": cross_entropy({}, q).tolist(),
+            "smoothed distributions": cross_entropy({"label_smoothing": 0.1}, q).tolist(),
+        },
+        "entmax": {
+            "version": entmax.__version__,
+            "sparsemax": with_product(lambda x: entmax.sparsemax(x, -1)),
+            "entmax15": with_product(lambda x: entmax.entmax15(x, -1)),
+            "bisect": {str(a): with_product(lambda x, a=a: entmax.entmax_bisect(x, a, -1)) for a in ALPHAS},
+            "losses": {str(a): with_product(lambda x, f=f: f(x, labels)) for a, f in losses.items()},
+        },
+    }
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(measure(), indent=1) + "\n")

@@ -1,0 +1,170 @@
+"""Mixtures, sinks and temperatures against their definitions; digits, edges, wrong calls."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsoftmax as js
+from jsoftmax import verify
+
+nan, inf = jnp.nan, jnp.inf
+
+
+def scores(*shape, seed=0, scale=2.0):
+    return jnp.asarray(np.random.default_rng(seed).normal(0, scale, shape))
+
+
+def test_mixture_is_defined_by_its_two_lines():
+    with jax.enable_x64(True):
+        z, logits = scores(2, 3, 4, 5), scores(2, 3, 4, seed=1)
+        for phi in (js.exp, js.spherical(0.1)):
+            p = jnp.sum(jax.nn.softmax(logits)[..., None] * js.softmax(z, phi=phi), -2)
+            got = js.mixture_log_softmax(z, logits, phi=phi)
+            np.testing.assert_allclose(got, jnp.log(p), rtol=1e-12)
+            swapped = js.mixture_log_softmax(jnp.swapaxes(z, -1, -2), logits, axis=-2, phi=phi)
+            np.testing.assert_allclose(swapped, got, rtol=1e-12)
+        first = jnp.moveaxis(js.mixture_log_softmax(jnp.moveaxis(z, -1, 0), logits, axis=0), 0, -1)
+        np.testing.assert_allclose(first, js.mixture_log_softmax(z, logits), rtol=1e-12)
+        np.testing.assert_allclose(js.mixture_log_softmax(z[..., :1, :], logits[..., :1]), js.log_softmax(z[..., 0, :]))
+    assert js.mixture_log_softmax(z.astype(jnp.bfloat16), logits).dtype == jnp.bfloat16
+
+
+def test_mixture_keeps_digits_and_edges():
+    z = jnp.array([[0.0, -20.0], [0.0, -18.0]])
+    xp = verify.ManyDigits()
+    p = [1 / (1 + xp.mp.exp(-20)), 1 / (1 + xp.mp.exp(-18))]
+    want = float(xp.mp.log((p[0] + p[1]) / 2))
+    got = js.mixture_log_softmax(z, jnp.zeros(2))
+    np.testing.assert_allclose(got[0], want, rtol=1e-6)
+    out = js.mixture_log_softmax(jnp.array([[-inf, 0.0, 1.0], [-inf, -inf, 0.0]]), jnp.zeros(2))
+    assert out[0] == -inf
+    assert np.all(np.isfinite(out[1:]))
+    gradient = jax.jacrev(js.mixture_log_softmax)(jnp.array([[-inf, 0.0, 1.0], [-inf, -inf, 0.0]]), jnp.zeros(2))
+    assert np.all(np.isfinite(gradient))
+    for bad in (nan, inf):
+        assert np.all(np.isnan(js.mixture_log_softmax(z.at[0, 0].set(bad), jnp.zeros(2))))
+
+
+def test_sink_is_a_class_that_is_dropped():
+    z, sink = scores(3, 5), scores(3, 1, seed=1)
+
+    def extended(z, sink):
+        return js.softmax(jnp.concatenate([z, jnp.broadcast_to(sink, (3, 1))], -1))[:, :-1]
+
+    for s in (0.0, sink, -3.0):
+        np.testing.assert_allclose(js.sink_softmax(z, s), extended(z, s), rtol=1e-6)
+    ours, theirs = (jax.jacrev(f, (0, 1))(z, sink) for f in (js.sink_softmax, extended))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(js.sink_softmax(z, -inf), js.softmax(z))
+    np.testing.assert_allclose(js.sink_softmax(z.T, sink.T, axis=0).T, js.sink_softmax(z, sink), rtol=1e-6)
+    keep = jnp.array([True, False, True, True, False])
+    np.testing.assert_allclose(js.sink_softmax(z, where=keep)[:, keep], js.sink_softmax(z[:, keep]), rtol=1e-6)
+
+
+def test_sink_edges():
+    z = jnp.array([[-inf, -inf], [500.0, 400.0], [-500.0, -400.0], [nan, 0.0], [inf, 0.0]])
+    for sink in (0.0, -inf):
+        p = js.sink_softmax(z, sink)
+        np.testing.assert_array_equal(p[0], 0)
+        np.testing.assert_allclose(p[1], [1, 0], atol=1e-7)
+        assert np.all(np.isnan(p[3:]))
+        gradient = jax.vjp(lambda z, s=sink: js.sink_softmax(z, s), z)[1](jnp.ones_like(z))[0]
+        assert np.all(np.isfinite(gradient[:3]))
+        assert np.all(np.isnan(gradient[3:]))
+    np.testing.assert_array_equal(js.sink_softmax(z, 0.0)[2], 0)
+
+
+@pytest.mark.parametrize("phi", verify.PHIS, ids=str)
+def test_temperature(phi):
+    """It gives the wanted entropy, and the derivatives of the function that it inverts."""
+    with jax.enable_x64(True):
+        z = jnp.clip(scores(3, 12, scale=0.7), -1.5, 1.8)
+        t = jnp.array([0.95, 1.3, 4.0])
+        target = js.entropy(z / t[:, None], phi=phi)
+        got = js.temperature_for_entropy(z, target, phi=phi)
+        np.testing.assert_allclose(js.entropy(z / got[:, None], phi=phi), target, rtol=1e-12)
+        if phi in (js.exp, js.sigsoftmax, js.softplus):  # one solution only
+            np.testing.assert_allclose(got, t, rtol=1e-9)
+        v = jnp.cos(z)
+
+        def round_trip(z, t):
+            return js.temperature_for_entropy(z, js.entropy(z / t[:, None], phi=phi), phi=phi)
+
+        def along(t):
+            return jax.jvp(lambda z: round_trip(z, t), (z,), (v,))[1]
+
+        np.testing.assert_allclose(along(got), 0, atol=1e-9)
+        np.testing.assert_allclose(jax.jvp(along, (got,), (jnp.ones(3),))[1], 0, atol=1e-7)
+        np.testing.assert_allclose(jax.jvp(lambda t: round_trip(z, t), (got,), (t,))[1], t, rtol=1e-9)
+
+
+def test_temperature_in_a_scan_at_order_two():
+    with jax.enable_x64(True):
+        z = scores(2, 6)
+
+        def total(z):
+            return js.temperature_for_entropy(z, 0.8)
+
+        def scanned(z):
+            return jax.lax.scan(lambda c, row: (c + total(row), None), 0.0, z)[0]
+
+        got = jax.jvp(jax.grad(scanned), (z,), (jnp.cos(z),))[1]
+        want = jnp.stack([jax.jvp(jax.grad(total), (row,), (jnp.cos(row),))[1] for row in z])
+        np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("target", [1e-8, 1e-4, 0.1, 1.0, 3.0, 3.9])
+def test_temperature_reaches_small_and_large_entropies(target):
+    z = jnp.float32(scores(50, 50, scale=3))
+    t = js.temperature_for_entropy(z, target)
+    # z/t is rounded to |z/t| ulp, and so is a small entropy
+    reached = js.entropy(z / t[:, None])
+    slack = 4e-7 * (4 + jnp.abs(z / t[:, None]).max(-1))
+    assert np.all(np.abs(reached / target - 1) <= slack)
+    assert np.all(jax.grad(lambda g: js.temperature_for_entropy(z, g).sum())(target) > 0)
+
+
+def test_temperature_edges():
+    f = js.temperature_for_entropy
+    z = jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, nan, 0.0], [1.0, inf, 0.0], [1.0, 0.0, -inf], [-inf] * 3])
+    got = f(z, jnp.array([0.69, 0.5, 0.5, 0.5, 0.5, 0.5]))
+    np.testing.assert_array_equal(np.isfinite(got), [False, False, False, False, True, False])
+    assert np.isnan(f(z[0], 1.2))
+    assert np.isnan(f(z[0], 0.0))
+    np.testing.assert_allclose(f(z[:1], 0.5, where=jnp.array([True, False, True])), got[4], rtol=1e-5)
+    gradient = jax.grad(lambda z: f(z, 0.5))(z[4])
+    assert np.all(np.isfinite(gradient))
+    assert gradient[2] == 0
+    np.testing.assert_allclose(f(z[4:5].T, 0.5, axis=0), got[4], rtol=1e-6)
+    assert f(z.astype(jnp.bfloat16), 0.8).dtype == jnp.float32
+
+
+raw = inspect.unwrap
+WRONG = [
+    (
+        lambda: raw(js.mixture_log_softmax)(np.zeros(3), np.zeros(1)),
+        ValueError,
+        "z must have one class axis and one of",
+    ),
+    (lambda: raw(js.mixture_log_softmax)(np.zeros((2, 3)), np.zeros(3)), ValueError, "mixture_logits must broadcast"),
+    (
+        lambda: raw(js.sink_softmax)(np.zeros((2, 3)), np.zeros(3)),
+        ValueError,
+        "sink must be one number, or one for each",
+    ),
+    (lambda: raw(js.temperature_for_entropy)(np.zeros((2, 3)), np.zeros(3)), ValueError, "target must be a number or"),
+    (lambda: raw(js.temperature_for_entropy)(np.zeros((2, 3)), None), TypeError, "target must be an array or a number"),
+    (lambda: raw(js.temperature_for_entropy)(np.zeros(3), 1, phi=jnp.exp), TypeError, "phi must be a φ"),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong[2])
+def test_wrong_calls(wrong):
+    call, error, says = wrong
+    with pytest.raises(error) as caught:
+        call()
+    assert says in str(caught.value)
