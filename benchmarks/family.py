@@ -1,29 +1,15 @@
 """The family beside its peers, jax.nn and, where it is installed, distrax."""
 
 import functools
-import json
 import pathlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import jsoftmax as js
 from benchmarks import measure
-
-F = Callable[..., Any]
-
-
-class Case(NamedTuple):
-    """One row: ours and its peers, on the same arguments."""
-
-    group: str
-    name: str
-    shape: tuple[int, ...]
-    candidates: dict[str, F]
-    arguments: tuple[Any, ...]
-    dtype: str = "float32"
+from benchmarks.measure import Case, F, normal
 
 
 def vjp(f: F) -> F:
@@ -56,10 +42,6 @@ def distrax_entropy() -> F | None:
     except ImportError:
         return None
     return lambda z: distrax.Categorical(logits=z).entropy()
-
-
-def normal(seed: int, shape: tuple[int, ...], dtype: str = "float32") -> jax.Array:
-    return (3 * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
 
 
 MAPS: dict[str, tuple[F, F]] = {
@@ -141,15 +123,4 @@ def limit_cases() -> list[Case]:
 
 
 def run(output: pathlib.Path) -> None:
-    rows = []
-    for case in (*map_cases(), *entropy_cases(), *dense_cases(), *limit_cases()):
-        result = measure.interleaved(case.candidates, case.arguments)
-        rows.append({"group": case.group, "name": case.name, "shape": case.shape, "dtype": case.dtype, **result})
-        against = "  ".join(
-            f"{peer} {middle:.2f} [{low:.2f}, {high:.2f}]" for peer, (low, middle, high) in result["ratio"].items()
-        )
-        first = next(iter(case.candidates))
-        print(f"{case.name:32} {case.shape!s:16} {result['ms'][first]:8.3f} ms  {first} / {against}", flush=True)
-    output.parent.mkdir(exist_ok=True)
-    output.write_text(json.dumps({**measure.about(), "rows": rows}, indent=1) + "\n")
-    print(f"written to {output}")
+    measure.run([*map_cases(), *entropy_cases(), *dense_cases(), *limit_cases()], output)

@@ -1,5 +1,7 @@
 """Interleaved timings in one process: medians, ratios and their quartiles."""
 
+import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -7,16 +9,38 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 import jsoftmax
 
+F = Callable[..., Any]
 
-def interleaved(candidates: dict[str, Callable[..., Any]], arguments: tuple[Any, ...]) -> dict[str, Any]:
+
+class Case(NamedTuple):
+    """One row: ours and its peers, on the same arguments; `calls` are peers outside JAX, which bring their own."""
+
+    group: str
+    name: str
+    shape: tuple[int, ...]
+    candidates: dict[str, F]
+    arguments: tuple[Any, ...]
+    dtype: str = "float32"
+    calls: dict[str, F] = {}  # noqa: RUF012  (nobody writes to it)
+
+
+def normal(seed: int, shape: tuple[int, ...], dtype: str = "float32") -> jax.Array:
+    """Scores from N(0, 3²)."""
+    return (3 * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
+
+
+def interleaved(
+    candidates: dict[str, F], arguments: tuple[Any, ...], calls: dict[str, F] | None = None
+) -> dict[str, Any]:
     """Medians in ms over interleaved calls of compiled programs, and the ratios of the first to each other one."""
-    programs = {name: jax.jit(f).lower(*arguments).compile() for name, f in candidates.items()}
+    programs: dict[str, F] = {name: jax.jit(f).lower(*arguments).compile() for name, f in candidates.items()}
+    programs |= {name: lambda *_, call=call: call() for name, call in (calls or {}).items()}
     for program in programs.values():
         jax.block_until_ready(program(*arguments))
     times: dict[str, list[float]] = {name: [] for name in programs}
@@ -36,6 +60,22 @@ def interleaved(candidates: dict[str, Callable[..., Any]], arguments: tuple[Any,
     return result
 
 
+def run(cases: list[Case], output: pathlib.Path) -> None:
+    """Time every case, print it, and write all of them."""
+    rows = []
+    for case in cases:
+        result = interleaved(case.candidates, case.arguments, case.calls)
+        rows.append({"group": case.group, "name": case.name, "shape": case.shape, "dtype": case.dtype, **result})
+        against = "  ".join(
+            f"{peer} {middle:.2f} [{low:.2f}, {high:.2f}]" for peer, (low, middle, high) in result["ratio"].items()
+        )
+        first = next(iter(case.candidates))
+        print(f"{case.name:32} {case.shape!s:16} {result['ms'][first]:8.3f} ms  {first} / {against}", flush=True)
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(json.dumps({**about(), "rows": rows}, indent=1) + "\n")
+    print(f"written to {output}")
+
+
 def about() -> dict[str, str]:
     """What the numbers depend on."""
     device = jax.devices()[0]
@@ -51,8 +91,16 @@ def about() -> dict[str, str]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jsoftmax": jsoftmax.__version__,
+        **{peer: version for peer in ("optax", "distrax", "torch", "entmax") if (version := _version(peer))},
         "commit": commit,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -8,12 +8,11 @@ from typing import Any
 RESULTS = pathlib.Path(__file__).parent / "results"
 README = pathlib.Path(__file__).parent.parent / "README.md"
 PICTURE = RESULTS / "family.png"
-BETWEEN = re.compile(r"(<!-- timings -->\n).*?(<!-- /timings -->)", re.S)
 
 
-def load() -> list[dict[str, Any]]:
+def load(name: str) -> list[dict[str, Any]]:
     """The runs, with the rows that compare something of ours."""
-    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("family*.json"))]
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}*.json"))]
     return [{**run, "rows": [row for row in run["rows"] if row["group"] != "limits"]} for run in runs]
 
 
@@ -74,8 +73,11 @@ def picture(runs: list[dict[str, Any]]) -> None:
 
 
 def render() -> None:
-    runs = load()
     text = README.read_text()
-    README.write_text(BETWEEN.sub(lambda found: found[1] + table(runs) + found[2], text))
-    picture(runs)
-    print(f"written: the table in {README}, {PICTURE}")
+    for name in ("family", "losses"):
+        between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        made = table(load(name))
+        text = between.sub(lambda found, made=made: found[1] + made + found[2], text)
+    README.write_text(text)
+    picture(load("family"))
+    print(f"written: the tables in {README}, {PICTURE}")

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from benchmarks import measure
 
@@ -9,6 +10,17 @@ from benchmarks import measure
 def slices(z: jax.Array) -> jax.Array:
     """Σ over the first axis, slice by slice."""
     return sum((z[i] for i in range(1, z.shape[0])), z[0])
+
+
+def compare(z: jax.Array, y: jax.Array, g: jax.Array) -> jax.Array:
+    """(e^z − 1_y) g, by comparing every class with the label."""
+    hot = lax.broadcasted_iota(y.dtype, z.shape, 1) == y[:, None]
+    return (jnp.exp(z - g) - hot.astype(z.dtype)) * g
+
+
+def scatter(z: jax.Array, y: jax.Array, g: jax.Array) -> jax.Array:
+    """The same by a scatter into the array that is written."""
+    return (jnp.exp(z - g) * g).at[jnp.arange(z.shape[0]), y].add(-g[:, 0])
 
 
 def run() -> None:
@@ -21,6 +33,16 @@ def run() -> None:
             (leading,),
         ),
         ("Σ z over eight classes", {"plain": lambda z: jnp.sum(z, -1), "max": lambda z: jnp.max(z, -1)}, (short,)),
+        (
+            "(e^z − 1_y) g, many classes",
+            {"compare": compare, "scatter": scatter, "copy": lambda z, *_: z + 1},
+            (jax.random.normal(key, (4096, 32768)), jnp.arange(4096), jnp.full((4096, 1), 1e-3)),
+        ),
+        (
+            "(e^z − 1_y) g, eight classes",
+            {"compare": compare, "scatter": scatter},
+            (short, jnp.arange(1_000_000) % 8, jnp.full((1_000_000, 1), 1e-3)),
+        ),
     )
     for name, candidates, arguments in cases:
         result = measure.interleaved(candidates, arguments)
