@@ -10,6 +10,7 @@ import pytest
 
 import jsoftmax
 from jsoftmax import losses, optim, verify
+from jsoftmax.cli import train
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 MATH = (pathlib.Path(__file__).parent.parent / "MATH.md").read_text()
@@ -36,7 +37,9 @@ def test_tables_follow_the_lists():
 def test_results_cover_every_phi():
     table = README.split("## Scanned digits")[1]
     for phi in jsoftmax.PHIS:
-        assert table.count(f"| {phi} |") == 2, phi
+        assert table.count(f"| cross-entropy | {phi} |") == 2, phi
+    for name in train.LOSSES:
+        assert table.count(f"| {name} | ") >= 2, name
 
 
 def test_example():

@@ -10,6 +10,8 @@ import jsoftmax as js
 from jsoftmax import cli
 from jsoftmax.cli import train
 
+(PLAIN,) = train.arms(["cross-entropy"], ["exp"], 0.0)
+
 
 def test_linear_model_is_logistic_regression():
     strength = 1e-2
@@ -18,7 +20,7 @@ def test_linear_model_is_logistic_regression():
         parameters = [(jnp.zeros((64, 10)), jnp.zeros(10))]
 
         def objective(parameters):
-            return train.loss(parameters, data, js.exp) + strength / 2 * jnp.sum(parameters[0][0] ** 2)
+            return train.loss(parameters, data, PLAIN) + strength / 2 * jnp.sum(parameters[0][0] ** 2)
 
         optimiser = optax.lbfgs()
         value_and_grad = optax.value_and_grad_from_state(objective)
@@ -42,24 +44,48 @@ def test_every_phi_has_finite_gradients_far_out():
     for phi in js.PHIS:
         for scale in (0.0, 1.0, 100.0):
             parameters = jax.tree.map(lambda a, scale=scale: scale * a, train.initial(jax.random.key(1), (64, 10)))
-            value, gradient = jax.value_and_grad(train.loss)(parameters, data, phi)
+            (arm,) = train.arms(["cross-entropy"], [str(phi)], 0.0)
+            value, gradient = jax.value_and_grad(train.loss)(parameters, data, arm)
             assert np.isfinite(value), (phi, scale)
             assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient)), (phi, scale)
 
 
 def test_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "PHIS", (js.exp, js.taylor(2)))
-    assert cli.main(["train", "--seeds", "2", "--plot", str(tmp_path / "curves.png"), "--markdown"]) == 0
+    losses = ["cross-entropy", "soft-margin", "Z-loss", "sparsemax"]
+    options = ["--seeds", "2", "--plot", str(tmp_path / "curves.png"), "--markdown", "--loss", *losses]
+    assert cli.main(["train", *options]) == 0
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == (2 + 2 * 2) + (2 + 3)
-    for row in rows[2:6]:
-        assert 90 < float(row[2].split("±")[0]) < 100
-    iterations = [int(row[1]) for row in rows[8:]]
-    assert "Newton" in rows[8][0]
+    assert len(rows) == (2 + 2 * 5) + (2 + 3)
+    for row in rows[2:12]:
+        assert 90 < float(row[3].split("±")[0]) < 100, row
+        assert bool(row[4].strip()) != ("Z-loss" in row[1])
+    assert "∞" in rows[6][4]
+    iterations = [int(row[1]) for row in rows[14:]]
+    assert "Newton" in rows[14][0]
     assert iterations[0] < min(iterations[1:])
-    assert np.ptp([float(row[3]) for row in rows[8:]]) < 1e-4
+    assert np.ptp([float(row[3]) for row in rows[14:]]) < 1e-4
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert cli.main(["train", "--seeds", "1"]) == 2
+
+
+def test_which_losses_go_with_which_phi():
+    names = [(arm.name, arm.shown_phi) for arm in train.arms(list(train.LOSSES), None, 1.0)]
+    assert names[: len(js.PHIS)] == [("cross-entropy", str(phi)) for phi in js.PHIS]
+    assert names[len(js.PHIS) :] == [
+        *(("soft-margin", "exp"), ("focal", "exp"), ("Poly-1", "exp")),
+        *(("Z-loss", ""), ("sparsemax", ""), ("entmax15", "")),
+    ]
+    chosen = train.arms(["focal", "sparsemax"], ["taylor(2)", "softplus"], 1.0)
+    assert [(arm.name, arm.shown_phi) for arm in chosen] == [
+        *(("focal", "taylor(2)"), ("focal", "softplus")),
+        ("sparsemax", ""),
+    ]
+    z, labels = jnp.array([[0.3, -0.7, 1.1]]), jnp.array([1])
+    for arm in train.arms(list(train.LOSSES), ["exp"], 1.0):
+        assert np.isfinite(arm.loss(z, labels)).all()
+        if arm.log_p is not None:
+            np.testing.assert_allclose(jnp.exp(arm.log_p(z)).sum(), 1, rtol=1e-6)
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):

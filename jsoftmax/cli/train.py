@@ -1,11 +1,11 @@
-"""`python -m jsoftmax train`: scanned digits, a linear model and a small network, with every φ."""
+"""`python -m jsoftmax train`: scanned digits, a linear model and a small network, with every φ and every loss."""
 
 import argparse
 import functools
 import itertools
 import pathlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +18,10 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from jsoftmax import PHIS, entropy, exp, log_softmax, optim
+from jsoftmax import PHIS, entmax, exp, fenchel_young_loss, log_softmax, losses, optim
 from jsoftmax.phi import Phi
 
-EPOCHS, BATCH, LEARNING_RATE = 40, 128, 1e-2
+EPOCHS, BATCH = 40, 128
 HIDDEN = {"linear": (), "network": (64,)}
 CLASSES = 10
 
@@ -33,13 +33,65 @@ class Data(NamedTuple):
     labels: jax.Array
 
 
+class Arm(NamedTuple):
+    """One way to train: a loss with its φ, and the log-probabilities that are tested; hashable, part of a program."""
+
+    name: str
+    phi: Phi
+    loss: Callable[..., jax.Array]
+    """(z, labels) ↦ the loss of each row."""
+    log_p: Callable[[jax.Array], jax.Array] | None
+    """z ↦ log p; None for a loss that gives scores only."""
+
+    @property
+    def shown_phi(self) -> str:
+        """φ, where the loss has one."""
+        return "" if self.name in (*_SPARSE, "Z-loss") else str(self.phi)
+
+
+def _with_phi(f: Callable[..., jax.Array], phi: Phi, **options: Any) -> Arm:
+    """A loss of p = φ(z)/Σ φ(z)."""
+    return Arm("", phi, functools.partial(f, phi=phi, **options), functools.partial(log_softmax, phi=phi))
+
+
+def _sparse(alpha: float) -> Arm:
+    """α-entmax and its loss."""
+    return Arm("", exp, functools.partial(fenchel_young_loss, alpha=alpha), lambda z: jnp.log(entmax(z, alpha)))
+
+
+_SPARSE = {"sparsemax": 2.0, "entmax15": 1.5}
+LOSSES: dict[str, Callable[[Phi, float], Arm]] = {
+    "cross-entropy": lambda phi, margin: _with_phi(losses.cross_entropy, phi),
+    "soft-margin": lambda phi, margin: _with_phi(losses.cross_entropy, phi, margin=margin),
+    "focal": lambda phi, margin: _with_phi(losses.focal_cross_entropy, phi),
+    "Poly-1": lambda phi, margin: _with_phi(losses.poly_cross_entropy, phi),
+    "Z-loss": lambda phi, margin: Arm("", phi, losses.spherical_z_loss, None),
+    **{name: lambda phi, margin, alpha=alpha: _sparse(alpha) for name, alpha in _SPARSE.items()},
+}
+
+
+def arms(names: list[str], phis: list[str] | None, margin: float) -> list[Arm]:
+    """Cross-entropy with every φ and the other losses with exp, unless φ are named; then all with each of them."""
+    chosen = [phi for phi in PHIS if phis is None or str(phi) in phis]
+    made = []
+    for name in names:
+        for phi in chosen:
+            if phis is None and name != "cross-entropy" and phi != exp:
+                continue
+            arm = LOSSES[name](phi, margin)._replace(name=name)
+            if arm.shown_phi or phi is chosen[0]:
+                made.append(arm)
+    return made
+
+
 class Result(NamedTuple):
-    """One model with one φ: per seed, the final test scores and the curve of the test loss."""
+    """One model trained in one way: per seed, the final test scores and the curve of the test loss."""
 
     model: str
+    loss: str
     phi: str
     accuracy: np.ndarray
-    loss: np.ndarray
+    nll: np.ndarray
     entropy: np.ndarray
     curve: np.ndarray
 
@@ -47,6 +99,12 @@ class Result(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `train`."""
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how many seeds (default 5)")
+    parser.add_argument("--loss", nargs="+", choices=LOSSES, default=list(LOSSES), help="which losses (default all)")
+    names = [str(phi) for phi in PHIS]
+    parser.add_argument("--phi", nargs="+", choices=names, help="which φ, for every loss that takes one")
+    parser.add_argument("--margin", type=float, default=1.0, metavar="M", help="the soft-margin loss's (default 1)")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="optax's (default adam)")
+    parser.add_argument("--learning-rate", type=float, default=1e-2, metavar="R", help="for all alike (default 0.01)")
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="draw the test losses over the epochs")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, as in the README")
 
@@ -59,13 +117,15 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     train, test = digits()
     console.print(
-        f"scanned digits: {len(train.labels)} to train, {len(test.labels)} to test; {EPOCHS} epochs of Adam, "
-        f"{arguments.seeds} seeds.\n"
+        f"scanned digits: {len(train.labels)} to train, {len(test.labels)} to test; {EPOCHS} epochs of "
+        f"{arguments.optimizer}({arguments.learning_rate:g}), {arguments.seeds} seeds.\n"
         "Test accuracy, negative log-likelihood and mean predictive entropy: mean ± standard error."
     )
-    jobs = [(model, phi) for model in HIDDEN for phi in PHIS]
+    optimizer = Optimizer(arguments.optimizer, arguments.learning_rate)
+    ways = arms(arguments.loss, arguments.phi, arguments.margin)
+    jobs = [(model, arm) for model in HIDDEN for arm in ways]
     steps = track(jobs, "training", console=console, transient=True)
-    results = [fit(model, phi, train, test, arguments.seeds) for model, phi in steps]
+    results = [fit(model, arm, optimizer, train, test, arguments.seeds) for model, arm in steps]
     if arguments.markdown:
         print(_markdown(_COLUMNS, map(_cells, results)))
     else:
@@ -112,50 +172,76 @@ def scores(parameters: Any, inputs: jax.Array, phi: Phi) -> jax.Array:
     return high - jax.nn.softplus(high - z) if np.isfinite(high) else z
 
 
-def loss(parameters: Any, data: Data, phi: Phi) -> jax.Array:
-    """Mean negative log-likelihood, in nats."""
-    log_p = log_softmax(scores(parameters, data.inputs, phi), phi=phi)
-    return -jnp.mean(jnp.take_along_axis(log_p, data.labels[:, None], -1))
+class Optimizer(NamedTuple):
+    """One of optax's by name, and its learning rate."""
+
+    name: str
+    rate: float
+
+    def make(self) -> optax.GradientTransformation:
+        """The transformation."""
+        return OPTIMIZERS[self.name](self.rate)
 
 
-@functools.partial(jax.jit, static_argnames="phi")
-@functools.partial(jax.vmap, in_axes=(0, 0, None, None, None))
-def _fit(parameters: Any, batches: jax.Array, phi: Phi, train: Data, test: Data) -> tuple[jax.Array, ...]:
-    """Adam over batches `[epochs, steps, BATCH]` of row numbers; one seed, vmapped over several."""
-    adam = optax.adam(LEARNING_RATE)
+OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "rmsprop": optax.rmsprop, "sgd": optax.sgd}
+
+
+def loss(parameters: Any, data: Data, arm: Arm) -> jax.Array:
+    """The mean loss."""
+    return jnp.mean(arm.loss(scores(parameters, data.inputs, arm.phi), data.labels))
+
+
+@functools.partial(jax.jit, static_argnames=("arm", "optimizer"))
+def _fit(  # noqa: PLR0917
+    parameters: Any, batches: jax.Array, arm: Arm, optimizer: Optimizer, train: Data, test: Data
+) -> tuple[jax.Array, ...]:
+    """Training over batches `[seeds, epochs, steps, BATCH]` of row numbers, vmapped over the seeds."""
+    transformation = optimizer.make()
 
     def step(carry: Any, rows: jax.Array) -> Any:
         parameters, state = carry
-        gradient = jax.grad(loss)(parameters, Data(train.inputs[rows], train.labels[rows]), phi)
-        updates, state = adam.update(gradient, state)
+        gradient = jax.grad(loss)(parameters, Data(train.inputs[rows], train.labels[rows]), arm)
+        updates, state = transformation.update(gradient, state, parameters)
         return (optax.apply_updates(parameters, updates), state), None
 
     def epoch(carry: Any, rows: jax.Array) -> Any:
         carry, _ = jax.lax.scan(step, carry, rows)
-        return carry, loss(carry[0], test, phi)
+        return carry, loss(carry[0], test, arm)
 
-    (parameters, _), curve = jax.lax.scan(epoch, (parameters, adam.init(parameters)), batches)
-    z = scores(parameters, test.inputs, phi)
-    right = jnp.argmax(log_softmax(z, phi=phi), -1) == test.labels
-    return jnp.mean(right), jnp.mean(entropy(z, phi=phi)), curve
+    def of_seed(parameters: Any, batches: jax.Array) -> tuple[jax.Array, ...]:
+        (parameters, _), curve = jax.lax.scan(epoch, (parameters, transformation.init(parameters)), batches)
+        z = scores(parameters, test.inputs, arm.phi)
+        log_p = z if arm.log_p is None else arm.log_p(z)
+        right = jnp.argmax(log_p, -1) == test.labels
+        if arm.log_p is None:
+            nll = mean_entropy = jnp.full((), jnp.nan)
+        else:
+            nll = -jnp.mean(jnp.take_along_axis(log_p, test.labels[:, None], -1))
+            terms = jnp.exp(log_p) * jnp.where(jnp.isneginf(log_p), 0, log_p)
+            mean_entropy = -jnp.mean(jnp.sum(terms, -1))
+        return jnp.mean(right), nll, mean_entropy, curve
+
+    return jax.vmap(of_seed)(parameters, batches)
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "rows"))
 @functools.partial(jax.vmap, in_axes=(0, None, None))
 def _start(key: jax.Array, sizes: tuple[int, ...], rows: int) -> tuple[Any, jax.Array]:
-    """One seed's first parameters and batches, the same for every φ."""
+    """One seed's first parameters and batches, the same for every way to train."""
     first, order = jax.random.split(key)
     steps = rows // BATCH
     shuffled = jax.vmap(lambda key: jax.random.permutation(key, rows))(jax.random.split(order, EPOCHS))
     return initial(first, sizes), shuffled[:, : steps * BATCH].reshape(EPOCHS, steps, BATCH)
 
 
-def fit(model: str, phi: Phi, train: Data, test: Data, seeds: int) -> Result:
-    """Train one model with one φ for several seeds at once."""
+def fit(  # noqa: PLR0917
+    model: str, arm: Arm, optimizer: Optimizer, train: Data, test: Data, seeds: int
+) -> Result:
+    """Train one model in one way for several seeds at once."""
     sizes = (train.inputs.shape[1], *HIDDEN[model], CLASSES)
     parameters, batches = _start(jax.random.split(jax.random.key(0), seeds), sizes, len(train.labels))
-    accuracy, mean_entropy, curve = map(np.asarray, _fit(parameters, batches, phi, train, test))
-    return Result(model, str(phi), accuracy, curve[:, -1], mean_entropy, curve)
+    results = map(np.asarray, _fit(parameters, batches, arm, optimizer, train, test))
+    return Result(model, arm.name, arm.shown_phi, *results)
 
 
 class Run(NamedTuple):
@@ -190,7 +276,7 @@ def second_order(train: Data) -> list[Run]:
     }
 
     def descend(optimizer: Any, iterations: int) -> tuple[list[float], list[float]]:
-        """The losses before each step, and the seconds since the first."""
+        """The objectives before each step, and the seconds since the first."""
         optimizer = optax.with_extra_args_support(optimizer)
 
         @jax.jit
@@ -203,37 +289,40 @@ def second_order(train: Data) -> list[Run]:
 
         state = optimizer.init(start)
         program = step.lower(start, state).compile()
-        parameters, losses, seconds, begun = start, [], [], time.perf_counter()
+        parameters, values, seconds, begun = start, [], [], time.perf_counter()
         for _ in range(iterations):
             value, parameters, state = program(parameters, state)
-            losses.append(float(value))
+            values.append(float(value))
             seconds.append(time.perf_counter() - begun)
-        return losses, seconds
+        return values, seconds
 
     runs = {name: descend(optimizer, iterations) for name, (optimizer, iterations) in optimizers.items()}
-    wanted = (1 + 1e-4) * min(min(losses) for losses, _ in runs.values())
+    wanted = (1 + 1e-4) * min(min(values) for values, _ in runs.values())
     results = []
-    for name, (losses, seconds) in runs.items():
-        reached = next((i for i, value in enumerate(losses) if value <= wanted), len(losses) - 1)
-        results.append(Run(name, reached, seconds[reached], losses[reached]))
+    for name, (values, seconds) in runs.items():
+        reached = next((i for i, value in enumerate(values) if value <= wanted), len(values) - 1)
+        results.append(Run(name, reached, seconds[reached], values[reached]))
     return results
 
 
 def _cells(result: Result) -> list[str]:
     def mean_and_error(values: np.ndarray, digits: int) -> str:
+        if not np.all(np.isfinite(values)):
+            return "" if np.any(np.isnan(values)) else "∞"
         return f"{values.mean():.{digits}f} ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}"
 
     return [
         result.model,
+        result.loss,
         result.phi,
         mean_and_error(100 * result.accuracy, 2),
-        mean_and_error(result.loss, 4),
+        mean_and_error(result.nll, 4),
         mean_and_error(result.entropy, 4),
     ]
 
 
-_COLUMNS = ("model", "φ", "accuracy, %", "NLL, nats", "entropy, nats")
-_LEFT = ("model", "φ", "optimiser")
+_COLUMNS = ("model", "loss", "φ", "accuracy, %", "NLL, nats", "entropy, nats")
+_LEFT = ("model", "loss", "φ", "optimiser")
 
 
 _RUN_COLUMNS = ("optimiser", "iterations", "ms", "objective, nats")
