@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 import jsoftmax as js
 from jsoftmax import verify
-from jsoftmax.verify import FUNCTIONS, PHIS
+from jsoftmax.verify import FUNCTIONS, LOSSES, OTHERS, PHIS, SPARSE_MAPS
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.int32])
@@ -66,7 +66,7 @@ def test_residuals(function, phi):
     assert sum(leaf.nbytes for leaf in beyond) <= sum(1.25 * a.nbytes for a in z)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS + LOSSES + SPARSE_MAPS + OTHERS, ids=str)
 def test_survives_shard_map(function):
     """Rows sharded over the devices there are, four on CPU: value and gradient as without."""
     devices = jax.devices()

@@ -95,7 +95,7 @@ def test_survives(function, phi):
     phi = verify.rounded(phi)
     z, v = (np.stack([verify.scores(function, phi, seed + i)[:, :3] for i in (0, 1)]) for seed in (3, 5))
     with jax.enable_x64(True):
-        got = jax.jit(functools.partial(ours, function, phi))(np.float64(z), np.float64(v))
+        got = verify.jit_formulas(functools.partial(ours, function, phi))(np.float64(z), np.float64(v))
     wanted = plain(function, phi, np.float64(z), np.float64(v))
     assert got.keys() == wanted.keys()
     for name in wanted:
@@ -116,7 +116,7 @@ def test_long_rows_in_a_scan():
             def scanned(z):
                 return jax.lax.scan(lambda carry, row: (carry + total(row), None), 0.0, z)[0]
 
-            return jax.jit(lambda z: jax.jvp(jax.grad(scanned), (z,), (v,)))(z)
+            return verify.jit_formulas(lambda z: jax.jvp(jax.grad(scanned), (z,), (v,)))(z)
 
         one = [f for f in FUNCTIONS if f.scores == 1]
         ours = of([f.ours for f in one])
