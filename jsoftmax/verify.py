@@ -138,8 +138,10 @@ def against_autodiff(function: Function, phi: Phi) -> list[float]:
         return function.plain(phi, Plain, *z)
 
     def orders(f: Callable[[Any], Any], z: Any, v: Any) -> list[Any]:
-        results = _orders(f, function.orders, z, v)
-        return [*results[:2], *([jax.hessian(f)(z)] if function.orders > 2 else []), *results[3:]]
+        if function.orders < 4:
+            return [g(z) for g in (f, jax.jacrev(f), jax.hessian(f))[: function.orders]]
+        value, jacobian, _, third = _orders(f, 4, z, v)
+        return [value, jacobian, jax.hessian(f)(z), third]
 
     with jax.enable_x64(dtype == np.float64):
         z, v = (jnp.asarray(scores(function, phi, seed), dtype) for seed in (0, 1))

@@ -83,23 +83,30 @@ def test_temperature(phi):
     """It gives the wanted entropy, and the derivatives of the function that it inverts."""
     with jax.enable_x64(True):
         z = jnp.clip(scores(3, 12, scale=0.7), -1.5, 1.8)
-        t = jnp.array([0.95, 1.3, 4.0])
-        target = js.entropy(z / t[:, None], phi=phi)
-        got = js.temperature_for_entropy(z, target, phi=phi)
-        np.testing.assert_allclose(js.entropy(z / got[:, None], phi=phi), target, rtol=1e-12)
-        if phi in (js.exp, js.sigsoftmax, js.softplus):  # one solution only
-            np.testing.assert_allclose(got, t, rtol=1e-9)
-        v = jnp.cos(z)
+        t, v = jnp.array([0.95, 1.3, 4.0]), jnp.cos(z)
 
         def round_trip(z, t):
             return js.temperature_for_entropy(z, js.entropy(z / t[:, None], phi=phi), phi=phi)
 
-        def along(t):
-            return jax.jvp(lambda z: round_trip(z, t), (z,), (v,))[1]
+        @verify.jit_formulas
+        def checked(z, t):
+            target = js.entropy(z / t[:, None], phi=phi)
+            got = js.temperature_for_entropy(z, target, phi=phi)
 
-        np.testing.assert_allclose(along(got), 0, atol=1e-9)
-        np.testing.assert_allclose(jax.jvp(along, (got,), (jnp.ones(3),))[1], 0, atol=1e-7)
-        np.testing.assert_allclose(jax.jvp(lambda t: round_trip(z, t), (got,), (t,))[1], t, rtol=1e-9)
+            def along(t):
+                return jax.jvp(lambda z: round_trip(z, t), (z,), (v,))[1]
+
+            by_z, by_z_and_t = jax.jvp(along, (got,), (jnp.ones(3),))
+            by_t = jax.jvp(lambda t: round_trip(z, t), (got,), (got,))[1]
+            return got, js.entropy(z / got[:, None], phi=phi) / target, by_z, by_z_and_t, by_t
+
+        got, ratio, by_z, by_z_and_t, by_t = checked(z, t)
+        np.testing.assert_allclose(ratio, 1, rtol=1e-12)
+        if phi in (js.exp, js.sigsoftmax, js.softplus):  # one solution only
+            np.testing.assert_allclose(got, t, rtol=1e-9)
+        np.testing.assert_allclose(by_z, 0, atol=1e-9)
+        np.testing.assert_allclose(by_z_and_t, 0, atol=1e-7)
+        np.testing.assert_allclose(by_t, got, rtol=1e-9)
 
 
 def test_temperature_in_a_scan_at_order_two():
