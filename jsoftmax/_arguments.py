@@ -101,6 +101,11 @@ def per_row(  # noqa: PLR0917
         ) from None
 
 
+def wide_integers(array: jax.Array) -> jax.Array:
+    """Class numbers in 32 bits at least: the number of classes may be beyond int8."""
+    return array if array.dtype.itemsize >= 4 else array.astype(jnp.int32)
+
+
 def is_concrete_number(value: Any) -> bool:
     """Whether `value` is a plain number that a factory can judge; arrays and tracers are judged by nobody."""
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)

@@ -119,7 +119,7 @@ def _check_labels(  # noqa: PLR0917
                 f"{function}: integer {argument} must have the logits' shape without the classes, {batch}; got shape "
                 f"{array.shape}. The classes of {z.shape} are the axes {axes}: name others by axis=…."
             )
-        return array
+        return _arguments.wide_integers(array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
             f"{function}: {argument} must be integers or floating distributions; got dtype {array.dtype}. Convert "

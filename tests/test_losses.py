@@ -172,6 +172,19 @@ def test_float64_under_strict_promotion():
             assert cross_entropy(jnp.asarray(Z), labels, label_smoothing=0.1).dtype == jnp.float64
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint32])
+def test_labels_of_any_width(dtype):
+    """More classes than the labels' dtype can count."""
+    z = jnp.cos(jnp.arange(900.0)).reshape(3, 300)
+    labels = jnp.array([127, 3, 100])
+    narrow = labels.astype(dtype)
+    for f in (cross_entropy, losses.focal_cross_entropy, losses.spherical_z_loss, js.fenchel_young_loss):
+        np.testing.assert_array_equal(f(z, narrow), f(z, labels))
+        assert f(z, narrow, ignore_label=-1).shape == (3,)
+    one, other = (losses.plackett_luce_log_prob(z[0], order) for order in (narrow, labels))
+    np.testing.assert_array_equal(one, other)
+
+
 def test_residuals():
     """One array for the backward pass; no one-hot."""
     z = jnp.cos(jnp.arange(1000.0))

@@ -81,4 +81,4 @@ def plackett_luce_log_prob(
             f"{chosen.shape}. Write jnp.broadcast_to to rank many rows alike."
         )
     x = maps.weighted_scores(phi, z, arguments.where, arguments.log_weights)
-    return _plackett_luce(jnp.moveaxis(x, at, -1), jnp.moveaxis(chosen, at, -1))
+    return _plackett_luce(jnp.moveaxis(x, at, -1), jnp.moveaxis(_arguments.wide_integers(chosen), at, -1))
