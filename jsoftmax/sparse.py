@@ -15,70 +15,73 @@ from jsoftmax import _arguments, _labels, maps
 from jsoftmax._arguments import Axis
 from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
 
-# --- p = [1 + (α − 1) v]_+^{1/(α−1)} -------------------------------------------------------------------------
+# --- p = [ρ + (α − 1) u]_+^{1/(α−1)}, u = z − max z, ρ = P^{α−1} for the largest p, P --------------------------
 
 
 class _Density(NamedTuple):
-    """p and w = p^{2−α} of v = z − t, 0 outside the support; `power` = 1/(α − 1) where that is an integer, else 0."""
+    """p and w = p^{2−α}, 0 outside the support; `power` = 1/(α − 1) where that is an integer, else 0."""
 
     p: Array
     w: Array
 
 
-def _density(v: Array, alpha: Array, power: int) -> _Density:
+def _density(u: Array, log_P: Array, alpha: Array, power: int) -> _Density:
     if power:
-        r = jnp.maximum(1 + v / power, 0)
+        r = jnp.maximum(jnp.exp(log_P / power) + u / power, 0)
         return _Density(r**power, r ** (power - 1) if power > 1 else jnp.sign(r))
-    a = (alpha - 1) * jnp.where(jnp.isneginf(v), 0, v)
-    inside = ~((1 + a <= 0) | jnp.isneginf(v))  # a NaN stays inside and goes through
+    kept = ~jnp.isneginf(u)
+    u = jnp.where(kept, u, 0)
+    y = (alpha - 1) * log_P
+    a, r = jnp.expm1(y) + (alpha - 1) * u, jnp.exp(y) + (alpha - 1) * u
+    inside = kept & ~(r <= 0)  # a NaN stays inside and goes through
     near = jnp.abs(a) <= 0.5
-    a_near, a_far = jnp.where(near, a, 0), jnp.where(near | ~inside, 1, a)
-    log_near = jnp.where(near, jnp.where(inside, v, 0) * (1 - log1p_deficit(a_near)), 0)
-    log_p = jnp.where(near, log_near, jnp.log1p(a_far) / jnp.where(near, 1, alpha - 1))
+    a_near, r_far = jnp.where(near, a, 0), jnp.where(near | ~inside, 1, r)
+    log_near = jnp.where(near & inside, log_P * expm1_ratio(y) + u, 0) * (1 - log1p_deficit(a_near))
+    log_p = jnp.where(near, log_near, jnp.log(r_far) / jnp.where(near, 1, alpha - 1))
     p = jnp.where(inside, jnp.exp(log_p), 0)
-    return _Density(p, p / jnp.where(inside, 1 + a, 1))
+    return _Density(p, p / jnp.where(inside, r, 1))
 
 
-def _step(t: Array, u: Array, alpha: Array, power: int) -> tuple[Array, Array]:
-    """Newton's step towards F = Σ p = 1, taken on F^{α−1}, for which it is exact where all p are equal; and log F
-    (MATH 8.2)."""
-    p, w = _density(u - t, alpha, power)
+def _step(log_P: Array, u: Array, alpha: Array, power: int) -> tuple[Array, Array]:
+    """log P after Newton's step towards F = Σ p = 1, taken on F^{α−1}, for which it is exact where all p are equal; and
+    log F  (MATH 8.2)."""
+    p, w = _density(u, log_P, alpha, power)
     F, W = (jnp.sum(a, -1, keepdims=True) for a in (p, w))
     log_F = jnp.log(jnp.where(F > 0, F, 1))
-    return F / jnp.where(W > 0, W, 1) * log_F * expm1_ratio((1 - alpha) * log_F), log_F
+    change = F / jnp.where(W > 0, W, 1) * log_F * expm1_ratio((1 - alpha) * log_F) * jnp.exp((1 - alpha) * log_P)
+    change = jnp.minimum(change, 0.999 / jnp.where(alpha > 1, alpha - 1, 1))  # ρ stays positive
+    return log_P - change * (1 - log1p_deficit((1 - alpha) * change)), log_F
 
 
-def _threshold(u: Array, alpha: Array, power: int) -> Array:
-    """t with Σ p(u − t) = 1, for max u = 0  (MATH 8.2).
+def _largest(u: Array, alpha: Array, power: int) -> Array:
+    """log P, for which Σ p = 1  (MATH 8.2).
 
-    For α ≤ 2 the steps from 0 approach it from one side. For larger α they can miss, and every other step halves the
-    bracket instead. The last two steps, from the threshold as a constant, give t its derivatives to order three where
-    JAX drops the rule (inside scans at order 2).
+    It has the digits of a small P too, where many classes share the maximum. For α ≤ 2 the steps from 0 approach it
+    from one side. For larger α they can miss, and every other step halves the bracket instead. The last two steps, from
+    log P as a constant, give it its derivatives to order three where JAX drops the rule (inside scans at order 2).
     """
     fixed_u, fixed_alpha = lax.stop_gradient((u, alpha))
     eps = float(jnp.finfo(u.dtype).eps)
-    log_classes = jnp.log(jnp.maximum(jnp.sum(~jnp.isneginf(fixed_u), -1, keepdims=True), 1).astype(u.dtype))
-    top = log_classes * expm1_ratio((1 - fixed_alpha) * log_classes)  # t where all p are equal
+    equal = -jnp.log(jnp.maximum(jnp.sum(~jnp.isneginf(fixed_u), -1, keepdims=True), 1).astype(u.dtype))
     steep = fixed_alpha > 2
 
     def go_on(state: Any) -> Array:
         _, low, high, log_F, count = state
-        done = jnp.where(steep, (high - low <= eps * (1 + top)) | (log_F == 0), jnp.abs(log_F) <= 1e-2)
+        done = jnp.where(steep, (high - low <= eps * (1 - equal)) | (log_F == 0), jnp.abs(log_F) <= 1e-2)
         return ~jnp.all(done | jnp.isnan(log_F)) & (count < 128)
 
     def advance(state: Any) -> Any:
-        t, low, high, _, count = state
-        step, log_F = _step(t, fixed_u, fixed_alpha, power)
-        low, high = jnp.where(log_F >= 0, t, low), jnp.where(log_F < 0, t, high)
-        newton = t + step
+        log_P, low, high, _, count = state
+        newton, log_F = _step(log_P, fixed_u, fixed_alpha, power)
+        low, high = jnp.where(log_F < 0, log_P, low), jnp.where(log_F >= 0, log_P, high)
         halve = steep & ((count % 2 == 1) | ~((low < newton) & (newton < high)))
         return jnp.where(halve, (low + high) / 2, newton), low, high, log_F, count + 1
 
-    zero = jnp.zeros_like(top)
-    t = lax.stop_gradient(lax.while_loop(go_on, advance, (zero, zero, top, zero + jnp.inf, 0))[0])
+    zero = jnp.zeros_like(equal)
+    log_P = lax.stop_gradient(lax.while_loop(go_on, advance, (zero, equal, zero, zero + jnp.inf, 0))[0])
     for _ in range(2):
-        t = t + _step(t, u, alpha, power)[0]
-    return t
+        log_P, _ = _step(log_P, u, alpha, power)
+    return log_P
 
 
 @functools.partial(jax.jit, static_argnames="power")
@@ -87,8 +90,10 @@ def _solve(z: Array, alpha: Array, power: int) -> tuple[Array, Array]:
     peak = jnp.max(lax.stop_gradient(z), -1, keepdims=True, initial=-jnp.inf)
     empty = jnp.isneginf(peak)
     u = jnp.where(empty, 0, z) - jnp.where(empty, 0, peak)
-    t = _threshold(u, alpha, power)
-    return jnp.where(empty, 0, _density(u - t, alpha, power).p), t + peak
+    log_P = _largest(u, alpha, power)
+    t = -log_P * expm1_ratio((alpha - 1) * log_P)
+    p = jnp.where(empty, 0, _density(u, log_P, alpha, power).p)
+    return jnp.where(peak < jnp.inf, p, jnp.nan), t + peak  # +inf or NaN: the whole row
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

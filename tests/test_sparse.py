@@ -57,6 +57,21 @@ def test_reference_values():
         np.testing.assert_allclose(js.entmax(z, alpha), f(z), rtol=5e-7)
 
 
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_small_probabilities_of_ties_keep_their_digits(alpha):
+    """100,000 classes: all equal, and one above them that takes its share."""
+    classes = 100_000
+    tied = jnp.zeros(classes)
+    for a in (alpha, jnp.full(1, alpha)):
+        np.testing.assert_allclose(js.entmax(tied, a), 1e-5, rtol=3e-6 * max(1, alpha - 1))
+    if alpha <= 2:
+        above = jnp.float32(1e-6)
+        p = js.entmax(tied.at[7].set(above), alpha)
+        with jax.enable_x64(True):
+            want = js.entmax(jnp.zeros(classes).at[7].set(np.float64(above)), alpha)
+        np.testing.assert_allclose(p, want, rtol=2e-5)
+
+
 def test_alpha_four_thirds_solves_a_cubic():
     """Of two classes with gap g: (a − g/3)³ + a³ = 1 for a = p_1^{1/3}."""
     with jax.enable_x64(True):
