@@ -105,10 +105,20 @@ def wide_dtype() -> Any:
 
 
 def jit_formulas(f: Callable[..., Any]) -> Callable[..., Any]:
-    """jit for float64, where formulas are compared and not the code that XLA makes of them: it compiles three times as
-    fast without its optimisations for CPU. What users run is compared in float32, compiled as theirs."""
-    plain = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 0}
-    return jax.jit(f, compiler_options=plain if jax.default_backend() == "cpu" else None)
+    """jit for float64, where formulas are compared and not the code that XLA makes of them: it compiles two to three
+    times as fast without its optimisations for CPU. What users run is compared in float32, compiled as theirs."""
+    return jax.jit(f, compiler_options=_plain_compilation() if jax.default_backend() == "cpu" else None)
+
+
+@functools.cache
+def _plain_compilation() -> dict[str, bool | int]:
+    """The options by which XLA compiles for CPU fastest; the second is no option from jax 0.12 on."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(jnp.negative, compiler_options=options)(0.0)
+    except jax.errors.JaxRuntimeError:
+        options.popitem()
+    return options
 
 
 def _orders(f: Callable[[Any], Any], count: int, z: Any, v: Any) -> list[Any]:
