@@ -35,7 +35,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def _cell(row: dict[str, Any]) -> str:
     ratios = (f"{peer} {middle:.2f} [{low:.2f}, {high:.2f}]" for peer, (low, middle, high) in row["ratio"].items())
-    return f"{row['ms']['ours']:.2f} ms; / {', / '.join(ratios)}"
+    return "; / ".join([f"{row['ms']['ours']:.2f} ms", *[", / ".join(ratios)] if row["ratio"] else []])
 
 
 def picture(runs: list[dict[str, Any]]) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 
 Axis = int | tuple[int, ...] | None
 
+SCORES_SHAPE = "the scores' shape"
+
 
 def accumulation_dtype(dtype: Any) -> Any:
     """The dtype that sums run in: float32 at least."""
@@ -53,8 +55,15 @@ def canonical_axis(function: str, axis: Any, ndim: int) -> tuple[int, ...]:
     return canonical
 
 
-def check_where(function: str, where: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    """`where` as a boolean array that broadcasts to the scores' shape."""
+def one_axis(function: str, axis: Any, axes: tuple[int, ...]) -> int:
+    """The one axis of a canonical tuple."""
+    if len(axes) != 1:
+        raise ValueError(f"{function}: axis must be one axis; got {axis}. Flatten the classes first: reshape.")
+    return axes[0]
+
+
+def check_where(function: str, where: Any, shape: tuple[int, ...], what: str = SCORES_SHAPE) -> jax.Array | None:
+    """`where` as a boolean array that broadcasts to the shape of the scores, or of what else it masks."""
     if where is None:
         return None
     array = as_array(function, "where", where)
@@ -63,7 +72,7 @@ def check_where(function: str, where: Any, shape: tuple[int, ...]) -> jax.Array 
             f"{function}: where must be boolean; got dtype {array.dtype}. "
             "Compare first, e.g. where=mask > 0, or pass weights as log_weights=jnp.log(w)."
         )
-    return _check_broadcast(function, "where", array, shape)
+    return _check_broadcast(function, "where", array, shape, what)
 
 
 def check_log_weights(function: str, log_weights: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array | None:
@@ -141,7 +150,9 @@ def _reject(function: str, argument: str, value: Any) -> NoReturn:
     )
 
 
-def _check_broadcast(function: str, argument: str, array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _check_broadcast(
+    function: str, argument: str, array: jax.Array, shape: tuple[int, ...], what: str = SCORES_SHAPE
+) -> jax.Array:
     try:
         fits = jnp.broadcast_shapes(array.shape, shape) == shape
     except ValueError:
@@ -149,6 +160,6 @@ def _check_broadcast(function: str, argument: str, array: jax.Array, shape: tupl
     if fits:
         return array
     raise ValueError(
-        f"{function}: {argument} must broadcast to the scores' shape {shape}; got shape {array.shape}. "
-        f"Add axes of length 1 to {argument}, or broadcast the scores first with jnp.broadcast_to."
+        f"{function}: {argument} must broadcast to {what} {shape}; got shape {array.shape}. "
+        f"Add axes of length 1 to {argument}, e.g. {argument}[None], or broadcast first with jnp.broadcast_to."
     )

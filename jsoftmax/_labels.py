@@ -32,9 +32,13 @@ class Labelled(NamedTuple):
         """Whether the labels are integers."""
         return jnp.issubdtype(self.labels.dtype, jnp.integer)
 
-    def counted(self) -> Array:
-        """The scores, harmless in rows that do not count, which may hold anything."""
-        return self.z if self.rows is None else maps.where_not(~self.rows[..., None], self.z)
+    def counted(self) -> tuple[Array, Array]:
+        """Scores and labels, 0 in rows that do not count, which may hold anything: 0 · NaN would be NaN backwards."""
+        if self.rows is None:
+            return self.z, self.labels
+        out = ~self.rows
+        labels = jnp.where(out, 0, self.labels) if self.by_label else maps.where_not(out[..., None], self.labels)
+        return maps.where_not(out[..., None], self.z), labels
 
     def keep_rows(self, loss: Array) -> Array:
         """The loss `[..., 1]` as `[...]`, 0 in rows that do not count."""
@@ -56,13 +60,18 @@ def check(
 ) -> Labelled:
     """The arguments of a loss, checked; `where` masks classes or rows, `ignore_label` rows."""
     maps.check_phi(function, phi)
-    z = _arguments.as_scores(function, names[0], logits)
+    z = check_logits(function, names[0], logits)
     z = z.astype(_arguments.accumulation_dtype(z.dtype))
     axes = _arguments.canonical_axis(function, axis, z.ndim)
     batch = tuple(length for i, length in enumerate(z.shape) if i not in axes)
     of_classes = tuple(z.shape[i] for i in axes)
     labels = _check_labels(function, names[1], labels, z, batch, axes)
-    classes, rows = _check_mask(function, where, z.shape, batch)
+    if ignore_label is not None and not _arguments.is_int(ignore_label):
+        raise TypeError(
+            f"{function}: ignore_label must be an int or None; got {ignore_label!r}. For several labels mask their "
+            "rows: where=…."
+        )
+    classes, rows = check_mask(function, where, z.shape, batch)
     log_weights = _arguments.check_log_weights(function, log_weights, z.shape, z.dtype)
 
     def last(a: Array | None) -> Any:
@@ -81,6 +90,17 @@ def check(
     return Labelled(last(z), labels, rows, last(classes), last(log_weights), weights)
 
 
+def check_logits(function: str, argument: str, logits: Any) -> Array:
+    """Floating scores, as optax wants them: integers here are labels in the wrong place."""
+    array = _arguments.as_array(function, argument, logits)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    raise TypeError(
+        f"{function}: {argument} must be floating; got dtype {array.dtype}. Scores come first, then labels; convert "
+        f"whole numbers: {argument}.astype(float)."
+    )
+
+
 def reject_given(function: str, options: dict[str, Any]) -> None:
     """Options that go with integer labels only."""
     for name, value in options.items():
@@ -95,7 +115,11 @@ def check_option(function: str, value: Any, dtype: Any, **limits: tuple[float, f
     """A scalar in the accumulation dtype, in its limits where it is a plain number."""
     ((argument, (low, high)),) = limits.items()
     if _arguments.is_concrete_number(value) and not (low <= value <= high and math.isfinite(value)):
-        raise ValueError(f"{function}: {argument} must be in [{low:g}, {high:g}]; got {value}. Take one in that range.")
+        above = "> 0" if 0 < low < 1e-30 else f">= {low:g}"
+        limit = (
+            "finite" if math.isinf(low) else f"{above} and finite" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+        )
+        raise ValueError(f"{function}: {argument} must be {limit}; got {value}. Take one in that range.")
     array = _arguments.as_scores(function, argument, value)
     if array.ndim:
         raise ValueError(f"{function}: {argument} must be one number; got shape {array.shape}. Map over it: jax.vmap.")
@@ -115,9 +139,15 @@ def _check_labels(  # noqa: PLR0917
     array = _arguments.as_array(function, argument, labels)
     if jnp.issubdtype(array.dtype, jnp.integer):
         if array.shape != batch:
+            if array.shape == z.shape:
+                way_out = f"One-hot vectors and distributions are floating: {argument}.astype(float)."
+            elif math.prod(array.shape) == math.prod(batch):
+                way_out = f"Write {argument}.reshape{batch}."
+            else:
+                way_out = f"The classes of {z.shape} are the axes {axes}: name others by axis=…."
             raise ValueError(
                 f"{function}: integer {argument} must have the logits' shape without the classes, {batch}; got shape "
-                f"{array.shape}. The classes of {z.shape} are the axes {axes}: name others by axis=…."
+                f"{array.shape}. {way_out}"
             )
         return _arguments.wide_integers(array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -126,21 +156,26 @@ def _check_labels(  # noqa: PLR0917
             f"them, e.g. {argument}.astype(int)."
         )
     if array.shape != z.shape:
+        way_out = f"Class numbers are passed as integers: {argument}.astype(int)."
+        if array.shape != batch:
+            way_out = f"Write jnp.broadcast_to({argument}, {z.shape}), where it is to be repeated."
         raise ValueError(
             f"{function}: {argument} that are distributions must have the logits' shape {z.shape}; got shape "
-            f"{array.shape}. Class numbers are passed as integers: {argument}.astype(int)."
+            f"{array.shape}. {way_out}"
         )
     return array.astype(z.dtype)
 
 
-def _check_mask(
+def check_mask(
     function: str, where: Any, shape: tuple[int, ...], batch: tuple[int, ...]
 ) -> tuple[Array | None, Array | None]:
     """The mask of classes, or that of rows `[...]`, whichever it is."""
     if where is None:
         return None, None
-    mask: Any = _arguments.check_where(function, where, batch if np.ndim(where) == len(batch) else shape)
-    if mask.ndim == len(batch):
+    of_rows = np.ndim(where) == len(batch)
+    what = f"the logits' shape {shape}, to leave classes out, or to the loss's," if of_rows else _arguments.SCORES_SHAPE
+    mask: Any = _arguments.check_where(function, where, batch if of_rows else shape, what)
+    if of_rows:
         return None, jnp.broadcast_to(mask, batch)
     if mask.ndim != len(shape):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Mixtures of softmaxes, softmax with a sink, and the temperature of a wanted entropy (MATH 9)."""
+"""Mixtures of softmaxes, and softmax with a sink (MATH 9)."""
 
 import functools
 from typing import Any

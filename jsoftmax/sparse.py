@@ -15,11 +15,11 @@ from jsoftmax import _arguments, _labels, maps
 from jsoftmax._arguments import Axis
 from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
 
-# --- p = [ρ + (α − 1) u]_+^{1/(α−1)}, u = z − max z, ρ = P^{α−1} for the largest p, P --------------------------
+# --- p = P [1 + (α − 1) v]_+^{1/(α−1)}, v = P^{1−α} u, u = z − max z, for the largest p, P ----------------------
 
 
 class _Density(NamedTuple):
-    """p and w = p^{2−α}, 0 outside the support; `power` = 1/(α − 1) where that is an integer, else 0."""
+    """p and P^{α−1} p^{2−α}, 0 outside the support; `power` = 1/(α − 1) where that is an integer, else 0."""
 
     p: Array
     w: Array
@@ -27,19 +27,20 @@ class _Density(NamedTuple):
 
 def _density(u: Array, log_P: Array, alpha: Array, power: int) -> _Density:
     if power:
-        r = jnp.maximum(jnp.exp(log_P / power) + u / power, 0)
-        return _Density(r**power, r ** (power - 1) if power > 1 else jnp.sign(r))
-    kept = ~jnp.isneginf(u)
-    u = jnp.where(kept, u, 0)
-    y = (alpha - 1) * log_P
-    a, r = jnp.expm1(y) + (alpha - 1) * u, jnp.exp(y) + (alpha - 1) * u
-    inside = kept & ~(r <= 0)  # a NaN stays inside and goes through
+        rho = jnp.exp(log_P / power)
+        r = jnp.maximum(rho + u / power, 0)
+        return _Density(r**power, rho * (r ** (power - 1) if power > 1 else jnp.sign(r)))
+    out = jnp.isneginf(u)
+    scale = jnp.exp(jnp.minimum((1 - alpha) * log_P, -math.log(jnp.finfo(u.dtype).tiny)))
+    v = jnp.where(out, 0, u) * scale
+    a = (alpha - 1) * v
+    inside = ~(out | (a <= -1))  # a NaN stays inside and goes through
     near = jnp.abs(a) <= 0.5
-    a_near, r_far = jnp.where(near, a, 0), jnp.where(near | ~inside, 1, r)
-    log_near = jnp.where(near & inside, log_P * expm1_ratio(y) + u, 0) * (1 - log1p_deficit(a_near))
-    log_p = jnp.where(near, log_near, jnp.log(r_far) / jnp.where(near, 1, alpha - 1))
-    p = jnp.where(inside, jnp.exp(log_p), 0)
-    return _Density(p, p / jnp.where(inside, r, 1))
+    a_near, a_far = jnp.where(near, a, 0), jnp.where(near | ~inside, 0, a)
+    far = jnp.log1p(a_far) / jnp.where(near, 1, alpha - 1)
+    log_ratio = jnp.where(near, v * (1 - log1p_deficit(a_near)), far)
+    p = jnp.where(inside, jnp.exp(log_P + jnp.where(inside, log_ratio, 0)), 0)
+    return _Density(p, p / jnp.where(inside, 1 + a, 1))
 
 
 def _step(log_P: Array, u: Array, alpha: Array, power: int) -> tuple[Array, Array]:
@@ -48,8 +49,8 @@ def _step(log_P: Array, u: Array, alpha: Array, power: int) -> tuple[Array, Arra
     p, w = _density(u, log_P, alpha, power)
     F, W = (jnp.sum(a, -1, keepdims=True) for a in (p, w))
     log_F = jnp.log(jnp.where(F > 0, F, 1))
-    change = F / jnp.where(W > 0, W, 1) * log_F * expm1_ratio((1 - alpha) * log_F) * jnp.exp((1 - alpha) * log_P)
-    change = jnp.minimum(change, 0.999 / jnp.where(alpha > 1, alpha - 1, 1))  # ρ stays positive
+    change = F / jnp.where(W > 0, W, 1) * log_F * expm1_ratio((1 - alpha) * log_F)
+    change = jnp.clip(change, -1e6, 0.999 / jnp.where(alpha > 1, alpha - 1, 1))  # ρ stays positive, and finite
     return log_P - change * (1 - log1p_deficit((1 - alpha) * change)), log_F
 
 
@@ -58,7 +59,8 @@ def _largest(u: Array, alpha: Array, power: int) -> Array:
 
     It has the digits of a small P too, where many classes share the maximum. For α ≤ 2 the steps from 0 approach it
     from one side. For larger α they can miss, and every other step halves the bracket instead. The last two steps, from
-    log P as a constant, give it its derivatives to order three where JAX drops the rule (inside scans at order 2).
+    log P as a constant, give it its derivatives to order three where JAX drops the rule (inside scans at order 2); for
+    α > 2 nothing else, for there a step can leave the bracket.
     """
     fixed_u, fixed_alpha = lax.stop_gradient((u, alpha))
     eps = float(jnp.finfo(u.dtype).eps)
@@ -66,34 +68,40 @@ def _largest(u: Array, alpha: Array, power: int) -> Array:
     steep = fixed_alpha > 2
 
     def go_on(state: Any) -> Array:
-        _, low, high, log_F, count = state
-        done = jnp.where(steep, (high - low <= eps * (1 - equal)) | (log_F == 0), jnp.abs(log_F) <= 1e-2)
+        _, low, high, log_F, settled, count = state
+        done = jnp.where(steep, (high - low <= eps * (1 - equal)) | (log_F == 0), settled)
         return ~jnp.all(done | jnp.isnan(log_F)) & (count < 128)
 
     def advance(state: Any) -> Any:
-        log_P, low, high, _, count = state
+        log_P, low, high, last, _, count = state
         newton, log_F = _step(log_P, fixed_u, fixed_alpha, power)
         low, high = jnp.where(log_F < 0, log_P, low), jnp.where(log_F >= 0, log_P, high)
         halve = steep & ((count % 2 == 1) | ~((low < newton) & (newton < high)))
-        return jnp.where(halve, (low + high) / 2, newton), low, high, log_F, count + 1
+        settled = (jnp.abs(log_F) <= 64 * eps) | (log_F >= last)  # F falls with every step, until rounding stops it
+        return jnp.where(halve, (low + high) / 2, newton), low, high, log_F, settled, count + 1
 
     zero = jnp.zeros_like(equal)
-    log_P = lax.stop_gradient(lax.while_loop(go_on, advance, (zero, equal, zero, zero + jnp.inf, 0))[0])
+    start = (zero, equal, zero, zero + jnp.inf, zero != 0, 0)
+    log_P = lax.stop_gradient(lax.while_loop(go_on, advance, start)[0])
     for _ in range(2):
-        log_P, _ = _step(log_P, u, alpha, power)
+        stepped, _ = _step(log_P, u, alpha, power)
+        log_P = jnp.where(steep, log_P + (stepped - lax.stop_gradient(stepped)), stepped)
     return log_P
 
 
 @functools.partial(jax.jit, static_argnames="power")
 def _solve(z: Array, alpha: Array, power: int) -> tuple[Array, Array]:
-    """p and t + max z, over the last axis; −inf leaves a class out; p = 0 in an empty row."""
+    """p and v = z − max z − t, over the last axis; −inf leaves a class out; p = 0 in an empty row."""
     peak = jnp.max(lax.stop_gradient(z), -1, keepdims=True, initial=-jnp.inf)
     empty = jnp.isneginf(peak)
     u = jnp.where(empty, 0, z) - jnp.where(empty, 0, peak)
     log_P = _largest(u, alpha, power)
     t = -log_P * expm1_ratio((alpha - 1) * log_P)
     p = jnp.where(empty, 0, _density(u, log_P, alpha, power).p)
-    return jnp.where(peak < jnp.inf, p, jnp.nan), t + peak  # +inf or NaN: the whole row
+    if not power:  # for α > 2 the last bit of P can change a small p by much: Σ p = 1 all the same
+        p = jnp.where(alpha > 2, p / jnp.where(empty, 1, jnp.sum(p, -1, keepdims=True)), p)
+    v = jnp.where(jnp.isneginf(z), -jnp.inf, u - t)
+    return jnp.where(peak < jnp.inf, p, jnp.nan), v  # +inf or NaN: the whole row
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -178,22 +186,18 @@ def _surplus(q: Array, p: Array, v: Array, delta: Array, alpha: Array) -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _fenchel_young(z: Array, labels: Array, alpha: Array, power: int) -> Array:
     """Ω*(z) + Ω(q) − ⟨z, q⟩ as a sum of terms that are not negative  (MATH 8.4)."""
-    p, threshold = _solve(z, alpha, power)
-    v = jnp.where(jnp.isneginf(z), -jnp.inf, z - threshold)
+    p, v = _solve(z, alpha, power)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         others = jnp.where(lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1) == labels, 0, p)
         p_y, v_y = (jnp.take_along_axis(a, labels, -1) for a in (p, v))
         of_label = _surplus(jnp.ones_like(p_y), p_y, v_y, jnp.sum(others, -1, keepdims=True), alpha)
         return of_label + jnp.sum(_power_sum(others, alpha), -1, keepdims=True)
-    terms = _surplus(labels, p, v, labels - p, alpha)
-    spare = 1 - jnp.sum(labels, -1, keepdims=True)
-    offset = jnp.where(spare == 0, 0, spare * (threshold - 1 / alpha))
-    return jnp.sum(terms, -1, keepdims=True) + jnp.where(jnp.isneginf(threshold), 0, offset)
+    return jnp.sum(_surplus(labels, p, v, labels - p, alpha), -1, keepdims=True)
 
 
 @functools.partial(_fenchel_young.defjvp, symbolic_zeros=True)
 def _fenchel_young_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """Σ (p − q) ż + Σ (log_α q + 1/α − z) q̇ + (∂Ω(q) − ∂Ω(p)) α̇, ∂Ω in α  (MATH 8.4)."""
+    """Σ (p − q) ż + Σ (log_α q − v) q̇ + (∂Ω(q) − ∂Ω(p)) α̇, ∂Ω in α  (MATH 8.4)."""
     (z, labels, alpha), (z_dot, q_dot, alpha_dot) = primals, tangents
     p = _entmax(z, alpha, power)
     by_label = jnp.issubdtype(labels.dtype, jnp.integer)
@@ -203,7 +207,10 @@ def _fenchel_young_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, 
         total = total + jnp.sum(jnp.where(jnp.isneginf(z), 0, p - q) * z_dot, -1, keepdims=True)
     if not by_label and not isinstance(q_dot, SymbolicZero):
         at_zero = jnp.where(alpha > 1, -1 / jnp.where(alpha > 1, alpha - 1, 1), 0)
-        rate = jnp.where(q == 0, at_zero, _deformed_log(q, alpha)) + 1 / alpha - z
+        best = jnp.argmax(z, -1, keepdims=True)
+        z_best, p_best = (jnp.take_along_axis(a, best, -1) for a in (z, p))
+        v = (z - jnp.where(jnp.isneginf(z_best), 0, z_best)) + _deformed_log(p_best, alpha)
+        rate = jnp.where(q == 0, at_zero, _deformed_log(q, alpha)) - v
         total = total + jnp.sum(jnp.where(jnp.isneginf(z), 0, rate) * q_dot, -1, keepdims=True)
     if not isinstance(alpha_dot, SymbolicZero):
 
@@ -294,7 +301,7 @@ def entmax(
       alpha: α ≥ 1, a number, or an array with one for each row, of length 1 along the classes. May be traced and
         learned: differentiable, through α = 1 too. A traced α < 1 gives NaN or nonsense: learn 1 + jnp.exp(a).
     Returns: as `sparsemax`. p^{α−1} is right to a few units in the last place of 1, so for α > 2 a p near 0 is as
-      uncertain as (rounding)^{1/(α−1)}: in float32 and for α = 3 below 3e-4.
+      uncertain as (rounding)^{1/(α−1)}: in float32 below 3e-4 for α = 3, below 0.04 for α = 6.
     Raises: as `sparsemax`, and ValueError if α is a number below 1, or of a shape that does not fit.
     Source: Peters, Niculae & Martins 2019, equation 10; ∂p/∂α: Correia, Niculae & Martins 2019, proposition 1.
 
@@ -318,10 +325,11 @@ def fenchel_young_loss(
     loss = Ω*(z) + Ω(q) − ⟨z, q⟩,   Ω(p) = Σ (p^α − p)/(α (α − 1));   ∂loss/∂z = p − q,  p = entmax(z, α)    (MATH 8.4)
 
     Not negative, and 0 exactly where p = q. It has a margin: 0 once the label's score is 1/(α − 1) above all others.
+    For α > 1 a loss near 0 has the digits of the small p, which come from differences of numbers near 1.
 
     Args:
       logits: scores `[..., K]`, any floating dtype.
-      labels: integers `[...]`, or distributions q `[..., K]`, which take part in the derivatives.
+      labels: integers `[...]`, or distributions q `[..., K]` with the sum 1, which take part in the derivatives.
       alpha: α ≥ 1, as in `entmax`.
       axis, where, ignore_label: as in `jsoftmax.losses.cross_entropy`.
     Returns: `[...]`, in the logits' dtype, but float32 for narrower ones. Labels out of range or left out, and bad
@@ -342,13 +350,12 @@ def fenchel_young_loss(
 
 @functools.partial(jax.jit, static_argnames="power")
 def _loss(given: _labels.Labelled, alpha: Array, power: int) -> Array:
-    z = given.counted()
+    z, labels = given.counted()
     if given.where is not None:
         z = jnp.where(given.where, z, -jnp.inf)
     if not given.by_label:
-        q = given.labels if given.rows is None else maps.where_not(~given.rows[..., None], given.labels)
-        impossible = jnp.any((q > 0) & jnp.isneginf(z), -1, keepdims=True)
-        loss = _fenchel_young(z, jnp.where(jnp.isneginf(z), 0, q), alpha, power)
+        impossible = jnp.any((labels > 0) & jnp.isneginf(z), -1, keepdims=True)
+        loss = _fenchel_young(z, jnp.where(jnp.isneginf(z), 0, labels), alpha, power)
         return given.keep_rows(loss + jnp.where(impossible, jnp.inf, 0).astype(z.dtype))
-    label, valid = _labels.in_range(given.labels, z.shape[-1])
+    label, valid = _labels.in_range(labels, z.shape[-1])
     return given.keep_rows(jnp.where(valid, 1, jnp.nan).astype(z.dtype) * _fenchel_young(z, label, alpha, power))

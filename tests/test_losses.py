@@ -154,7 +154,7 @@ def test_edges():
     assert np.all(np.isfinite(jax.grad(lambda z: cross_entropy(z, q).sum())(out)))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_dtypes_under_strict_promotion_and_debug_nans(dtype):
     options = {key: value for key, value in OPTIONS["all"].items() if key not in ("class_weights", "log_weights")}
     z, alpha = jnp.asarray(3 * Z, dtype), jnp.asarray(ALPHA, jnp.float32)
@@ -325,6 +325,10 @@ def test_spherical_z_loss():
     for bad in (3, -1):
         assert np.isnan(losses.spherical_z_loss(z[0], jnp.array(bad)))
     assert losses.spherical_z_loss(z[0], jnp.array(-1), ignore_label=-1) == 0
+    near_one = jnp.array([1.0, 1.0, 1 + 2.0**-23])  # a shift costs no digits
+    np.testing.assert_allclose(
+        losses.spherical_z_loss(near_one, jnp.array(2)), np.log1p(np.exp(-np.sqrt(2))), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("phi", [js.exp, js.taylor(2)], ids=str)
@@ -361,7 +365,10 @@ def test_plackett_luce_edges_and_axes():
     np.testing.assert_allclose(f(rows.T, orders[:1].repeat(2, 0).T, axis=0), f(rows, orders[:1].repeat(2, 0)))
     sure = jnp.array([60.0, 40.0, 20.0])
     np.testing.assert_allclose(f(sure, jnp.array([0, 1, 2])), -2 * np.exp(-20.0), rtol=1e-5)
-    assert f(jnp.arange(3), jnp.array([2, 1, 0])).dtype == jnp.float32
+    of_rows = f(rows, orders[jnp.array([0, 1])], where=jnp.array([True, False]))
+    np.testing.assert_allclose(of_rows, [log_p[0], 0], rtol=1e-6)
+    of_rows = jax.grad(lambda z: f(z, orders[:2], where=jnp.array([True, False])).sum())(rows.at[1].set(jnp.nan))
+    np.testing.assert_array_equal(of_rows, [gradients[0], jnp.zeros(4)])
     assert f(z.astype(jnp.bfloat16), orders[0]).dtype == jnp.float32
 
 
@@ -377,13 +384,15 @@ WRONG = [
     (lambda: f(Z, Q, class_weights=ALPHA), ValueError, "class_weights must be left out"),
     (lambda: f(Z, Q, ignore_label=0), ValueError, "ignore_label must be left out"),
     (lambda: f(Z, LABELS, label_smoothing=1.5), ValueError, "label_smoothing must be in [0, 1]; got 1.5"),
-    (lambda: f(Z, LABELS, z_loss=-1.0), ValueError, "z_loss must be in [0, inf]; got -1.0"),
+    (lambda: f(Z, LABELS, z_loss=-1.0), ValueError, "z_loss must be >= 0 and finite; got -1.0"),
     (lambda: f(Z, LABELS, margin=jnp.ones(3)), ValueError, "margin must be one number; got shape (3,)"),
     (lambda: f(Z, LABELS, class_weights=ALPHA[:2]), ValueError, "class_weights must have the shape of the class axes"),
     (lambda: f(Z, LABELS, where=jnp.array(True)), ValueError, "where must have as many dimensions"),
     (lambda: f(Z, LABELS, where=jnp.ones(4, bool)), ValueError, "where must broadcast"),
     (lambda: f(Z, LABELS, phi=jnp.exp), TypeError, "phi must be a φ"),
     (lambda: f(Z, LABELS, axis=2), ValueError, "axis 2 is out of range"),
+    (lambda: f(Z.astype(int), LABELS), TypeError, "logits must be floating; got dtype int"),
+    (lambda: f(Z, LABELS, ignore_label=1.5), TypeError, "ignore_label must be an int or None; got 1.5"),
 ]
 
 
@@ -391,12 +400,12 @@ focal, to_target, z_loss, ranking = map(
     raw, (losses.focal_cross_entropy, losses.kl_to_target, losses.spherical_z_loss, losses.plackett_luce_log_prob)
 )
 OTHERS_WRONG = [
-    (lambda: focal(Z, LABELS, gamma=-1), ValueError, "focal_cross_entropy: gamma must be in [0, inf]; got -1"),
+    (lambda: focal(Z, LABELS, gamma=-1), ValueError, "focal_cross_entropy: gamma must be >= 0 and finite; got -1"),
     (lambda: focal(Z, Q, class_weights=ALPHA), ValueError, "focal_cross_entropy: class_weights must be left out"),
     (lambda: to_target(Z, LABELS), TypeError, "kl_to_target: targets must be floating distributions"),
     (lambda: to_target(Z, Q[0]), ValueError, "kl_to_target: targets that are distributions must have"),
     (lambda: z_loss(Z, Q), TypeError, "spherical_z_loss: labels must be integers; got dtype float32"),
-    (lambda: z_loss(Z, LABELS, scale=0), ValueError, "spherical_z_loss: scale must be in"),
+    (lambda: z_loss(Z, LABELS, scale=0), ValueError, "spherical_z_loss: scale must be > 0 and finite; got 0"),
     (lambda: ranking(Z, Q), TypeError, "plackett_luce_log_prob: order must be integers"),
     (lambda: ranking(Z, LABELS), ValueError, "plackett_luce_log_prob: order must have the scores' shape (3, 4)"),
     (lambda: ranking(Z, LABELS, axis=(0, 1)), ValueError, "plackett_luce_log_prob: axis must be one axis"),

@@ -67,7 +67,7 @@ def _table(cells: list[verify.Cell]) -> Table:
         padding=(0, 0, 0, 1),
         pad_edge=False,
     )
-    table.add_column("", no_wrap=True)
+    table.add_column("", max_width=28, overflow="fold")
     for order in 2 * verify.ORDERS:
         table.add_column(order, justify="right", no_wrap=True)
     previous = None

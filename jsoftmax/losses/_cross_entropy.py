@@ -57,11 +57,16 @@ def _is_label(x: Array, label: Array) -> Array:
 
 
 def _expected(given: Labelled, x: Array, labels: Array, f: Callable[[Array], Array] = lambda n: n) -> Array:
-    """α_y f(−l_y), NaN for a label out of range; for distributions Σ q f(−l), +inf if q > 0 on a class left out."""
+    """α_y f(−l_y), NaN for a label out of range, 0 in rows that do not count; for distributions Σ q f(−l), +inf if
+    q > 0 on a class left out."""
     if given.by_label:
         label, valid = _labels.in_range(labels, x.shape[-1])
-        weights = 1 if given.class_weights is None else given.class_weights[label]
-        return jnp.where(valid, 1, jnp.nan).astype(x.dtype) * weights * f(negative_log_p(x, label))
+        weights = jnp.ones_like(x[..., :1]) if given.class_weights is None else given.class_weights[label]
+        if given.rows is not None:
+            weights = jnp.where(given.rows[..., None], weights, 0)
+        loss = f(negative_log_p(x, label))
+        loss = jnp.where((weights == 0) & jnp.isposinf(loss), 0, loss)  # a weight of 0 leaves infinity out, too
+        return jnp.where(valid, weights, jnp.nan) * loss
     axis, kept = (x.ndim - 1,), ~jnp.isneginf(x)
     impossible = jnp.where(labels == 0, 0, jnp.inf).astype(x.dtype)
     n = jnp.where(kept, -normalize(x, axis).log_p, 0)
@@ -73,7 +78,7 @@ def _cross_entropy(
     given: Labelled, phi: Phi, margin: Array | None, smoothing: Array | None, z_loss: Array | None
 ) -> Array:
     """MATH 7.2; None for what is not asked for, which costs nothing."""
-    z, labels = given.counted(), given.labels
+    z, labels = given.counted()
     axis = (z.ndim - 1,)
     if margin is not None:
         z = z - margin * _is_label(z, _labels.in_range(labels, z.shape[-1])[0])
@@ -85,6 +90,7 @@ def _cross_entropy(
         if given.class_weights is not None:
             spread = spread * given.class_weights
         count = jnp.maximum(jnp.sum(kept, -1, keepdims=True), 1).astype(x.dtype)
+        loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
         loss = (1 - smoothing) * loss + smoothing * class_sum(spread, axis) / count
     if z_loss is not None:
         L = normalize(x, axis).log_normalizer
@@ -95,8 +101,9 @@ def _cross_entropy(
 @functools.partial(jax.jit, static_argnames="f")
 def _of_log_p(f: Callable[[Array, Array], Array], given: Labelled, phi: Phi, parameter: Array) -> Array:
     """α_y f(−l_y), or Σ q f(−l)."""
-    x = maps.weighted_scores(phi, given.counted(), given.where, given.log_weights)
-    return given.keep_rows(_expected(given, x, given.labels, lambda n: f(n, parameter)))
+    z, labels = given.counted()
+    x = maps.weighted_scores(phi, z, given.where, given.log_weights)
+    return given.keep_rows(_expected(given, x, labels, lambda n: f(n, parameter)))
 
 
 def _focal(n: Array, gamma: Array) -> Array:
@@ -141,7 +148,7 @@ def cross_entropy(
     margin the soft-margin softmax's, and with margin and phi=taylor(n) SM-Taylor's. A temperature is logits / T.
 
     Args:
-      logits: scores `[..., K]`, any floating dtype; integers promote.
+      logits: scores `[..., K]`, of a floating dtype.
       labels: integers `[...]`, the class y; or, if floating, distributions q `[..., K]`: then −l_y is −Σ q l, and
         q takes part in the derivatives. Over several class axes an integer is a flat index, as in optax.
       axis: int, tuple or None (all): the classes' axis.
@@ -156,7 +163,8 @@ def cross_entropy(
       log_weights: log w, broadcastable to the logits, e.g. log class frequencies for logit adjustment.
     Returns: `[...]`, in the logits' dtype, but float32 for narrower ones; without smoothing within |u| + 4 ulp, of the
       loss of a confident right answer too (MATH 4). A label out of range: NaN; one on a class left out: +inf, with
-      finite derivatives. A class with q = 0 adds 0. A score of +inf or NaN: NaN in that row alone.
+      finite derivatives, but 0 if its weight (of class_weights, or 1 − a) is 0. A class with q = 0 adds 0. A score of
+      +inf or NaN: NaN in that row alone.
     Raises: TypeError or ValueError for shapes or dtypes that do not fit, an option out of range, or one that does not
       go with distributions.
     Source: Banerjee et al. 2020 and Liang et al. 2017 (margin); de Brébisson & Vincent 2016 (φ); Szegedy et al. 2016

@@ -6,7 +6,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from jsoftmax import _arguments, maps
+from jsoftmax import _arguments, _labels, maps
 from jsoftmax._series import log1p_exp
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
@@ -50,10 +50,11 @@ def plackett_luce_log_prob(
     log P = Σ_i (x_{o_i} − log Σ_{not yet chosen} e^x),   x = ψ(z) + log w     (MATH 7.7)
 
     Args:
-      scores: z `[..., K]`, any floating dtype; integers promote.
+      scores: z `[..., K]`, of a floating dtype.
       order: integers `[..., k]`, the classes in the order of their choice, best first; k < K is a partial order.
       axis: int: the axis of the classes in `scores`, and of the choices in `order`.
-      where: bool, broadcastable to the scores; False leaves a class out.
+      where: bool; with as many dimensions as the scores it leaves classes out, with as many as the result it leaves
+        rows out, whose result is 0.
       phi, log_weights: as in `jsoftmax.softmax`.
     Returns: `[...]` ≤ 0, in the scores' dtype, but float32 for narrower ones. A class twice or out of range: NaN. One
       left out: −inf, with finite derivatives. A score of +inf or NaN: NaN in that row alone.
@@ -64,21 +65,26 @@ def plackett_luce_log_prob(
     Array(-1.09861..., dtype=float32)
     """
     function = "plackett_luce_log_prob"
-    arguments = maps.check(function, {"scores": scores}, axis, where, phi, log_weights)
+    arguments = maps.check(
+        function, {"scores": _labels.check_logits(function, "scores", scores)}, axis, None, phi, log_weights
+    )
     chosen = _arguments.as_array(function, "order", order)
     z, *_ = arguments.scores
-    if len(arguments.axis) != 1:
-        raise ValueError(f"{function}: axis must be one axis; got {axis}. Flatten the classes first: reshape.")
+    at = _arguments.one_axis(function, axis, arguments.axis)
     if not jnp.issubdtype(chosen.dtype, jnp.integer):
         raise TypeError(
             f"{function}: order must be integers, the classes by rank; got dtype {chosen.dtype}. Of scores it is made "
             "by jnp.argsort(scores, descending=True)."
         )
-    (at,) = arguments.axis
     if chosen.ndim != z.ndim or any(chosen.shape[i] != z.shape[i] for i in range(z.ndim) if i != at):
         raise ValueError(
             f"{function}: order must have the scores' shape {z.shape} but for the length of axis {at}; got shape "
             f"{chosen.shape}. Write jnp.broadcast_to to rank many rows alike."
         )
-    x = maps.weighted_scores(phi, z, arguments.where, arguments.log_weights)
-    return _plackett_luce(jnp.moveaxis(x, at, -1), jnp.moveaxis(_arguments.wide_integers(chosen), at, -1))
+    classes, rows = _labels.check_mask(function, where, z.shape, z.shape[:at] + z.shape[at + 1 :])
+    if rows is not None:  # they may hold anything
+        out = ~jnp.expand_dims(rows, at)
+        z, chosen = maps.where_not(out, z), jnp.where(out, jnp.arange(chosen.shape[at]), chosen)
+    x = maps.weighted_scores(phi, z, classes, arguments.log_weights)
+    log_prob = _plackett_luce(jnp.moveaxis(x, at, -1), jnp.moveaxis(_arguments.wide_integers(chosen), at, -1))
+    return log_prob if rows is None else jnp.where(rows, log_prob, 0)

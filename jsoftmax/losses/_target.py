@@ -47,9 +47,8 @@ def _log(q: Array) -> Array:
 
 @jax.jit
 def _to_target(given: Labelled, phi: Phi) -> Array:
-    z = given.counted()
+    z, q = given.counted()
     x = maps.weighted_scores(phi, z, given.where, given.log_weights)
-    q = given.labels if given.rows is None else maps.where_not(~given.rows[..., None], given.labels)
     return given.keep_rows(_kl_to_target(x, q, (z.ndim - 1,)))
 
 

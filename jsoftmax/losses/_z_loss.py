@@ -18,7 +18,9 @@ from jsoftmax._series import log1p_exp
 @jax.custom_jvp
 def _standardized(z: Array, kept: Array) -> tuple[Array, Array]:
     """(z − μ)/σ over the last axis, 0 where a class is left out or σ is 0, and 1/σ, 0 where σ is  (MATH 7.6)."""
-    centred = jnp.where(kept, z - _mean(z, kept), 0)
+    peak = jnp.max(jnp.where(kept, lax.stop_gradient(z), -jnp.inf), -1, keepdims=True)
+    shifted = jnp.where(kept, z - peak, 0)  # differences first: a shift costs no digits
+    centred = jnp.where(kept, shifted - _mean(shifted, kept), 0)
     # the largest is taken out, for squares overflow and underflow
     size = lax.stop_gradient(jnp.max(jnp.abs(centred), -1, keepdims=True))
     flat = size == 0
@@ -45,8 +47,8 @@ def _mean(a: Array, kept: Array) -> Array:
 
 @jax.jit
 def _z_loss(given: Labelled, scale: Array, shift: Array) -> Array:
-    z = given.counted()
-    label, valid = _labels.in_range(given.labels, z.shape[-1])
+    z, labels = given.counted()
+    label, valid = _labels.in_range(labels, z.shape[-1])
     kept = ~jnp.isneginf(z) if given.where is None else given.where & ~jnp.isneginf(z)
     t, _ = _standardized(jnp.where(kept, z, 0), kept)
     out = ~jnp.take_along_axis(kept, label, -1)
