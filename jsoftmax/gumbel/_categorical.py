@@ -1,0 +1,128 @@
+"""Classes drawn from p, by the inverse of its distribution function in whole numbers (MATH 10.2)."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Integer, PRNGKeyArray
+
+from jsoftmax import _arguments
+from jsoftmax.gumbel import _noise
+from jsoftmax.maps import normalize
+from jsoftmax.phi import Phi, exp
+
+_TOTAL = float(2**31 - 2**7)  # the largest float32 that int32 holds
+_GOLDEN = 0x9E3779B9  # 2^32 times the golden section
+
+
+def _cumulative(key: Any, x: Array) -> Array:
+    """F, cumulative sums of whole numbers w with mean 2^31 p: those of a class are rounded up or down at random, by an
+    offset of the row that steps by the golden section, so that small p are right, too  (MATH 10.2)."""
+    share = normalize(x, (x.ndim - 1,)).p * _TOTAL
+    whole = jnp.floor(share)
+    steps = jnp.arange(x.shape[-1], dtype=jnp.uint32) * jnp.uint32(_GOLDEN)
+    offset = (jax.random.bits(key, (*x.shape[:-1], 1)) + steps) >> 8
+    up = share - whole > offset.astype(jnp.int32).astype(x.dtype) * 2.0**-24
+    return jnp.cumsum((whole.astype(jnp.int32) + up.astype(jnp.int32)).astype(jnp.uint32), -1)
+
+
+def _high_word(a: Array, b: Array) -> Array:
+    """⌊a b / 2^32⌋ for 32-bit a and b, by halves of 16 bits."""
+    (a_high, a_low), (b_high, b_low) = ((c >> 16, c & 0xFFFF) for c in (a, b))
+    middle = a_high * b_low + (a_low * b_low >> 16)
+    return a_high * b_high + (middle >> 16) + ((middle & 0xFFFF) + a_low * b_high >> 16)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _draw(key: Any, x: Array, draws: int) -> Array:
+    """`[..., draws]` classes; −1 where a row has none to draw from."""
+    of_rounding, of_draws = jax.random.split(key)
+    F = _cumulative(of_rounding, lax.stop_gradient(x))
+    r = _high_word(jax.random.bits(of_draws, (*x.shape[:-1], draws)), F[..., -1:])
+    search = functools.partial(jnp.searchsorted, side="right")
+    for _ in range(x.ndim - 1):
+        search = jax.vmap(search)
+    peak = jnp.max(x, -1, keepdims=True, initial=-jnp.inf)
+    return jnp.where((peak > -jnp.inf) & (peak < jnp.inf), search(F, r).astype(jnp.int32), -1)
+
+
+def categorical(  # noqa: PLR0917  (as jax.random has them)
+    key: PRNGKeyArray | ArrayLike,
+    z: ArrayLike,
+    axis: int = -1,
+    shape: tuple[int, ...] | None = None,
+    replace: bool = True,
+    mode: str | None = None,
+    *,
+    phi: Phi = exp,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+) -> Integer[Array, "..."]:
+    """Classes drawn from p = w φ(z) / Σ w φ(z).
+
+    P(k) = p_k;   k = #{j: F_j ≤ U F_K},  F cumulative sums of 2^31 p in whole numbers     (MATH 10.2)
+
+    By one random number a draw and p once, where `jax.random.categorical` takes one a draw and class: a million draws
+    from one row need no array of draws × classes.
+
+    Args:
+      key: a PRNG key.
+      z: scores `[..., K]`, any floating dtype; integers promote.
+      axis: int: the classes' axis.
+      shape: the result's, which ends in the scores' shape without the classes, `[...]`: what stands before counts the
+        draws of each row. None: one draw.
+      replace: False: the draws of one row are distinct, in the order of a draw without replacement (`gumbel_top_k`).
+      mode: None, or 'low' or 'high': by `jax.random.categorical` with Gumbel noise of that resolution, with its draws.
+      phi, where, log_weights: as in `jsoftmax.softmax`.
+    Returns: int32 of the given shape. Each class has its p within 2^-32, or within the rounding of p where that is
+      more; a class with p = 0 is never drawn. A row without classes, or with a score of NaN or +inf: −1, as there are
+      for draws without replacement beyond the classes that are left. No derivatives.
+    Raises: as `jsoftmax.softmax`; ValueError for a `shape` that does not end so, more distinct draws than classes, or
+      another `mode`.
+    Source: Devroye 1986, section III.2 (inversion); Gumbel 1954 (the noise).
+
+    >>> draws = categorical(jax.random.key(0), jnp.log(jnp.array([0.1, 0.9])), shape=(10_000,))
+    >>> float(jnp.mean(draws == 1)).__round__(1)
+    0.9
+    """
+    function = "categorical"
+    given = _noise.check(function, z, axis, where, phi, log_weights)
+    batch = given.x.shape[:-1]
+    prefix = _check_shape(shape, batch)
+    count = math.prod(prefix)
+    if mode not in (None, "low", "high"):
+        raise ValueError(f"{function}: mode must be None, 'low' or 'high'; got {mode!r}. Leave it out.")
+    if not replace and count > given.x.shape[-1]:
+        raise ValueError(
+            f"{function}: shape must ask for no more draws than there are classes, {given.x.shape[-1]}, with "
+            f"replace=False; got {count}. Draw fewer, or with replacement."
+        )
+    if mode is not None:
+        return jax.random.categorical(key, given.x, -1, (*prefix, *batch), replace, mode)
+    if replace:
+        drawn = _draw(key, given.x, count)
+    else:
+        noise = _noise.gumbel(key, given.x.shape, given.x.dtype)
+        best, drawn = lax.top_k(given.x + noise, count)
+        drawn = jnp.where(best > -jnp.inf, drawn, -1)
+    return jnp.moveaxis(drawn, -1, 0).reshape(*prefix, *batch)
+
+
+def _check_shape(shape: Any, batch: tuple[int, ...]) -> tuple[int, ...]:
+    """What stands before the batch in the shape of the result."""
+    if shape is None:
+        return ()
+    whole = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
+    if not all(_arguments.is_int(length) and length >= 0 for length in whole):
+        raise TypeError(f"categorical: shape must be a tuple of ints, known at trace time; got {shape!r}. Write (n,).")
+    split = len(whole) - len(batch)
+    if split < 0 or whole[split:] != batch:
+        raise ValueError(
+            f"categorical: shape must end in the scores' shape without the classes, {batch}; got {whole}. "
+            f"For n draws of each row write shape=(n, *{batch})."
+        )
+    return whole[:split]

@@ -1,0 +1,319 @@
+"""Relaxed samples, whose derivatives in scores and temperature exist, and their densities (MATH 10.4 to 10.8)."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from jsoftmax import _arguments
+from jsoftmax._series import log1p_exp
+from jsoftmax.gumbel import _noise
+from jsoftmax.maps import Normalized, normalize
+from jsoftmax.phi import Phi, exp
+
+# --- relaxed samples -----------------------------------------------------------------------------------------
+
+
+@jax.jit
+def relaxed(perturbed: Array, temperature: Array) -> Normalized:
+    """log p and p of perturbed/τ, over the last axis; the maximum is subtracted first, so a small τ costs no digits."""
+    out = jnp.isneginf(perturbed)
+    peak = jnp.max(lax.stop_gradient(perturbed), -1, keepdims=True, initial=-jnp.inf)
+    u = jnp.where(out, 0, perturbed - jnp.where(jnp.isfinite(peak), peak, 0)) / temperature
+    return normalize(jnp.where(out, -jnp.inf, u), (perturbed.ndim - 1,))
+
+
+def straight_through(hard: Array, soft: Array) -> Array:
+    """The value of `hard`, exactly, with the derivatives of `soft`; NaN where that is."""
+    return hard + (soft - lax.stop_gradient(soft))
+
+
+def gumbel_softmax(
+    key: PRNGKeyArray | ArrayLike,
+    z: ArrayLike,
+    temperature: ArrayLike,
+    axis: int = -1,
+    *,
+    hard: bool = False,
+    phi: Phi = exp,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """A relaxed sample from p = w φ(z) / Σ w φ(z): the Gumbel-softmax, or Concrete, distribution.
+
+    softmax((x + g)/τ),   x = ψ(z) + log w,  g = −log(−log U);   one-hot, drawn from p, as τ → 0     (MATH 10.4)
+
+    Args:
+      key: a PRNG key.
+      z: scores `[..., K]`, any floating dtype; integers promote.
+      temperature: τ > 0, a number or an array that broadcasts to `[...]`; may be traced and learned.
+      axis: int: the classes' axis.
+      hard: True: straight-through, the value exactly one-hot, the derivatives those of the relaxed sample.
+      phi, where, log_weights: as in `jsoftmax.softmax`; differentiable.
+    Returns: the shape and dtype of `z`; computed in float32 at least. The noise is a constant. Finite values and
+      derivatives for small τ, too. A class left out has 0. A score of NaN or +inf: NaN in that row alone.
+    Raises: as `jsoftmax.softmax`; ValueError if τ is a number and not positive: for τ = 0 draw with `categorical`.
+    Source: Jang, Gu & Poole 2017, equation 2; Maddison, Mnih & Teh 2017, equation 10.
+
+    >>> gumbel_softmax(jax.random.key(0), jnp.array([0., 1., 9.]), 0.5, hard=True)
+    Array([0., 0., 1.], dtype=float32)
+    """
+    function = "gumbel_softmax"
+    given = _noise.check(function, z, axis, where, phi, log_weights)
+    tau = _noise.check_temperature(function, temperature, given.x)
+    perturbed = given.x + _noise.gumbel(key, given.x.shape, given.x.dtype)
+    soft = relaxed(perturbed, tau).p
+    if hard:
+        soft = straight_through(_noise.one_hot(jnp.argmax(perturbed, -1), perturbed), soft)
+    return given.restore(soft)
+
+
+def exp_concrete(
+    key: PRNGKeyArray | ArrayLike,
+    z: ArrayLike,
+    temperature: ArrayLike,
+    axis: int = -1,
+    *,
+    phi: Phi = exp,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """The logarithm of a relaxed sample, which does not round to 0 or 1 at its corners.
+
+    log softmax((x + g)/τ)     (MATH 10.4); its density: `exp_concrete_log_density`
+
+    Args:
+      key, z, temperature, axis, phi, where, log_weights: as in `gumbel_softmax`.
+    Returns: the shape and dtype of `z`; −inf for a class left out. A score of NaN or +inf: NaN in that row alone.
+    Raises: as `gumbel_softmax`.
+    Source: Maddison, Mnih & Teh 2017, appendix C.3.
+
+    >>> exp_concrete(jax.random.key(0), jnp.array([0., 1., 9.]), 0.5).shape
+    (3,)
+    """
+    function = "exp_concrete"
+    given = _noise.check(function, z, axis, where, phi, log_weights)
+    tau = _noise.check_temperature(function, temperature, given.x)
+    perturbed = given.x + _noise.gumbel(key, given.x.shape, given.x.dtype)
+    return given.restore(relaxed(perturbed, tau).log_p)
+
+
+def subset_softmax(
+    key: PRNGKeyArray | ArrayLike,
+    z: ArrayLike,
+    k: int,
+    temperature: ArrayLike,
+    axis: int = -1,
+    *,
+    phi: Phi = exp,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """A relaxed sample of k distinct classes: numbers that are not negative, with the sum k.
+
+    Σ_i p_i,  p_i = softmax(a_i/τ),  a_1 = x + g,  a_{i+1} = a_i + log(1 − p_i)     (MATH 10.5)
+
+    As τ → 0, the k-hot vector of `gumbel_top_k`'s sample with the same key; for larger τ a number may be above 1.
+
+    Args:
+      key, z, temperature, axis, phi, where, log_weights: as in `gumbel_softmax`.
+      k: how many, an int in [1, K].
+    Returns: the shape and dtype of `z`. A row with less than k classes has the sum of as many as there are. A class
+      left out has 0. A score of NaN or +inf: NaN in that row alone.
+    Raises: as `gumbel_softmax`; ValueError or TypeError if `k` is no int in [1, K].
+    Source: Xie & Ermon 2019, algorithm 1 (after Plötz & Roth 2018).
+
+    >>> subset_softmax(jax.random.key(0), jnp.array([0., 1., 99., 99.]), 2, 0.1).round(2)
+    Array([0., 0., 1., 1.], dtype=float32)
+    """
+    function = "subset_softmax"
+    given = _noise.check(function, z, axis, where, phi, log_weights)
+    tau = _noise.check_temperature(function, temperature, given.x)
+    count = _noise.check_count(function, k, given.x)
+    return given.restore(_subset(given.x + _noise.gumbel(key, given.x.shape, given.x.dtype), tau, count))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _subset(perturbed: Array, temperature: Array, k: int) -> Array:
+    """MATH 10.5; log(1 − p) from log p, which keeps the digits of 1 − p. A class with p = 1 is left out afterwards."""
+
+    @jax.checkpoint  # jax 0.10 and 0.11 drop rules at order 2 inside a scan otherwise
+    def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        a, total = carry
+        log_p, p, _ = relaxed(a, temperature)
+        taken = ~(log_p < 0) & ~jnp.isnan(log_p)
+        safe = jnp.where(jnp.isneginf(log_p) | taken, -1, log_p)
+        return (jnp.where(taken, -jnp.inf, a + jnp.log(-jnp.expm1(safe))), total + p), None
+
+    return lax.scan(step, (perturbed, jnp.zeros_like(perturbed)), length=k)[0][1]
+
+
+# --- densities -----------------------------------------------------------------------------------------------
+
+
+@jax.jit
+def _log_density(log_x: Array, x: Array, temperature: Array) -> Array:
+    """log Γ(K) + (K−1) log τ + Σ log softmax(x − τ log_x), over the K classes that are kept  (MATH 10.6)."""
+    kept = ~jnp.isneginf(x)
+    count = jnp.sum(kept, -1).astype(x.dtype)
+    vanished = jnp.any(kept & jnp.isneginf(log_x), -1)
+    stray = jnp.any(~kept & (log_x > -jnp.inf), -1)
+    d = jnp.where(kept, x, 0) - temperature * jnp.where(jnp.isneginf(log_x) | ~kept, 0, log_x)
+    log_p = normalize(jnp.where(kept, d, -jnp.inf), (x.ndim - 1,)).log_p
+    sums = jnp.sum(jnp.where(kept, log_p, 0), -1)
+    count = jnp.maximum(count, 1)
+    log_factorial = jnp.where(count > 2, lax.lgamma(count), 0)  # XLA's lgamma(1) is 5e-7
+    density = log_factorial + (count - 1) * jnp.log(temperature[..., 0]) + sums
+    return jnp.where((vanished & (count > 1) | stray) & ~jnp.isnan(density), -jnp.inf, density)
+
+
+def _check_sample(function: str, sample: Any, given: _noise.Scores) -> Array:
+    """A sample of the scores' shape, classes last."""
+    array = _arguments.as_scores(function, "x", sample)
+    shape = list(given.x.shape[:-1])
+    shape.insert(given.axis, given.x.shape[-1])
+    if array.shape != tuple(shape):
+        raise ValueError(
+            f"{function}: x must have the scores' shape {tuple(shape)}; got shape {array.shape}. Broadcast the scores: "
+            "jnp.broadcast_to(z, x.shape)."
+        )
+    return jnp.moveaxis(array.astype(given.x.dtype), given.axis, -1)
+
+
+def exp_concrete_log_density(
+    x: ArrayLike,
+    z: ArrayLike,
+    temperature: ArrayLike,
+    axis: int = -1,
+    *,
+    phi: Phi = exp,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """Log-density of `exp_concrete`'s samples: of a relaxed sample in log space, right at the corners, too.
+
+    log Γ(K) + (K−1) log τ + Σ_k log softmax(ψ(z) + log w − τ x)_k     (MATH 10.6)
+
+    The measure: Lebesgue's in the K − 1 log-ratios x_k − x_K. In the coordinates x_1 … x_{K−1} of normalised samples
+    the density is this one divided by e^{x_K}. For K = 2, with (y, 0) and (z, 0), it is the density of a relaxed
+    Bernoulli variable in the logit y.
+
+    Args:
+      x: log-samples, of the scores' shape; need not be normalised: only their differences count.
+      z: scores `[..., K]`, any floating dtype; integers promote.
+      temperature, axis, phi, where, log_weights: as in `gumbel_softmax`. K counts the classes that are kept.
+    Returns: `[...]`, in the dtype of `z`, but float32 for narrower scores; differentiable in all arguments. A sample
+      with −inf at a class that is kept, or without it at one that is left out: −inf. One class left: 0. NaN and +inf:
+      NaN in that row alone.
+    Raises: as `gumbel_softmax`; ValueError if x has another shape than `z`.
+    Source: Maddison, Mnih & Teh 2017, equation 23 (appendix C.3).
+
+    >>> z = jnp.array([0., 1., 9.])
+    >>> exp_concrete_log_density(exp_concrete(jax.random.key(0), z, 0.5), z, 0.5).shape
+    ()
+    """
+    function = "exp_concrete_log_density"
+    given = _noise.check(function, z, axis, where, phi, log_weights)
+    tau = _noise.check_temperature(function, temperature, given.x)
+    return _log_density(_check_sample(function, x, given), given.x, tau)
+
+
+def concrete_log_density(
+    x: ArrayLike,
+    z: ArrayLike,
+    temperature: ArrayLike,
+    axis: int = -1,
+    *,
+    phi: Phi = exp,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """Log-density of `gumbel_softmax`'s samples, on the simplex. Prefer `exp_concrete_log_density`: at corners, where
+    small τ put most samples, this one is unbounded, and samples round to 0.
+
+    log Γ(K) + (K−1) log τ + Σ_k log softmax(ψ(z) + log w − τ log x)_k − Σ log x     (MATH 10.7)
+
+    The measure: Lebesgue's in x_1 … x_{K−1}.
+
+    Args:
+      x: samples, of the scores' shape: positive, with the sum 1 along the classes.
+      z, temperature, axis, phi, where, log_weights: as in `exp_concrete_log_density`.
+    Returns: `[...]`, as `exp_concrete_log_density`. An x below the smallest normal number counts as that number, with
+      derivatives 0: so a sample that was rounded to a corner gives a finite number, no infinity and no NaN.
+    Raises: as `exp_concrete_log_density`.
+    Source: Maddison, Mnih & Teh 2017, equation 11.
+
+    >>> concrete_log_density(jnp.array([0.5, 0.5]), jnp.array([0., 0.]), 1.)
+    Array(0., dtype=float32)
+    """
+    function = "concrete_log_density"
+    given = _noise.check(function, z, axis, where, phi, log_weights)
+    tau = _noise.check_temperature(function, temperature, given.x)
+    sample = _check_sample(function, x, given)
+    kept = ~jnp.isneginf(given.x)
+    log_x = jnp.where(kept | (sample > 0) | jnp.isnan(sample), _log_of_sample(sample), -jnp.inf)
+    return _log_density(log_x, given.x, tau) - jnp.sum(jnp.where(kept, log_x, 0), -1)
+
+
+def _log_of_sample(x: Array) -> Array:
+    """log x, of what is 0 or below as of the smallest normal number."""
+    tiny = float(jnp.finfo(x.dtype).tiny)
+    return jnp.log(jnp.where(x < tiny, tiny, x))
+
+
+def binary_concrete_log_density(
+    x: ArrayLike,
+    z: ArrayLike,
+    temperature: ArrayLike,
+    *,
+    phi: Phi = exp,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """Log-density of relaxed Bernoulli variables with the odds w φ(z), elementwise.
+
+    log τ + y − 2 log(1 + e^y) − log x − log(1 − x),   y = ψ(z) + log w − τ log(x/(1 − x))     (MATH 10.8)
+
+    The measure: Lebesgue's in x. For samples that may round to 0 or 1 take the density in the logit, by
+    `exp_concrete_log_density`.
+
+    Args:
+      x: samples in (0, 1), broadcastable with `z`.
+      z: scores, any shape and floating dtype; integers promote. With phi=exp the logits.
+      temperature: τ > 0, a number or an array that broadcasts to the scores; may be traced and learned.
+      phi, where, log_weights: as in `jsoftmax.softmax`; the odds of what is left out are 0, and its density counts 1.
+    Returns: the joint shape of `x` and `z`, float32 at least; differentiable in all arguments. What `x` lacks to 0 or 1
+      counts as the smallest normal number at least. NaN and +inf give NaN.
+    Raises: as `exp_concrete_log_density`.
+    Source: Maddison, Mnih & Teh 2017, equation 16 (appendix B).
+
+    >>> binary_concrete_log_density(0.5, 0., 1.)
+    Array(0., dtype=float32)
+    """
+    function = "binary_concrete_log_density"
+    arrays = {"x": _arguments.as_scores(function, "x", x), "z": _arguments.as_scores(function, "z", z)}
+    shape = _arguments.joint_shape(function, arrays)
+    dtype = _arguments.accumulation_dtype(jnp.result_type(*arrays.values()))
+    scores = jnp.broadcast_to(arrays["z"].astype(dtype), shape)[..., None]
+    sample = jnp.broadcast_to(arrays["x"].astype(dtype), shape)
+
+    def with_class(a: ArrayLike | None) -> ArrayLike | None:
+        return None if a is None else jnp.asarray(a)[..., None]
+
+    given = _noise.check(function, scores, -1, with_class(where), phi, with_class(log_weights))
+    tau = _noise.check_temperature(function, temperature, given.x)
+    return _binary(sample, given.x[..., 0], tau[..., 0])
+
+
+@jax.jit
+def _binary(sample: Array, x: Array, temperature: Array) -> Array:
+    log_x, log_rest = _log_of_sample(sample), _log_of_sample(1 - sample)
+    left_out = jnp.isneginf(x)
+    y = jnp.where(left_out, 0, x) - temperature * (log_x - log_rest)
+    density = jnp.log(temperature) - log1p_exp(-y) - log1p_exp(y) - log_x - log_rest
+    bad = jnp.isnan(sample) | (x == jnp.inf)
+    return jnp.where(bad, jnp.nan, jnp.where(left_out, 0, density))

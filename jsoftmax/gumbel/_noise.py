@@ -1,0 +1,94 @@
+"""Gumbel noise, and what every function here asks of its arguments."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jsoftmax import _arguments, maps
+
+
+def gumbel(key: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """g = −log E, E = −log1p(−U), with U resolved best near 0, where the largest g come from  (MATH 10.1)."""
+    digits = jnp.finfo(dtype).nmant + 1
+    if digits == 53:
+        U = ((jax.random.bits(key, shape, "uint64") >> 11).astype(dtype) + 0.5) * 2.0**-53
+    else:  # signed integers are converted faster
+        U = ((jax.random.bits(key, shape, "uint32") >> 1).astype(jnp.int32).astype(dtype) + 0.5) * 2.0**-31
+    return -jnp.log(-jnp.log1p(-jnp.minimum(U, 1 - 2.0**-digits)))
+
+
+class Scores(NamedTuple):
+    """Checked: x = ψ(z) + log w with the classes last, in the accumulation dtype; how to hand a result back."""
+
+    x: Array
+    axis: int
+    dtype: Any
+
+    def restore(self, a: Array) -> Array:
+        """A result with classes, their axis where the scores have it, in the scores' dtype."""
+        return jnp.moveaxis(a, -1, self.axis).astype(self.dtype)
+
+
+def check(  # noqa: PLR0917  (as the public functions have them)
+    function: str, z: Any, axis: Any, where: Any, phi: Any, log_weights: Any
+) -> Scores:
+    """The scores of a function with one class axis."""
+    arguments = maps.check(function, {"z": z}, axis, where, phi, log_weights)
+    at = _arguments.one_axis(function, axis, arguments.axis)
+    x = maps.weighted_scores(phi, arguments.scores[0], arguments.where, arguments.log_weights)
+    return Scores(jnp.moveaxis(x, at, -1), at, arguments.dtype)
+
+
+def check_temperature(function: str, temperature: Any, x: Array) -> Array:
+    """τ as an array that broadcasts to x: one number, or one for each row `[...]`."""
+    if _arguments.is_concrete_number(temperature) and not 0 < temperature < math.inf:
+        raise ValueError(
+            f"{function}: temperature must be > 0 and finite; got {temperature}. For samples without relaxation, "
+            "the limit 0, take jsoftmax.gumbel.categorical."
+        )
+    return per_row(function, "temperature", temperature, x)
+
+
+def per_row(function: str, argument: str, value: Any, x: Array) -> Array:
+    """A number, or an array with one for each row `[...]`, as `[..., 1]`."""
+    array = _arguments.as_scores(function, argument, value).astype(x.dtype)
+    try:
+        return jnp.broadcast_to(array, x.shape[:-1])[..., None]
+    except ValueError:
+        raise ValueError(
+            f"{function}: {argument} must be a number or broadcast to the scores without their classes, "
+            f"{x.shape[:-1]}; got shape {array.shape}. Write one for each row."
+        ) from None
+
+
+def check_count(function: str, k: Any, x: Array) -> int:
+    """How many classes, an int in [1, K]."""
+    if _arguments.is_int(k) and 1 <= k <= x.shape[-1]:
+        return int(k)
+    raise (ValueError if _arguments.is_int(k) else TypeError)(
+        f"{function}: k must be an int in [1, {x.shape[-1]}], known at trace time; got {k!r}. Ask for fewer classes."
+    )
+
+
+def check_index(function: str, index: Any, x: Array) -> Array:
+    """Classes `[...]`, one for each row."""
+    array = _arguments.as_array(function, "index", index)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: index must be integers, the classes that were drawn; got dtype {array.dtype}. Draw them: "
+            "jsoftmax.gumbel.categorical(key, z)."
+        )
+    if array.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{function}: index must have the scores' shape without the classes, {x.shape[:-1]}; got shape "
+            f"{array.shape}. For several draws of one row map over them: jax.vmap."
+        )
+    return _arguments.wide_integers(array)
+
+
+def one_hot(index: Array, x: Array) -> Array:
+    """1_index `[..., K]` in the dtype of x; 0 for an index that is out of range or left out."""
+    return ((index[..., None] == jnp.arange(x.shape[-1])) & ~jnp.isneginf(x)).astype(x.dtype)

@@ -1,0 +1,120 @@
+"""Gumbel top-k: k distinct classes, and how likely each was to be among them (MATH 10.3)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
+
+from jsoftmax import _arguments
+from jsoftmax._series import expm1_ratio
+from jsoftmax.gumbel import _noise
+from jsoftmax.maps import normalize
+from jsoftmax.phi import Phi, exp
+
+
+class TopK(NamedTuple):
+    """A sample without replacement, by descending perturbed log-probability."""
+
+    indices: Integer[Array, "..."]
+    """The classes, k along the scores' axis; −1 where none is left."""
+    perturbed: Float[Array, "..."]
+    """Their log p + g."""
+    threshold: Float[Array, "..."]
+    """The (k+1)-th perturbed log-probability, without the classes' axis; −inf where all classes are in the sample."""
+
+
+def gumbel_top_k(
+    key: PRNGKeyArray | ArrayLike,
+    z: ArrayLike,
+    k: int,
+    axis: int = -1,
+    *,
+    phi: Phi = exp,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+) -> TopK:
+    """k distinct classes, drawn one after the other without replacement from p = w φ(z) / Σ w φ(z).
+
+    The k largest of log p + g, g = −log(−log U);   P(order) as in `jsoftmax.losses.plackett_luce_log_prob`  (MATH 10.3)
+
+    Estimates from the sample weigh its classes by how likely they were to be in it (`log_inclusion_probability`).
+
+    Args:
+      key: a PRNG key.
+      z: scores `[..., K]`, any floating dtype; integers promote.
+      k: how many, an int in [1, K].
+      axis: int: the classes' axis, in the results that of the k.
+      phi, where, log_weights: as in `jsoftmax.softmax`.
+    Returns: `TopK(indices, perturbed, threshold)`: int32 and float32 at least. `perturbed` and `threshold` are
+      differentiable; the noise is a constant. A row with less than k classes: −1 and −inf beyond them; a row with a
+      score of NaN or +inf: −1 and NaN.
+    Raises: as `jsoftmax.softmax`; ValueError or TypeError if `k` is no int in [1, K].
+    Source: Vieira 2014; Kool, van Hoof & Welling 2019, section 3.
+
+    >>> sample = gumbel_top_k(jax.random.key(0), jnp.log(jnp.array([0.5, 0.3, 0.2])), 2)
+    >>> sample.indices.shape, bool(sample.perturbed[1] > sample.threshold)
+    ((2,), True)
+    """
+    function = "gumbel_top_k"
+    given = _noise.check(function, z, axis, where, phi, log_weights)
+    count = _noise.check_count(function, k, given.x)
+    best, index = _top_k(key, given.x, count)
+    index = jnp.where(best > -jnp.inf, index, -1)
+    last = jnp.where(jnp.isnan(best[..., 0]), jnp.nan, -jnp.inf)
+    return TopK(
+        jnp.moveaxis(index[..., :count], -1, given.axis),
+        jnp.moveaxis(best[..., :count], -1, given.axis),
+        best[..., count] if count < given.x.shape[-1] else last,
+    )
+
+
+def _top_k(key: Any, x: Array, k: int) -> tuple[Array, Array]:
+    """The k + 1 largest perturbed log-probabilities, or all K."""
+    log_p = normalize(x, (x.ndim - 1,)).log_p
+    best, index = lax.top_k(log_p + _noise.gumbel(key, x.shape, x.dtype), min(k + 1, x.shape[-1]))
+    return best, index
+
+
+def log_inclusion_probability(log_p: ArrayLike, threshold: ArrayLike) -> Float[Array, "..."]:
+    """Log-probability that a perturbed log-probability is above a threshold: the weights of estimates by Gumbel top-k.
+
+    log q = log(1 − e^{−e^{log p − κ}})     (MATH 10.3)
+
+    For a sample of `gumbel_top_k` and its threshold, Σ_{k in the sample} p_k f_k / q_k has the mean Σ p f.
+
+    Args:
+      log_p: log-probabilities of the sample's classes, any shape; integers promote.
+      threshold: κ, broadcastable to `log_p`: for k along the last axis, `sample.threshold[..., None]`.
+    Returns: the joint shape, float32 at least. A threshold of −inf: 0. A class with p = 0: −inf. NaN gives NaN.
+    Raises: TypeError or ValueError for what is no array of numbers, or shapes that do not broadcast.
+    Source: Kool, van Hoof & Welling 2019, section 4.2, after Duffield, Lund & Thorup 2007.
+
+    >>> from jsoftmax import log_softmax
+    >>> log_p, f = log_softmax(jnp.array([0., 1., 2.])), jnp.array([1., 4., 9.])
+    >>> sample = gumbel_top_k(jax.random.key(0), log_p, 2)
+    >>> log_q = log_inclusion_probability(log_p[sample.indices], sample.threshold)
+    >>> estimate = jnp.sum(jnp.exp(log_p[sample.indices] - log_q) * f[sample.indices])
+    >>> estimate.shape
+    ()
+    """
+    function = "log_inclusion_probability"
+    arrays = {"log_p": _arguments.as_scores(function, "log_p", log_p)}
+    arrays["threshold"] = _arguments.as_scores(function, "threshold", threshold)
+    shape = _arguments.joint_shape(function, arrays)
+    dtype = _arguments.accumulation_dtype(jnp.result_type(*arrays.values()))
+    return _log_q(*(jnp.broadcast_to(a.astype(dtype), shape) for a in arrays.values()))
+
+
+@jax.jit
+def _log_q(log_p: Array, threshold: Array) -> Array:
+    """log(1 − e^−m), m = e^y, y = log p − κ; y + log((1 − e^−m)/m) where m is small  (MATH 10.3)."""
+    sure, never = jnp.isneginf(threshold), jnp.isneginf(log_p)
+    y = jnp.where(sure | never, 0, log_p - jnp.where(sure, 0, threshold))
+    small = y < 0
+    m = jnp.exp(jnp.minimum(y, 5))  # e^−m is 0 beyond
+    m_small, m_large = jnp.where(small, m, 0), jnp.where(small, 1, m)
+    log_q = jnp.where(small, y + jnp.log(expm1_ratio(-m_small)), jnp.log1p(-jnp.exp(-m_large)))
+    return jnp.where(never & ~jnp.isnan(threshold), -jnp.inf, jnp.where(sure & ~jnp.isnan(log_p), 0, log_q))

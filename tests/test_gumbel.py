@@ -1,0 +1,429 @@
+"""The Gumbel route: values, derivatives, edges. What is random is in test_gumbel_statistics.py."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.scipy.special import gammaln
+
+import jsoftmax as js
+from jsoftmax import gumbel, losses, verify
+from jsoftmax.gumbel import _noise
+
+KEY = jax.random.key(0)
+Z = jnp.array([[0.3, -1.2, 2.0, 0.7], [-0.5, 0.1, -2.0, 1.5]])
+INDEX = jnp.array([1, 3])
+
+
+# --- against plain forms, under every transformation, for every φ --------------------------------------------
+
+
+def plain_scores(phi, z):
+    return jnp.log(phi.definition(z, verify.Plain))
+
+
+def plain_relaxed(phi, z, noise, tau):
+    a = jnp.exp((plain_scores(phi, z) + noise) / tau)
+    return a / jnp.sum(a)
+
+
+def plain_density(phi, log_x, z, tau):
+    d = plain_scores(phi, z) - tau * log_x
+    count = z.shape[-1]
+    return gammaln(count) + (count - 1) * jnp.log(tau) + jnp.sum(d) - count * jnp.log(jnp.sum(jnp.exp(d)))
+
+
+def plain_subset(phi, z, noise, tau):
+    a, total = plain_scores(phi, z) + noise, 0
+    for _ in range(2):
+        e = jnp.exp(a / tau)
+        others = (jnp.ones((4, 4)) - jnp.eye(4)) @ e
+        a, total = a + jnp.log(others / jnp.sum(e)), total + e / jnp.sum(e)
+    return total
+
+
+def plain_binary(phi, x, z, tau):
+    y = plain_scores(phi, z) - tau * jnp.log(x / (1 - x))
+    return jnp.log(tau) + y - 2 * jnp.log(1 + jnp.exp(y)) - jnp.log(x * (1 - x))
+
+
+LOG_X = np.log([0.1, 0.2, 0.4, 0.3])
+X = np.exp(LOG_X)
+RECORDS = {  # name: ours(φ, z, τ), plain(φ, z, noise, τ)
+    "gumbel_softmax": (
+        lambda phi, z, tau: gumbel.gumbel_softmax(KEY, z, tau, phi=phi),
+        plain_relaxed,
+    ),
+    "hard": (
+        lambda phi, z, tau: gumbel.gumbel_softmax(KEY, z, tau, hard=True, phi=phi),
+        lambda phi, z, noise, tau: (
+            plain_relaxed(phi, z, noise, tau)
+            - jax.lax.stop_gradient(plain_relaxed(phi, z, noise, tau))
+            + jax.nn.one_hot(jnp.argmax(plain_scores(phi, z) + noise), 4)
+        ),
+    ),
+    "exp_concrete": (
+        lambda phi, z, tau: gumbel.exp_concrete(KEY, z, tau, phi=phi),
+        lambda phi, z, noise, tau: jnp.log(plain_relaxed(phi, z, noise, tau)),
+    ),
+    "subset_softmax": (lambda phi, z, tau: gumbel.subset_softmax(KEY, z, 2, tau, phi=phi), plain_subset),
+    "exp_concrete_log_density": (
+        lambda phi, z, tau: gumbel.exp_concrete_log_density(LOG_X, z, tau, phi=phi),
+        lambda phi, z, noise, tau: plain_density(phi, LOG_X, z, tau),
+    ),
+    "concrete_log_density": (
+        lambda phi, z, tau: gumbel.concrete_log_density(X, z, tau, phi=phi),
+        lambda phi, z, noise, tau: plain_density(phi, LOG_X, z, tau) - np.sum(LOG_X),
+    ),
+    "binary_concrete_log_density": (
+        lambda phi, z, tau: gumbel.binary_concrete_log_density(X, z, tau, phi=phi),
+        lambda phi, z, noise, tau: plain_binary(phi, X, z, tau),
+    ),
+    "gumbel_top_k": (
+        lambda phi, z, tau: jnp.append(*gumbel.gumbel_top_k(KEY, z, 2, phi=phi)[1:]),
+        lambda phi, z, noise, tau: (
+            jnp.sort(plain_scores(phi, z) + noise)[:0:-1] - jnp.log(jnp.sum(phi.definition(z, verify.Plain)))
+        ),
+    ),
+}
+
+
+def weighted(value):
+    return jnp.sum(jnp.cos(jnp.arange(1.0, 1 + value.size)) * jnp.ravel(value))
+
+
+@pytest.mark.parametrize("phi", [js.exp, js.spherical(0.1)], ids=str)
+def test_equals_the_plain_form_under_every_transformation(phi):
+    """All records in one program: values, and derivatives in scores, temperature and φ to order two, inside a scan of
+    a remat of a vmap."""
+    function = verify.FUNCTIONS[0]
+    rows = np.stack([verify.scores(function, phi, seed)[0] for seed in (3, 4)]).astype(np.float64)
+
+    def through(f):
+        def total(phi, z, tau):
+            def body(carry, row):
+                value = jax.checkpoint(jax.vmap(lambda z: weighted(f(phi, z, tau))))(row[None])
+                return carry + jnp.sum(value), None
+
+            return jax.lax.scan(body, 0.0, z)[0]
+
+        def first(phi, z, tau):
+            return jax.grad(total, (0, 1, 2))(phi, z, tau)
+
+        def along(phi, z, tau):
+            v = (jax.tree.map(jnp.ones_like, phi), jnp.cos(z), 1.0)
+            return jax.jvp(first, (phi, z, tau), v)
+
+        return lambda phi, z, tau: (jax.vmap(lambda z: f(phi, z, tau))(z), along(phi, z, tau))
+
+    with jax.enable_x64(True):
+        phi = jax.tree.map(float, verify.rounded(phi))
+        noise = _noise.gumbel(KEY, (4,), jnp.float64)
+
+        def of_plain(plain):
+            return lambda phi, z, tau: plain(phi, z, noise, tau)
+
+        ours = {name: through(f) for name, (f, _) in RECORDS.items()}
+        theirs = {name: through(of_plain(f)) for name, (_, f) in RECORDS.items()}
+        got, wanted = (
+            verify.jit_formulas(lambda *a, t=t: {name: f(*a) for name, f in t.items()})(phi, rows, 0.7)
+            for t in (ours, theirs)
+        )
+    for name in RECORDS:
+        for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(wanted[name]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * (np.max(np.abs(b)) or 1), err_msg=name)
+
+
+DRAWS = {
+    "categorical": lambda phi, z, tau: gumbel.categorical(KEY, z, shape=(50,), phi=phi).astype(float),
+    "conditional_gumbels": lambda phi, z, tau: gumbel.conditional_gumbels(KEY, z, jnp.array(2), phi=phi),
+    "rao_blackwellised": lambda phi, z, tau: gumbel.rao_blackwellised(KEY, z, jnp.array(2), tau, 3, phi=phi),
+    "reinmax": lambda phi, z, tau: gumbel.reinmax(KEY, z, tau, phi=phi),
+}
+
+
+@pytest.mark.parametrize("phi", js.PHIS, ids=str)
+def test_every_function_takes_log_phi(phi):
+    """f(z, φ) = f(log φ(z)), and the same of its gradient: φ enters through its logarithm alone."""
+    phi = verify.rounded(phi)
+    functions = {**{name: ours for name, (ours, _) in RECORDS.items()}, **DRAWS}
+
+    def both(z):
+        def law(f, phi, of):
+            value, pull = jax.vjp(lambda z: f(phi, of(z), 0.7), z)
+            return value, pull(jnp.cos(jnp.arange(1.0, 1 + value.size, dtype=value.dtype)).reshape(value.shape))
+
+        return {name: (law(f, phi, lambda z: z), law(f, js.exp, phi.log)) for name, f in functions.items()}
+
+    with jax.enable_x64(True):
+        pairs = verify.jit_formulas(both)(np.float64(verify.scores(verify.FUNCTIONS[0], phi)[0]))
+    for name, (got, wanted) in pairs.items():
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12, err_msg=name)
+
+
+# --- noise ---------------------------------------------------------------------------------------------------
+
+
+def fixed_bits(monkeypatch, values):
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.asarray(values, dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_noise_is_exact_at_both_ends(dtype, monkeypatch):
+    """P(G > g) of every g near the upper end is that of its own random number, to rounding; both ends are finite."""
+    with jax.enable_x64(dtype == np.float64):
+        width, kept = (32, 31) if dtype == np.float32 else (64, 53)
+        lowest = np.arange(2000, dtype=np.uint64) << np.uint64(width - kept)
+        fixed_bits(monkeypatch, np.append(lowest, 2**width - 1).astype(f"uint{width}"))
+        g = np.asarray(_noise.gumbel(KEY, (2001,), dtype))
+    assert np.all(np.isfinite(g))
+    assert g[-1] < -2.5
+    tail = (np.arange(2000) + 0.5) / 2.0**kept
+    exact = -np.log(-np.log1p(-tail))
+    np.testing.assert_allclose(g[:-1], exact, rtol=4 * np.finfo(dtype).eps)
+    assert g[0] > (22 if dtype == np.float32 else 37)  # jax.random.gumbel ends at 16.6 in float32
+
+
+def test_noise_is_float32_for_narrow_scores():
+    z = jnp.zeros((2000,), jnp.bfloat16)
+    perturbed = gumbel.gumbel_top_k(KEY, z, 2000).perturbed
+    assert perturbed.dtype == jnp.float32
+    assert len(np.unique(perturbed)) == 2000
+    assert gumbel.gumbel_softmax(KEY, z, 1.0).dtype == jnp.bfloat16
+
+
+# --- values --------------------------------------------------------------------------------------------------
+
+
+def test_modes_are_those_of_jax():
+    for mode in ("low", "high"):
+        want = jax.random.categorical(KEY, Z, shape=(3, 2), mode=mode)
+        np.testing.assert_array_equal(gumbel.categorical(KEY, Z, shape=(3, 2), mode=mode), want)
+
+
+def test_shapes_and_axes():
+    z = jax.random.normal(KEY, (2, 5, 3))
+    assert gumbel.categorical(KEY, z, 1).shape == (2, 3)
+    assert gumbel.categorical(KEY, z, 1, (7, 4, 2, 3)).shape == (7, 4, 2, 3)
+    distinct = np.asarray(gumbel.categorical(KEY, z, 1, (4, 2, 3), replace=False))
+    assert all(len(set(distinct[:, i, j])) == 4 for i in range(2) for j in range(3))
+    sample = gumbel.gumbel_top_k(KEY, z, 4, 1)
+    assert sample.indices.shape == sample.perturbed.shape == (2, 4, 3)
+    assert sample.threshold.shape == (2, 3)
+    moved = gumbel.gumbel_top_k(KEY, jnp.moveaxis(z, 1, -1), 4)
+    np.testing.assert_array_equal(sample.indices, jnp.moveaxis(moved.indices, -1, 1))
+    np.testing.assert_array_equal(sample.indices, jnp.moveaxis(distinct, 0, 1))
+    for f in (gumbel.gumbel_softmax, gumbel.exp_concrete, gumbel.reinmax):
+        along = f(KEY, z, 0.5, 1)
+        assert along.shape == z.shape
+        np.testing.assert_allclose(along, jnp.moveaxis(f(KEY, jnp.moveaxis(z, 1, -1), 0.5), -1, 1))
+    per_row = gumbel.gumbel_softmax(KEY, z, jnp.array([[0.1], [9.0]]), 1)
+    np.testing.assert_allclose(per_row.sum(1), jnp.ones((2, 3)), rtol=1e-6)
+    assert per_row[0].max() > 0.9
+    assert per_row[1].max() < 0.5
+
+
+def test_small_temperatures_are_finite():
+    with jax.debug_nans(True):
+        for f in (gumbel.gumbel_softmax, functools.partial(gumbel.subset_softmax, k=2)):
+
+            def total(z, tau, f=f):
+                return weighted(f(KEY, z, temperature=tau))
+
+            for tau in (1e-3, 1e-6, 1.0):
+                for order in (jax.grad(total, (0, 1)), jax.hessian(total, (0, 1))):
+                    assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(jax.jit(order)(Z, tau)))
+
+
+def test_hard_is_exactly_one_hot():
+    z = jax.random.normal(KEY, (1000, 7))
+    hard = np.asarray(gumbel.gumbel_softmax(KEY, z, 0.3, hard=True))
+    assert set(np.unique(hard)) == {0.0, 1.0}
+    np.testing.assert_array_equal(hard.sum(-1), 1)
+    np.testing.assert_array_equal(hard.argmax(-1), gumbel.gumbel_top_k(KEY, z, 1).indices[:, 0])
+
+
+def test_subset_tends_to_the_sample_of_top_k():
+    soft = np.asarray(gumbel.subset_softmax(KEY, Z, 2, 1e-3))
+    np.testing.assert_allclose(soft.sum(-1), 2, rtol=1e-5)
+    top = np.asarray(gumbel.gumbel_top_k(KEY, Z, 2).indices)
+    np.testing.assert_allclose(np.take_along_axis(soft, top, -1), 1, atol=1e-3)
+    whole = gumbel.subset_softmax(KEY, Z[:1], 4, 0.01)
+    np.testing.assert_allclose(whole, jnp.ones((1, 4)), atol=1e-3)
+
+
+def test_log_inclusion_probability_keeps_its_digits():
+    mp = verify.ManyDigits().mp
+    differences = np.float32([-100, -30, -3, -0.5, 0, 0.5, 2, 4])
+    want = [float(mp.log(-mp.expm1(-mp.exp(mp.mpf(float(d)))))) for d in differences]
+    got = gumbel.log_inclusion_probability(differences, 0.0)
+    np.testing.assert_allclose(got, want, rtol=3e-6)
+    np.testing.assert_array_equal(gumbel.log_inclusion_probability(jnp.array([-jnp.inf, 0.0]), -1.0)[0], -jnp.inf)
+    slopes = jax.vmap(jax.grad(gumbel.log_inclusion_probability))(jnp.float32([-200, 0, 200]), jnp.zeros(3))
+    np.testing.assert_allclose(slopes, [1, 1 / (np.e - 1), 0], rtol=1e-5)
+    assert gumbel.log_inclusion_probability(-1.0, -jnp.inf) == 0
+
+
+@pytest.mark.parametrize("phi", [js.exp, js.spherical(0.1)], ids=str)
+def test_densities_are_normalised(phi):
+    """By quadrature in float64: two classes along a line, three over a plane; τ below and above 1."""
+    with jax.enable_x64(True):
+        y = np.linspace(-120, 120, 4001)
+        step = y[1] - y[0]
+        for tau in (0.5, 1.7):
+            z = jnp.array([0.4, -0.9])
+            log_x = jnp.stack([y, 0 * y], -1)
+            rows = jnp.broadcast_to(z, log_x.shape)
+            density = jnp.exp(gumbel.exp_concrete_log_density(log_x, rows, tau, phi=phi))
+            np.testing.assert_allclose(jnp.sum(density) * step, 1, rtol=1e-6)
+            x = jax.nn.sigmoid(y)  # dx = x (1 − x) dy
+            inner = (x > 1e-15) & (x < 1 - 1e-15)
+            plain = gumbel.concrete_log_density(jnp.stack([x, 1 - x], -1)[inner], rows[inner], tau, phi=phi)
+            np.testing.assert_allclose(jnp.sum(jnp.exp(plain) * (x * (1 - x))[inner]) * step, 1, rtol=1e-6)
+            binary = gumbel.binary_concrete_log_density(x[inner], 0.4, tau, phi=phi)
+            np.testing.assert_allclose(jnp.sum(jnp.exp(binary) * (x * (1 - x))[inner]) * step, 1, rtol=1e-6)
+        y = np.linspace(-40, 40, 401)
+        a, b = np.meshgrid(y, y)
+        log_x = jnp.stack([a, b, 0 * a], -1)
+        rows = jnp.broadcast_to(jnp.array([0.4, -0.9, 0.2]), log_x.shape)
+        density = jnp.exp(gumbel.exp_concrete_log_density(log_x, rows, 0.8, phi=phi))
+        np.testing.assert_allclose(jnp.sum(density) * (y[1] - y[0]) ** 2, 1, rtol=1e-5)
+
+
+def test_densities_at_the_corners():
+    x = gumbel.exp_concrete(KEY, Z, 1e-3)
+    assert x.min() < -1e3
+    assert np.all(np.isfinite(gumbel.exp_concrete_log_density(x, Z, 1e-3)))
+    corner = jnp.array([[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    for f in (gumbel.concrete_log_density, gumbel.binary_concrete_log_density):
+        assert np.all(np.isfinite(f(corner, Z, 0.5)))
+        slopes = jax.grad(lambda x, f=f: jnp.sum(f(x, Z, 0.5)))(corner)
+        assert np.all(np.isfinite(slopes))
+    assert gumbel.exp_concrete_log_density(jnp.array([0.0, -jnp.inf]), jnp.zeros(2), 0.5) == -jnp.inf
+
+
+def test_conditional_gumbels_have_the_index_on_top():
+    z = 5 * jax.random.normal(KEY, (5000, 6))
+    index = jax.random.randint(KEY, (5000,), 0, 6)
+    perturbed = gumbel.conditional_gumbels(KEY, z, index)
+    np.testing.assert_array_equal(jnp.argmax(perturbed, -1), index)
+    given = gumbel.conditional_gumbels(KEY, z, index, maximum=2.5)
+    np.testing.assert_array_equal(jnp.max(given, -1), 2.5)
+    np.testing.assert_array_equal(jnp.argmax(given, -1), index)
+    jacobian = jax.jacrev(lambda z: gumbel.conditional_gumbels(KEY, z, jnp.array(1)))(Z[0])
+    np.testing.assert_array_equal(jacobian, jnp.eye(4))
+
+
+def test_reinmax_has_heuns_jacobian():
+    D = np.asarray(gumbel.reinmax(KEY, Z[0], 2.0))
+    p, half = np.asarray(js.softmax(Z[0])), (D + np.asarray(js.softmax(Z[0] / 2))) / 2
+    want = 2 * (np.diag(half) - np.outer(half, half)) - (np.diag(p) - np.outer(p, p)) / 2
+    np.testing.assert_allclose(jax.jacrev(lambda z: gumbel.reinmax(KEY, z, 2.0))(Z[0]), want, atol=1e-6)
+
+
+def test_with_optax_perturbed_functions():
+    """A perturbed Fenchel–Young loss by optax: its perturbed maximum is log Σ e^z, as the noise is Gumbel."""
+    optax = pytest.importorskip("optax")
+    perturbed = optax.perturbations.make_perturbed_fun(
+        lambda z: jax.nn.one_hot(jnp.argmax(z, -1), 4), num_samples=20_000, sigma=1.0
+    )
+    np.testing.assert_allclose(perturbed(KEY, Z[0]), js.softmax(Z[0]), atol=5 * 0.5 / 20_000**0.5)
+
+
+# --- edges ---------------------------------------------------------------------------------------------------
+
+BAD = jnp.array([[jnp.nan, 0.0, 1.0], [jnp.inf, 0.0, 1.0], [-jnp.inf] * 3, [0.0, 1.0, -jnp.inf]])
+MAPS = {
+    "gumbel_softmax": lambda z, **o: gumbel.gumbel_softmax(KEY, z, 0.5, **o),
+    "hard": lambda z, **o: gumbel.gumbel_softmax(KEY, z, 0.5, hard=True, **o),
+    "exp_concrete": lambda z, **o: gumbel.exp_concrete(KEY, z, 0.5, **o),
+    "subset_softmax": lambda z, **o: gumbel.subset_softmax(KEY, z, 2, 0.5, **o),
+    "conditional_gumbels": lambda z, **o: gumbel.conditional_gumbels(KEY, z, jnp.zeros(len(z), int), **o),
+    "rao_blackwellised": lambda z, **o: gumbel.rao_blackwellised(KEY, z, jnp.zeros(len(z), int), 0.5, 3, **o),
+    "reinmax": lambda z, **o: gumbel.reinmax(KEY, z, 1.0, **o),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_edges_of_maps(name):
+    f = MAPS[name]
+    value = np.asarray(f(BAD))
+    empty = -np.inf if name in ("exp_concrete", "conditional_gumbels") else 0
+    assert np.all(np.isnan(value[:2]))
+    np.testing.assert_array_equal(value[2], np.full(3, empty))
+    np.testing.assert_array_equal(value[3, 2], empty)
+    assert np.all(np.isfinite(value[3, :2]))
+    kept = jnp.array([True, True, False])
+    for options in ({"where": kept}, {"log_weights": jnp.log(kept.astype(jnp.float32))}):
+        by_option = f(jnp.array([[0.0, 1.0, 9.0]]), **options)
+        np.testing.assert_allclose(by_option, f(jnp.array([[0.0, 1.0, -jnp.inf]])), rtol=1e-6)
+
+    def total(z):
+        return jnp.sum(jnp.where(jnp.isfinite(value), jnp.sin(f(z)), 0))
+
+    for derivative in (jax.grad(total), lambda z: jax.jvp(jax.grad(total), (z,), (jnp.ones_like(z),))[1]):
+        at = derivative(BAD)
+        np.testing.assert_array_equal(at[2], 0)
+        assert np.all(np.isfinite(at[3]))
+        assert at[3, 2] == 0
+
+
+def test_edges_of_draws():
+    np.testing.assert_array_equal(gumbel.categorical(KEY, BAD)[:3], -1)
+    draws = gumbel.categorical(KEY, BAD, shape=(500, 4))
+    assert set(np.asarray(draws[:, 3]).tolist()) == {0, 1}
+    masked = gumbel.categorical(KEY, jnp.zeros(5), shape=(500,), where=jnp.array([False, True, False, True, False]))
+    assert set(np.asarray(masked).tolist()) == {1, 3}
+    sample = gumbel.gumbel_top_k(KEY, BAD, 3)
+    np.testing.assert_array_equal(sample.indices[:3], -1)
+    np.testing.assert_array_equal(np.sort(sample.indices[3]), [-1, 0, 1])
+    assert np.all(np.isnan(sample.perturbed[:2]))
+    np.testing.assert_array_equal(sample.threshold, [np.nan, np.nan, -np.inf, -np.inf])
+    assert gumbel.categorical(KEY, jnp.zeros((2, 5)), shape=(0, 2)).shape == (0, 2)
+    np.testing.assert_array_equal(gumbel.categorical(KEY, BAD, shape=(3, 4), replace=False)[2, 3], -1)
+
+
+def test_edges_of_conditional_gumbels():
+    z = jnp.zeros((3, 3))
+    perturbed = gumbel.conditional_gumbels(KEY, z, jnp.array([-1, 3, 2]), where=jnp.array([True, True, False]))
+    assert np.all(np.isnan(perturbed))
+
+
+def test_edges_of_densities():
+    x = jnp.log(jnp.array([[0.5, 0.25, 0.25]] * 4)).at[2:].set(-jnp.inf).at[3, :2].set(jnp.log(0.5))
+    density = np.asarray(gumbel.exp_concrete_log_density(x, BAD, 0.5))
+    assert np.all(np.isnan(density[:2]))
+    assert density[2] == 0
+    np.testing.assert_allclose(density[3], gumbel.exp_concrete_log_density(x[3, :2], BAD[3, :2], 0.5), rtol=1e-6)
+    assert gumbel.exp_concrete_log_density(x[0], BAD[3], 0.5) == -np.inf  # a class that is left out
+    np.testing.assert_allclose(
+        gumbel.concrete_log_density(jnp.exp(x[3]), BAD[3], 0.5), density[3] - 2 * np.log(0.5), rtol=1e-6
+    )
+    slopes = jax.grad(lambda z: jnp.sum(jnp.nan_to_num(gumbel.exp_concrete_log_density(x, z, 0.5))))(BAD)
+    np.testing.assert_array_equal(slopes[2], 0)
+    assert np.all(np.isfinite(slopes[3]))
+    masked = gumbel.binary_concrete_log_density(jnp.array([0.5, 0.2]), Z[0, :2], 0.5, where=jnp.array([False, True]))
+    assert masked[0] == 0
+    assert np.isfinite(masked[1])
+
+
+def test_dtypes_under_strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+            z = Z.astype(dtype)
+            for name, f in MAPS.items():
+                assert f(z).dtype == dtype, name
+            assert gumbel.categorical(KEY, z).dtype == jnp.int32
+            assert gumbel.gumbel_top_k(KEY, z, 2).threshold.dtype == jnp.float32
+            assert gumbel.exp_concrete_log_density(z, z, 0.5).dtype == jnp.float32
+            assert gumbel.binary_concrete_log_density(z * 0 + dtype(0.5), z, 0.5).dtype == jnp.float32
+
+
+def test_ranking_is_that_of_top_k():
+    """log P of the sample's order, from the same scores."""
+    sample = gumbel.gumbel_top_k(KEY, Z, 3)
+    log_p = losses.plackett_luce_log_prob(Z, sample.indices)
+    assert np.all(np.isfinite(log_p))
