@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jsoftmax
-from jsoftmax import losses, optim, verify
+from jsoftmax import gumbel, losses, optim, verify
 from jsoftmax.cli import train
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
@@ -30,6 +30,8 @@ def test_tables_follow_the_lists():
         *("kl_to_target", "spherical_z_loss", "plackett_luce_log_prob"),
     ]
     assert set(losses.__all__) == set(re.findall(r"^\| `losses\.(\w+)\(", README, re.M))
+    listed = set(re.findall(r"^\| `gumbel\.(\w+)\(", README, re.M))
+    assert listed == {name for name in gumbel.__all__ if name.islower()}
     families = list(dict.fromkeys(phi.name for phi in jsoftmax.PHIS))
     assert re.findall(r"^\| `(\w+)[^|]*\|[^|]*\|[^|]*\| 3\.", README, re.M) == families
 
@@ -53,11 +55,15 @@ def test_example():
     np.testing.assert_allclose(jsoftmax.entropy(names["z"][0] / names["t"]), 0.5, rtol=1e-5)
     np.testing.assert_allclose(names["by_theta"]["scale"], 0.36613, rtol=1e-4)
     assert jnp.abs(jax.grad(names["value"])(names["W"], names["inputs"], names["targets"])).max() < 1e-4
+    np.testing.assert_allclose(jnp.bincount(names["draws"]) / 1e6, jsoftmax.softmax(names["z"][0]), atol=0.003)
+    assert set(np.unique(names["soft"]).tolist()) == {0.0, 1.0}
+    assert names["sample"].indices.shape == (2,)
     np.testing.assert_allclose(names["loss"], jnp.array([2.0611537e-09, 0.3132617]), rtol=1e-6)
 
 
 CITING = {name: getattr(jsoftmax, name) for name in jsoftmax.__all__ if name.islower()}
 CITING |= {name: getattr(losses, name) for name in losses.__all__}
+CITING |= {name: getattr(gumbel, name) for name in gumbel.__all__ if name.islower()}
 CITING |= {f.__name__: f for f in (optim.gauss_newton, optim.newton_cg, optim.natural_gradient)}
 
 
@@ -65,7 +71,7 @@ CITING |= {f.__name__: f for f in (optim.gauss_newton, optim.newton_cg, optim.na
 def test_docstrings_cite_rows_that_exist(name):
     thing = CITING[name]
     text = (type(thing) if name in map(str, jsoftmax.PHIS) else thing).__doc__
-    rows = re.findall(r"MATH (\d\.\d+)", text)
+    rows = re.findall(r"MATH (\d+\.\d+)", text)
     assert rows, name
     for row in rows:
         assert f"**{row} " in MATH, (name, row)

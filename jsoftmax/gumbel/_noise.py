@@ -1,4 +1,4 @@
-"""Gumbel noise, and what every function here asks of its arguments."""
+"""Gumbel noise, and what every function of the Gumbel route asks of its arguments."""
 
 import math
 from typing import Any, NamedTuple
