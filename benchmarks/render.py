@@ -35,7 +35,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def _cell(row: dict[str, Any]) -> str:
     ratios = (f"{peer} {middle:.2f} [{low:.2f}, {high:.2f}]" for peer, (low, middle, high) in row["ratio"].items())
-    return "; / ".join([f"{row['ms']['ours']:.2f} ms", *[", / ".join(ratios)] if row["ratio"] else []])
+    return f"{row['ms']['ours']:.2f} ms" + (f"; / {', / '.join(ratios)}" if row["ratio"] else "")
 
 
 def picture(runs: list[dict[str, Any]]) -> None:
@@ -74,7 +74,7 @@ def picture(runs: list[dict[str, Any]]) -> None:
 
 def render() -> None:
     text = README.read_text()
-    for name in ("family", "losses"):
+    for name in ("family", "losses", "gumbel"):
         between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         made = table(load(name))
         text = between.sub(lambda found, made=made: found[1] + made + found[2], text)

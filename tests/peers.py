@@ -18,6 +18,7 @@ CROSS_ENTROPY = {  # options of ours, by name
     "ignored": {"ignore_label": 5},
     "together": {"class_weights": WEIGHTS, "label_smoothing": 0.1, "ignore_label": 5},
 }
+TEMPERATURES = (0.3, 0.7, 2.0)
 ALPHAS = (1.1, 1.3, 1.5, 1.7, 2.0)
 
 
@@ -39,12 +40,25 @@ def measure():
         (product,) = torch.autograd.grad(y, x, g if y.shape == g.shape else torch.ones_like(y))
         return {"value": y.tolist(), "product": product.tolist()}
 
+    exp_concrete = torch.distributions.relaxed_categorical.ExpRelaxedCategorical
+    log_x = torch.log_softmax(torch.tensor(2 * G), -1)
     losses = {1.5: entmax.entmax15_loss, 2.0: entmax.sparsemax_loss}
     return {
         "torch": {
             "version": torch.__version__,
             "cross_entropy": {name: cross_entropy(options).tolist() for name, options in CROSS_ENTROPY.items()},
             "distributions": cross_entropy({}, q).tolist(),
+            "concrete": {
+                str(round(float(t), 1)): {
+                    "log_x": log_x.tolist(),
+                    "exp_concrete": exp_concrete(t, logits=z).log_prob(log_x).tolist(),
+                    "concrete": torch.distributions.RelaxedOneHotCategorical(t, logits=z)
+                    .log_prob(log_x.exp())
+                    .tolist(),
+                    "binary": torch.distributions.RelaxedBernoulli(t, logits=z).log_prob(log_x.exp()).tolist(),
+                }
+                for t in map(torch.tensor, TEMPERATURES)
+            },
             "smoothed distributions": cross_entropy({"label_smoothing": 0.1}, q).tolist(),
         },
         "entmax": {

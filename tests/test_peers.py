@@ -10,7 +10,7 @@ import peers
 import pytest
 
 import jsoftmax as js
-from jsoftmax import losses
+from jsoftmax import gumbel, losses
 
 LIVE = all(importlib.util.find_spec(name) for name in ("torch", "entmax"))
 
@@ -36,6 +36,16 @@ def test_cross_entropy(numbers):
     same(losses.cross_entropy(peers.Z, peers.Q), numbers["torch"]["distributions"])
     smoothed = losses.cross_entropy(peers.Z, peers.Q, label_smoothing=0.1)
     same(smoothed, numbers["torch"]["smoothed distributions"])
+
+
+def test_densities_of_relaxed_samples(numbers):
+    """PyTorch's ExpRelaxedCategorical, RelaxedOneHotCategorical and RelaxedBernoulli."""
+    assert numbers["torch"]["concrete"].keys() == {str(t) for t in peers.TEMPERATURES}
+    for temperature, theirs in numbers["torch"]["concrete"].items():
+        log_x, tau = np.float32(theirs["log_x"]), float(temperature)
+        same(gumbel.exp_concrete_log_density(log_x, peers.Z, tau), theirs["exp_concrete"])
+        same(gumbel.concrete_log_density(np.exp(log_x), peers.Z, tau), theirs["concrete"])
+        same(gumbel.binary_concrete_log_density(np.exp(log_x), peers.Z, tau), theirs["binary"], rtol=1e-4)
 
 
 def test_sparse_maps(numbers):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import _arguments, maps
@@ -87,6 +88,12 @@ def check_index(function: str, index: Any, x: Array) -> Array:
             f"{array.shape}. For several draws of one row map over them: jax.vmap."
         )
     return _arguments.wide_integers(array)
+
+
+def top_k(a: Array, k: int) -> tuple[Array, Array]:
+    """The k largest and where they are; the barrier keeps XLA on CPU from sorting the whole row for slices of them."""
+    best, index = lax.optimization_barrier(tuple(lax.top_k(a, k)))
+    return best, index
 
 
 def one_hot(index: Array, x: Array) -> Array:

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
@@ -74,8 +73,7 @@ def gumbel_top_k(
 def _top_k(key: Any, x: Array, k: int) -> tuple[Array, Array]:
     """The k + 1 largest perturbed log-probabilities, or all K."""
     log_p = normalize(x, (x.ndim - 1,)).log_p
-    best, index = lax.top_k(log_p + _noise.gumbel(key, x.shape, x.dtype), min(k + 1, x.shape[-1]))
-    return best, index
+    return _noise.top_k(log_p + _noise.gumbel(key, x.shape, x.dtype), min(k + 1, x.shape[-1]))
 
 
 def log_inclusion_probability(log_p: ArrayLike, threshold: ArrayLike) -> Float[Array, "..."]:

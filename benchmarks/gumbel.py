@@ -1,0 +1,90 @@
+"""Draws and relaxed samples beside jax.random, numpyro and, where it is installed, PyTorch; time and memory."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import measure
+from benchmarks.measure import Case, F, normal
+from jsoftmax import gumbel
+
+KEY = jax.random.key(0)
+BIG, ROW, DRAWS, FEW = (64, 131_072), (50_000,), 1_000_000, 2_000
+
+
+def torch_calls(z: jax.Array) -> dict[str, F]:
+    """PyTorch's ways by name; nothing where it is not installed."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # its idle threads would spin on the cores that JAX needs
+    try:
+        import torch  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (a peer)
+    except ImportError:
+        return {}
+    x = torch.tensor(np.asarray(z))
+    p = torch.softmax(x, -1)
+
+    def perturbed() -> Any:
+        return x - torch.empty_like(x).exponential_().log()
+
+    return {
+        "multinomial": lambda: torch.multinomial(torch.softmax(x, -1), 1, replacement=True),
+        "argmax": lambda: perturbed().argmax(-1),
+        "gumbel_softmax": lambda: torch.nn.functional.gumbel_softmax(x, 0.5),
+        "top_k": lambda: perturbed().topk(11, -1),
+        "many": lambda: torch.multinomial(p, DRAWS, replacement=True),
+        "few": lambda: torch.multinomial(p, FEW, replacement=True),
+    }
+
+
+def numpyro_categorical() -> F | None:
+    try:
+        from numpyro import distributions  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (a peer)
+    except ImportError:
+        return None
+    return lambda z: distributions.Categorical(logits=z).sample(KEY)
+
+
+def cases() -> list[Case]:
+    z, row = normal(0, BIG), normal(0, ROW)
+    of_rows, of_row = torch_calls(z), torch_calls(row)
+
+    def only(calls: dict[str, F], **names: str) -> dict[str, F]:
+        return {label: calls[name] for label, name in names.items() if name in calls}
+
+    one = {"ours": lambda z: gumbel.categorical(KEY, z), "jax.random": lambda z: jax.random.categorical(KEY, z)}
+    if peer := numpyro_categorical():
+        one["numpyro"] = peer
+    noise = lambda z: z + jax.random.gumbel(KEY, z.shape)  # noqa: E731
+    relaxed = {
+        "ours": lambda z: gumbel.gumbel_softmax(KEY, z, 0.5),
+        "jax.random": lambda z: jax.nn.softmax(noise(z) / 0.5),
+    }
+    top = {"ours": lambda z: gumbel.gumbel_top_k(KEY, z, 10), "jax.random": lambda z: jax.lax.top_k(noise(z), 11)}
+    few = {
+        "ours": lambda z: gumbel.categorical(KEY, z, shape=(FEW,)),
+        "jax.random": lambda z: jax.random.categorical(KEY, z, shape=(FEW,)),
+    }
+    many: dict[str, F] = {"ours": lambda z: gumbel.categorical(KEY, z, shape=(DRAWS,))}
+
+    def case(name: str, scores: jax.Array, candidates: dict[str, F], calls: dict[str, F]) -> Case:
+        return Case("gumbel", name, scores.shape, candidates, (scores,), calls=calls)
+
+    return [
+        case("one draw a row", z, one, only(of_rows, torch="multinomial", **{"torch argmax": "argmax"})),
+        case("gumbel_softmax", z, relaxed, only(of_rows, torch="gumbel_softmax")),
+        case("top 10 of Gumbel", z, top, only(of_rows, torch="top_k")),
+        case(f"{FEW:,} draws of one row", row, few, only(of_row, torch="few")),
+        case(f"{DRAWS:,} draws of one row", row, many, only(of_row, torch="many")),
+    ]
+
+
+def run(output: pathlib.Path) -> None:
+    made = cases()
+    measure.run(made, output)
+    for case in made:  # what the programs need beside their arguments
+        for name, f in case.candidates.items():
+            memory: Any = jax.jit(f).lower(*case.arguments).compile().memory_analysis()
+            total = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
+            print(f"{case.name:32} {name:12} {total:8.1f} MiB of temporaries and results")
