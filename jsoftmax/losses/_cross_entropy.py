@@ -61,12 +61,15 @@ def _expected(given: Labelled, x: Array, labels: Array, f: Callable[[Array], Arr
     q > 0 on a class left out."""
     if given.by_label:
         label, valid = _labels.in_range(labels, x.shape[-1])
-        weights = jnp.ones_like(x[..., :1]) if given.class_weights is None else given.class_weights[label]
+        loss = f(negative_log_p(x, label))
+        weights = jnp.where(valid, 1, jnp.nan).astype(x.dtype)
+        if given.class_weights is not None:
+            weights = weights * given.class_weights[label]
         if given.rows is not None:
             weights = jnp.where(given.rows[..., None], weights, 0)
-        loss = f(negative_log_p(x, label))
-        loss = jnp.where((weights == 0) & jnp.isposinf(loss), 0, loss)  # a weight of 0 leaves infinity out, too
-        return jnp.where(valid, weights, jnp.nan) * loss
+        if given.class_weights is not None or given.rows is not None:
+            loss = jnp.where((weights == 0) & jnp.isposinf(loss), 0, loss)  # 0 · ∞ is 0
+        return weights * loss
     axis, kept = (x.ndim - 1,), ~jnp.isneginf(x)
     impossible = jnp.where(labels == 0, 0, jnp.inf).astype(x.dtype)
     n = jnp.where(kept, -normalize(x, axis).log_p, 0)
