@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -333,18 +334,20 @@ def _run_cells(run: Run) -> list[str]:
 
 
 def _table(columns: tuple[str, ...], title: str | None = None) -> Table:
-    table = Table(title=title)
+    """A table whose numbers stay whole in 80 columns: only names are folded."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="left" if column in _LEFT else "right", no_wrap=True)
+        name = column in _LEFT
+        table.add_column(column, justify="left" if name else "right", no_wrap=not name, overflow="fold")
     return table
 
 
 def _results_table(results: list[Result]) -> Table:
-    table = _table(_COLUMNS)
+    table = _table(_COLUMNS[1:])
     for before, result in zip([None, *results], results, strict=False):
-        if before and before.model != result.model:
-            table.add_section()
-        table.add_row(*_cells(result))
+        if before is None or before.model != result.model:
+            table.add_row(f"[bold]{result.model}[/]")
+        table.add_row(*_cells(result)[1:])
     return table
 
 
