@@ -106,8 +106,7 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
     if replace:
         drawn = _draw(key, given.x, count)
     else:
-        noise = _noise.gumbel(key, given.x.shape, given.x.dtype)
-        best, drawn = _noise.top_k(given.x + noise, count)
+        best, drawn = _noise.top_k(given.perturbed(key), count)
         drawn = jnp.where(best > -jnp.inf, drawn, -1)
     return jnp.moveaxis(drawn, -1, 0).reshape(*prefix, *batch)
 

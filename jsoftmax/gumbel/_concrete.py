@@ -63,9 +63,8 @@ def gumbel_softmax(
     Array([0., 0., 1.], dtype=float32)
     """
     function = "gumbel_softmax"
-    given = _noise.check(function, z, axis, where, phi, log_weights)
-    tau = _noise.check_temperature(function, temperature, given.x)
-    perturbed = given.x + _noise.gumbel(key, given.x.shape, given.x.dtype)
+    given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
+    perturbed = given.perturbed(key)
     soft = relaxed(perturbed, tau).p
     if hard:
         soft = straight_through(_noise.one_hot(jnp.argmax(perturbed, -1), perturbed), soft)
@@ -96,10 +95,8 @@ def exp_concrete(
     (3,)
     """
     function = "exp_concrete"
-    given = _noise.check(function, z, axis, where, phi, log_weights)
-    tau = _noise.check_temperature(function, temperature, given.x)
-    perturbed = given.x + _noise.gumbel(key, given.x.shape, given.x.dtype)
-    return given.restore(relaxed(perturbed, tau).log_p)
+    given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
+    return given.restore(relaxed(given.perturbed(key), tau).log_p)
 
 
 def subset_softmax(
@@ -131,10 +128,9 @@ def subset_softmax(
     Array([0., 0., 1., 1.], dtype=float32)
     """
     function = "subset_softmax"
-    given = _noise.check(function, z, axis, where, phi, log_weights)
-    tau = _noise.check_temperature(function, temperature, given.x)
+    given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
     count = _noise.check_count(function, k, given.x)
-    return given.restore(_subset(given.x + _noise.gumbel(key, given.x.shape, given.x.dtype), tau, count))
+    return given.restore(_subset(given.perturbed(key), tau, count))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -217,8 +213,7 @@ def exp_concrete_log_density(
     ()
     """
     function = "exp_concrete_log_density"
-    given = _noise.check(function, z, axis, where, phi, log_weights)
-    tau = _noise.check_temperature(function, temperature, given.x)
+    given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
     return _log_density(_check_sample(function, x, given), given.x, tau)
 
 
@@ -251,8 +246,7 @@ def concrete_log_density(
     Array(0., dtype=float32)
     """
     function = "concrete_log_density"
-    given = _noise.check(function, z, axis, where, phi, log_weights)
-    tau = _noise.check_temperature(function, temperature, given.x)
+    given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
     sample = _check_sample(function, x, given)
     kept = ~jnp.isneginf(given.x)
     log_x = jnp.where(kept | (sample > 0) | jnp.isnan(sample), _log_of_sample(sample), -jnp.inf)
@@ -304,8 +298,8 @@ def binary_concrete_log_density(
     def with_class(a: ArrayLike | None) -> ArrayLike | None:
         return None if a is None else jnp.asarray(a)[..., None]
 
-    given = _noise.check(function, scores, -1, with_class(where), phi, with_class(log_weights))
-    tau = _noise.check_temperature(function, temperature, given.x)
+    options = (-1, with_class(where), phi, with_class(log_weights))
+    given, tau = _noise.check_relaxed(function, scores, temperature, *options)
     return _binary(sample, given.x[..., 0], tau[..., 0])
 
 

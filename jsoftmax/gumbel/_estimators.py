@@ -115,8 +115,7 @@ def rao_blackwellised(  # noqa: PLR0917  (as `gumbel_softmax` has them)
     Array([0., 1., 0.], dtype=float32)
     """
     function = "rao_blackwellised"
-    given = _noise.check(function, z, axis, where, phi, log_weights)
-    tau = _noise.check_temperature(function, temperature, given.x)
+    given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
     index = _noise.check_index(function, index, given.x)
     if not _arguments.is_int(samples) or samples < 1:
         kind = ValueError if _arguments.is_int(samples) else TypeError
@@ -150,8 +149,7 @@ def reinmax(
     Array([0., 0., 1.], dtype=float32)
     """
     function = "reinmax"
-    given = _noise.check(function, z, axis, where, phi, log_weights)
-    tau = _noise.check_temperature(function, temperature, given.x)
+    given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
     hard = _noise.one_hot(categorical(key, lax.stop_gradient(given.x)), given.x)
     return given.restore(straight_through(hard, _heun(given.x, hard, tau)))
 

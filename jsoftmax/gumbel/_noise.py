@@ -28,6 +28,10 @@ class Scores(NamedTuple):
     axis: int
     dtype: Any
 
+    def perturbed(self, key: Any) -> Array:
+        """x + g."""
+        return self.x + gumbel(key, self.x.shape, self.x.dtype)
+
     def restore(self, a: Array) -> Array:
         """A result with classes, their axis where the scores have it, in the scores' dtype."""
         return jnp.moveaxis(a, -1, self.axis).astype(self.dtype)
@@ -43,14 +47,17 @@ def check(  # noqa: PLR0917  (as the public functions have them)
     return Scores(jnp.moveaxis(x, at, -1), at, arguments.dtype)
 
 
-def check_temperature(function: str, temperature: Any, x: Array) -> Array:
-    """τ as an array that broadcasts to x: one number, or one for each row `[...]`."""
+def check_relaxed(  # noqa: PLR0917  (as the public functions have them)
+    function: str, z: Any, temperature: Any, axis: Any, where: Any, phi: Any, log_weights: Any
+) -> tuple[Scores, Array]:
+    """The scores, and τ as `[..., 1]`: one number, or one for each row."""
+    given = check(function, z, axis, where, phi, log_weights)
     if _arguments.is_concrete_number(temperature) and not 0 < temperature < math.inf:
         raise ValueError(
             f"{function}: temperature must be > 0 and finite; got {temperature}. For samples without relaxation, "
             "the limit 0, take jsoftmax.gumbel.categorical."
         )
-    return per_row(function, "temperature", temperature, x)
+    return given, per_row(function, "temperature", temperature, given.x)
 
 
 def per_row(function: str, argument: str, value: Any, x: Array) -> Array:

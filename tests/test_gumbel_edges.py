@@ -1,0 +1,153 @@
+"""The Gumbel route: bad rows, classes left out, narrow dtypes, wrong calls."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsoftmax import gumbel
+
+KEY = jax.random.key(0)
+Z = jnp.array([[0.3, -1.2, 2.0, 0.7], [-0.5, 0.1, -2.0, 1.5]])
+
+# --- edges ---------------------------------------------------------------------------------------------------
+
+BAD = jnp.array([[jnp.nan, 0.0, 1.0], [jnp.inf, 0.0, 1.0], [-jnp.inf] * 3, [0.0, 1.0, -jnp.inf]])
+MAPS = {
+    "gumbel_softmax": lambda z, **o: gumbel.gumbel_softmax(KEY, z, 0.5, **o),
+    "hard": lambda z, **o: gumbel.gumbel_softmax(KEY, z, 0.5, hard=True, **o),
+    "exp_concrete": lambda z, **o: gumbel.exp_concrete(KEY, z, 0.5, **o),
+    "subset_softmax": lambda z, **o: gumbel.subset_softmax(KEY, z, 2, 0.5, **o),
+    "conditional_gumbels": lambda z, **o: gumbel.conditional_gumbels(KEY, z, jnp.zeros(len(z), int), **o),
+    "rao_blackwellised": lambda z, **o: gumbel.rao_blackwellised(KEY, z, jnp.zeros(len(z), int), 0.5, 3, **o),
+    "reinmax": lambda z, **o: gumbel.reinmax(KEY, z, 1.0, **o),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_edges_of_maps(name):
+    f = MAPS[name]
+    value = np.asarray(f(BAD))
+    empty = -np.inf if name in ("exp_concrete", "conditional_gumbels") else 0
+    assert np.all(np.isnan(value[:2]))
+    np.testing.assert_array_equal(value[2], np.full(3, empty))
+    np.testing.assert_array_equal(value[3, 2], empty)
+    assert np.all(np.isfinite(value[3, :2]))
+    kept = jnp.array([True, True, False])
+    for options in ({"where": kept}, {"log_weights": jnp.log(kept.astype(jnp.float32))}):
+        by_option = f(jnp.array([[0.0, 1.0, 9.0]]), **options)
+        np.testing.assert_allclose(by_option, f(jnp.array([[0.0, 1.0, -jnp.inf]])), rtol=1e-6)
+
+    def total(z):
+        return jnp.sum(jnp.where(jnp.isfinite(value), jnp.sin(f(z)), 0))
+
+    for derivative in (jax.grad(total), lambda z: jax.jvp(jax.grad(total), (z,), (jnp.ones_like(z),))[1]):
+        at = derivative(BAD)
+        np.testing.assert_array_equal(at[2], 0)
+        assert np.all(np.isfinite(at[3]))
+        assert at[3, 2] == 0
+
+
+def test_edges_of_draws():
+    np.testing.assert_array_equal(gumbel.categorical(KEY, BAD)[:3], -1)
+    draws = gumbel.categorical(KEY, BAD, shape=(500, 4))
+    assert set(np.asarray(draws[:, 3]).tolist()) == {0, 1}
+    masked = gumbel.categorical(KEY, jnp.zeros(5), shape=(500,), where=jnp.array([False, True, False, True, False]))
+    assert set(np.asarray(masked).tolist()) == {1, 3}
+    sample = gumbel.gumbel_top_k(KEY, BAD, 3)
+    np.testing.assert_array_equal(sample.indices[:3], -1)
+    np.testing.assert_array_equal(np.sort(sample.indices[3]), [-1, 0, 1])
+    assert np.all(np.isnan(sample.perturbed[:2]))
+    np.testing.assert_array_equal(sample.threshold, [np.nan, np.nan, -np.inf, -np.inf])
+    assert gumbel.categorical(KEY, jnp.zeros((2, 5)), shape=(0, 2)).shape == (0, 2)
+    np.testing.assert_array_equal(gumbel.categorical(KEY, BAD, shape=(3, 4), replace=False)[2, 3], -1)
+
+
+def test_edges_of_conditional_gumbels():
+    z = jnp.zeros((3, 3))
+    perturbed = gumbel.conditional_gumbels(KEY, z, jnp.array([-1, 3, 2]), where=jnp.array([True, True, False]))
+    assert np.all(np.isnan(perturbed))
+
+
+def test_edges_of_densities():
+    x = jnp.log(jnp.array([[0.5, 0.25, 0.25]] * 4)).at[2:].set(-jnp.inf).at[3, :2].set(jnp.log(0.5))
+    density = np.asarray(gumbel.exp_concrete_log_density(x, BAD, 0.5))
+    assert np.all(np.isnan(density[:2]))
+    assert density[2] == 0
+    np.testing.assert_allclose(density[3], gumbel.exp_concrete_log_density(x[3, :2], BAD[3, :2], 0.5), rtol=1e-6)
+    assert gumbel.exp_concrete_log_density(x[0], BAD[3], 0.5) == -np.inf  # a class that is left out
+    np.testing.assert_allclose(
+        gumbel.concrete_log_density(jnp.exp(x[3]), BAD[3], 0.5), density[3] - 2 * np.log(0.5), rtol=1e-6
+    )
+    slopes = jax.grad(lambda z: jnp.sum(jnp.nan_to_num(gumbel.exp_concrete_log_density(x, z, 0.5))))(BAD)
+    np.testing.assert_array_equal(slopes[2], 0)
+    assert np.all(np.isfinite(slopes[3]))
+    masked = gumbel.binary_concrete_log_density(jnp.array([0.5, 0.2]), Z[0, :2], 0.5, where=jnp.array([False, True]))
+    assert masked[0] == 0
+    assert np.isfinite(masked[1])
+
+
+def test_dtypes_under_strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+            z = Z.astype(dtype)
+            for name, f in MAPS.items():
+                assert f(z).dtype == dtype, name
+            assert gumbel.categorical(KEY, z).dtype == jnp.int32
+            assert gumbel.gumbel_top_k(KEY, z, 2).threshold.dtype == jnp.float32
+            assert gumbel.exp_concrete_log_density(z, z, 0.5).dtype == jnp.float32
+            assert gumbel.binary_concrete_log_density(z * 0 + dtype(0.5), z, 0.5).dtype == jnp.float32
+
+
+INDEX = jnp.array([1, 3])
+raw = inspect.unwrap
+(draw, top, soft, subset, density, binary, conditional, averaged, heun) = map(
+    raw,
+    (
+        gumbel.categorical,
+        gumbel.gumbel_top_k,
+        gumbel.gumbel_softmax,
+        gumbel.subset_softmax,
+        gumbel.exp_concrete_log_density,
+        gumbel.binary_concrete_log_density,
+        gumbel.conditional_gumbels,
+        gumbel.rao_blackwellised,
+        gumbel.reinmax,
+    ),
+)
+WRONG = [  # call, error, what the message says
+    (lambda: draw(KEY, Z, (0, 1)), ValueError, "categorical: axis must be one axis; got (0, 1)"),
+    (lambda: draw(KEY, Z, 2), ValueError, "categorical: axis 2 is out of range"),
+    (lambda: draw(KEY, Z, shape=(5,)), ValueError, "categorical: shape must end in", "shape=(n, *(2,))"),
+    (lambda: draw(KEY, Z, shape=2.5), TypeError, "categorical: shape must be a tuple of ints", "got 2.5"),
+    (lambda: draw(KEY, Z, shape=(5, 2), replace=False), ValueError, "no more draws than there are classes, 4", "got 5"),
+    (lambda: draw(KEY, Z, mode="exact"), ValueError, "categorical: mode must be None, 'low' or 'high'; got 'exact'"),
+    (lambda: draw(KEY, Z, phi=jnp.exp), TypeError, "categorical: phi must be a φ"),
+    (lambda: draw(KEY, Z, where=jnp.ones(3, bool)), ValueError, "categorical: where must broadcast"),
+    (lambda: top(KEY, Z, 5), ValueError, "gumbel_top_k: k must be an int in [1, 4]", "got 5"),
+    (lambda: top(KEY, Z, 2.0), TypeError, "gumbel_top_k: k must be an int"),
+    (lambda: subset(KEY, Z, 0, 1.0), ValueError, "subset_softmax: k must be an int in [1, 4]", "got 0"),
+    (lambda: soft(KEY, Z, 0), ValueError, "gumbel_softmax: temperature must be > 0", "jsoftmax.gumbel.categorical"),
+    (lambda: soft(KEY, Z, -1.0), ValueError, "temperature must be > 0 and finite; got -1.0"),
+    (lambda: soft(KEY, Z, jnp.ones(3)), ValueError, "temperature must be a number or broadcast", "(2,)", "(3,)"),
+    (lambda: soft(KEY, Z, "low"), TypeError, "gumbel_softmax: temperature must be an array or a number; got str"),
+    (lambda: heun(KEY, Z, 0.0), ValueError, "reinmax: temperature must be > 0"),
+    (lambda: density(Z[0], Z, 0.5), ValueError, "exp_concrete_log_density: x must have the scores' shape (2, 4)"),
+    (lambda: binary(Z, Z[:, :2], 0.5), ValueError, "binary_concrete_log_density: x and z must have shapes"),
+    (lambda: conditional(KEY, Z, jnp.array(1)), ValueError, "conditional_gumbels: index must have", "(2,)", "jax.vmap"),
+    (lambda: conditional(KEY, Z, INDEX / 2), TypeError, "conditional_gumbels: index must be integers", "float32"),
+    (lambda: conditional(KEY, Z, INDEX, maximum=jnp.ones(3)), ValueError, "maximum must be a number or broadcast"),
+    (lambda: averaged(KEY, Z, INDEX, 0.5, 0), ValueError, "rao_blackwellised: samples must be an int >= 1", "got 0"),
+    (lambda: averaged(KEY, Z, INDEX, 0.5, 2.0), TypeError, "rao_blackwellised: samples must be an int"),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong[2])
+def test_wrong_calls(wrong):
+    call, error, *says = wrong
+    with pytest.raises(error) as caught:
+        call()
+    for part in says:
+        assert part in str(caught.value), caught.value
