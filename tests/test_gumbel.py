@@ -10,7 +10,7 @@ from jax.scipy.special import gammaln
 
 import jsoftmax as js
 from jsoftmax import gumbel, losses, verify
-from jsoftmax.gumbel import _noise
+from jsoftmax.gumbel import _concrete, _noise
 
 KEY = jax.random.key(0)
 Z = jnp.array([[0.3, -1.2, 2.0, 0.7], [-0.5, 0.1, -2.0, 1.5]])
@@ -220,7 +220,7 @@ def test_shapes_and_axes():
         along = f(KEY, z, 0.5, 1)
         assert along.shape == z.shape
         np.testing.assert_allclose(along, jnp.moveaxis(f(KEY, jnp.moveaxis(z, 1, -1), 0.5), -1, 1))
-    per_row = gumbel.gumbel_softmax(KEY, z, jnp.array([[0.1], [9.0]]), 1)
+    per_row = gumbel.gumbel_softmax(KEY, z, jnp.array([[[0.1]], [[9.0]]]), 1)
     np.testing.assert_allclose(per_row.sum(1), jnp.ones((2, 3)), rtol=1e-6)
     assert per_row[0].max() > 0.9
     assert per_row[1].max() < 0.5
@@ -233,9 +233,11 @@ def test_small_temperatures_are_finite():
             def total(z, tau, f=f):
                 return weighted(f(KEY, z, temperature=tau))
 
-            for tau in (1e-3, 1e-6, 1.0):
-                for order in (jax.grad(total, (0, 1)), jax.hessian(total, (0, 1))):
-                    assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(jax.jit(order)(Z, tau)))
+            rows = 3 * jax.random.normal(KEY, (30, 4))
+            for order in (jax.grad(total, (0, 1)), jax.hessian(total, (0, 1))):
+                at = jax.jit(order)
+                for tau in (1e-3, 1e-6, 0.05, 1.0):
+                    assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(at(rows, tau)))
 
 
 def test_hard_is_exactly_one_hot():
@@ -253,6 +255,34 @@ def test_subset_tends_to_the_sample_of_top_k():
     np.testing.assert_allclose(np.take_along_axis(soft, top, -1), 1, atol=1e-3)
     whole = gumbel.subset_softmax(KEY, Z[:1], 4, 0.01)
     np.testing.assert_allclose(whole, jnp.ones((1, 4)), atol=1e-3)
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("gap", [12.0, 20.0, 90.0, 300.0])
+def test_subset_keeps_its_digits(gap, x64):
+    """Where one class takes the first draw almost surely: what is left of it takes part in the second."""
+
+    def subset(a):
+        return _concrete._subset(a, jnp.ones(1, a.dtype), 2)
+
+    with jax.enable_x64(x64):
+        a = jnp.array([0.0, -gap, -gap - 1])
+        others = np.exp(-gap) * np.array([1, np.exp(-1)])
+        first = np.append(1, others) / (1 + others.sum())
+        # the second weights: e^a (1 − p), over e^−gap
+        weights = np.append(others.sum(), others * (1 - first[1:]) * (1 + others.sum()))
+        np.testing.assert_allclose(subset(a), first + weights / weights.sum(), rtol=2e-6)
+        slope = jax.grad(lambda a: subset(a) @ jnp.array([1.0, 2.0, 4.0]))(a)
+        np.testing.assert_allclose(slope[0], 0, atol=20 * np.exp(-gap) + 1e-6)
+        np.testing.assert_allclose(slope[1:], [-0.1966119, 0.1966119], rtol=1e-3)
+    assert subset(jnp.array([0.0, -jnp.inf]))[0] == 1
+
+
+def test_a_score_that_stands_for_a_mask_leaves_derivatives_finite():
+    z = jnp.array([0.0, 1.0, float(jnp.finfo(jnp.float32).min)])
+    second = jax.grad(jax.grad(lambda tau: gumbel.gumbel_softmax(KEY, z, tau)[0]))(0.5)
+    want = jax.grad(jax.grad(lambda tau: gumbel.gumbel_softmax(KEY, z.at[2].set(-jnp.inf), tau)[0]))(0.5)
+    np.testing.assert_allclose(second, want, rtol=1e-6)
 
 
 def test_log_inclusion_probability_keeps_its_digits():
@@ -334,10 +364,3 @@ def test_with_optax_perturbed_functions():
     exact = jax.grad(losses.cross_entropy)(Z[0], jnp.array(2))
     sampled = perturbed(KEY, Z[0]) - jax.nn.one_hot(2, 4)
     np.testing.assert_allclose(sampled, exact, atol=5 * 0.5 / 20_000**0.5)
-
-
-def test_ranking_is_that_of_top_k():
-    """log P of the sample's order, from the same scores."""
-    sample = gumbel.gumbel_top_k(KEY, Z, 3)
-    log_p = losses.plackett_luce_log_prob(Z, sample.indices)
-    assert np.all(np.isfinite(log_p))

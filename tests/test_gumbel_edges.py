@@ -60,9 +60,30 @@ def test_edges_of_draws():
     np.testing.assert_array_equal(sample.indices[:3], -1)
     np.testing.assert_array_equal(np.sort(sample.indices[3]), [-1, 0, 1])
     assert np.all(np.isnan(sample.perturbed[:2]))
+    assert sample.threshold.dtype == sample.perturbed.dtype == jnp.float32
+    assert not sample.threshold.weak_type
     np.testing.assert_array_equal(sample.threshold, [np.nan, np.nan, -np.inf, -np.inf])
     assert gumbel.categorical(KEY, jnp.zeros((2, 5)), shape=(0, 2)).shape == (0, 2)
-    np.testing.assert_array_equal(gumbel.categorical(KEY, BAD, shape=(3, 4), replace=False)[2, 3], -1)
+    for mode in (None, "low", "high"):
+        np.testing.assert_array_equal(gumbel.categorical(KEY, BAD, shape=(3, 4), replace=False, mode=mode)[2, 3], -1)
+        np.testing.assert_array_equal(gumbel.categorical(KEY, BAD, mode=mode)[:3], -1)
+
+
+def test_no_classes():
+    z = jnp.zeros((3, 0))
+    np.testing.assert_array_equal(gumbel.categorical(KEY, z), -1)
+    for name, f in MAPS.items():
+        if name != "subset_softmax":  # k is in [1, K]
+            assert f(z).shape == (3, 0), name
+
+
+def test_one_class():
+    z = jnp.array([[-3.0], [2.0]])
+    np.testing.assert_array_equal(gumbel.categorical(KEY, z), 0)
+    for name in ("gumbel_softmax", "hard", "rao_blackwellised", "reinmax"):
+        np.testing.assert_array_equal(MAPS[name](z), 1)
+    np.testing.assert_array_equal(gumbel.subset_softmax(KEY, z, 1, 0.5), 1)
+    np.testing.assert_array_equal(gumbel.exp_concrete(KEY, z, 0.5), 0)
 
 
 def test_edges_of_conditional_gumbels():
@@ -119,6 +140,9 @@ raw = inspect.unwrap
 )
 WRONG = [  # call, error, what the message says
     (lambda: draw(KEY, Z, (0, 1)), ValueError, "categorical: axis must be one axis; got (0, 1)"),
+    (lambda: draw(Z, KEY), TypeError, "categorical: key must be one PRNG key, the first argument", "(2, 4)"),
+    (lambda: soft(0, Z, 1.0), TypeError, "gumbel_softmax: key must be one PRNG key", "got int", "jax.random.key(seed)"),
+    (lambda: top(jax.random.split(KEY), Z, 1), TypeError, "gumbel_top_k: key must be one PRNG key", "jax.vmap"),
     (lambda: draw(KEY, Z, 2), ValueError, "categorical: axis 2 is out of range"),
     (lambda: draw(KEY, Z, shape=(5,)), ValueError, "categorical: shape must end in", "shape=(n, *(2,))"),
     (lambda: draw(KEY, Z, shape=2.5), TypeError, "categorical: shape must be a tuple of ints", "got 2.5"),
@@ -127,17 +151,24 @@ WRONG = [  # call, error, what the message says
     (lambda: draw(KEY, Z, phi=jnp.exp), TypeError, "categorical: phi must be a φ"),
     (lambda: draw(KEY, Z, where=jnp.ones(3, bool)), ValueError, "categorical: where must broadcast"),
     (lambda: top(KEY, Z, 5), ValueError, "gumbel_top_k: k must be an int in [1, 4]", "got 5"),
-    (lambda: top(KEY, Z, 2.0), TypeError, "gumbel_top_k: k must be an int"),
+    (lambda: top(KEY, Z, 2.0), TypeError, "gumbel_top_k: k must be an int", "static in jit"),
     (lambda: subset(KEY, Z, 0, 1.0), ValueError, "subset_softmax: k must be an int in [1, 4]", "got 0"),
     (lambda: soft(KEY, Z, 0), ValueError, "gumbel_softmax: temperature must be > 0", "jsoftmax.gumbel.categorical"),
     (lambda: soft(KEY, Z, -1.0), ValueError, "temperature must be > 0 and finite; got -1.0"),
-    (lambda: soft(KEY, Z, jnp.ones(3)), ValueError, "temperature must be a number or broadcast", "(2,)", "(3,)"),
+    (lambda: soft(KEY, Z, jnp.ones(2)), ValueError, "temperature must be one number, or one for each row", "(2, 1)"),
+    (lambda: binary(Z, Z, jnp.ones(3)), ValueError, "temperature must be a number or broadcast", "(2, 4)", "(3,)"),
+    (lambda: binary(Z, Z, 0.5, where=[True]), TypeError, "binary_concrete_log_density: where must be an array"),
     (lambda: soft(KEY, Z, "low"), TypeError, "gumbel_softmax: temperature must be an array or a number; got str"),
     (lambda: heun(KEY, Z, 0.0), ValueError, "reinmax: temperature must be > 0"),
     (lambda: density(Z[0], Z, 0.5), ValueError, "exp_concrete_log_density: x must have the scores' shape (2, 4)"),
     (lambda: binary(Z, Z[:, :2], 0.5), ValueError, "binary_concrete_log_density: x and z must have shapes"),
     (lambda: conditional(KEY, Z, jnp.array(1)), ValueError, "conditional_gumbels: index must have", "(2,)", "jax.vmap"),
-    (lambda: conditional(KEY, Z, INDEX / 2), TypeError, "conditional_gumbels: index must be integers", "float32"),
+    (
+        lambda: conditional(KEY, Z, INDEX / 2),
+        TypeError,
+        "conditional_gumbels: index must be integers",
+        "jnp.argmax(index, axis)",
+    ),
     (lambda: conditional(KEY, Z, INDEX, maximum=jnp.ones(3)), ValueError, "maximum must be a number or broadcast"),
     (lambda: averaged(KEY, Z, INDEX, 0.5, 0), ValueError, "rao_blackwellised: samples must be an int >= 1", "got 0"),
     (lambda: averaged(KEY, Z, INDEX, 0.5, 2.0), TypeError, "rao_blackwellised: samples must be an int"),

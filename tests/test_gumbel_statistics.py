@@ -1,5 +1,5 @@
-"""Frequencies and means with fixed keys. Each test would raise a false alarm with a probability of at most 1e-6 for
-another key: chi-square tests at that level, means within five standard errors."""
+"""Frequencies and means with fixed keys. Each comparison would raise a false alarm with a probability of at most 1e-6
+for another key: chi-square and Kolmogorov–Smirnov tests at that level, each mean within five standard errors."""
 
 import itertools
 
@@ -52,6 +52,19 @@ def test_draws(phi, dtype):
         assert_frequencies(hard.astype(jnp.float32).sum(0), p)
         first = jax.vmap(lambda k: gumbel.gumbel_top_k(k, z, 2, **options).indices[0])(keys)
         assert_frequencies(jnp.bincount(first, length=6), p)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
+def test_draws_with_64_bits(dtype):
+    """With x64, where random bits and sums would be wider, under strict promotion; row by row."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        z = jnp.asarray([[0.5, -1.0, 1.5], [0.0, 2.0, 1.0]], dtype)
+        draws = gumbel.categorical(KEY, z, shape=(200_000, 2))
+        values = jax.vmap(lambda k: gumbel.reinmax(k, z, 1.0))(jax.random.split(KEY, 50_000))
+        for row in range(2):
+            assert_frequencies(np.bincount(draws[:, row], minlength=3), js.softmax(z)[row])
+            assert_frequencies(np.asarray(values[:, row]).sum(0), js.softmax(z)[row])
+        assert np.abs(np.corrcoef(draws.T)[0, 1]) < 5 / 200_000**0.5
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])

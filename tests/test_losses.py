@@ -367,6 +367,8 @@ def test_plackett_luce_edges_and_axes():
     np.testing.assert_allclose(f(sure, jnp.array([0, 1, 2])), -2 * np.exp(-20.0), rtol=1e-5)
     of_rows = f(rows, orders[jnp.array([0, 1])], where=jnp.array([True, False]))
     np.testing.assert_allclose(of_rows, [log_p[0], 0], rtol=1e-6)
+    by_columns = f(rows.T, orders[jnp.array([0, 1])].T, axis=0, where=jnp.array([True, False]))
+    np.testing.assert_allclose(by_columns, of_rows)
     of_rows = jax.grad(lambda z: f(z, orders[:2], where=jnp.array([True, False])).sum())(rows.at[1].set(jnp.nan))
     np.testing.assert_array_equal(of_rows, [gradients[0], jnp.zeros(4)])
     assert f(z.astype(jnp.bfloat16), orders[0]).dtype == jnp.float32

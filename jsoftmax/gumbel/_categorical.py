@@ -25,7 +25,7 @@ def _cumulative(key: Any, x: Array) -> Array:
     share = normalize(x, (x.ndim - 1,)).p * _TOTAL
     whole = jnp.floor(share)
     steps = jnp.arange(x.shape[-1], dtype=jnp.uint32) * jnp.uint32(_GOLDEN)
-    offset = (jax.random.bits(key, (*x.shape[:-1], 1)) + steps) >> 8
+    offset = (jax.random.bits(key, (*x.shape[:-1], 1), "uint32") + steps) >> 8
     up = share - whole > offset.astype(jnp.int32).astype(x.dtype) * 2.0**-24
     return jnp.cumsum((whole.astype(jnp.int32) + up.astype(jnp.int32)).astype(jnp.uint32), -1)
 
@@ -39,15 +39,21 @@ def _high_word(a: Array, b: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _draw(key: Any, x: Array, draws: int) -> Array:
-    """`[..., draws]` classes; −1 where a row has none to draw from."""
+    """`[..., draws]` classes."""
     of_rounding, of_draws = jax.random.split(key)
     F = _cumulative(of_rounding, lax.stop_gradient(x))
-    r = _high_word(jax.random.bits(of_draws, (*x.shape[:-1], draws)), F[..., -1:])
+    r = _high_word(jax.random.bits(of_draws, (*x.shape[:-1], draws), "uint32"), F[..., -1:])
     search = functools.partial(jnp.searchsorted, side="right")
     for _ in range(x.ndim - 1):
         search = jax.vmap(search)
+    return search(F, r).astype(jnp.int32)
+
+
+def _keep_possible(drawn: Array, x: Array) -> Array:
+    """Draws `[..., n]`, −1 where the class is left out or the row is bad."""
     peak = jnp.max(x, -1, keepdims=True, initial=-jnp.inf)
-    return jnp.where((peak > -jnp.inf) & (peak < jnp.inf), search(F, r).astype(jnp.int32), -1)
+    possible = (peak < jnp.inf) & (jnp.take_along_axis(x, drawn, -1) > -jnp.inf)
+    return jnp.where(possible, drawn, -1)
 
 
 def categorical(  # noqa: PLR0917  (as jax.random has them)
@@ -78,9 +84,10 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
       replace: False: the draws of one row are distinct, in the order of a draw without replacement (`gumbel_top_k`).
       mode: None, or 'low' or 'high': by `jax.random.categorical` with Gumbel noise of that resolution, with its draws.
       phi, where, log_weights: as in `jsoftmax.softmax`.
-    Returns: int32 of the given shape. Each class has its p within 2^-32, or within the rounding of p where that is
-      more; a class with p = 0 is never drawn. A row without classes, or with a score of NaN or +inf: −1, as there are
-      for draws without replacement beyond the classes that are left. No derivatives.
+    Returns: int32 of the given shape. Each class is drawn with its p, within the rounding of p or 2^-32, whichever is
+      more, and in the mean over keys however small p is: the draws of one call share whole numbers that p was rounded
+      to, in steps of 2^-31. A class with p = 0 is never drawn. A row without classes, or with a score of NaN or +inf:
+      −1; so are draws without replacement beyond the classes that are left. No derivatives.
     Raises: as `jsoftmax.softmax`; ValueError for a `shape` that does not end so, more distinct draws than classes, or
       another `mode`.
     Source: Devroye 1986, section III.2 (inversion); Gumbel 1954 (the noise).
@@ -90,6 +97,7 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
     0.9
     """
     function = "categorical"
+    _noise.check_key(function, key)
     given = _noise.check(function, z, axis, where, phi, log_weights)
     batch = given.x.shape[:-1]
     prefix = _check_shape(shape, batch)
@@ -101,14 +109,16 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
             f"{function}: shape must ask for no more draws than there are classes, {given.x.shape[-1]}, with "
             f"replace=False; got {count}. Draw fewer, or with replacement."
         )
+    if not given.x.shape[-1]:
+        return jnp.full((*prefix, *batch), -1, jnp.int32)
     if mode is not None:
-        return jax.random.categorical(key, given.x, -1, (*prefix, *batch), replace, mode)
-    if replace:
+        drawn = jax.random.categorical(key, given.x, -1, (*prefix, *batch), replace, mode)
+        drawn = jnp.moveaxis(drawn.reshape(count, *batch), 0, -1).astype(jnp.int32)
+    elif replace:
         drawn = _draw(key, given.x, count)
     else:
-        best, drawn = _noise.top_k(given.perturbed(key), count)
-        drawn = jnp.where(best > -jnp.inf, drawn, -1)
-    return jnp.moveaxis(drawn, -1, 0).reshape(*prefix, *batch)
+        _, drawn = _noise.top_k(given.perturbed(key), count)
+    return jnp.moveaxis(_keep_possible(drawn, given.x), -1, 0).reshape(*prefix, *batch)
 
 
 def _check_shape(shape: Any, batch: tuple[int, ...]) -> tuple[int, ...]:
@@ -117,7 +127,7 @@ def _check_shape(shape: Any, batch: tuple[int, ...]) -> tuple[int, ...]:
         return ()
     whole = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
     if not all(_arguments.is_int(length) and length >= 0 for length in whole):
-        raise TypeError(f"categorical: shape must be a tuple of ints, known at trace time; got {shape!r}. Write (n,).")
+        raise TypeError(f"categorical: shape must be a tuple of ints >= 0, not traced; got {shape!r}. Write (n,).")
     split = len(whole) - len(batch)
     if split < 0 or whole[split:] != batch:
         raise ValueError(

@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jsoftmax import _arguments
+from jsoftmax import _arguments, maps
 from jsoftmax._series import log1p_exp
 from jsoftmax.gumbel import _noise
 from jsoftmax.maps import Normalized, normalize
@@ -20,11 +20,17 @@ from jsoftmax.phi import Phi, exp
 
 @jax.jit
 def relaxed(perturbed: Array, temperature: Array) -> Normalized:
-    """log p and p of perturbed/τ, over the last axis; the maximum is subtracted first, so a small τ costs no digits."""
-    out = jnp.isneginf(perturbed)
+    """log p and p of perturbed/τ, over the last axis."""
+    return normalize(_divide(perturbed, temperature), (perturbed.ndim - 1,))
+
+
+def _divide(perturbed: Array, temperature: Array) -> Array:
+    """(a − max a)/τ: the maximum is subtracted first, so a small τ costs no digits; −inf for what is left out, and for
+    what is so far below that a derivative in τ would overflow."""
     peak = jnp.max(lax.stop_gradient(perturbed), -1, keepdims=True, initial=-jnp.inf)
-    u = jnp.where(out, 0, perturbed - jnp.where(jnp.isfinite(peak), peak, 0)) / temperature
-    return normalize(jnp.where(out, -jnp.inf, u), (perturbed.ndim - 1,))
+    below = perturbed - jnp.where(jnp.isfinite(peak), peak, 0)
+    out = below < -1e18 * temperature
+    return jnp.where(out, -jnp.inf, jnp.where(out, 0, below) / temperature)
 
 
 def straight_through(hard: Array, soft: Array) -> Array:
@@ -50,12 +56,14 @@ def gumbel_softmax(
     Args:
       key: a PRNG key.
       z: scores `[..., K]`, any floating dtype; integers promote.
-      temperature: τ > 0, a number or an array that broadcasts to `[...]`; may be traced and learned.
+      temperature: τ > 0, a number, or an array with one for each row, of length 1 along the classes; may be traced and
+        learned.
       axis: int: the classes' axis.
       hard: True: straight-through, the value exactly one-hot, the derivatives those of the relaxed sample.
       phi, where, log_weights: as in `jsoftmax.softmax`; differentiable.
     Returns: the shape and dtype of `z`; computed in float32 at least. The noise is a constant. Finite values and
-      derivatives for small τ, too. A class left out has 0. A score of NaN or +inf: NaN in that row alone.
+      derivatives for small τ, down to 1e-12 or so; a traced τ ≤ 0 gives nonsense: learn jnp.exp(t). A class left out
+      has 0, and so has one 10^18 τ below the largest. A score of NaN or +inf: NaN in that row alone.
     Raises: as `jsoftmax.softmax`; ValueError if τ is a number and not positive: for τ = 0 draw with `categorical`.
     Source: Jang, Gu & Poole 2017, equation 2; Maddison, Mnih & Teh 2017, equation 10.
 
@@ -63,11 +71,13 @@ def gumbel_softmax(
     Array([0., 0., 1.], dtype=float32)
     """
     function = "gumbel_softmax"
+    _noise.check_key(function, key)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
     perturbed = given.perturbed(key)
     soft = relaxed(perturbed, tau).p
     if hard:
-        soft = straight_through(_noise.one_hot(jnp.argmax(perturbed, -1), perturbed), soft)
+        best = jnp.argmax(perturbed, -1) if perturbed.shape[-1] else jnp.full(perturbed.shape[:-1], -1)
+        soft = straight_through(_noise.one_hot(best, perturbed), soft)
     return given.restore(soft)
 
 
@@ -95,6 +105,7 @@ def exp_concrete(
     (3,)
     """
     function = "exp_concrete"
+    _noise.check_key(function, key)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
     return given.restore(relaxed(given.perturbed(key), tau).log_p)
 
@@ -119,8 +130,8 @@ def subset_softmax(
     Args:
       key, z, temperature, axis, phi, where, log_weights: as in `gumbel_softmax`.
       k: how many, an int in [1, K].
-    Returns: the shape and dtype of `z`. A row with less than k classes has the sum of as many as there are. A class
-      left out has 0. A score of NaN or +inf: NaN in that row alone.
+    Returns: the shape and dtype of `z`. A row with one class has 1 there; with less than k, classes count more than
+      once. A class left out has 0. A score of NaN or +inf: NaN in that row alone.
     Raises: as `gumbel_softmax`; ValueError or TypeError if `k` is no int in [1, K].
     Source: Xie & Ermon 2019, algorithm 1 (after Plötz & Roth 2018).
 
@@ -128,6 +139,7 @@ def subset_softmax(
     Array([0., 0., 1., 1.], dtype=float32)
     """
     function = "subset_softmax"
+    _noise.check_key(function, key)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
     count = _noise.check_count(function, k, given.x)
     return given.restore(_subset(given.perturbed(key), tau, count))
@@ -135,15 +147,20 @@ def subset_softmax(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _subset(perturbed: Array, temperature: Array, k: int) -> Array:
-    """MATH 10.5; log(1 − p) from log p, which keeps the digits of 1 − p. A class with p = 1 is left out afterwards."""
+    """MATH 10.5; log(1 − p) of the largest p from the other classes alone, so that value and derivative keep their
+    digits. The only class that is left is left out afterwards."""
 
     @jax.checkpoint  # jax 0.10 and 0.11 drop rules at order 2 inside a scan otherwise
     def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         a, total = carry
-        log_p, p, _ = relaxed(a, temperature)
-        taken = ~(log_p < 0) & ~jnp.isnan(log_p)
-        safe = jnp.where(jnp.isneginf(log_p) | taken, -1, log_p)
-        return (jnp.where(taken, -jnp.inf, a + jnp.log(-jnp.expm1(safe))), total + p), None
+        x, axis = _divide(a, temperature), (a.ndim - 1,)
+        log_p, p, L = normalize(x, axis)
+        top = jnp.arange(a.shape[-1]) == jnp.argmax(x, -1, keepdims=True)
+        of_others = normalize(jnp.where(top, -jnp.inf, x), axis).log_normalizer
+        out, alone = jnp.isneginf(x), jnp.isneginf(of_others)
+        of_rest = jnp.log(-jnp.expm1(jnp.where(out | top, -1, log_p)))
+        log_rest = jnp.where(top, jnp.where(alone, 0, of_others) - jnp.where(alone, 0, L), of_rest)
+        return (jnp.where(out | (top & alone), -jnp.inf, a + log_rest), total + p), None
 
     return lax.scan(step, (perturbed, jnp.zeros_like(perturbed)), length=k)[0][1]
 
@@ -289,18 +306,18 @@ def binary_concrete_log_density(
     Array(0., dtype=float32)
     """
     function = "binary_concrete_log_density"
-    arrays = {"x": _arguments.as_scores(function, "x", x), "z": _arguments.as_scores(function, "z", z)}
-    shape = _arguments.joint_shape(function, arrays)
-    dtype = _arguments.accumulation_dtype(jnp.result_type(*arrays.values()))
-    scores = jnp.broadcast_to(arrays["z"].astype(dtype), shape)[..., None]
-    sample = jnp.broadcast_to(arrays["x"].astype(dtype), shape)
-
-    def with_class(a: ArrayLike | None) -> ArrayLike | None:
-        return None if a is None else jnp.asarray(a)[..., None]
-
-    options = (-1, with_class(where), phi, with_class(log_weights))
-    given, tau = _noise.check_relaxed(function, scores, temperature, *options)
-    return _binary(sample, given.x[..., 0], tau[..., 0])
+    arguments = maps.check(function, {"x": x, "z": z}, None, where, phi, log_weights)
+    sample, scores = arguments.scores
+    _noise.check_positive(function, temperature)
+    tau = _arguments.as_scores(function, "temperature", temperature).astype(sample.dtype)
+    try:
+        tau = jnp.broadcast_to(tau, sample.shape)
+    except ValueError:
+        raise ValueError(
+            f"{function}: temperature must be a number or broadcast to the scores' shape {sample.shape}; got shape "
+            f"{tau.shape}. Broadcast the scores first: jnp.broadcast_to."
+        ) from None
+    return _binary(sample, maps.weighted_scores(phi, scores, arguments.where, arguments.log_weights), tau)
 
 
 @jax.jit

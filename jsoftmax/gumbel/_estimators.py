@@ -24,7 +24,7 @@ def _conditional(key: Any, x: Array, index: Array, maximum: Array | None) -> Arr
     scores = jnp.where(kept, x, 0)
     fixed = lax.stop_gradient(scores)
     noise = _noise.gumbel(key, x.shape, x.dtype)
-    chosen = index[..., None] == jnp.arange(x.shape[-1])
+    chosen = index[..., None] == jnp.arange(x.shape[-1], dtype=index.dtype)
     if maximum is None:
         L = normalize(lax.stop_gradient(x), (x.ndim - 1,)).log_normalizer
         top = L + jnp.sum(jnp.where(chosen, noise, 0), -1, keepdims=True)
@@ -73,8 +73,18 @@ def conditional_gumbels(
     2
     """
     function = "conditional_gumbels"
+    _noise.check_key(function, key)
     given = _noise.check(function, z, axis, where, phi, log_weights)
-    top = None if maximum is None else _noise.per_row(function, "maximum", maximum, given.x)
+    top = None
+    if maximum is not None:
+        top = _arguments.as_scores(function, "maximum", maximum).astype(given.x.dtype)
+        try:
+            top = jnp.broadcast_to(top, given.x.shape[:-1])[..., None]
+        except ValueError:
+            raise ValueError(
+                f"{function}: maximum must be a number or broadcast to the scores without their classes, "
+                f"{given.x.shape[:-1]}; got shape {top.shape}. Write one for each row: jnp.max(perturbed, axis)."
+            ) from None
     return given.restore(_conditional(key, given.x, _noise.check_index(function, index, given.x), top))
 
 
@@ -115,6 +125,7 @@ def rao_blackwellised(  # noqa: PLR0917  (as `gumbel_softmax` has them)
     Array([0., 1., 0.], dtype=float32)
     """
     function = "rao_blackwellised"
+    _noise.check_key(function, key)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
     index = _noise.check_index(function, index, given.x)
     if not _arguments.is_int(samples) or samples < 1:
@@ -139,7 +150,8 @@ def reinmax(
     value D;   derivative 2 J(½ (D + softmax(x/τ))) − ½ J(p),   J(q) = diag(q) − q qᵀ,  x = ψ(z) + log w   (MATH 10.11)
 
     Args:
-      key, z, temperature, axis, phi, where, log_weights: as in `gumbel_softmax`. τ ≥ 1 is usual.
+      key, z, axis, phi, where, log_weights: as in `gumbel_softmax`.
+      temperature: τ > 0 as in `gumbel_softmax`, but a constant: the rule has no derivative in it. τ ≥ 1 is usual.
     Returns: the shape and dtype of `z`; the value exactly one-hot. A class left out has 0. A score of NaN or +inf: NaN
       in that row alone.
     Raises: as `gumbel_softmax`.
@@ -149,6 +161,7 @@ def reinmax(
     Array([0., 0., 1.], dtype=float32)
     """
     function = "reinmax"
+    _noise.check_key(function, key)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
     hard = _noise.one_hot(categorical(key, lax.stop_gradient(given.x)), given.x)
     return given.restore(straight_through(hard, _heun(given.x, hard, tau)))
@@ -157,8 +170,8 @@ def reinmax(
 @jax.jit
 def _heun(x: Array, hard: Array, temperature: Array) -> Array:
     """2 q − ½ p, q = ½ (D + softmax(x/τ)) with the Jacobian of a softmax  (MATH 10.11)."""
-    fixed, axis = lax.stop_gradient(x), (x.ndim - 1,)
-    q = (hard + relaxed(fixed, lax.stop_gradient(temperature)).p) / 2
+    axis = (x.ndim - 1,)
+    q = (hard + relaxed(lax.stop_gradient(x), lax.stop_gradient(temperature)).p) / 2
     present = q != 0
-    shift = jnp.where(present, jnp.log(jnp.where(present, q, 1)) - jnp.where(present, fixed, 0), 0)
-    return 2 * normalize(jnp.where(present, x + shift, -jnp.inf), axis).p - normalize(x, axis).p / 2
+    log_q = straight_through(jnp.log(jnp.where(present, q, 1)), jnp.where(present, x, 0))
+    return 2 * normalize(jnp.where(present, log_q, -jnp.inf), axis).p - normalize(x, axis).p / 2

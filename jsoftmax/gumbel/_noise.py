@@ -52,32 +52,45 @@ def check_relaxed(  # noqa: PLR0917  (as the public functions have them)
 ) -> tuple[Scores, Array]:
     """The scores, and τ as `[..., 1]`: one number, or one for each row."""
     given = check(function, z, axis, where, phi, log_weights)
+    check_positive(function, temperature)
+    shape = jnp.moveaxis(given.x, -1, given.axis).shape
+    tau = _arguments.per_row(function, "temperature", temperature, shape, (given.axis,), given.x.dtype)
+    return given, jnp.moveaxis(tau, given.axis, -1)
+
+
+def check_positive(function: str, temperature: Any) -> None:
+    """A temperature that is a plain number."""
     if _arguments.is_concrete_number(temperature) and not 0 < temperature < math.inf:
         raise ValueError(
             f"{function}: temperature must be > 0 and finite; got {temperature}. For samples without relaxation, "
             "the limit 0, take jsoftmax.gumbel.categorical."
         )
-    return given, per_row(function, "temperature", temperature, given.x)
 
 
-def per_row(function: str, argument: str, value: Any, x: Array) -> Array:
-    """A number, or an array with one for each row `[...]`, as `[..., 1]`."""
-    array = _arguments.as_scores(function, argument, value).astype(x.dtype)
-    try:
-        return jnp.broadcast_to(array, x.shape[:-1])[..., None]
-    except ValueError:
-        raise ValueError(
-            f"{function}: {argument} must be a number or broadcast to the scores without their classes, "
-            f"{x.shape[:-1]}; got shape {array.shape}. Write one for each row."
-        ) from None
+def check_key(function: str, key: Any) -> None:
+    """One PRNG key, of the new kind or raw."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
+        return
+    if dtype == jnp.uint32 and shape in ((2,), (4,)):
+        return
+    got = type(key).__name__ if dtype is None else f"dtype {dtype} and shape {shape}"
+    raise TypeError(
+        f"{function}: key must be one PRNG key, the first argument; got {got}. Make one by jax.random.key(seed), and "
+        "map over several: jax.vmap."
+    )
 
 
 def check_count(function: str, k: Any, x: Array) -> int:
     """How many classes, an int in [1, K]."""
     if _arguments.is_int(k) and 1 <= k <= x.shape[-1]:
         return int(k)
-    raise (ValueError if _arguments.is_int(k) else TypeError)(
-        f"{function}: k must be an int in [1, {x.shape[-1]}], known at trace time; got {k!r}. Ask for fewer classes."
+    is_int = _arguments.is_int(k)
+    way_out = (
+        "Ask for one to all of the classes." if is_int else "It shapes the result: pass a Python int, static in jit."
+    )
+    raise (ValueError if is_int else TypeError)(
+        f"{function}: k must be an int in [1, {x.shape[-1]}], known at trace time; got {k!r}. {way_out}"
     )
 
 
@@ -86,8 +99,8 @@ def check_index(function: str, index: Any, x: Array) -> Array:
     array = _arguments.as_array(function, "index", index)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(
-            f"{function}: index must be integers, the classes that were drawn; got dtype {array.dtype}. Draw them: "
-            "jsoftmax.gumbel.categorical(key, z)."
+            f"{function}: index must be integers, the classes that were drawn; got dtype {array.dtype}. Of one-hot "
+            "vectors take jnp.argmax(index, axis)."
         )
     if array.shape != x.shape[:-1]:
         raise ValueError(
@@ -105,4 +118,4 @@ def top_k(a: Array, k: int) -> tuple[Array, Array]:
 
 def one_hot(index: Array, x: Array) -> Array:
     """1_index `[..., K]` in the dtype of x; 0 for an index that is out of range or left out."""
-    return ((index[..., None] == jnp.arange(x.shape[-1])) & ~jnp.isneginf(x)).astype(x.dtype)
+    return ((index[..., None] == jnp.arange(x.shape[-1], dtype=index.dtype)) & ~jnp.isneginf(x)).astype(x.dtype)

@@ -84,7 +84,7 @@ def plackett_luce_log_prob(
     classes, rows = _labels.check_mask(function, where, z.shape, z.shape[:at] + z.shape[at + 1 :])
     if rows is not None:  # they may hold anything
         out = ~jnp.expand_dims(rows, at)
-        z, chosen = maps.where_not(out, z), jnp.where(out, jnp.arange(chosen.shape[at]), chosen)
+        z, chosen = maps.where_not(out, z), jnp.where(out, lax.broadcasted_iota(chosen.dtype, chosen.shape, at), chosen)
     x = maps.weighted_scores(phi, z, classes, arguments.log_weights)
     log_prob = _plackett_luce(jnp.moveaxis(x, at, -1), jnp.moveaxis(_arguments.wide_integers(chosen), at, -1))
     return log_prob if rows is None else jnp.where(rows, log_prob, 0)
