@@ -110,6 +110,18 @@ def per_row(  # noqa: PLR0917
         ) from None
 
 
+def broadcast_number(function: str, argument: str, value: Any, shape: tuple[int, ...], what: str) -> jax.Array:
+    """A number, or an array that broadcasts to a shape, as an array of that shape."""
+    array = as_scores(function, argument, value)
+    try:
+        return jnp.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(
+            f"{function}: {argument} must be a number or broadcast to {what} {shape}; got shape {array.shape}. "
+            "Write one number for all, or an array of that shape."
+        ) from None
+
+
 def wide_integers(array: jax.Array) -> jax.Array:
     """Class numbers in 32 bits at least: the number of classes may be beyond int8."""
     return array if array.dtype.itemsize >= 4 else array.astype(jnp.int32)

@@ -126,15 +126,9 @@ def temperature_for_entropy(
     """
     function = "temperature_for_entropy"
     (scores,), axes, mask, _, _ = maps.check(function, {"z": z}, axis, where, phi, None)
-    wanted = _arguments.as_scores(function, "target", target).astype(scores.dtype)
-    batch = [length for i, length in enumerate(scores.shape) if i not in axes]
-    try:
-        wanted = jnp.broadcast_to(wanted, batch)
-    except ValueError:
-        raise ValueError(
-            f"{function}: target must be a number or broadcast to the scores without their classes, {tuple(batch)}; "
-            f"got shape {wanted.shape}. Write one entropy for each row."
-        ) from None
+    batch = tuple(length for i, length in enumerate(scores.shape) if i not in axes)
+    wanted = _arguments.broadcast_number(function, "target", target, batch, "the scores without their classes,")
+    wanted = wanted.astype(scores.dtype)
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     flat = jnp.moveaxis(scores, axes, range(-len(axes), 0))

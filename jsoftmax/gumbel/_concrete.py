@@ -309,15 +309,9 @@ def binary_concrete_log_density(
     arguments = maps.check(function, {"x": x, "z": z}, None, where, phi, log_weights)
     sample, scores = arguments.scores
     _noise.check_positive(function, temperature)
-    tau = _arguments.as_scores(function, "temperature", temperature).astype(sample.dtype)
-    try:
-        tau = jnp.broadcast_to(tau, sample.shape)
-    except ValueError:
-        raise ValueError(
-            f"{function}: temperature must be a number or broadcast to the scores' shape {sample.shape}; got shape "
-            f"{tau.shape}. Broadcast the scores first: jnp.broadcast_to."
-        ) from None
-    return _binary(sample, maps.weighted_scores(phi, scores, arguments.where, arguments.log_weights), tau)
+    tau = _arguments.broadcast_number(function, "temperature", temperature, sample.shape, "the scores' shape")
+    x = maps.weighted_scores(phi, scores, arguments.where, arguments.log_weights)
+    return _binary(sample, x, tau.astype(sample.dtype))
 
 
 @jax.jit

@@ -24,7 +24,7 @@ def _conditional(key: Any, x: Array, index: Array, maximum: Array | None) -> Arr
     scores = jnp.where(kept, x, 0)
     fixed = lax.stop_gradient(scores)
     noise = _noise.gumbel(key, x.shape, x.dtype)
-    chosen = index[..., None] == jnp.arange(x.shape[-1], dtype=index.dtype)
+    chosen = _noise.is_chosen(index, x)
     if maximum is None:
         L = normalize(lax.stop_gradient(x), (x.ndim - 1,)).log_normalizer
         top = L + jnp.sum(jnp.where(chosen, noise, 0), -1, keepdims=True)
@@ -34,7 +34,7 @@ def _conditional(key: Any, x: Array, index: Array, maximum: Array | None) -> Arr
     below = jnp.minimum(free, top) - jnp.log1p(jnp.exp(-jnp.abs(free - top)))  # −log(e^−free + e^−top)
     below = jnp.minimum(below, jnp.nextafter(top, jnp.full_like(top, -jnp.inf)))  # rounding makes no tie
     perturbed = straight_through(jnp.where(chosen, top, below), scores)
-    impossible = ~jnp.any(chosen & kept, -1, keepdims=True) & jnp.any(kept, -1, keepdims=True)
+    impossible = ~jnp.any(chosen, -1, keepdims=True) & jnp.any(kept, -1, keepdims=True)
     bad = impossible | jnp.any(scores == jnp.inf, -1, keepdims=True)
     return jnp.where(bad, jnp.nan, jnp.where(kept, perturbed, -jnp.inf))
 
@@ -77,14 +77,9 @@ def conditional_gumbels(
     given = _noise.check(function, z, axis, where, phi, log_weights)
     top = None
     if maximum is not None:
-        top = _arguments.as_scores(function, "maximum", maximum).astype(given.x.dtype)
-        try:
-            top = jnp.broadcast_to(top, given.x.shape[:-1])[..., None]
-        except ValueError:
-            raise ValueError(
-                f"{function}: maximum must be a number or broadcast to the scores without their classes, "
-                f"{given.x.shape[:-1]}; got shape {top.shape}. Write one for each row: jnp.max(perturbed, axis)."
-            ) from None
+        batch = given.x.shape[:-1]
+        top = _arguments.broadcast_number(function, "maximum", maximum, batch, "the scores without their classes,")
+        top = top.astype(given.x.dtype)[..., None]
     return given.restore(_conditional(key, given.x, _noise.check_index(function, index, given.x), top))
 
 

@@ -116,6 +116,11 @@ def top_k(a: Array, k: int) -> tuple[Array, Array]:
     return best, index
 
 
+def is_chosen(index: Array, x: Array) -> Array:
+    """Whether a class `[..., K]` is that of the index; nowhere for an index that is out of range or left out."""
+    return (index[..., None] == jnp.arange(x.shape[-1], dtype=index.dtype)) & ~jnp.isneginf(x)
+
+
 def one_hot(index: Array, x: Array) -> Array:
-    """1_index `[..., K]` in the dtype of x; 0 for an index that is out of range or left out."""
-    return ((index[..., None] == jnp.arange(x.shape[-1], dtype=index.dtype)) & ~jnp.isneginf(x)).astype(x.dtype)
+    """1_index `[..., K]` in the dtype of x."""
+    return is_chosen(index, x).astype(x.dtype)
