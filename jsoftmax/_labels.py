@@ -65,12 +65,8 @@ def check(
     axes = _arguments.canonical_axis(function, axis, z.ndim)
     batch = tuple(length for i, length in enumerate(z.shape) if i not in axes)
     of_classes = tuple(z.shape[i] for i in axes)
-    labels = _check_labels(function, names[1], labels, z, batch, axes)
-    if ignore_label is not None and not _arguments.is_int(ignore_label):
-        raise TypeError(
-            f"{function}: ignore_label must be an int or None; got {ignore_label!r}. For several labels mask their "
-            "rows: where=…."
-        )
+    labels = check_labels(function, names[1], labels, z.shape, z.dtype, batch, axes)
+    check_ignore_label(function, ignore_label, "mask their rows: where=….")
     classes, rows = check_mask(function, where, z.shape, batch)
     log_weights = _arguments.check_log_weights(function, log_weights, z.shape, z.dtype)
 
@@ -88,6 +84,14 @@ def check(
         rows = known if rows is None else rows & known
     weights = _check_class_weights(function, class_weights, of_classes, z.dtype)
     return Labelled(last(z), labels, rows, last(classes), last(log_weights), weights)
+
+
+def check_ignore_label(function: str, ignore_label: Any, way_out: str) -> None:
+    """An int, or None."""
+    if ignore_label is not None and not _arguments.is_int(ignore_label):
+        raise TypeError(
+            f"{function}: ignore_label must be an int or None; got {ignore_label!r}. For several labels {way_out}"
+        )
 
 
 def check_logits(function: str, argument: str, logits: Any) -> Array:
@@ -132,19 +136,25 @@ def in_range(labels: Array, classes: int) -> tuple[Array, Array]:
     return jnp.where(valid, labels[..., None], 0), valid
 
 
-def _check_labels(  # noqa: PLR0917
-    function: str, argument: str, labels: Any, z: Array, batch: tuple[int, ...], axes: tuple[int, ...]
+def check_labels(  # noqa: PLR0917
+    function: str,
+    argument: str,
+    labels: Any,
+    shape: tuple[int, ...],
+    dtype: Any,
+    batch: tuple[int, ...],
+    axes: tuple[int, ...],
 ) -> Array:
-    """Labels as an array of the right shape."""
+    """Labels of logits of that shape as an array of the right shape."""
     array = _arguments.as_array(function, argument, labels)
     if jnp.issubdtype(array.dtype, jnp.integer):
         if array.shape != batch:
-            if array.shape == z.shape:
+            if array.shape == shape:
                 way_out = f"One-hot vectors and distributions are floating: {argument}.astype(float)."
             elif math.prod(array.shape) == math.prod(batch):
                 way_out = f"Write {argument}.reshape{batch}."
             else:
-                way_out = f"The classes of {z.shape} are the axes {axes}: name others by axis=…."
+                way_out = f"The classes of {shape} are the axes {axes}: name others by axis=…."
             raise ValueError(
                 f"{function}: integer {argument} must have the logits' shape without the classes, {batch}; got shape "
                 f"{array.shape}. {way_out}"
@@ -155,15 +165,15 @@ def _check_labels(  # noqa: PLR0917
             f"{function}: {argument} must be integers or floating distributions; got dtype {array.dtype}. Convert "
             f"them, e.g. {argument}.astype(int)."
         )
-    if array.shape != z.shape:
+    if array.shape != shape:
         way_out = f"Class numbers are passed as integers: {argument}.astype(int)."
         if array.shape != batch:
-            way_out = f"Write jnp.broadcast_to({argument}, {z.shape}), where it is to be repeated."
+            way_out = f"Write jnp.broadcast_to({argument}, {shape}), where it is to be repeated."
         raise ValueError(
-            f"{function}: {argument} that are distributions must have the logits' shape {z.shape}; got shape "
+            f"{function}: {argument} that are distributions must have the logits' shape {shape}; got shape "
             f"{array.shape}. {way_out}"
         )
-    return array.astype(z.dtype)
+    return array.astype(dtype)
 
 
 def check_mask(

@@ -28,8 +28,13 @@ def _centred_log_p(x: Array, axis: tuple[int, ...]) -> tuple[Array, Array]:
     """c = u + Σ p (−u) and H = log1p(rest) + Σ p (−u)  (MATH 4.3)."""
     u, e, rest, peak = maps.centre(x, axis)
     rest = jnp.where(rest == -1, 0, rest)  # an empty row has H = 0
-    spread = maps.careful_sum(_gap, x, peak, axis) / (1 + rest)
+    spread = gap_sum(x, peak, axis) / (1 + rest)
     return jnp.where(e == 0, 0, u + spread), jnp.log1p(rest) + spread
+
+
+def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
+    """Σ e^u (−u), u = x − peak."""
+    return maps.careful_sum(_gap, x, peak, axis)
 
 
 def _gap(u: Array) -> Array:

@@ -1,0 +1,210 @@
+"""The arguments of the streaming heads, checked; and the tokens in order, those that count first."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jsoftmax import _arguments, _labels, maps
+from jsoftmax.heads._head import Head, Plan
+
+
+class Given(NamedTuple):
+    """A head, its plan, and how per-token results go back into the tokens' shape."""
+
+    head: Head
+    plan: Plan
+    batch: tuple[int, ...]
+    rows: Array | None
+    """bool `[N]`, the tokens that count."""
+    order: Array | None
+    """The order in which the tokens are taken."""
+
+    def restore(self, result: Array, ignored: Any = 0) -> Array:
+        """`[tokens]` of the head as `[...]`, with a value for tokens that do not count."""
+        result = result[: math.prod(self.batch)]
+        if self.order is not None and self.rows is not None:
+            result = jnp.where(self.rows, result[jnp.argsort(self.order)], ignored)
+        return result.reshape(self.batch)
+
+
+def check(  # noqa: PLR0913
+    function: str,
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    *,
+    labels: Any = None,
+    phi: Any,
+    soft_cap: Any = None,
+    margin: Any = 0.0,
+    ignore_label: Any = None,
+    where: Any = None,
+    log_weights: Any = None,
+    block_size: Any = None,
+    precision: Any = None,
+    token_weights: Any = None,
+    names: tuple[str, str, str] = ("hidden", "weight", "bias"),
+) -> Given:
+    """Everything as a `Head`, in the accumulation dtype but for what belongs to the vocabulary."""
+    maps.check_phi(function, phi)
+    hidden, weight = (_check_floating(function, n, a) for n, a in zip(names, (hidden, weight), strict=False))
+    _check_shapes(function, hidden, weight, names)
+    classes, batch = weight.shape[0], hidden.shape[:-1]
+    dtype = jnp.result_type(hidden, weight)
+    wide = _arguments.accumulation_dtype(dtype)
+    if bias is not None:
+        bias = _arguments.as_scores(function, names[2], bias)
+        if bias.shape != (classes,):
+            raise ValueError(
+                f"{function}: {names[2]} must have one number for each class, shape {(classes,)}; got shape "
+                f"{bias.shape}. Leave it out for none."
+            )
+    what = "the vocabulary's shape"
+    where = _arguments.check_where(function, where, (classes,), what)
+    log_weights = _arguments.check_log_weights(function, log_weights, (classes,), wide, what)
+    cap = None if soft_cap is None else _labels.check_option(function, soft_cap, wide, soft_cap=(_TINY, math.inf))
+    m = _labels.check_option(function, margin, wide, margin=(-math.inf, math.inf))
+    head = Head(
+        hidden=hidden.reshape(-1, hidden.shape[-1]).astype(wide),
+        weight=weight,
+        bias=bias,
+        log_weights=None if log_weights is None else jnp.broadcast_to(log_weights, (classes,)),
+        where=None if where is None else jnp.broadcast_to(where, (classes,)),
+        phi=phi,
+        soft_cap=cap,
+        margin=None if _is_zero(margin) else m,
+    )
+    rows = None
+    if labels is not None:
+        axes = (len(batch),)
+        labels = _labels.check_labels(function, "labels", labels, (*batch, classes), wide, batch, axes)
+        _labels.check_ignore_label(function, ignore_label, "give them all one number: jnp.where(…, ignored, labels).")
+        if jnp.issubdtype(labels.dtype, jnp.integer):
+            head = head._replace(labels=labels.reshape(-1))
+            rows = None if ignore_label is None else head.labels != ignore_label
+        else:
+            given = {"ignore_label": ignore_label, "margin": head.margin}
+            _labels.reject_given(function, given)
+            head = head._replace(targets=labels.reshape(-1, classes))
+    if token_weights is not None:
+        counts = token_weights.reshape(-1) != 0
+        rows = counts if rows is None else rows & counts
+    tokens, of_classes = _block_sizes(function, block_size, head)
+    plan = Plan(tokens, of_classes, dtype, _check_precision(function, precision))
+    return _in_order(head, plan, batch, rows)
+
+
+_TINY = 1e-37
+
+
+def _is_zero(value: Any) -> bool:
+    return _arguments.is_concrete_number(value) and value == 0
+
+
+def _check_floating(function: str, argument: str, a: Any) -> Array:
+    array = _arguments.as_array(function, argument, a)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    raise TypeError(
+        f"{function}: {argument} must be floating; got dtype {array.dtype}. The order is hidden, weight, then the "
+        f"others; convert whole numbers: {argument}.astype(float)."
+    )
+
+
+def _check_shapes(function: str, hidden: Array, weight: Array, names: tuple[str, ...]) -> None:
+    if weight.ndim != 2:
+        raise ValueError(
+            f"{function}: {names[1]} must have two axes, [classes, features]; got shape {weight.shape}. A weight "
+            f"[features, classes] goes in as {names[1]}.T."
+        )
+    if not hidden.ndim or hidden.shape[-1] != weight.shape[1]:
+        fits = hidden.ndim and hidden.shape[-1] == weight.shape[0]
+        way_out = f"A weight [features, classes] goes in as {names[1]}.T" if fits else f"{names[1]} is [classes, features]"
+        raise ValueError(
+            f"{function}: {names[0]} must end in as many features as {names[1]} has, {weight.shape[1]}; got shapes "
+            f"{hidden.shape} and {weight.shape}. {way_out}."
+        )
+
+
+def _check_precision(function: str, precision: Any) -> Any:
+    """Whatever `jax.lax.dot_general` takes, as a hashable value."""
+    try:
+        given = None if precision is None else jax.lax.Precision(precision)
+    except ValueError:
+        wanted = ", ".join(repr(p.name.lower()) for p in jax.lax.Precision)
+        raise ValueError(
+            f"{function}: precision must be None or one of {wanted}; got {precision!r}. Leave it out for the backend's."
+        ) from None
+    return given
+
+
+def _block_sizes(function: str, block_size: Any, head: Head) -> tuple[int, int]:
+    """Tokens and classes of a block, the latter a divisor of the vocabulary where one is near."""
+    tokens, classes = head.hidden.shape[0], head.weight.shape[0]
+    of_tokens, of_classes = _DEFAULTS.get(jax.default_backend(), _DEFAULTS["gpu"])
+    if block_size is None:
+        return max(1, min(tokens, of_tokens)), _near_divisor(classes, of_classes)
+    pair = block_size if isinstance(block_size, tuple) else (min(tokens, of_tokens), block_size)
+    if len(pair) != 2 or not all(_arguments.is_int(n) and n > 0 for n in pair):
+        raise ValueError(
+            f"{function}: block_size must be a positive int, how many classes, or (tokens, classes); got "
+            f"{block_size!r}. Leave it out for a good choice."
+        )
+    return max(1, min(tokens, pair[0])), max(1, min(classes, pair[1]))
+
+
+_DEFAULTS = {"cpu": (512, 2048), "gpu": (4096, 4096)}
+
+
+def _near_divisor(classes: int, wanted: int) -> int:
+    """The largest divisor from half to twice what is wanted, or what is wanted."""
+    if classes <= 2 * wanted:
+        return max(1, classes)
+    divisors = (n for n in range(2 * wanted, wanted // 2, -1) if classes % n == 0)
+    return next(divisors, wanted)
+
+
+def _in_order(head: Head, plan: Plan, batch: tuple[int, ...], rows: Array | None) -> Given:
+    """The tokens that count first, then those that do not, made harmless; padded to whole blocks."""
+    order = None
+    if rows is not None:
+        order = jnp.argsort(~rows, stable=True)
+        counts = rows[order]
+        head = head._replace(
+            hidden=maps.where_not(~counts[:, None], head.hidden[order]),
+            labels=None if head.labels is None else jnp.where(counts, head.labels[order], 0),
+            targets=None if head.targets is None else head.targets[order],
+            counted=jnp.sum(rows, dtype=jnp.int32),
+        )
+    padding = -head.hidden.shape[0] % plan.tokens
+    if padding:
+        pad = [(0, padding)]
+        head = head._replace(
+            hidden=jnp.pad(head.hidden, [*pad, (0, 0)]),
+            labels=None if head.labels is None else jnp.pad(head.labels, pad),
+            targets=None if head.targets is None else jnp.pad(head.targets, [*pad, (0, 0)]),
+        )
+    return Given(head, plan, batch, rows, order)
+
+
+def loss_options(function: str, given: Given, label_smoothing: Any, z_loss: Any) -> tuple[Array | None, Array | None]:
+    """Both in the accumulation dtype; None for a plain 0."""
+    dtype = given.head.hidden.dtype
+    a = _labels.check_option(function, label_smoothing, dtype, label_smoothing=(0.0, 1.0))
+    z = _labels.check_option(function, z_loss, dtype, z_loss=(0.0, math.inf))
+    return None if _is_zero(label_smoothing) else a, None if _is_zero(z_loss) else z
+
+
+def in_vocabulary(head: Head) -> Array:
+    """1, and NaN for a label out of range."""
+    valid = (head.labels >= 0) & (head.labels < head.weight.shape[0])
+    return jnp.where(valid, 1, jnp.nan).astype(head.hidden.dtype)
+
+
+def constant(tree: Any) -> Any:
+    """Without derivatives."""
+    return jax.tree.map(lax.stop_gradient, tree)

@@ -1,0 +1,178 @@
+"""A linear layer's scores, block by block: what the streaming heads compute with, and their loops (MATH 11.1)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jsoftmax import maps
+
+
+class Head(NamedTuple):
+    """Checked arguments, the tokens as one axis, or their tangents; None for what is not given, which costs nothing."""
+
+    hidden: Any = None
+    """`[N, d]` in the accumulation dtype."""
+    labels: Any = None
+    """Integers `[N]`."""
+    targets: Any = None
+    """Distributions `[N, V]`."""
+    counted: Any = None
+    """How many tokens, the first ones, count."""
+    weight: Any = None
+    """`[V, d]` as it is given: a block at a time is widened."""
+    bias: Any = None
+    """`[V]`."""
+    log_weights: Any = None
+    """`[V]`."""
+    where: Any = None
+    """bool `[V]`."""
+    phi: Any = None
+    soft_cap: Any = None
+    margin: Any = None
+
+    def only(self, *names: str) -> "Head":
+        """These fields."""
+        return Head(**{name: getattr(self, name) for name in names})
+
+    def with_fields(self, part: "Head") -> "Head":
+        """All fields, those that the part has from there."""
+        return Head(*(a if b is None else b for a, b in zip(self, part, strict=True)))
+
+
+class Plan(NamedTuple):
+    """What is no array: the sizes of blocks, and how products are computed."""
+
+    tokens: int
+    classes: int
+    dtype: Any
+    """Of the factors of a product; sums are in the accumulation dtype."""
+    precision: Any
+
+
+# --- scores of one block -------------------------------------------------------------------------------------
+
+
+def _wide_products(hidden: Array, weight: Array, precision: Any, wide: Any) -> Array:
+    return lax.dot_general(hidden, weight, (((1,), (1,)), ((), ())), precision, preferred_element_type=wide)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _narrow_products(hidden: Array, weight: Array, precision: Any, dtype: Any) -> Array:
+    return _wide_products(hidden.astype(dtype), weight.astype(dtype), precision, hidden.dtype)
+
+
+@_narrow_products.defjvp
+def _narrow_products_jvp(precision: Any, dtype: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """Tangents are not narrowed, nor, backwards, what is summed over blocks."""
+    (hidden, weight), (hidden_dot, weight_dot) = primals, tangents
+    product = functools.partial(_wide_products, precision=precision, wide=hidden.dtype)
+    return _narrow_products(*primals, precision, dtype), product(hidden_dot, weight) + product(hidden, weight_dot)
+
+
+def products(hidden: Array, weight: Array, plan: Plan) -> Array:
+    """h Wᵀ of factors in the plan's dtype, summed in that of `hidden`."""
+    form = _wide_products if plan.dtype == hidden.dtype else _narrow_products
+    return form(hidden, weight, plan.precision, plan.dtype)
+
+
+def is_label(head: Head, start: Array, classes: int) -> Array:
+    """Whether a class of the block is its token's label."""
+    shape = (head.labels.shape[0], classes)
+    return lax.broadcasted_iota(head.labels.dtype, shape, 1) == (head.labels - start.astype(head.labels.dtype))[:, None]
+
+
+def block_scores(head: Head, start: Array, plan: Plan) -> Array:
+    """x of a block whose first class is `start`  (MATH 11.1)."""
+    return of_products(head, start, products(head.hidden, head.weight.astype(head.hidden.dtype), plan))
+
+
+def of_products(head: Head, start: Array, o: Array) -> Array:
+    """x = ψ(z) + log w,  z = c tanh((o + b)/c) − m 1_y,  o = h Wᵀ  (MATH 11.1)."""
+    if head.bias is not None:
+        o = o + head.bias.astype(o.dtype)
+    if head.soft_cap is not None:
+        o = head.soft_cap * jnp.tanh(o / head.soft_cap)
+    if head.margin is not None:
+        o = o - jnp.where(is_label(head, start, o.shape[1]), head.margin, 0)
+    return maps.weighted_scores(head.phi, o, head.where, head.log_weights)
+
+
+def block_tangent(head: Head, dots: Head, start: Array, plan: Plan) -> tuple[Array, Array]:
+    """x and ẋ, of those fields alone that have a tangent: zero times an infinite derivative is NaN."""
+    leaves, structure = jax.tree.flatten(head)
+    given = structure.flatten_up_to(dots)
+    live = [i for i, dot in enumerate(given) if dot is not None]
+
+    def of_live(values: list[Array]) -> Array:
+        filled = dict(zip(live, values, strict=True))
+        fields = [filled.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return block_scores(jax.tree.unflatten(structure, fields), start, plan)
+
+    return jax.jvp(of_live, ([leaves[i] for i in live],), ([given[i] for i in live],))
+
+
+# --- loops ---------------------------------------------------------------------------------------------------
+
+Step = Callable[..., Any]
+
+
+def over_classes(step: Step, head: Head, dots: Head, known: Any, state: Any, plan: Plan) -> Any:  # noqa: PLR0917
+    """The state `[N, …]` after step(block, its tangents, its first class, what is known of its tokens, state) for each
+    block of classes and tokens.
+
+    Blocks of classes are the outer loop: the gradient of a block's weight is summed over the tokens before it is
+    narrowed. Bodies are checkpointed: the backward pass keeps no scores, and at second order jax 0.10 keeps no rules
+    otherwise. Where blocks divide the vocabulary the weight is read in place; otherwise it is padded, a copy.
+    """
+    classes = head.weight.shape[0]
+    if classes % plan.classes and head.where is None:
+        head = head._replace(where=jnp.ones(classes, bool))
+    of_classes = ("weight", "bias", "log_weights", "where")
+    blocks = jax.tree.map(lambda a: _cut(a, plan.classes), (head.only(*of_classes), dots.only(*of_classes)))
+    targets = None if head.targets is None else jnp.pad(head.targets, [(0, 0), (0, -classes % plan.classes)])
+    targets_dot = None if dots.targets is None else _cut(dots.targets, plan.classes, 1)
+    starts = jnp.arange(0, classes, plan.classes, dtype=jnp.int32)
+
+    def body(state: Any, xs: Any) -> tuple[Any, None]:
+        (block, block_dots), targets_dot, start = xs
+        if targets is not None:
+            block = block._replace(targets=lax.dynamic_slice_in_dim(targets, start, plan.classes, 1))
+        block_dots = block_dots._replace(targets=targets_dot)
+        of_block = functools.partial(step, start=start)
+        return _over_tokens(of_block, head.with_fields(block), dots.with_fields(block_dots), known, state, plan), None
+
+    return lax.scan(jax.checkpoint(body, prevent_cse=False), state, (blocks, targets_dot, starts))[0]
+
+
+def _over_tokens(step: Any, head: Head, dots: Head, known: Any, state: Any, plan: Plan) -> Any:  # noqa: PLR0917
+    """The state after the step for each block of tokens; blocks of tokens that do not count are skipped."""
+    tokens = head.hidden.shape[0]
+    if tokens == plan.tokens:
+        return step(head, dots, known=known, state=state)
+
+    def body(first: Array, xs: Any) -> tuple[Array, Any]:
+        rows, rows_dots, known, old = xs
+
+        def run(old: Any) -> Any:
+            return step(head.with_fields(rows), dots.with_fields(rows_dots), known=known, state=old)
+
+        new = run(old) if head.counted is None else lax.cond(first < head.counted, run, lambda old: old, old)
+        return first + plan.tokens, new
+
+    of_tokens = ("hidden", "labels", "targets")
+    xs = jax.tree.map(lambda a: _cut(a, plan.tokens), (head.only(*of_tokens), dots.only(*of_tokens), known, state))
+    _, new = lax.scan(jax.checkpoint(body, prevent_cse=False), jnp.zeros((), jnp.int32), xs)
+    return jax.tree.map(lambda a: a.reshape(tokens, *a.shape[2:]), new)
+
+
+def _cut(a: Array, length: int, axis: int = 0) -> Array:
+    """An axis as blocks, which come first; zeros where they do not divide it."""
+    padding = -a.shape[axis] % length
+    if padding:
+        a = jnp.pad(a, [(0, padding if i == axis else 0) for i in range(a.ndim)])
+    return jnp.moveaxis(a.reshape(*a.shape[:axis], -1, length, *a.shape[axis + 1 :]), axis, 0)

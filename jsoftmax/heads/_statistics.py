@@ -1,0 +1,251 @@
+"""What one pass over the vocabulary gives for each token, with its one rule (MATH 11.2, 11.3)."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array
+
+from jsoftmax import maps
+from jsoftmax.entropy import gap_sum
+from jsoftmax.heads._head import Head, Plan, block_scores, block_tangent, is_label, over_classes
+
+
+class Wanted(NamedTuple):
+    """What is computed beside the log-normaliser, and what is said of the head's labels or targets."""
+
+    entropy: bool = False
+    spread: bool = False
+    argmax: bool = False
+
+
+class Statistics(NamedTuple):
+    """Of each token `[N]`; None for what is not wanted. Σ over the classes kept, u = x − peak."""
+
+    peak: Array
+    """max x, 0 for an empty row; a constant for derivatives."""
+    log_total: Array
+    """log1p(rest) = log Σ e^u."""
+    log_normalizer: Array
+    """L = peak + log_total."""
+    gap: Array | None = None
+    """Σ p (−u): the entropy is log_total + gap."""
+    below: Array | None = None
+    """−u_y, or Σ q (−u): −l_y is log_total + below, Σ q (−l) is mass · log_total + below."""
+    mass: Array | None = None
+    """Σ q."""
+    spread: Array | None = None
+    """Σ (−u)."""
+    count: Array | None = None
+    """Σ 1."""
+    argmax: Array | None = None
+    """The first class with the largest p; −1 in an empty row."""
+
+
+class _Running(NamedTuple):
+    """Of the blocks so far, about their own peak, −inf while there is no class  (MATH 11.2)."""
+
+    peak: Array
+    rest: Array
+    """Σ e^u − 1."""
+    gap: Array | None = None
+    """Σ e^u (−u)."""
+    label: Array | None = None
+    """x_y."""
+    below: Array | None = None
+    mass: Array | None = None
+    spread: Array | None = None
+    count: Array | None = None
+    argmax: Array | None = None
+
+
+def _initial(head: Head, wanted: Wanted) -> _Running:
+    """No class so far. Zeros of the arguments, which are sharded as they are, not of a shape."""
+    zero = jnp.zeros_like(head.hidden[:, 0])
+    return _Running(
+        zero - jnp.inf,
+        zero - 1,
+        zero if wanted.entropy else None,
+        zero - jnp.inf if head.labels is not None else None,
+        zero if head.targets is not None else None,
+        zero if head.targets is not None else None,
+        zero if wanted.spread else None,
+        zero if wanted.spread else None,
+        zero.astype(jnp.int32) - 1 if wanted.argmax else None,
+    )
+
+
+def _of_block(head: Head, wanted: Wanted, start: Array, x: Array) -> _Running:
+    axis = (1,)
+    _, _, rest, peak = maps.centre(x, axis)
+    top = jnp.where(rest == -1, -jnp.inf, peak)
+    made: dict[str, Any] = {}
+    if wanted.entropy:
+        made["gap"] = gap_sum(x, peak, axis)[:, 0]
+    if head.labels is not None:
+        inside, label = _local(head, start)
+        made["label"] = jnp.where(inside, jnp.take_along_axis(x, label, 1), -jnp.inf)[:, 0]
+    if head.targets is not None or wanted.spread:
+        kept = ~jnp.isneginf(x)
+        below = jnp.where(kept, peak - x, 0)
+        if head.targets is not None:
+            q = head.targets
+            impossible = jnp.where(q == 0, 0, jnp.inf).astype(x.dtype)
+            made["below"] = jnp.sum(jnp.where(kept, q * below, impossible), 1)
+            made["mass"] = jnp.sum(jnp.where(kept, q, 0), 1)
+        if wanted.spread:
+            made["spread"] = jnp.sum(below, 1)
+            made["count"] = jnp.sum(kept, 1, dtype=jnp.int32).astype(x.dtype)
+    if wanted.argmax:
+        made["argmax"] = start + maps.first_argmax(lax.stop_gradient(x))
+    return _Running(top[:, 0], rest[:, 0], **made)
+
+
+def _local(head: Head, start: Array) -> tuple[Array, Array]:
+    """Whether the label is in the block, and its place there `[N, 1]`."""
+    classes = head.weight.shape[0]
+    label = (head.labels - start.astype(head.labels.dtype))[:, None]
+    return (label >= 0) & (label < classes), jnp.clip(label, 0, classes - 1)
+
+
+def _merged(a: _Running, b: _Running) -> _Running:
+    """Two parts of a row about the higher peak; no digit of a small sum is lost  (MATH 11.2)."""
+    peak = jnp.maximum(a.peak, b.peak)
+    falls = [jnp.where(part.peak == peak, 0, peak - part.peak) for part in (a, b)]
+
+    def moved(part: _Running, fall: Array) -> Array:
+        return (1 + part.rest) * jnp.exp(-fall)
+
+    rest = jnp.where(a.peak >= b.peak, a.rest + moved(b, falls[1]), b.rest + moved(a, falls[0]))
+
+    def total(f: Any) -> Array:
+        return f(a, falls[0]) + f(b, falls[1])
+
+    def gap(part: Any, fall: Array) -> Array:
+        return jnp.exp(-fall) * (part.gap + (1 + part.rest) * jnp.minimum(fall, _FAR))
+
+    def weighed(value: Any, weight: Any, fall: Array) -> Array:
+        return value + jnp.where(weight == 0, 0, weight * fall)
+
+    made: dict[str, Any] = {}
+    if a.gap is not None:
+        made["gap"] = total(gap)
+    if a.label is not None:
+        made["label"] = jnp.maximum(a.label, b.label)
+    if a.below is not None:
+        made["below"] = total(lambda part, fall: weighed(part.below, part.mass, fall))
+        made["mass"] = total(lambda part, _: part.mass)
+    if a.spread is not None:
+        made["spread"] = total(lambda part, fall: weighed(part.spread, part.count, fall))
+        made["count"] = total(lambda part, _: part.count)
+    if a.argmax is not None:
+        made["argmax"] = jnp.where(b.peak > a.peak, b.argmax, a.argmax)
+    return _Running(peak, rest, **made)
+
+
+_FAR = 1e4  # e^−fall is 0 long before, and 0 · ∞ would be NaN
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def statistics(head: Head, wanted: Wanted, plan: Plan) -> Statistics:
+    """One pass: each block's statistics about its own peak, merged."""
+
+    def step(block: Head, _: Head, start: Array, known: None, state: _Running) -> _Running:
+        return _merged(state, _of_block(block, wanted, start, block_scores(block, start, plan)))
+
+    done = over_classes(step, head, Head(), None, _initial(head, wanted), plan)
+    empty = jnp.isneginf(done.peak)
+    peak = lax.stop_gradient(jnp.where(empty, 0, done.peak))
+    rest = jnp.where(empty, 0, done.rest)
+    log_total = jnp.log1p(rest)
+    infinite = jnp.where(empty, -jnp.inf, jnp.inf).astype(peak.dtype)
+    return Statistics(
+        peak,
+        log_total,
+        jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total),
+        None if done.gap is None else done.gap / (1 + rest),
+        peak - done.label if done.label is not None else done.below,
+        done.mass,
+        done.spread,
+        done.count,
+        done.argmax,
+    )
+
+
+@functools.partial(statistics.defjvp, symbolic_zeros=True)
+def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> tuple[Statistics, Statistics]:
+    """L̇ = Σ p ẋ, (Σ p (−u))˙ = −Σ p (1 + u + gap) ẋ, (−u_y)˙ = −ẋ_y, (Σ q (−u))˙ = Σ q̇ (−u) − Σ q ẋ  (MATH 11.3)."""
+    (head,), (given,) = primals, tangents
+    dots = jax.tree.map(
+        lambda dot: None if isinstance(dot, SymbolicZero) else dot,
+        given,
+        is_leaf=lambda dot: isinstance(dot, SymbolicZero),
+    )
+    out = statistics(head, wanted, plan)
+
+    known = _Known(out.peak, out.log_total, out.gap)
+    zero = jnp.zeros_like(out.peak)
+    zeros = jax.tree.map(lambda _: zero, _Rates(out.log_total, out.gap, out.below, out.mass, out.spread))
+
+    def step(block: Head, block_dots: Head, start: Array, known: _Known, state: _Rates) -> _Rates:
+        x, x_dot = block_tangent(block, block_dots, start, plan)
+        return jax.tree.map(jnp.add, state, _rates(block, block_dots, start, known, state, x, x_dot))
+
+    rates = over_classes(step, head, dots, known, zeros, plan)
+    return out, Statistics(
+        zero,
+        rates.log_total,
+        rates.log_total,
+        rates.gap,
+        rates.below,
+        rates.mass,
+        rates.spread,
+        None if out.count is None else zero,
+        None if out.argmax is None else np.zeros(out.argmax.shape, jax.dtypes.float0),
+    )
+
+
+class _Known(NamedTuple):
+    peak: Array
+    log_total: Array
+    gap: Array | None
+
+
+class _Rates(NamedTuple):
+    log_total: Array
+    gap: Array | None
+    below: Array | None
+    mass: Array | None
+    spread: Array | None
+
+
+def _rates(  # noqa: PLR0917
+    block: Head, dots: Head, start: Array, known: _Known, wanted: _Rates, x: Array, x_dot: Array
+) -> _Rates:
+    """A block's terms of the rule, for what is wanted; linear in ẋ and the targets' tangent."""
+    u = x - known.peak[:, None]
+    p = jnp.exp(u - known.log_total[:, None])
+
+    def total(a: Array) -> Array:
+        return jnp.sum(a, 1)
+
+    made: dict[str, Any] = {}
+    if wanted.gap is not None:
+        c = jnp.where(p == 0, 0, u) + known.gap[:, None]
+        made["gap"] = -total(p * (1 + c) * x_dot)
+    if wanted.spread is not None:
+        made["spread"] = -total(x_dot)
+    if wanted.mass is not None:
+        kept = ~jnp.isneginf(x)
+        made["below"] = -total(jnp.where(kept, block.targets, 0) * x_dot)
+        made["mass"] = jnp.zeros_like(known.peak)
+        if dots.targets is not None:
+            made["below"] = made["below"] - total(jnp.where(kept, u, 0) * jnp.where(kept, dots.targets, 0))
+            made["mass"] = total(jnp.where(kept, dots.targets, 0))
+    elif wanted.below is not None:
+        made["below"] = -total(jnp.where(is_label(block, start, x.shape[1]), x_dot, 0))
+    return _Rates(**{"gap": None, "below": None, "mass": None, "spread": None, "log_total": total(p * x_dot), **made})
