@@ -3,6 +3,7 @@
 from jsoftmax.heads.streaming import (
     LinearStatistics,
     linear_cross_entropy,
+    linear_cross_entropy_sum,
     linear_log_normalizer,
     linear_statistics,
 )
@@ -10,6 +11,7 @@ from jsoftmax.heads.streaming import (
 __all__ = [
     "LinearStatistics",
     "linear_cross_entropy",
+    "linear_cross_entropy_sum",
     "linear_log_normalizer",
     "linear_statistics",
 ]

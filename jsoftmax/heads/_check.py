@@ -9,7 +9,8 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import _arguments, _labels, maps
-from jsoftmax.heads._head import Head, Plan
+from jsoftmax.heads._head import PER_TOKEN, Head, Plan
+from jsoftmax.heads._statistics import Statistics
 
 
 class Given(NamedTuple):
@@ -22,6 +23,8 @@ class Given(NamedTuple):
     """bool `[N]`, the tokens that count."""
     order: Array | None
     """The order in which the tokens are taken."""
+    token_weights: Array | None
+    """`[tokens]` of the head, 0 for tokens that do not count."""
 
     def restore(self, result: Array, ignored: Any = 0) -> Array:
         """`[tokens]` of the head as `[...]`, with a value for tokens that do not count."""
@@ -91,11 +94,14 @@ def check(  # noqa: PLR0913
             _labels.reject_given(function, given)
             head = head._replace(targets=labels.reshape(-1, classes))
     if token_weights is not None:
-        counts = token_weights.reshape(-1) != 0
-        rows = counts if rows is None else rows & counts
-    tokens, of_classes = _block_sizes(function, block_size, head)
+        of_tokens = _arguments.broadcast_number(function, "token_weights", token_weights, batch, "the tokens' shape")
+        token_weights = of_tokens.reshape(-1).astype(wide)
+        if head.labels is not None:  # padding: no weight and no label
+            counts = (token_weights != 0) | _is_valid(head)
+            rows = counts if rows is None else rows & counts
+    tokens, of_classes = _block_sizes(function, block_size, head, whole_rows=token_weights is not None)
     plan = Plan(tokens, of_classes, dtype, _check_precision(function, precision))
-    return _in_order(head, plan, batch, rows)
+    return _in_order(head, plan, batch, rows, token_weights)
 
 
 _TINY = 1e-37
@@ -142,10 +148,12 @@ def _check_precision(function: str, precision: Any) -> Any:
     return given
 
 
-def _block_sizes(function: str, block_size: Any, head: Head) -> tuple[int, int]:
+def _block_sizes(function: str, block_size: Any, head: Head, whole_rows: bool) -> tuple[int, int]:
     """Tokens and classes of a block, the latter a divisor of the vocabulary where one is near."""
     tokens, classes = head.hidden.shape[0], head.weight.shape[0]
     of_tokens, of_classes = _DEFAULTS.get(jax.default_backend(), _DEFAULTS["gpu"])
+    if whole_rows:
+        of_tokens = min(of_tokens, 256)
     if block_size is None:
         return max(1, min(tokens, of_tokens)), _near_divisor(classes, of_classes)
     pair = block_size if isinstance(block_size, tuple) else (min(tokens, of_tokens), block_size)
@@ -168,27 +176,33 @@ def _near_divisor(classes: int, wanted: int) -> int:
     return next(divisors, wanted)
 
 
-def _in_order(head: Head, plan: Plan, batch: tuple[int, ...], rows: Array | None) -> Given:
+def _in_order(  # noqa: PLR0917
+    head: Head, plan: Plan, batch: tuple[int, ...], rows: Array | None, weights: Array | None
+) -> Given:
     """The tokens that count first, then those that do not, made harmless; padded to whole blocks."""
     order = None
     if rows is not None:
         order = jnp.argsort(~rows, stable=True)
         counts = rows[order]
-        head = head._replace(
-            hidden=maps.where_not(~counts[:, None], head.hidden[order]),
-            labels=None if head.labels is None else jnp.where(counts, head.labels[order], 0),
-            targets=None if head.targets is None else head.targets[order],
-            counted=jnp.sum(rows, dtype=jnp.int32),
-        )
-    padding = -head.hidden.shape[0] % plan.tokens
-    if padding:
-        pad = [(0, padding)]
-        head = head._replace(
-            hidden=jnp.pad(head.hidden, [*pad, (0, 0)]),
-            labels=None if head.labels is None else jnp.pad(head.labels, pad),
-            targets=None if head.targets is None else jnp.pad(head.targets, [*pad, (0, 0)]),
-        )
-    return Given(head, plan, batch, rows, order)
+
+        def taken(a: Any) -> Any:
+            return None if a is None else jnp.where(counts.reshape(-1, *[1] * (a.ndim - 1)), a[order], 0)
+
+        head = head._replace(counted=jnp.sum(rows, dtype=jnp.int32), **_each(head, taken))
+        weights = taken(weights)
+    length = -head.hidden.shape[0] % plan.tokens
+
+    def padded(a: Any) -> Any:
+        return None if a is None else jnp.pad(a, [(0, length), *[(0, 0)] * (a.ndim - 1)])
+
+    if length:
+        head, weights = head._replace(**_each(head, padded)), padded(weights)
+    return Given(head, plan, batch, rows, order, weights)
+
+
+def _each(head: Head, f: Any) -> dict[str, Any]:
+    """What belongs to tokens, mapped."""
+    return {name: f(getattr(head, name)) for name in PER_TOKEN}
 
 
 def loss_options(function: str, given: Given, label_smoothing: Any, z_loss: Any) -> tuple[Array | None, Array | None]:
@@ -199,12 +213,27 @@ def loss_options(function: str, given: Given, label_smoothing: Any, z_loss: Any)
     return None if _is_zero(label_smoothing) else a, None if _is_zero(z_loss) else z
 
 
+def loss_of_tokens(head: Head, found: Statistics, smoothing: Array | None, z_loss: Array | None) -> Array:
+    """(1 − a) (−l_y) + (a/K) Σ (−l) + z_loss L², or with Σ q (−l)  (MATH 11.4)."""
+    below: Any = found.below
+    if head.labels is None:
+        loss = found.mass * found.log_total + below
+    else:
+        loss = (found.log_total + below) * in_vocabulary(head)
+    if smoothing is not None:
+        mean = found.log_total + found.spread / jnp.maximum(found.count, 1)
+        loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
+        loss = (1 - smoothing) * loss + smoothing * mean
+    if z_loss is not None:
+        L = found.log_normalizer
+        loss = loss + z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
+    return loss
+
+
 def in_vocabulary(head: Head) -> Array:
     """1, and NaN for a label out of range."""
-    valid = (head.labels >= 0) & (head.labels < head.weight.shape[0])
-    return jnp.where(valid, 1, jnp.nan).astype(head.hidden.dtype)
+    return jnp.where(_is_valid(head), 1, jnp.nan).astype(head.hidden.dtype)
 
 
-def constant(tree: Any) -> Any:
-    """Without derivatives."""
-    return jax.tree.map(lax.stop_gradient, tree)
+def _is_valid(head: Head) -> Array:
+    return (head.labels >= 0) & (head.labels < head.weight.shape[0])

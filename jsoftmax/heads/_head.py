@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jsoftmax import maps
@@ -102,18 +103,28 @@ def of_products(head: Head, start: Array, o: Array) -> Array:
     return maps.weighted_scores(head.phi, o, head.where, head.log_weights)
 
 
-def block_tangent(head: Head, dots: Head, start: Array, plan: Plan) -> tuple[Array, Array]:
-    """x and ẋ, of those fields alone that have a tangent: zero times an infinite derivative is NaN."""
-    leaves, structure = jax.tree.flatten(head)
-    given = structure.flatten_up_to(dots)
-    live = [i for i, dot in enumerate(given) if dot is not None]
+# --- tangents ------------------------------------------------------------------------------------------------
 
-    def of_live(values: list[Array]) -> Array:
+
+def without_zeros(dots: Any) -> Any:
+    """Tangents with None for a symbolic zero."""
+    return jax.tree.map(lambda dot: None if isinstance(dot, SymbolicZero) else dot, dots)
+
+
+def jvp_of_live(f: Callable[[Any], Any], given: Any, dots: Any) -> tuple[Any, Any]:
+    """f and its derivative along the tangents that are not None: zero times an infinite derivative is NaN."""
+    leaves, structure = jax.tree.flatten(given)
+    rates = structure.flatten_up_to(dots)
+    live = [i for i, rate in enumerate(rates) if rate is not None]
+
+    def of_live(values: list[Array]) -> Any:
         filled = dict(zip(live, values, strict=True))
-        fields = [filled.get(i, leaf) for i, leaf in enumerate(leaves)]
-        return block_scores(jax.tree.unflatten(structure, fields), start, plan)
+        return f(jax.tree.unflatten(structure, [filled.get(i, leaf) for i, leaf in enumerate(leaves)]))
 
-    return jax.jvp(of_live, ([leaves[i] for i in live],), ([given[i] for i in live],))
+    return jax.jvp(of_live, ([leaves[i] for i in live],), ([rates[i] for i in live],))
+
+
+PER_CLASS, PER_TOKEN = ("weight", "bias", "log_weights", "where"), ("hidden", "labels", "targets")
 
 
 # --- loops ---------------------------------------------------------------------------------------------------
@@ -130,12 +141,10 @@ def over_classes(step: Step, head: Head, dots: Head, known: Any, state: Any, pla
     otherwise. Where blocks divide the vocabulary the weight is read in place; otherwise it is padded, a copy.
     """
     classes = head.weight.shape[0]
-    if classes % plan.classes and head.where is None:
-        head = head._replace(where=jnp.ones(classes, bool))
-    of_classes = ("weight", "bias", "log_weights", "where")
-    blocks = jax.tree.map(lambda a: _cut(a, plan.classes), (head.only(*of_classes), dots.only(*of_classes)))
+    head = with_padding(head, plan)
+    blocks = jax.tree.map(lambda a: cut(a, plan.classes), (head.only(*PER_CLASS), dots.only(*PER_CLASS)))
     targets = None if head.targets is None else jnp.pad(head.targets, [(0, 0), (0, -classes % plan.classes)])
-    targets_dot = None if dots.targets is None else _cut(dots.targets, plan.classes, 1)
+    targets_dot = None if dots.targets is None else cut(dots.targets, plan.classes, 1)
     starts = jnp.arange(0, classes, plan.classes, dtype=jnp.int32)
 
     def body(state: Any, xs: Any) -> tuple[Any, None]:
@@ -164,13 +173,20 @@ def _over_tokens(step: Any, head: Head, dots: Head, known: Any, state: Any, plan
         new = run(old) if head.counted is None else lax.cond(first < head.counted, run, lambda old: old, old)
         return first + plan.tokens, new
 
-    of_tokens = ("hidden", "labels", "targets")
-    xs = jax.tree.map(lambda a: _cut(a, plan.tokens), (head.only(*of_tokens), dots.only(*of_tokens), known, state))
+    xs = jax.tree.map(lambda a: cut(a, plan.tokens), (head.only(*PER_TOKEN), dots.only(*PER_TOKEN), known, state))
     _, new = lax.scan(jax.checkpoint(body, prevent_cse=False), jnp.zeros((), jnp.int32), xs)
     return jax.tree.map(lambda a: a.reshape(tokens, *a.shape[2:]), new)
 
 
-def _cut(a: Array, length: int, axis: int = 0) -> Array:
+def with_padding(head: Head, plan: Plan) -> Head:
+    """The head with a mask, where blocks do not divide the vocabulary: zeros that `cut` adds are left out."""
+    classes = head.weight.shape[0]
+    if classes % plan.classes and head.where is None:
+        return head._replace(where=jnp.ones(classes, bool))
+    return head
+
+
+def cut(a: Array, length: int, axis: int = 0) -> Array:
     """An axis as blocks, which come first; zeros where they do not divide it."""
     padding = -a.shape[axis] % length
     if padding:

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jsoftmax import maps
 from jsoftmax.entropy import gap_sum
-from jsoftmax.heads._head import Head, Plan, block_scores, block_tangent, is_label, over_classes
+from jsoftmax.heads._head import Head, Plan, block_scores, is_label, jvp_of_live, over_classes, without_zeros
 
 
 class Wanted(NamedTuple):
@@ -46,7 +45,7 @@ class Statistics(NamedTuple):
     """The first class with the largest p; −1 in an empty row."""
 
 
-class _Running(NamedTuple):
+class Running(NamedTuple):
     """Of the blocks so far, about their own peak, −inf while there is no class  (MATH 11.2)."""
 
     peak: Array
@@ -63,10 +62,10 @@ class _Running(NamedTuple):
     argmax: Array | None = None
 
 
-def _initial(head: Head, wanted: Wanted) -> _Running:
+def initial(head: Head, wanted: Wanted) -> Running:
     """No class so far. Zeros of the arguments, which are sharded as they are, not of a shape."""
     zero = jnp.zeros_like(head.hidden[:, 0])
-    return _Running(
+    return Running(
         zero - jnp.inf,
         zero - 1,
         zero if wanted.entropy else None,
@@ -79,7 +78,7 @@ def _initial(head: Head, wanted: Wanted) -> _Running:
     )
 
 
-def _of_block(head: Head, wanted: Wanted, start: Array, x: Array) -> _Running:
+def of_block(head: Head, wanted: Wanted, start: Array, x: Array) -> Running:
     axis = (1,)
     _, _, rest, peak = maps.centre(x, axis)
     top = jnp.where(rest == -1, -jnp.inf, peak)
@@ -102,7 +101,7 @@ def _of_block(head: Head, wanted: Wanted, start: Array, x: Array) -> _Running:
             made["count"] = jnp.sum(kept, 1, dtype=jnp.int32).astype(x.dtype)
     if wanted.argmax:
         made["argmax"] = start + maps.first_argmax(lax.stop_gradient(x))
-    return _Running(top[:, 0], rest[:, 0], **made)
+    return Running(top[:, 0], rest[:, 0], **made)
 
 
 def _local(head: Head, start: Array) -> tuple[Array, Array]:
@@ -112,12 +111,12 @@ def _local(head: Head, start: Array) -> tuple[Array, Array]:
     return (label >= 0) & (label < classes), jnp.clip(label, 0, classes - 1)
 
 
-def _merged(a: _Running, b: _Running) -> _Running:
+def merged(a: Running, b: Running) -> Running:
     """Two parts of a row about the higher peak; no digit of a small sum is lost  (MATH 11.2)."""
     peak = jnp.maximum(a.peak, b.peak)
     falls = [jnp.where(part.peak == peak, 0, peak - part.peak) for part in (a, b)]
 
-    def moved(part: _Running, fall: Array) -> Array:
+    def moved(part: Running, fall: Array) -> Array:
         return (1 + part.rest) * jnp.exp(-fall)
 
     rest = jnp.where(a.peak >= b.peak, a.rest + moved(b, falls[1]), b.rest + moved(a, falls[0]))
@@ -144,7 +143,7 @@ def _merged(a: _Running, b: _Running) -> _Running:
         made["count"] = total(lambda part, _: part.count)
     if a.argmax is not None:
         made["argmax"] = jnp.where(b.peak > a.peak, b.argmax, a.argmax)
-    return _Running(peak, rest, **made)
+    return Running(peak, rest, **made)
 
 
 _FAR = 1e4  # e^−fall is 0 long before, and 0 · ∞ would be NaN
@@ -154,10 +153,14 @@ _FAR = 1e4  # e^−fall is 0 long before, and 0 · ∞ would be NaN
 def statistics(head: Head, wanted: Wanted, plan: Plan) -> Statistics:
     """One pass: each block's statistics about its own peak, merged."""
 
-    def step(block: Head, _: Head, start: Array, known: None, state: _Running) -> _Running:
-        return _merged(state, _of_block(block, wanted, start, block_scores(block, start, plan)))
+    def step(block: Head, _: Head, start: Array, known: None, state: Running) -> Running:
+        return merged(state, of_block(block, wanted, start, block_scores(block, start, plan)))
 
-    done = over_classes(step, head, Head(), None, _initial(head, wanted), plan)
+    return finished(over_classes(step, head, Head(), None, initial(head, wanted), plan))
+
+
+def finished(done: Running) -> Statistics:
+    """What the merged blocks say."""
     empty = jnp.isneginf(done.peak)
     peak = lax.stop_gradient(jnp.where(empty, 0, done.peak))
     rest = jnp.where(empty, 0, done.rest)
@@ -179,21 +182,16 @@ def statistics(head: Head, wanted: Wanted, plan: Plan) -> Statistics:
 @functools.partial(statistics.defjvp, symbolic_zeros=True)
 def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> tuple[Statistics, Statistics]:
     """L̇ = Σ p ẋ, (Σ p (−u))˙ = −Σ p (1 + u + gap) ẋ, (−u_y)˙ = −ẋ_y, (Σ q (−u))˙ = Σ q̇ (−u) − Σ q ẋ  (MATH 11.3)."""
-    (head,), (given,) = primals, tangents
-    dots = jax.tree.map(
-        lambda dot: None if isinstance(dot, SymbolicZero) else dot,
-        given,
-        is_leaf=lambda dot: isinstance(dot, SymbolicZero),
-    )
+    (head,), dots = primals, without_zeros(tangents[0])
     out = statistics(head, wanted, plan)
 
-    known = _Known(out.peak, out.log_total, out.gap)
+    known = Known(out.peak, out.log_total, out.gap)
     zero = jnp.zeros_like(out.peak)
-    zeros = jax.tree.map(lambda _: zero, _Rates(out.log_total, out.gap, out.below, out.mass, out.spread))
+    zeros = jax.tree.map(lambda _: zero, Rates(out.log_total, out.gap, out.below, out.mass, out.spread))
 
-    def step(block: Head, block_dots: Head, start: Array, known: _Known, state: _Rates) -> _Rates:
-        x, x_dot = block_tangent(block, block_dots, start, plan)
-        return jax.tree.map(jnp.add, state, _rates(block, block_dots, start, known, state, x, x_dot))
+    def step(block: Head, block_dots: Head, start: Array, known: Known, state: Rates) -> Rates:
+        x, x_dot = jvp_of_live(lambda block: block_scores(block, start, plan), block, block_dots)
+        return jax.tree.map(jnp.add, state, block_rates(block, block_dots, start, known, state, x, x_dot))
 
     rates = over_classes(step, head, dots, known, zeros, plan)
     return out, Statistics(
@@ -209,13 +207,13 @@ def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> 
     )
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     peak: Array
     log_total: Array
     gap: Array | None
 
 
-class _Rates(NamedTuple):
+class Rates(NamedTuple):
     log_total: Array
     gap: Array | None
     below: Array | None
@@ -223,9 +221,9 @@ class _Rates(NamedTuple):
     spread: Array | None
 
 
-def _rates(  # noqa: PLR0917
-    block: Head, dots: Head, start: Array, known: _Known, wanted: _Rates, x: Array, x_dot: Array
-) -> _Rates:
+def block_rates(  # noqa: PLR0917
+    block: Head, dots: Head, start: Array, known: Known, wanted: Rates, x: Array, x_dot: Array
+) -> Rates:
     """A block's terms of the rule, for what is wanted; linear in ẋ and the targets' tangent."""
     u = x - known.peak[:, None]
     p = jnp.exp(u - known.log_total[:, None])
@@ -248,4 +246,4 @@ def _rates(  # noqa: PLR0917
             made["mass"] = total(jnp.where(kept, dots.targets, 0))
     elif wanted.below is not None:
         made["below"] = -total(jnp.where(is_label(block, start, x.shape[1]), x_dot, 0))
-    return _Rates(**{"gap": None, "below": None, "mass": None, "spread": None, "log_total": total(p * x_dot), **made})
+    return Rates(**{"gap": None, "below": None, "mass": None, "spread": None, "log_total": total(p * x_dot), **made})

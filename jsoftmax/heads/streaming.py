@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jsoftmax import _arguments, _labels
 from jsoftmax.heads import _check
 from jsoftmax.heads._head import Head, Plan
-from jsoftmax.heads._statistics import Statistics, Wanted, statistics
+from jsoftmax.heads._statistics import Wanted, statistics
+from jsoftmax.heads._sum import Weighed, weighted_sum
 from jsoftmax.phi import Phi, exp
 
 
@@ -30,23 +31,7 @@ class LinearStatistics(NamedTuple):
 
 
 _traced = jax.jit(statistics, static_argnums=(1, 2))
-
-
-def _loss(head: Head, found: Statistics, smoothing: Array | None, z_loss: Array | None) -> Array:
-    """(1 − a) (−l_y) + (a/K) Σ (−l) + z_loss L², or with Σ q (−l)  (MATH 11.4)."""
-    below: Any = found.below
-    if head.labels is None:
-        loss = found.mass * found.log_total + below
-    else:
-        loss = (found.log_total + below) * _check.in_vocabulary(head)
-    if smoothing is not None:
-        mean = found.log_total + found.spread / jnp.maximum(found.count, 1)
-        loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
-        loss = (1 - smoothing) * loss + smoothing * mean
-    if z_loss is not None:
-        L = found.log_normalizer
-        loss = loss + z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
-    return loss
+_traced_sum = jax.jit(weighted_sum, static_argnums=1)
 
 
 def linear_log_normalizer(
@@ -111,7 +96,7 @@ def linear_cross_entropy(
     )
     smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
     found = _traced(given.head, Wanted(spread=smoothing is not None), given.plan)
-    return given.restore(_loss(given.head, found, smoothing, z))
+    return given.restore(_check.loss_of_tokens(given.head, found, smoothing, z))
 
 
 def linear_statistics(
@@ -144,8 +129,48 @@ def linear_statistics(
     )
     found: Any = _traced(given.head, Wanted(entropy=True, argmax=True), given.plan)
     return LinearStatistics(
-        given.restore(-_loss(given.head, found, None, None)),
+        given.restore(-_check.loss_of_tokens(given.head, found, None, None)),
         given.restore(found.log_total + found.gap),
         given.restore(found.log_normalizer),
         given.restore(found.argmax, -1),
     )
+
+
+def linear_cross_entropy_sum(
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    labels: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    token_weights: ArrayLike | None = None,
+    phi: Phi = exp,
+    soft_cap: ArrayLike | None = None,
+    margin: ArrayLike = 0.0,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    ignore_label: int | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    precision: Any = None,
+) -> Float[Array, ""]:
+    function = "linear_cross_entropy_sum"
+    given = _check.check(
+        function,
+        hidden,
+        weight,
+        bias,
+        labels=labels,
+        phi=phi,
+        soft_cap=soft_cap,
+        margin=margin,
+        ignore_label=ignore_label,
+        where=where,
+        log_weights=log_weights,
+        block_size=block_size,
+        precision=precision,
+        token_weights=1.0 if token_weights is None else token_weights,
+    )
+    smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
+    weighed: Any = Weighed(given.head, given.token_weights, smoothing, z)
+    return _traced_sum(weighed, given.plan)

@@ -1,0 +1,165 @@
+"""Σ w loss over the tokens, its gradient made while the loss is: three products instead of four (MATH 11.5)."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jsoftmax.heads import _head, _statistics
+from jsoftmax.heads._check import loss_of_tokens
+from jsoftmax.heads._head import Head, Plan
+from jsoftmax.heads._statistics import Known, Rates, Statistics, Wanted, statistics
+
+
+class Weighed(NamedTuple):
+    """A head, a weight for each of its tokens, and the loss's options."""
+
+    head: Head
+    token_weights: Array
+    """`[N]`."""
+    smoothing: Array | None
+    z_loss: Array | None
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(spread=self.smoothing is not None)
+
+    def losses(self, found: Statistics) -> Array:
+        """Of each token; 0, not infinity, where the weight is."""
+        loss = loss_of_tokens(self.head, found, self.smoothing, self.z_loss)
+        return jnp.where((self.token_weights == 0) & jnp.isposinf(loss), 0, loss)
+
+    def total(self, found: Statistics) -> Array:
+        """Σ w loss."""
+        return jnp.sum(self.token_weights * self.losses(found))
+
+    def by_streaming(self, plan: Plan) -> Array:
+        """Σ w loss by the rule of `statistics`, right for every derivative."""
+        return self.total(statistics(self.head, self.wanted, plan))
+
+
+class _Gradients(NamedTuple):
+    hidden: Array
+    weight: Array
+    bias: Array | None
+    token_weights: Array
+
+    @staticmethod
+    def of(given: Weighed) -> "_Gradients":
+        """What has such a gradient, or its tangents."""
+        return _Gradients(given.head.hidden, given.head.weight, given.head.bias, given.token_weights)
+
+    def within(self, given: Weighed) -> Weighed:
+        head = given.head._replace(hidden=self.hidden, weight=self.weight, bias=self.bias)
+        return given._replace(head=head, token_weights=self.token_weights)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def weighted_sum(given: Weighed, plan: Plan) -> Array:
+    """Σ w loss  (MATH 11.5)."""
+    return given.by_streaming(plan)
+
+
+@functools.partial(weighted_sum.defjvp, symbolic_zeros=True)
+def _weighted_sum_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """⟨∂h, ḣ⟩ + ⟨∂W, Ẇ⟩ + ⟨∂b, ḃ⟩ + ⟨loss, ẇ⟩  (MATH 11.5); where W is a constant, or something else is none, by streaming."""
+    (given,), dots = primals, _head.without_zeros(tangents[0])
+    rates = _Gradients.of(dots)
+    others = jax.tree.leaves(_Gradients(None, None, None, None).within(dots))  # pyright: ignore[reportArgumentType]
+    if rates.weight is None or others:
+        return _head.jvp_of_live(lambda given: given.by_streaming(plan), given, dots)
+    value, gradients = _value_and_gradients(given, plan)
+    terms = [jnp.sum(a * b.astype(a.dtype)) for a, b in zip(gradients, rates, strict=True) if b is not None]
+    return value, sum(terms[1:], terms[0])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]:
+    """One block of tokens after the other, each with all classes: its products h Wᵀ, tokens × V numbers, are kept."""
+    head = _head.with_padding(given.head, plan)
+    blocks = jax.tree.map(lambda a: _head.cut(a, plan.classes), head.only(*_head.PER_CLASS))
+    wide = head.hidden.dtype
+    zeros = [None if a is None else jnp.zeros_like(a, wide) for a in (blocks.weight, blocks.bias)]
+
+    def body(carry: Any, rows: Weighed) -> tuple[Any, Any]:
+        first, value, sums = carry
+
+        def run(value: Array, sums: Any) -> Any:
+            whole = rows._replace(head=head.with_fields(rows.head), smoothing=given.smoothing, z_loss=given.z_loss)
+            more, sums, by_hidden, losses = _of_token_block(whole, blocks, sums, plan)
+            return value + more, sums, (by_hidden, losses)
+
+        def skip(value: Array, sums: Any) -> Any:
+            return value, sums, (jnp.zeros_like(rows.head.hidden), jnp.zeros_like(rows.head.hidden[:, 0]))
+
+        counted = head.counted
+        run_or_skip = run if counted is None else functools.partial(lax.cond, first < counted, run, skip)
+        value, sums, made = run_or_skip(value, sums)
+        return (first + plan.tokens, value, sums), made
+
+    rows = Weighed(head.only("hidden", "labels"), given.token_weights, None, None)
+    rows = jax.tree.map(lambda a: _head.cut(a, plan.tokens), rows)
+    start = (jnp.zeros((), jnp.int32), jnp.zeros_like(head.hidden[0, 0]), zeros)
+    (_, value, sums), (by_hidden, losses) = lax.scan(body, start, rows)
+    by_weight, by_bias = (None if a is None else a.reshape(-1, *a.shape[2:])[: head.weight.shape[0]] for a in sums)
+    return value, _Gradients(by_hidden.reshape(head.hidden.shape), by_weight, by_bias, losses.reshape(-1))
+
+
+@functools.partial(_value_and_gradients.defjvp, symbolic_zeros=True)
+def _value_and_gradients_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
+    """Derivatives of the gradient are those of the streamed gradient."""
+    (given,), dots = primals, _head.without_zeros(tangents[0])
+
+    def streamed(given: Weighed) -> Any:
+        def of(wanted: _Gradients) -> Array:
+            return wanted.within(given).by_streaming(plan)
+
+        return jax.value_and_grad(of)(_Gradients.of(given))
+
+    (value, gradients), rates = _head.jvp_of_live(streamed, given, dots)
+    wide = [jax.tree.map(lambda a: a.astype(value.dtype), tree) for tree in (gradients, rates)]
+    return (value, wide[0]), wide[1]
+
+
+def _of_token_block(rows: Weighed, blocks: Head, sums: Any, plan: Plan) -> Any:
+    """Σ w loss; the sums [∂W, ∂b] with its share; ∂h and the losses of its tokens."""
+    head, wide = rows.head, rows.head.hidden.dtype
+    numbers = jnp.arange(blocks.weight.shape[0], dtype=jnp.int32)
+    starts = numbers * plan.classes
+
+    def forward(running: Any, xs: Any) -> tuple[Any, Array]:
+        block, start = xs
+        whole = head.with_fields(block)
+        o = _head.products(head.hidden, whole.weight.astype(wide), plan)
+        x = _head.of_products(whole, start, o)
+        return _statistics.merged(running, _statistics.of_block(whole, rows.wanted, start, x)), o
+
+    running, products = lax.scan(forward, _statistics.initial(head, rows.wanted), (blocks, starts))
+    found = _statistics.finished(running)
+    value, by = jax.value_and_grad(rows.total)(found)
+    wanted = Rates(by.log_total + by.log_normalizer, None, by.below, None, by.spread)
+    known = Known(found.peak, found.log_total, None)
+
+    def backward(carry: Any, xs: Any) -> tuple[Any, None]:
+        by_hidden, (by_weight, by_bias) = carry
+        block, number, start, o = xs
+        whole = head.with_fields(block)
+        x, of_x = jax.vjp(functools.partial(_head.of_products, whole, start), o)
+        rates = functools.partial(_statistics.block_rates, whole, Head(), start, known, wanted, x)
+        (by_o,) = of_x(*jax.linear_transpose(rates, x)(wanted))
+        by_hidden = by_hidden + by_o @ whole.weight.astype(wide)
+        by_weight = _added(by_weight, number, by_o.T @ head.hidden)
+        return (by_hidden, [by_weight, None if by_bias is None else _added(by_bias, number, by_o.sum(0))]), None
+
+    start = (jnp.zeros_like(head.hidden), sums)
+    (by_hidden, sums), _ = lax.scan(backward, start, (blocks, numbers, starts, products))
+    return value, sums, by_hidden, rows.losses(found)
+
+
+def _added(total: Array, number: Array, block: Array) -> Array:
+    """The total with a block more, in place."""
+    so_far = lax.dynamic_index_in_dim(total, number, keepdims=False)
+    return lax.dynamic_update_index_in_dim(total, so_far + block, number, 0)
