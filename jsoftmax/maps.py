@@ -90,24 +90,6 @@ def careful_sum(f: Callable[[Array], Array], x: Array, peak: Array, axis: tuple[
     return _pairwise_sum(jnp.concatenate([block_sum, f(tail - peak)], -1))
 
 
-def first_argmax(x: Array) -> Array:
-    """The first place of the largest along the last axis; where there is a NaN, that of one.
-
-    By the maxima of blocks: XLA's own argmax is a scalar loop on CPU.
-    """
-    length = _block_length(x, (x.ndim - 1,))
-    if not length:
-        return jnp.argmax(x, -1)
-    cut, tail = _cut(x, length)
-    tops = jnp.concatenate([jnp.max(cut, -1), jnp.max(tail, -1, keepdims=True, initial=-jnp.inf)], -1)
-    best, blocks = jnp.argmax(tops, -1, keepdims=True), cut.shape[-2]
-    block = jnp.take_along_axis(cut, jnp.minimum(best, blocks - 1)[..., None], -2)[..., 0, :]
-    if tail.shape[-1]:
-        padded = jnp.pad(tail, [(0, 0)] * (x.ndim - 1) + [(0, length - tail.shape[-1])], constant_values=-jnp.inf)
-        block = jnp.where(best == blocks, padded, block)
-    return best[..., 0] * length + jnp.argmax(block, -1)
-
-
 def class_sum(a: Array, axis: tuple[int, ...]) -> Array:
     """Σ over the classes, whose axes keep length 1."""
     if _has_few(a, axis) and axis[0] < a.ndim - 1:

@@ -100,15 +100,11 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
     _noise.check_key(function, key)
     given = _noise.check(function, z, axis, where, phi, log_weights)
     batch = given.x.shape[:-1]
-    prefix = _check_shape(shape, batch)
+    prefix = check_shape(function, shape, batch)
     count = math.prod(prefix)
     if mode not in (None, "low", "high"):
         raise ValueError(f"{function}: mode must be None, 'low' or 'high'; got {mode!r}. Leave it out.")
-    if not replace and count > given.x.shape[-1]:
-        raise ValueError(
-            f"{function}: shape must ask for no more draws than there are classes, {given.x.shape[-1]}, with "
-            f"replace=False; got {count}. Draw fewer, or with replacement."
-        )
+    check_distinct(function, replace, count, given.x.shape[-1])
     if not given.x.shape[-1]:
         return jnp.full((*prefix, *batch), -1, jnp.int32)
     if mode is not None:
@@ -121,17 +117,26 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
     return jnp.moveaxis(_keep_possible(drawn, given.x), -1, 0).reshape(*prefix, *batch)
 
 
-def _check_shape(shape: Any, batch: tuple[int, ...]) -> tuple[int, ...]:
+def check_distinct(function: str, replace: bool, count: int, classes: int) -> None:
+    """Distinct draws need as many classes."""
+    if not replace and count > classes:
+        raise ValueError(
+            f"{function}: shape must ask for no more draws than there are classes, {classes}, with replace=False; got "
+            f"{count}. Draw fewer, or with replacement."
+        )
+
+
+def check_shape(function: str, shape: Any, batch: tuple[int, ...]) -> tuple[int, ...]:
     """What stands before the batch in the shape of the result."""
     if shape is None:
         return ()
     whole = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
     if not all(_arguments.is_int(length) and length >= 0 for length in whole):
-        raise TypeError(f"categorical: shape must be a tuple of ints >= 0, not traced; got {shape!r}. Write (n,).")
+        raise TypeError(f"{function}: shape must be a tuple of ints >= 0, not traced; got {shape!r}. Write (n,).")
     split = len(whole) - len(batch)
     if split < 0 or whole[split:] != batch:
         raise ValueError(
-            f"categorical: shape must end in the scores' shape without the classes, {batch}; got {whole}. "
+            f"{function}: shape must end in the scores' shape without the classes, {batch}; got {whole}. "
             f"For n draws of each row write shape=(n, *{batch})."
         )
     return whole[:split]

@@ -1,17 +1,25 @@
-"""A linear layer and its softmax over a huge vocabulary (MATH 11)."""
+"""A linear layer and its softmax over a huge vocabulary: the logits never exist (MATH 11)."""
 
 from jsoftmax.heads.streaming import (
     LinearStatistics,
+    LinearTopK,
+    linear_categorical,
     linear_cross_entropy,
     linear_cross_entropy_sum,
+    linear_kl,
     linear_log_normalizer,
     linear_statistics,
+    linear_top_k,
 )
 
 __all__ = [
     "LinearStatistics",
+    "LinearTopK",
+    "linear_categorical",
     "linear_cross_entropy",
     "linear_cross_entropy_sum",
+    "linear_kl",
     "linear_log_normalizer",
     "linear_statistics",
+    "linear_top_k",
 ]

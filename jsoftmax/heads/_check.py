@@ -27,11 +27,11 @@ class Given(NamedTuple):
     """`[tokens]` of the head, 0 for tokens that do not count."""
 
     def restore(self, result: Array, ignored: Any = 0) -> Array:
-        """`[tokens]` of the head as `[...]`, with a value for tokens that do not count."""
+        """`[tokens, …]` of the head as `[..., …]`, with a value for tokens that do not count."""
         result = result[: math.prod(self.batch)]
         if self.order is not None and self.rows is not None:
             result = jnp.where(self.rows, result[jnp.argsort(self.order)], ignored)
-        return result.reshape(self.batch)
+        return result.reshape(*self.batch, *result.shape[1:])
 
 
 def check(  # noqa: PLR0913
@@ -50,6 +50,7 @@ def check(  # noqa: PLR0913
     block_size: Any = None,
     precision: Any = None,
     token_weights: Any = None,
+    chunk: int = 1,
     names: tuple[str, str, str] = ("hidden", "weight", "bias"),
 ) -> Given:
     """Everything as a `Head`, in the accumulation dtype but for what belongs to the vocabulary."""
@@ -99,7 +100,7 @@ def check(  # noqa: PLR0913
         if head.labels is not None:  # padding: no weight and no label
             counts = (token_weights != 0) | _is_valid(head)
             rows = counts if rows is None else rows & counts
-    tokens, of_classes = _block_sizes(function, block_size, head, whole_rows=token_weights is not None)
+    tokens, of_classes = _block_sizes(function, block_size, head, token_weights is not None, chunk)
     plan = Plan(tokens, of_classes, dtype, _check_precision(function, precision))
     return _in_order(head, plan, batch, rows, token_weights)
 
@@ -148,24 +149,27 @@ def _check_precision(function: str, precision: Any) -> Any:
     return given
 
 
-def _block_sizes(function: str, block_size: Any, head: Head, whole_rows: bool) -> tuple[int, int]:
-    """Tokens and classes of a block, the latter a divisor of the vocabulary where one is near."""
-    tokens, classes = head.hidden.shape[0], head.weight.shape[0]
+def _block_sizes(  # noqa: PLR0917
+    function: str, block_size: Any, head: Head, whole_rows: bool, chunk: int
+) -> tuple[int, int]:
+    """Tokens and classes of a block, the latter whole chunks and a divisor of the vocabulary where one is near."""
+    tokens, classes = max(1, head.hidden.shape[0]), -(-head.weight.shape[0] // chunk) * chunk
     of_tokens, of_classes = _DEFAULTS.get(jax.default_backend(), _DEFAULTS["gpu"])
     if whole_rows:
         of_tokens = min(of_tokens, 256)
     if block_size is None:
-        return max(1, min(tokens, of_tokens)), _near_divisor(classes, of_classes)
-    pair = block_size if isinstance(block_size, tuple) else (min(tokens, of_tokens), block_size)
+        return min(tokens, of_tokens), chunk * _near_divisor(classes // chunk, of_classes // chunk)
+    pair = block_size if isinstance(block_size, tuple) else (of_tokens, block_size)
     if len(pair) != 2 or not all(_arguments.is_int(n) and n > 0 for n in pair):
         raise ValueError(
             f"{function}: block_size must be a positive int, how many classes, or (tokens, classes); got "
             f"{block_size!r}. Leave it out for a good choice."
         )
-    return max(1, min(tokens, pair[0])), max(1, min(classes, pair[1]))
+    return min(tokens, pair[0]), min(classes, -(-pair[1] // chunk) * chunk)
 
 
 _DEFAULTS = {"cpu": (512, 2048), "gpu": (4096, 4096)}
+"""Tokens and classes of a block, by backend; measured on CPU (benchmarks/NOTES.md)."""
 
 
 def _near_divisor(classes: int, wanted: int) -> int:
@@ -203,6 +207,21 @@ def _in_order(  # noqa: PLR0917
 def _each(head: Head, f: Any) -> dict[str, Any]:
     """What belongs to tokens, mapped."""
     return {name: f(getattr(head, name)) for name in PER_TOKEN}
+
+
+def check_pair(function: str, p: Given, q: Given) -> None:
+    """Two heads over one vocabulary and the same tokens."""
+    if p.batch != q.batch:
+        raise ValueError(
+            f"{function}: hidden_p and hidden_q must have the same tokens; got shapes {p.batch} and {q.batch} before the "
+            "features. Broadcast one of them: jnp.broadcast_to."
+        )
+    classes = [given.head.weight.shape[0] for given in (p, q)]
+    if classes[0] != classes[1]:
+        raise ValueError(
+            f"{function}: weight_p and weight_q must have the same classes; got {classes[0]} and {classes[1]}. Pad the "
+            "smaller one, and leave the padding out by where=…."
+        )
 
 
 def loss_options(function: str, given: Given, label_smoothing: Any, z_loss: Any) -> tuple[Array | None, Array | None]:

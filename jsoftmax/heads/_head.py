@@ -129,53 +129,63 @@ PER_CLASS, PER_TOKEN = ("weight", "bias", "log_weights", "where"), ("hidden", "l
 
 # --- loops ---------------------------------------------------------------------------------------------------
 
-Step = Callable[..., Any]
+Heads = tuple[Head, ...]
 
 
-def over_classes(step: Step, head: Head, dots: Head, known: Any, state: Any, plan: Plan) -> Any:  # noqa: PLR0917
-    """The state `[N, …]` after step(block, its tangents, its first class, what is known of its tokens, state) for each
-    block of classes and tokens.
+def over_classes(  # noqa: PLR0917
+    step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
+) -> Any:
+    """The state `[N, …]` after step(blocks, their tangents, start, known, state) for each block of classes and tokens.
 
-    Blocks of classes are the outer loop: the gradient of a block's weight is summed over the tokens before it is
-    narrowed. Bodies are checkpointed: the backward pass keeps no scores, and at second order jax 0.10 keeps no rules
-    otherwise. Where blocks divide the vocabulary the weight is read in place; otherwise it is padded, a copy.
+    The heads have one vocabulary and the same tokens; `known` is what is known of the tokens. Blocks of classes are the
+    outer loop: the gradient of a block's weight is summed over the tokens before it is narrowed. Bodies are
+    checkpointed: the backward pass keeps no scores, and at second order jax 0.10 keeps no rules otherwise. Where blocks
+    divide the vocabulary the weight is read in place; otherwise it is padded, a copy.
     """
-    classes = head.weight.shape[0]
-    head = with_padding(head, plan)
-    blocks = jax.tree.map(lambda a: cut(a, plan.classes), (head.only(*PER_CLASS), dots.only(*PER_CLASS)))
-    targets = None if head.targets is None else jnp.pad(head.targets, [(0, 0), (0, -classes % plan.classes)])
-    targets_dot = None if dots.targets is None else cut(dots.targets, plan.classes, 1)
+    classes = heads[0].weight.shape[0]
+    heads = tuple(with_padding(head, plan) for head in heads)
+    blocks = jax.tree.map(lambda a: cut(a, plan.classes), [_only(trees, PER_CLASS) for trees in (heads, dots)])
+    padded = [jax.tree.map(lambda q: jnp.pad(q, [(0, 0), (0, -classes % plan.classes)]), h.targets) for h in heads]
+    rates = [jax.tree.map(lambda q: cut(q, plan.classes, 1), d.targets) for d in dots]
     starts = jnp.arange(0, classes, plan.classes, dtype=jnp.int32)
 
     def body(state: Any, xs: Any) -> tuple[Any, None]:
-        (block, block_dots), targets_dot, start = xs
-        if targets is not None:
-            block = block._replace(targets=lax.dynamic_slice_in_dim(targets, start, plan.classes, 1))
-        block_dots = block_dots._replace(targets=targets_dot)
-        of_block = functools.partial(step, start=start)
-        return _over_tokens(of_block, head.with_fields(block), dots.with_fields(block_dots), known, state, plan), None
+        (of_heads, of_dots), rates, start = xs
+        targets = jax.tree.map(lambda q: lax.dynamic_slice_in_dim(q, start, plan.classes, 1), padded)
+        whole = _joined(heads, [h._replace(targets=q) for h, q in zip(of_heads, targets, strict=True)])
+        whole_dots = _joined(dots, [d._replace(targets=q) for d, q in zip(of_dots, rates, strict=True)])
+        return _over_tokens(functools.partial(step, start=start), whole, whole_dots, known, state, plan), None
 
-    return lax.scan(jax.checkpoint(body, prevent_cse=False), state, (blocks, targets_dot, starts))[0]
+    return lax.scan(jax.checkpoint(body, prevent_cse=False), state, (blocks, rates, starts))[0]
 
 
-def _over_tokens(step: Any, head: Head, dots: Head, known: Any, state: Any, plan: Plan) -> Any:  # noqa: PLR0917
+def _over_tokens(step: Any, heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan) -> Any:  # noqa: PLR0917
     """The state after the step for each block of tokens; blocks of tokens that do not count are skipped."""
-    tokens = head.hidden.shape[0]
+    tokens, counted = heads[0].hidden.shape[0], heads[0].counted
     if tokens == plan.tokens:
-        return step(head, dots, known=known, state=state)
+        return step(heads, dots, known=known, state=state)
 
     def body(first: Array, xs: Any) -> tuple[Array, Any]:
         rows, rows_dots, known, old = xs
 
         def run(old: Any) -> Any:
-            return step(head.with_fields(rows), dots.with_fields(rows_dots), known=known, state=old)
+            return step(_joined(heads, rows), _joined(dots, rows_dots), known=known, state=old)
 
-        new = run(old) if head.counted is None else lax.cond(first < head.counted, run, lambda old: old, old)
+        new = run(old) if counted is None else lax.cond(first < counted, run, lambda old: old, old)
         return first + plan.tokens, new
 
-    xs = jax.tree.map(lambda a: cut(a, plan.tokens), (head.only(*PER_TOKEN), dots.only(*PER_TOKEN), known, state))
+    rows = (_only(heads, PER_TOKEN), _only(dots, PER_TOKEN), known, state)
+    xs = jax.tree.map(lambda a: cut(a, plan.tokens), rows)
     _, new = lax.scan(jax.checkpoint(body, prevent_cse=False), jnp.zeros((), jnp.int32), xs)
     return jax.tree.map(lambda a: a.reshape(tokens, *a.shape[2:]), new)
+
+
+def _only(heads: Heads, names: tuple[str, ...]) -> Heads:
+    return tuple(head.only(*names) for head in heads)
+
+
+def _joined(heads: Heads, parts: Any) -> Heads:
+    return tuple(head.with_fields(part) for head, part in zip(heads, parts, strict=True))
 
 
 def with_padding(head: Head, plan: Plan) -> Head:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jsoftmax import maps
 from jsoftmax.entropy import gap_sum
-from jsoftmax.heads._head import Head, Plan, block_scores, is_label, jvp_of_live, over_classes, without_zeros
+from jsoftmax.heads._head import Head, Heads, Plan, block_scores, is_label, jvp_of_live, over_classes, without_zeros
 
 
 class Wanted(NamedTuple):
@@ -19,7 +19,7 @@ class Wanted(NamedTuple):
 
     entropy: bool = False
     spread: bool = False
-    argmax: bool = False
+    top: int = 0
 
 
 class Statistics(NamedTuple):
@@ -41,8 +41,10 @@ class Statistics(NamedTuple):
     """Σ (−u)."""
     count: Array | None = None
     """Σ 1."""
-    argmax: Array | None = None
-    """The first class with the largest p; −1 in an empty row."""
+    top: Array | None = None
+    """−u of the k largest p `[N, k]`, in descending order of p."""
+    top_class: Array | None = None
+    """Which classes they are, int32; −1 beyond the classes kept."""
 
 
 class Running(NamedTuple):
@@ -59,7 +61,9 @@ class Running(NamedTuple):
     mass: Array | None = None
     spread: Array | None = None
     count: Array | None = None
-    argmax: Array | None = None
+    top: Array | None = None
+    """The k largest x, −inf beyond the classes kept."""
+    top_class: Array | None = None
 
 
 def initial(head: Head, wanted: Wanted) -> Running:
@@ -74,7 +78,8 @@ def initial(head: Head, wanted: Wanted) -> Running:
         zero if head.targets is not None else None,
         zero if wanted.spread else None,
         zero if wanted.spread else None,
-        zero.astype(jnp.int32) - 1 if wanted.argmax else None,
+        zero[:, None] - jnp.full(wanted.top, jnp.inf, zero.dtype) if wanted.top else None,
+        zero.astype(jnp.int32)[:, None] - jnp.ones(wanted.top, jnp.int32) if wanted.top else None,
     )
 
 
@@ -86,7 +91,7 @@ def of_block(head: Head, wanted: Wanted, start: Array, x: Array) -> Running:
     if wanted.entropy:
         made["gap"] = gap_sum(x, peak, axis)[:, 0]
     if head.labels is not None:
-        inside, label = _local(head, start)
+        inside, label = _local(head.labels[:, None], start, x)
         made["label"] = jnp.where(inside, jnp.take_along_axis(x, label, 1), -jnp.inf)[:, 0]
     if head.targets is not None or wanted.spread:
         kept = ~jnp.isneginf(x)
@@ -99,16 +104,16 @@ def of_block(head: Head, wanted: Wanted, start: Array, x: Array) -> Running:
         if wanted.spread:
             made["spread"] = jnp.sum(below, 1)
             made["count"] = jnp.sum(kept, 1, dtype=jnp.int32).astype(x.dtype)
-    if wanted.argmax:
-        made["argmax"] = start + maps.first_argmax(lax.stop_gradient(x))
+    if wanted.top:
+        made["top"], places = _largest(x, min(wanted.top, x.shape[1]))
+        made["top_class"] = start + places
     return Running(top[:, 0], rest[:, 0], **made)
 
 
-def _local(head: Head, start: Array) -> tuple[Array, Array]:
-    """Whether the label is in the block, and its place there `[N, 1]`."""
-    classes = head.weight.shape[0]
-    label = (head.labels - start.astype(head.labels.dtype))[:, None]
-    return (label >= 0) & (label < classes), jnp.clip(label, 0, classes - 1)
+def _local(classes: Any, start: Array, x: Array) -> tuple[Array, Array]:
+    """Whether classes `[N, k]` are in the block with the scores x, and their places there."""
+    place = classes - start.astype(classes.dtype)
+    return (place >= 0) & (place < x.shape[1]), jnp.clip(place, 0, x.shape[1] - 1)
 
 
 def merged(a: Running, b: Running) -> Running:
@@ -141,9 +146,31 @@ def merged(a: Running, b: Running) -> Running:
     if a.spread is not None:
         made["spread"] = total(lambda part, fall: weighed(part.spread, part.count, fall))
         made["count"] = total(lambda part, _: part.count)
-    if a.argmax is not None:
-        made["argmax"] = jnp.where(b.peak > a.peak, b.argmax, a.argmax)
+    if a.top is not None:
+        x, classes = (jnp.concatenate(pair, 1) for pair in ((a.top, b.top), (a.top_class, b.top_class)))
+        made["top"], places = _top_k(x, a.top.shape[1])
+        made["top_class"] = jnp.take_along_axis(classes, places, 1)
     return Running(peak, rest, **made)
+
+
+def _top_k(x: Array, k: int) -> tuple[Array, Array]:
+    """The k largest, the first of equals, and their places; a scalar loop for k = 1 costs less than a sort."""
+    if k > 1:
+        return tuple(lax.top_k(x, k))
+    places = jnp.argmax(x, 1, keepdims=True)
+    return jnp.take_along_axis(x, places, 1), places.astype(jnp.int32)
+
+
+def _largest(x: Array, k: int) -> tuple[Array, Array]:
+    """The same of a block: the k largest of a row are in the k parts of it with the largest maxima."""
+    length, classes = 64, x.shape[1]
+    if k * length >= classes:
+        return _top_k(x, k)
+    parts = jnp.pad(x, [(0, 0), (0, -classes % length)], constant_values=-jnp.inf).reshape(x.shape[0], -1, length)
+    _, best = _top_k(jnp.max(lax.stop_gradient(parts), 2), k)
+    best = jnp.sort(best, 1)
+    values, places = _top_k(jnp.take_along_axis(parts, best[:, :, None], 1).reshape(x.shape[0], -1), k)
+    return values, jnp.take_along_axis(best, places // length, 1) * length + places % length
 
 
 _FAR = 1e4  # e^−fall is 0 long before, and 0 · ∞ would be NaN
@@ -153,10 +180,11 @@ _FAR = 1e4  # e^−fall is 0 long before, and 0 · ∞ would be NaN
 def statistics(head: Head, wanted: Wanted, plan: Plan) -> Statistics:
     """One pass: each block's statistics about its own peak, merged."""
 
-    def step(block: Head, _: Head, start: Array, known: None, state: Running) -> Running:
+    def step(blocks: Heads, _: Heads, start: Array, known: None, state: Running) -> Running:
+        (block,) = blocks
         return merged(state, of_block(block, wanted, start, block_scores(block, start, plan)))
 
-    return finished(over_classes(step, head, Head(), None, initial(head, wanted), plan))
+    return finished(over_classes(step, (head,), (Head(),), None, initial(head, wanted), plan))
 
 
 def finished(done: Running) -> Statistics:
@@ -175,7 +203,8 @@ def finished(done: Running) -> Statistics:
         done.mass,
         done.spread,
         done.count,
-        done.argmax,
+        None if done.top is None else peak[:, None] - done.top,
+        None if done.top is None else jnp.where(done.top > -jnp.inf, done.top_class, -1),
     )
 
 
@@ -185,15 +214,16 @@ def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> 
     (head,), dots = primals, without_zeros(tangents[0])
     out = statistics(head, wanted, plan)
 
-    known = Known(out.peak, out.log_total, out.gap)
+    known = Known(out.peak, out.log_total, out.gap, out.top_class)
     zero = jnp.zeros_like(out.peak)
-    zeros = jax.tree.map(lambda _: zero, Rates(out.log_total, out.gap, out.below, out.mass, out.spread))
+    zeros = jax.tree.map(jnp.zeros_like, Rates(*[getattr(out, name) for name in Rates._fields]))
 
-    def step(block: Head, block_dots: Head, start: Array, known: Known, state: Rates) -> Rates:
+    def step(blocks: Heads, dots: Heads, start: Array, known: Known, state: Rates) -> Rates:
+        (block,), (block_dots,) = blocks, dots
         x, x_dot = jvp_of_live(lambda block: block_scores(block, start, plan), block, block_dots)
         return jax.tree.map(jnp.add, state, block_rates(block, block_dots, start, known, state, x, x_dot))
 
-    rates = over_classes(step, head, dots, known, zeros, plan)
+    rates = over_classes(step, (head,), (dots,), known, zeros, plan)
     return out, Statistics(
         zero,
         rates.log_total,
@@ -203,14 +233,16 @@ def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> 
         rates.mass,
         rates.spread,
         None if out.count is None else zero,
-        None if out.argmax is None else np.zeros(out.argmax.shape, jax.dtypes.float0),
+        rates.top,
+        None if out.top_class is None else np.zeros(out.top_class.shape, jax.dtypes.float0),
     )
 
 
 class Known(NamedTuple):
     peak: Array
     log_total: Array
-    gap: Array | None
+    gap: Array | None = None
+    top_class: Array | None = None
 
 
 class Rates(NamedTuple):
@@ -218,7 +250,8 @@ class Rates(NamedTuple):
     gap: Array | None
     below: Array | None
     mass: Array | None
-    spread: Array | None
+    spread: Array | None = None
+    top: Array | None = None
 
 
 def block_rates(  # noqa: PLR0917
@@ -246,4 +279,7 @@ def block_rates(  # noqa: PLR0917
             made["mass"] = total(jnp.where(kept, dots.targets, 0))
     elif wanted.below is not None:
         made["below"] = -total(jnp.where(is_label(block, start, x.shape[1]), x_dot, 0))
-    return Rates(**{"gap": None, "below": None, "mass": None, "spread": None, "log_total": total(p * x_dot), **made})
+    if wanted.top is not None:
+        inside, place = _local(known.top_class, start, x)
+        made["top"] = -jnp.where(inside, jnp.take_along_axis(x_dot, place, 1), 0)
+    return Rates(**{"gap": None, "below": None, "mass": None, "log_total": total(p * x_dot), **made})

@@ -141,7 +141,7 @@ def _of_token_block(rows: Weighed, blocks: Head, sums: Any, plan: Plan) -> Any:
     found = _statistics.finished(running)
     value, by = jax.value_and_grad(rows.total)(found)
     wanted = Rates(by.log_total + by.log_normalizer, None, by.below, None, by.spread)
-    known = Known(found.peak, found.log_total, None)
+    known = Known(found.peak, found.log_total)
 
     def backward(carry: Any, xs: Any) -> tuple[Any, None]:
         by_hidden, (by_weight, by_bias) = carry

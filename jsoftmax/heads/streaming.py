@@ -1,17 +1,18 @@
 """Streaming heads: a linear layer and its softmax over a huge vocabulary; the logits never exist (MATH 11)."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jsoftmax import _arguments, _labels
+from jsoftmax.gumbel import _noise
+from jsoftmax.gumbel._categorical import check_distinct, check_shape
 from jsoftmax.heads import _check
-from jsoftmax.heads._head import Head, Plan
+from jsoftmax.heads._divergence import divergence
+from jsoftmax.heads._draw import CHUNK, draw
 from jsoftmax.heads._statistics import Wanted, statistics
 from jsoftmax.heads._sum import Weighed, weighted_sum
 from jsoftmax.phi import Phi, exp
@@ -30,7 +31,17 @@ class LinearStatistics(NamedTuple):
     """The class with the largest p, int32."""
 
 
+class LinearTopK(NamedTuple):
+    """Of each token, the k classes with the largest p, in descending order, `[..., k]`."""
+
+    log_prob: Array
+    """log p."""
+    index: Array
+    """Which classes, int32; −1, with log_prob −inf, beyond the classes kept."""
+
+
 _traced = jax.jit(statistics, static_argnums=(1, 2))
+_traced_divergence = jax.jit(divergence, static_argnums=2)
 _traced_sum = jax.jit(weighted_sum, static_argnums=1)
 
 
@@ -127,12 +138,12 @@ def linear_statistics(
         block_size=block_size,
         precision=precision,
     )
-    found: Any = _traced(given.head, Wanted(entropy=True, argmax=True), given.plan)
+    found: Any = _traced(given.head, Wanted(entropy=True, top=1), given.plan)
     return LinearStatistics(
         given.restore(-_check.loss_of_tokens(given.head, found, None, None)),
         given.restore(found.log_total + found.gap),
         given.restore(found.log_normalizer),
-        given.restore(found.argmax, -1),
+        given.restore(found.top_class[:, 0], -1),
     )
 
 
@@ -174,3 +185,101 @@ def linear_cross_entropy_sum(
     smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
     weighed: Any = Weighed(given.head, given.token_weights, smoothing, z)
     return _traced_sum(weighed, given.plan)
+
+
+def linear_kl(  # noqa: PLR0917
+    hidden_p: ArrayLike,
+    weight_p: ArrayLike,
+    hidden_q: ArrayLike,
+    weight_q: ArrayLike,
+    bias_p: ArrayLike | None = None,
+    bias_q: ArrayLike | None = None,
+    *,
+    phi: Phi = exp,
+    soft_cap: ArrayLike | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    precision: Any = None,
+) -> Float[Array, "..."]:
+    function = "linear_kl"
+    options = {
+        "phi": phi,
+        "soft_cap": soft_cap,
+        "where": where,
+        "log_weights": log_weights,
+        "block_size": block_size,
+        "precision": precision,
+    }
+    p = _check.check(function, hidden_p, weight_p, bias_p, **options, names=("hidden_p", "weight_p", "bias_p"))
+    q = _check.check(function, hidden_q, weight_q, bias_q, **options, names=("hidden_q", "weight_q", "bias_q"))
+    _check.check_pair(function, p, q)
+    return p.restore(_traced_divergence(p.head, q.head, p.plan))
+
+
+def linear_top_k(
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    k: int,
+    bias: ArrayLike | None = None,
+    *,
+    phi: Phi = exp,
+    soft_cap: ArrayLike | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    precision: Any = None,
+) -> LinearTopK:
+    function = "linear_top_k"
+    given = _check.check(
+        function,
+        hidden,
+        weight,
+        bias,
+        phi=phi,
+        soft_cap=soft_cap,
+        where=where,
+        log_weights=log_weights,
+        block_size=block_size,
+        precision=precision,
+    )
+    k = _noise.check_count(function, k, given.head.weight.T)
+    found: Any = _traced(given.head, Wanted(top=k), given.plan)
+    return LinearTopK(given.restore(-(found.log_total[:, None] + found.top)), given.restore(found.top_class))
+
+
+def linear_categorical(
+    key: PRNGKeyArray | ArrayLike,
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    shape: tuple[int, ...] | None = None,
+    replace: bool = True,
+    phi: Phi = exp,
+    soft_cap: ArrayLike | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    precision: Any = None,
+) -> Int[Array, "..."]:
+    function = "linear_categorical"
+    _noise.check_key(function, key)
+    given = _check.check(
+        function,
+        hidden,
+        weight,
+        bias,
+        phi=phi,
+        soft_cap=soft_cap,
+        where=where,
+        log_weights=log_weights,
+        block_size=block_size,
+        precision=precision,
+        chunk=CHUNK,
+    )
+    prefix = check_shape(function, shape, given.batch)
+    count = math.prod(prefix)
+    check_distinct(function, replace, count, given.head.weight.shape[0])
+    drawn = draw(key, given.head, given.plan, count, replace)
+    return jax.vmap(given.restore)(drawn).reshape(*prefix, *given.batch)
