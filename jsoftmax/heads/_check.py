@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import _arguments, _labels, maps
@@ -34,7 +33,7 @@ class Given(NamedTuple):
         return result.reshape(*self.batch, *result.shape[1:])
 
 
-def check(  # noqa: PLR0913
+def check(
     function: str,
     hidden: Any,
     weight: Any,
@@ -130,7 +129,9 @@ def _check_shapes(function: str, hidden: Array, weight: Array, names: tuple[str,
         )
     if not hidden.ndim or hidden.shape[-1] != weight.shape[1]:
         fits = hidden.ndim and hidden.shape[-1] == weight.shape[0]
-        way_out = f"A weight [features, classes] goes in as {names[1]}.T" if fits else f"{names[1]} is [classes, features]"
+        way_out = (
+            f"A weight [features, classes] goes in as {names[1]}.T" if fits else f"{names[1]} is [classes, features]"
+        )
         raise ValueError(
             f"{function}: {names[0]} must end in as many features as {names[1]} has, {weight.shape[1]}; got shapes "
             f"{hidden.shape} and {weight.shape}. {way_out}."
@@ -149,9 +150,7 @@ def _check_precision(function: str, precision: Any) -> Any:
     return given
 
 
-def _block_sizes(  # noqa: PLR0917
-    function: str, block_size: Any, head: Head, whole_rows: bool, chunk: int
-) -> tuple[int, int]:
+def _block_sizes(function: str, block_size: Any, head: Head, whole_rows: bool, chunk: int) -> tuple[int, int]:
     """Tokens and classes of a block, the latter whole chunks and a divisor of the vocabulary where one is near."""
     tokens, classes = max(1, head.hidden.shape[0]), -(-head.weight.shape[0] // chunk) * chunk
     of_tokens, of_classes = _DEFAULTS.get(jax.default_backend(), _DEFAULTS["gpu"])
@@ -180,9 +179,7 @@ def _near_divisor(classes: int, wanted: int) -> int:
     return next(divisors, wanted)
 
 
-def _in_order(  # noqa: PLR0917
-    head: Head, plan: Plan, batch: tuple[int, ...], rows: Array | None, weights: Array | None
-) -> Given:
+def _in_order(head: Head, plan: Plan, batch: tuple[int, ...], rows: Array | None, weights: Array | None) -> Given:
     """The tokens that count first, then those that do not, made harmless; padded to whole blocks."""
     order = None
     if rows is not None:
@@ -213,8 +210,8 @@ def check_pair(function: str, p: Given, q: Given) -> None:
     """Two heads over one vocabulary and the same tokens."""
     if p.batch != q.batch:
         raise ValueError(
-            f"{function}: hidden_p and hidden_q must have the same tokens; got shapes {p.batch} and {q.batch} before the "
-            "features. Broadcast one of them: jnp.broadcast_to."
+            f"{function}: hidden_p and hidden_q must have the same tokens; got shapes {p.batch} and {q.batch} before "
+            "the features. Broadcast one of them: jnp.broadcast_to."
         )
     classes = [given.head.weight.shape[0] for given in (p, q)]
     if classes[0] != classes[1]:
@@ -240,7 +237,7 @@ def loss_of_tokens(head: Head, found: Statistics, smoothing: Array | None, z_los
     else:
         loss = (found.log_total + below) * in_vocabulary(head)
     if smoothing is not None:
-        mean = found.log_total + found.spread / jnp.maximum(found.count, 1)
+        mean = found.log_total + found.spread / jnp.maximum(found.kept_count, 1)
         loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
         loss = (1 - smoothing) * loss + smoothing * mean
     if z_loss is not None:

@@ -31,19 +31,19 @@ class Statistics(NamedTuple):
     """log1p(rest) = log Σ e^u."""
     log_normalizer: Array
     """L = peak + log_total."""
-    gap: Array | None = None
+    gap: Any = None
     """Σ p (−u): the entropy is log_total + gap."""
-    below: Array | None = None
+    below: Any = None
     """−u_y, or Σ q (−u): −l_y is log_total + below, Σ q (−l) is mass · log_total + below."""
-    mass: Array | None = None
+    mass: Any = None
     """Σ q."""
-    spread: Array | None = None
+    spread: Any = None
     """Σ (−u)."""
-    count: Array | None = None
+    kept_count: Any = None
     """Σ 1."""
-    top: Array | None = None
+    top: Any = None
     """−u of the k largest p `[N, k]`, in descending order of p."""
-    top_class: Array | None = None
+    top_class: Any = None
     """Which classes they are, int32; −1 beyond the classes kept."""
 
 
@@ -53,17 +53,17 @@ class Running(NamedTuple):
     peak: Array
     rest: Array
     """Σ e^u − 1."""
-    gap: Array | None = None
+    gap: Any = None
     """Σ e^u (−u)."""
-    label: Array | None = None
+    label: Any = None
     """x_y."""
-    below: Array | None = None
-    mass: Array | None = None
-    spread: Array | None = None
-    count: Array | None = None
-    top: Array | None = None
+    below: Any = None
+    mass: Any = None
+    spread: Any = None
+    kept_count: Any = None
+    top: Any = None
     """The k largest x, −inf beyond the classes kept."""
-    top_class: Array | None = None
+    top_class: Any = None
 
 
 def initial(head: Head, wanted: Wanted) -> Running:
@@ -103,7 +103,7 @@ def of_block(head: Head, wanted: Wanted, start: Array, x: Array) -> Running:
             made["mass"] = jnp.sum(jnp.where(kept, q, 0), 1)
         if wanted.spread:
             made["spread"] = jnp.sum(below, 1)
-            made["count"] = jnp.sum(kept, 1, dtype=jnp.int32).astype(x.dtype)
+            made["kept_count"] = jnp.sum(kept, 1, dtype=jnp.int32).astype(x.dtype)
     if wanted.top:
         made["top"], places = _largest(x, min(wanted.top, x.shape[1]))
         made["top_class"] = start + places
@@ -144,8 +144,8 @@ def merged(a: Running, b: Running) -> Running:
         made["below"] = total(lambda part, fall: weighed(part.below, part.mass, fall))
         made["mass"] = total(lambda part, _: part.mass)
     if a.spread is not None:
-        made["spread"] = total(lambda part, fall: weighed(part.spread, part.count, fall))
-        made["count"] = total(lambda part, _: part.count)
+        made["spread"] = total(lambda part, fall: weighed(part.spread, part.kept_count, fall))
+        made["kept_count"] = total(lambda part, _: part.kept_count)
     if a.top is not None:
         x, classes = (jnp.concatenate(pair, 1) for pair in ((a.top, b.top), (a.top_class, b.top_class)))
         made["top"], places = _top_k(x, a.top.shape[1])
@@ -156,7 +156,8 @@ def merged(a: Running, b: Running) -> Running:
 def _top_k(x: Array, k: int) -> tuple[Array, Array]:
     """The k largest, the first of equals, and their places; a scalar loop for k = 1 costs less than a sort."""
     if k > 1:
-        return tuple(lax.top_k(x, k))
+        values, places = lax.top_k(x, k)
+        return values, places
     places = jnp.argmax(x, 1, keepdims=True)
     return jnp.take_along_axis(x, places, 1), places.astype(jnp.int32)
 
@@ -202,7 +203,7 @@ def finished(done: Running) -> Statistics:
         peak - done.label if done.label is not None else done.below,
         done.mass,
         done.spread,
-        done.count,
+        done.kept_count,
         None if done.top is None else peak[:, None] - done.top,
         None if done.top is None else jnp.where(done.top > -jnp.inf, done.top_class, -1),
     )
@@ -232,7 +233,7 @@ def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> 
         rates.below,
         rates.mass,
         rates.spread,
-        None if out.count is None else zero,
+        None if out.kept_count is None else zero,
         rates.top,
         None if out.top_class is None else np.zeros(out.top_class.shape, jax.dtypes.float0),
     )
@@ -241,17 +242,17 @@ def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> 
 class Known(NamedTuple):
     peak: Array
     log_total: Array
-    gap: Array | None = None
-    top_class: Array | None = None
+    gap: Any = None
+    top_class: Any = None
 
 
 class Rates(NamedTuple):
     log_total: Array
-    gap: Array | None
-    below: Array | None
-    mass: Array | None
-    spread: Array | None = None
-    top: Array | None = None
+    gap: Any
+    below: Any
+    mass: Any
+    spread: Any = None
+    top: Any = None
 
 
 def block_rates(  # noqa: PLR0917

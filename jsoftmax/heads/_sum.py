@@ -65,7 +65,7 @@ def weighted_sum(given: Weighed, plan: Plan) -> Array:
 
 @functools.partial(weighted_sum.defjvp, symbolic_zeros=True)
 def _weighted_sum_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """⟨∂h, ḣ⟩ + ⟨∂W, Ẇ⟩ + ⟨∂b, ḃ⟩ + ⟨loss, ẇ⟩  (MATH 11.5); where W is a constant, or something else is none, by streaming."""
+    """⟨∂h, ḣ⟩ + ⟨∂W, Ẇ⟩ + ⟨∂b, ḃ⟩ + ⟨loss, ẇ⟩  (MATH 11.5); by streaming where W is a constant or an option is none."""
     (given,), dots = primals, _head.without_zeros(tangents[0])
     rates = _Gradients.of(dots)
     others = jax.tree.leaves(_Gradients(None, None, None, None).within(dots))  # pyright: ignore[reportArgumentType]
@@ -104,8 +104,10 @@ def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]
     rows = jax.tree.map(lambda a: _head.cut(a, plan.tokens), rows)
     start = (jnp.zeros((), jnp.int32), jnp.zeros_like(head.hidden[0, 0]), zeros)
     (_, value, sums), (by_hidden, losses) = lax.scan(body, start, rows)
-    by_weight, by_bias = (None if a is None else a.reshape(-1, *a.shape[2:])[: head.weight.shape[0]] for a in sums)
-    return value, _Gradients(by_hidden.reshape(head.hidden.shape), by_weight, by_bias, losses.reshape(-1))
+    classes = head.weight.shape[0]
+    by_weight, by_bias = [None if a is None else a.reshape(-1, *a.shape[2:])[:classes] for a in sums]
+    made: Any = (by_hidden.reshape(head.hidden.shape), by_weight, by_bias, losses.reshape(-1))
+    return value, _Gradients(*made)
 
 
 @functools.partial(_value_and_gradients.defjvp, symbolic_zeros=True)

@@ -1,18 +1,12 @@
 """Streaming heads: a linear layer and its softmax over a huge vocabulary; the logits never exist (MATH 11)."""
 
-import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float
 
-from jsoftmax.gumbel import _noise
-from jsoftmax.gumbel._categorical import check_distinct, check_shape
 from jsoftmax.heads import _check
-from jsoftmax.heads._divergence import divergence
-from jsoftmax.heads._draw import CHUNK, draw
 from jsoftmax.heads._statistics import Wanted, statistics
 from jsoftmax.heads._sum import Weighed, weighted_sum
 from jsoftmax.phi import Phi, exp
@@ -31,45 +25,8 @@ class LinearStatistics(NamedTuple):
     """The class with the largest p, int32."""
 
 
-class LinearTopK(NamedTuple):
-    """Of each token, the k classes with the largest p, in descending order, `[..., k]`."""
-
-    log_prob: Array
-    """log p."""
-    index: Array
-    """Which classes, int32; −1, with log_prob −inf, beyond the classes kept."""
-
-
 _traced = jax.jit(statistics, static_argnums=(1, 2))
-_traced_divergence = jax.jit(divergence, static_argnums=2)
 _traced_sum = jax.jit(weighted_sum, static_argnums=1)
-
-
-def linear_log_normalizer(
-    hidden: ArrayLike,
-    weight: ArrayLike,
-    bias: ArrayLike | None = None,
-    *,
-    phi: Phi = exp,
-    soft_cap: ArrayLike | None = None,
-    where: Bool[ArrayLike, "..."] | None = None,
-    log_weights: ArrayLike | None = None,
-    block_size: int | tuple[int, int] | None = None,
-    precision: Any = None,
-) -> Float[Array, "..."]:
-    given = _check.check(
-        "linear_log_normalizer",
-        hidden,
-        weight,
-        bias,
-        phi=phi,
-        soft_cap=soft_cap,
-        where=where,
-        log_weights=log_weights,
-        block_size=block_size,
-        precision=precision,
-    )
-    return given.restore(_traced(given.head, Wanted(), given.plan).log_normalizer)
 
 
 def linear_cross_entropy(
@@ -89,6 +46,46 @@ def linear_cross_entropy(
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
 ) -> Float[Array, "..."]:
+    """Cross-entropy of labels under the softmax of a linear layer, in nats, not reduced; the logits never exist.
+
+    It equals, with V × N numbers less,
+
+        z = c tanh((hidden @ weight.T + bias) / c)          without soft_cap  z = hidden @ weight.T + bias
+        losses.cross_entropy(z, labels, where=where, phi=φ, log_weights=log w, margin=m, …)     (MATH 11.1, 11.4)
+
+    ∂/∂z = (p − 1_y) s, of which each block's share is multiplied out while it is in cache     (MATH 11.3)
+
+    Value, jvp, gradient, Hessian products, gradients of gradients, vmap: none holds an array of tokens × V.
+
+    Args:
+      hidden: h `[..., d]`, floating; each row is a token.
+      weight: W `[V, d]`, floating; a kernel `[d, V]` goes in as `kernel.T`.
+      labels: integers `[...]`, or distributions q `[..., V]`: then −l_y is −Σ q l.
+      bias: b `[V]`, or None.
+      phi: the positive map φ.
+      soft_cap: c > 0: scores are bent into (−c, c). None: they are taken as they are.
+      margin: m, subtracted from the label's score before φ; with integer labels.
+      label_smoothing: a in [0, 1], shared by the classes that are kept.
+      z_loss: factor of L².
+      ignore_label: tokens with that label have loss 0 and, in blocks of them, cost nothing.
+      where: bool, broadcastable to `[V]`; False leaves a class out, such as padding of the vocabulary.
+      log_weights: log w, broadcastable to `[V]`: a prior, logit adjustment, a correction for sampling. Differentiable.
+      block_size: how many classes at a time, or (tokens, classes). None: chosen from shapes and backend; where it does
+        not divide V, the weight is copied once to be padded.
+      precision: of the products, as `jax.lax.dot_general` takes it.
+    Returns: `[...]`, float32 at least. Factors of narrower dtypes are multiplied as they are and summed in float32, the
+      tangents' too; the weight's gradient is summed in float32 and rounded once. Small losses keep their digits
+      (MATH 4.4), but for the rounding of the scores. A label out of range: NaN; one on a class left out: +inf, with
+      finite derivatives. A token with NaN or +inf among its scores: NaN, in that token alone, but its share of the
+      weight's gradient is NaN.
+    Raises: TypeError or ValueError for shapes, dtypes and options that do not fit.
+    Source: Milakov and Gimelshein 2018 (running normaliser); Wijmans et al. 2025 (the loss without logits).
+
+    >>> import jax.numpy as jnp
+    >>> hidden, weight = jnp.eye(2, 3), jnp.arange(15.).reshape(5, 3)
+    >>> linear_cross_entropy(hidden, weight, jnp.array([4, 0]))
+    Array([ 0.05106..., 12.05106...], dtype=float32)
+    """
     function = "linear_cross_entropy"
     given = _check.check(
         function,
@@ -110,6 +107,73 @@ def linear_cross_entropy(
     return given.restore(_check.loss_of_tokens(given.head, found, smoothing, z))
 
 
+def linear_cross_entropy_sum(
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    labels: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    token_weights: ArrayLike | None = None,
+    phi: Phi = exp,
+    soft_cap: ArrayLike | None = None,
+    margin: ArrayLike = 0.0,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    ignore_label: int | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    precision: Any = None,
+) -> Float[Array, ""]:
+    """Σ w loss over the tokens, one number, with the gradient made during the forward pass: three products, not four.
+
+    It equals
+
+        loss = linear_cross_entropy(hidden, weight, labels, bias, …)
+        jnp.sum(token_weights * loss)                                              (MATH 11.5)
+
+    and is faster where the weight's gradient is wanted, for it keeps the products of a block of tokens with all classes
+    (256 × V numbers by default). An unreduced loss cannot have this: its weights come after the tokens are summed up.
+    For the mean over tokens that count divide by their number: `/ jnp.sum(labels != ignore_label)`.
+
+    Args:
+      hidden, weight, labels, bias, phi, soft_cap, margin, label_smoothing, z_loss, ignore_label, where, log_weights,
+        precision: as in `linear_cross_entropy`.
+      token_weights: w, broadcastable to `[...]`; differentiable. None: 1. A token with weight 0 and a label out of
+        range counts nothing.
+      block_size: as there; the tokens of a block, times V, are what is kept.
+    Returns: a number, float32 at least. Forward mode and Hessian products work; they, and derivatives by anything but
+      hidden, weight, bias and token_weights, take the rule of `linear_cross_entropy`.
+    Raises: as `linear_cross_entropy`.
+    Source: MATH 11.5.
+
+    >>> import jax.numpy as jnp
+    >>> hidden, weight = jnp.eye(2, 3), jnp.arange(15.).reshape(5, 3)
+    >>> linear_cross_entropy_sum(hidden, weight, jnp.array([4, 0]), token_weights=0.5)
+    Array(6.05106..., dtype=float32)
+    """
+    function = "linear_cross_entropy_sum"
+    given = _check.check(
+        function,
+        hidden,
+        weight,
+        bias,
+        labels=labels,
+        phi=phi,
+        soft_cap=soft_cap,
+        margin=margin,
+        ignore_label=ignore_label,
+        where=where,
+        log_weights=log_weights,
+        block_size=block_size,
+        precision=precision,
+        token_weights=1.0 if token_weights is None else token_weights,
+    )
+    smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
+    weighed = Weighed(given.head, cast("Array", given.token_weights), smoothing, z)
+    return _traced_sum(weighed, given.plan)
+
+
 def linear_statistics(
     hidden: ArrayLike,
     weight: ArrayLike,
@@ -124,6 +188,30 @@ def linear_statistics(
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
 ) -> LinearStatistics:
+    """Log-probability of the label, entropy, log-normaliser and mode of each token in one pass; the logits never exist.
+
+    It equals
+
+        z = c tanh((hidden @ weight.T + bias) / c)          without soft_cap  z = hidden @ weight.T + bias
+        (log_softmax(z)[y], entropy(z), log_normalizer(z), argmax(softmax(z)))          (MATH 11.1, 11.2)
+
+    All but the last are differentiable, each by itself and together     (MATH 11.3)
+
+    Args:
+      hidden, weight, bias, phi, soft_cap, where, log_weights, block_size, precision: as in `linear_cross_entropy`.
+      labels: integers `[...]`, or distributions q `[..., V]`: then log_prob is Σ q l.
+      ignore_label: tokens with that label have 0 for each number and −1 for the mode.
+    Returns: `LinearStatistics(log_prob, entropy, log_normalizer, argmax)`, each `[...]`: float32 at least, the last
+      int32. Edges as in `log_softmax`, `entropy` and `log_normalizer`; a label out of range: log_prob NaN; a token
+      without classes, or with NaN: argmax −1.
+    Raises: as `linear_cross_entropy`.
+    Source: MATH 11.2.
+
+    >>> import jax.numpy as jnp
+    >>> hidden, weight = jnp.eye(2, 3), jnp.arange(15.).reshape(5, 3)
+    >>> linear_statistics(hidden, weight, jnp.array([4, 0])).entropy
+    Array([0.20825..., 0.20825...], dtype=float32)
+    """
     given = _check.check(
         "linear_statistics",
         hidden,
@@ -147,53 +235,10 @@ def linear_statistics(
     )
 
 
-def linear_cross_entropy_sum(
+def linear_log_normalizer(
     hidden: ArrayLike,
     weight: ArrayLike,
-    labels: ArrayLike,
     bias: ArrayLike | None = None,
-    *,
-    token_weights: ArrayLike | None = None,
-    phi: Phi = exp,
-    soft_cap: ArrayLike | None = None,
-    margin: ArrayLike = 0.0,
-    label_smoothing: ArrayLike = 0.0,
-    z_loss: ArrayLike = 0.0,
-    ignore_label: int | None = None,
-    where: Bool[ArrayLike, "..."] | None = None,
-    log_weights: ArrayLike | None = None,
-    block_size: int | tuple[int, int] | None = None,
-    precision: Any = None,
-) -> Float[Array, ""]:
-    function = "linear_cross_entropy_sum"
-    given = _check.check(
-        function,
-        hidden,
-        weight,
-        bias,
-        labels=labels,
-        phi=phi,
-        soft_cap=soft_cap,
-        margin=margin,
-        ignore_label=ignore_label,
-        where=where,
-        log_weights=log_weights,
-        block_size=block_size,
-        precision=precision,
-        token_weights=1.0 if token_weights is None else token_weights,
-    )
-    smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
-    weighed: Any = Weighed(given.head, given.token_weights, smoothing, z)
-    return _traced_sum(weighed, given.plan)
-
-
-def linear_kl(  # noqa: PLR0917
-    hidden_p: ArrayLike,
-    weight_p: ArrayLike,
-    hidden_q: ArrayLike,
-    weight_q: ArrayLike,
-    bias_p: ArrayLike | None = None,
-    bias_q: ArrayLike | None = None,
     *,
     phi: Phi = exp,
     soft_cap: ArrayLike | None = None,
@@ -202,37 +247,25 @@ def linear_kl(  # noqa: PLR0917
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
 ) -> Float[Array, "..."]:
-    function = "linear_kl"
-    options = {
-        "phi": phi,
-        "soft_cap": soft_cap,
-        "where": where,
-        "log_weights": log_weights,
-        "block_size": block_size,
-        "precision": precision,
-    }
-    p = _check.check(function, hidden_p, weight_p, bias_p, **options, names=("hidden_p", "weight_p", "bias_p"))
-    q = _check.check(function, hidden_q, weight_q, bias_q, **options, names=("hidden_q", "weight_q", "bias_q"))
-    _check.check_pair(function, p, q)
-    return p.restore(_traced_divergence(p.head, q.head, p.plan))
+    """Log-normaliser of a linear layer's scores, without the scores.
 
+    It equals
 
-def linear_top_k(
-    hidden: ArrayLike,
-    weight: ArrayLike,
-    k: int,
-    bias: ArrayLike | None = None,
-    *,
-    phi: Phi = exp,
-    soft_cap: ArrayLike | None = None,
-    where: Bool[ArrayLike, "..."] | None = None,
-    log_weights: ArrayLike | None = None,
-    block_size: int | tuple[int, int] | None = None,
-    precision: Any = None,
-) -> LinearTopK:
-    function = "linear_top_k"
+        z = c tanh((hidden @ weight.T + bias) / c)          without soft_cap  z = hidden @ weight.T + bias
+        log_normalizer(z, where=where, phi=φ, log_weights=log w)          (MATH 11.1, 11.2)
+
+    Args:
+      hidden, weight, bias, phi, soft_cap, where, log_weights, block_size, precision: as in `linear_cross_entropy`.
+    Returns: `[...]`, float32 at least; edges as in `log_normalizer`.
+    Raises: as `linear_cross_entropy`.
+    Source: Milakov and Gimelshein 2018.
+
+    >>> import jax.numpy as jnp
+    >>> linear_log_normalizer(jnp.eye(2, 3), jnp.arange(15.).reshape(5, 3))
+    Array([12.05106..., 13.05106...], dtype=float32)
+    """
     given = _check.check(
-        function,
+        "linear_log_normalizer",
         hidden,
         weight,
         bias,
@@ -243,43 +276,4 @@ def linear_top_k(
         block_size=block_size,
         precision=precision,
     )
-    k = _noise.check_count(function, k, given.head.weight.T)
-    found: Any = _traced(given.head, Wanted(top=k), given.plan)
-    return LinearTopK(given.restore(-(found.log_total[:, None] + found.top)), given.restore(found.top_class))
-
-
-def linear_categorical(
-    key: PRNGKeyArray | ArrayLike,
-    hidden: ArrayLike,
-    weight: ArrayLike,
-    bias: ArrayLike | None = None,
-    *,
-    shape: tuple[int, ...] | None = None,
-    replace: bool = True,
-    phi: Phi = exp,
-    soft_cap: ArrayLike | None = None,
-    where: Bool[ArrayLike, "..."] | None = None,
-    log_weights: ArrayLike | None = None,
-    block_size: int | tuple[int, int] | None = None,
-    precision: Any = None,
-) -> Int[Array, "..."]:
-    function = "linear_categorical"
-    _noise.check_key(function, key)
-    given = _check.check(
-        function,
-        hidden,
-        weight,
-        bias,
-        phi=phi,
-        soft_cap=soft_cap,
-        where=where,
-        log_weights=log_weights,
-        block_size=block_size,
-        precision=precision,
-        chunk=CHUNK,
-    )
-    prefix = check_shape(function, shape, given.batch)
-    count = math.prod(prefix)
-    check_distinct(function, replace, count, given.head.weight.shape[0])
-    drawn = draw(key, given.head, given.plan, count, replace)
-    return jax.vmap(given.restore)(drawn).reshape(*prefix, *given.batch)
+    return given.restore(_traced(given.head, Wanted(), given.plan).log_normalizer)

@@ -5,12 +5,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
 
 from jsoftmax._series import excess_ratio
 from jsoftmax.entropy import log_ratio
+from jsoftmax.heads import _check
 from jsoftmax.heads._head import Head, Heads, Plan, block_scores, jvp_of_live, over_classes, without_zeros
 from jsoftmax.heads._statistics import Wanted, statistics
+from jsoftmax.phi import Phi, exp
 
 
 class _Known(NamedTuple):
@@ -86,3 +89,58 @@ def _divergence_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     known = _known(p, q, plan)._replace(mean=mean)
     rate = over_classes(step, (p, q), without_zeros(tangents), known, jnp.zeros_like(D), plan)
     return (D, mean), (rate, rate)
+
+
+_traced = jax.jit(divergence, static_argnums=2)
+
+
+def linear_kl(  # noqa: PLR0917
+    hidden_p: ArrayLike,
+    weight_p: ArrayLike,
+    hidden_q: ArrayLike,
+    weight_q: ArrayLike,
+    bias_p: ArrayLike | None = None,
+    bias_q: ArrayLike | None = None,
+    *,
+    phi: Phi = exp,
+    soft_cap: ArrayLike | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    precision: Any = None,
+) -> Float[Array, "..."]:
+    """Kullback–Leibler divergence of two linear heads' softmaxes, in nats; no logits.
+
+    It equals
+
+        z_p, z_q = hidden_p @ weight_p.T + bias_p, hidden_q @ weight_q.T + bias_q          bent by soft_cap
+        kl_divergence(z_p, z_q, where=where, phi=φ, log_weights=log w)          (MATH 11.6)
+
+    Two passes, four products: small divergences keep their digits, and none is negative. A frozen reference is
+    `jax.lax.stop_gradient` of its arrays, whose derivatives then cost nothing.
+
+    Args:
+      hidden_p, hidden_q: `[..., d]`, the same tokens; each head may have its own d.
+      weight_p, weight_q: `[V, d]`, the same classes.
+      bias_p, bias_q: `[V]`, or None.
+      phi, soft_cap, where, log_weights, block_size, precision: as in `linear_cross_entropy`, for both heads.
+    Returns: `[...]` ≥ 0, float32 at least; edges as in `kl_divergence`.
+    Raises: as `linear_cross_entropy`; ValueError where tokens or classes differ.
+    Source: Kullback & Leibler 1951.
+
+    >>> linear_kl(jnp.ones((1, 2)), jnp.eye(3, 2), jnp.ones((1, 2)), jnp.zeros((3, 2)))
+    Array([0.08125...], dtype=float32)
+    """
+    function = "linear_kl"
+    options = {
+        "phi": phi,
+        "soft_cap": soft_cap,
+        "where": where,
+        "log_weights": log_weights,
+        "block_size": block_size,
+        "precision": precision,
+    }
+    p = _check.check(function, hidden_p, weight_p, bias_p, **options, names=("hidden_p", "weight_p", "bias_p"))
+    q = _check.check(function, hidden_q, weight_q, bias_q, **options, names=("hidden_q", "weight_q", "bias_q"))
+    _check.check_pair(function, p, q)
+    return p.restore(_traced(p.head, q.head, p.plan))

@@ -1,0 +1,203 @@
+"""The most probable classes of a head, and classes drawn from it; no logits (MATH 11.2, 11.7)."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
+
+from jsoftmax.gumbel import _noise, categorical
+from jsoftmax.gumbel._categorical import check_distinct, check_shape
+from jsoftmax.heads import _check, _head
+from jsoftmax.heads._head import Head, Heads, Plan, over_classes
+from jsoftmax.heads._statistics import Wanted, statistics
+from jsoftmax.maps import normalize
+from jsoftmax.phi import Phi, exp
+
+CHUNK = 128
+"""Classes of a chunk; fixed, so that a draw does not depend on the sizes of blocks."""
+
+
+def _chunk_normalizers(head: Head, plan: Plan) -> Array:
+    """log Σ e^x over each chunk `[N, chunks]`: 1/128 of the scores' numbers."""
+    chunks = -(-head.weight.shape[0] // plan.classes) * plan.classes // CHUNK
+
+    def step(blocks: Heads, _: Heads, start: Array, known: None, state: Array) -> Array:
+        x = _head.block_scores(blocks[0], start, plan)
+        L = normalize(x.reshape(x.shape[0], -1, CHUNK), (2,)).log_normalizer[..., 0]
+        return lax.dynamic_update_slice_in_dim(state, L, start // CHUNK, 1)
+
+    state = jnp.zeros_like(head.hidden, shape=(head.hidden.shape[0], chunks))
+    return over_classes(step, (head,), (Head(),), None, state, plan)
+
+
+def _scores_within(head: Head, chunk: Array, plan: Plan) -> Array:
+    """x of one chunk for each token `[N]`, `[N, CHUNK]`."""
+    head = _head.with_padding(head, plan._replace(classes=CHUNK))
+    chunks = jax.tree.map(lambda a: _head.cut(a, CHUNK), head.only(*_head.PER_CLASS))
+
+    def of_token(xs: tuple[Array, Array]) -> Array:
+        hidden, number = xs
+        here = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, number, keepdims=False), chunks)
+        return _head.block_scores(head.with_fields(here)._replace(hidden=hidden[None]), number * CHUNK, plan)[0]
+
+    return lax.map(of_token, (head.hidden, chunk), batch_size=64)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _draw(key: Any, head: Head, plan: Plan, count: int, replace: bool) -> Array:
+    """Classes `[count, N]`; −1 where a row is bad, or has no class left."""
+    head = jax.tree.map(lax.stop_gradient, head)
+    of_chunks, of_classes = jax.random.split(key)
+    L = _chunk_normalizers(head, plan)
+    if replace:
+        chunk = categorical(of_chunks, L, shape=(count, L.shape[0]))
+        drawn = lax.map(lambda c: _scores_within(head, jnp.maximum(c, 0), plan), chunk)
+        place = categorical(of_classes, drawn)
+        return jnp.where((chunk >= 0) & (place >= 0), chunk * CHUNK + place, -1)
+    # the largest x + g of a chunk is a Gumbel variable at its L; those of `count` chunks have the `count` largest
+    best, chunk = _noise.top_k(L + _noise.gumbel(of_chunks, L.shape, L.dtype), min(count, L.shape[1]))
+    x = jnp.stack([_scores_within(head, c, plan) for c in chunk.T], 1)
+    perturbed = _given_largest(of_classes, x, best).reshape(x.shape[0], -1)
+    best, at = _noise.top_k(perturbed, count)
+    classes = jnp.take_along_axis(chunk, at // CHUNK, 1) * CHUNK + at % CHUNK
+    bad = ~(jnp.max(L, 1, keepdims=True) < jnp.inf)
+    return jnp.where(bad | ~(best > -jnp.inf), -1, classes).T
+
+
+def _given_largest(key: Any, x: Array, largest: Array) -> Array:
+    """x + g `[..., K]`, given that the largest of a row is `largest`  (MATH 10.9)."""
+    of_place, of_noise = jax.random.split(key)
+    place = categorical(of_place, x)[..., None]
+    free = x + _noise.gumbel(of_noise, x.shape, x.dtype)
+    below = -jnp.logaddexp(-free, -largest[..., None])
+    return jnp.where(jnp.arange(x.shape[-1]) == place, largest[..., None], jnp.where(jnp.isneginf(x), x, below))
+
+
+class LinearTopK(NamedTuple):
+    """Of each token, the k classes with the largest p, in descending order, `[..., k]`."""
+
+    log_prob: Array
+    """log p."""
+    indices: Array
+    """Which classes, int32; −1, with log_prob −inf, beyond the classes kept."""
+
+
+_traced = jax.jit(statistics, static_argnums=(1, 2))
+
+
+def linear_top_k(
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    k: int,
+    bias: ArrayLike | None = None,
+    *,
+    phi: Phi = exp,
+    soft_cap: ArrayLike | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    precision: Any = None,
+) -> LinearTopK:
+    """The k most probable classes of each token and their log-probabilities; no logits.
+
+    It equals
+
+        z = c tanh((hidden @ weight.T + bias) / c)          without soft_cap  z = hidden @ weight.T + bias
+        jax.lax.top_k(log_softmax(z, where=where, phi=φ, log_weights=log w), k)          (MATH 11.1, 11.2)
+
+    Args:
+      hidden, weight, bias, phi, soft_cap, where, log_weights, block_size, precision: as in `linear_cross_entropy`.
+      k: how many, an int in [1, V]; part of the compiled program.
+    Returns: `LinearTopK(log_prob, indices)`, `[..., k]`, in descending order, the first of equals first; log_prob,
+      float32 at least, is differentiable. Beyond the classes that are kept: −inf and −1. A token with NaN: NaN and −1.
+    Raises: as `linear_cross_entropy`; ValueError for a k out of range.
+    Source: MATH 11.2.
+
+    >>> linear_top_k(jnp.ones((1, 2)), jnp.array([[0., 1.], [3., 0.], [1., 1.]]), 2).indices
+    Array([[1, 2]], dtype=int32)
+    """
+    function = "linear_top_k"
+    given = _check.check(
+        function,
+        hidden,
+        weight,
+        bias,
+        phi=phi,
+        soft_cap=soft_cap,
+        where=where,
+        log_weights=log_weights,
+        block_size=block_size,
+        precision=precision,
+    )
+    k = _noise.check_count(function, k, given.head.weight.T)
+    found: Any = _traced(given.head, Wanted(top=k), given.plan)
+    return LinearTopK(given.restore(-(found.log_total[:, None] + found.top)), given.restore(found.top_class))
+
+
+def linear_categorical(
+    key: PRNGKeyArray | ArrayLike,
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    shape: tuple[int, ...] | None = None,
+    replace: bool = True,
+    phi: Phi = exp,
+    soft_cap: ArrayLike | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    precision: Any = None,
+) -> Int[Array, "..."]:
+    """Classes drawn from the softmax of a linear layer; no logits.
+
+    It equals in distribution
+
+        z = c tanh((hidden @ weight.T + bias) / c)          without soft_cap  z = hidden @ weight.T + bias
+        gumbel.categorical(key, z, shape=shape, replace=replace, where=where, phi=φ, log_weights=log w)
+
+    One pass gives the log-normaliser of each 128 classes; one of these chunks is drawn, then a class of it from scores
+    that are computed again     (MATH 11.7). The draw does not depend on `block_size`.
+
+    Args:
+      key: a PRNG key.
+      hidden, weight, bias, phi, soft_cap, where, log_weights, precision: as in `linear_cross_entropy`.
+      shape: the result's, which ends in `[...]`: what stands before counts the draws of each token. None: one draw.
+      replace: False: the draws of one token are distinct, in the order of a draw without replacement.
+      block_size: as in `linear_cross_entropy`, rounded up to whole chunks.
+    Returns: int32 of the given shape, each class at its rate (`jsoftmax.gumbel.categorical`). A token without classes,
+      or with NaN or +inf: −1; so are draws without replacement beyond the classes that are kept. No derivatives.
+    Raises: as `linear_cross_entropy` and `jsoftmax.gumbel.categorical`.
+    Source: Devroye 1986, section III.2; without replacement: Maddison et al. 2014 (the largest of a group of Gumbel
+      variables), Kool et al. 2019.
+
+    >>> weight = jnp.array([[0., 0.], [1., 1.]])
+    >>> draws = linear_categorical(jax.random.key(0), jnp.ones((1, 2)), weight, shape=(10_000, 1))
+    >>> float(jnp.mean(draws)).__round__(1)  # 0.88
+    0.9
+    """
+    function = "linear_categorical"
+    _noise.check_key(function, key)
+    given = _check.check(
+        function,
+        hidden,
+        weight,
+        bias,
+        phi=phi,
+        soft_cap=soft_cap,
+        where=where,
+        log_weights=log_weights,
+        block_size=block_size,
+        precision=precision,
+        chunk=CHUNK,
+    )
+    prefix = check_shape(function, shape, given.batch)
+    count = math.prod(prefix)
+    check_distinct(function, replace, count, given.head.weight.shape[0])
+    drawn = _draw(key, given.head, given.plan, count, replace)
+    return jax.vmap(given.restore)(drawn).reshape(*prefix, *given.batch)
