@@ -75,14 +75,12 @@ def check_where(function: str, where: Any, shape: tuple[int, ...], what: str = S
     return _check_broadcast(function, "where", array, shape, what)
 
 
-def check_log_weights(
-    function: str, log_weights: Any, shape: tuple[int, ...], dtype: Any, what: str = SCORES_SHAPE
-) -> jax.Array | None:
-    """`log_weights` in the accumulation dtype; they must broadcast to the shape of what they weigh."""
+def check_log_weights(function: str, log_weights: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array | None:
+    """`log_weights` in the accumulation dtype; they must broadcast to the scores' shape."""
     if log_weights is None:
         return None
     array = as_scores(function, "log_weights", log_weights).astype(dtype)
-    return _check_broadcast(function, "log_weights", array, shape, what)
+    return _check_broadcast(function, "log_weights", array, shape)
 
 
 def joint_shape(function: str, arrays: dict[str, jax.Array]) -> tuple[int, ...]:

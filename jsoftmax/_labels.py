@@ -65,7 +65,7 @@ def check(
     axes = _arguments.canonical_axis(function, axis, z.ndim)
     batch = tuple(length for i, length in enumerate(z.shape) if i not in axes)
     of_classes = tuple(z.shape[i] for i in axes)
-    labels = check_labels(function, names[1], labels, z.shape, z.dtype, batch, axes)
+    labels = _check_labels(function, names[1], labels, z, batch, axes)
     check_ignore_label(function, ignore_label, "mask their rows: where=….")
     classes, rows = check_mask(function, where, z.shape, batch)
     log_weights = _arguments.check_log_weights(function, log_weights, z.shape, z.dtype)
@@ -136,25 +136,19 @@ def in_range(labels: Array, classes: int) -> tuple[Array, Array]:
     return jnp.where(valid, labels[..., None], 0), valid
 
 
-def check_labels(  # noqa: PLR0917
-    function: str,
-    argument: str,
-    labels: Any,
-    shape: tuple[int, ...],
-    dtype: Any,
-    batch: tuple[int, ...],
-    axes: tuple[int, ...],
+def _check_labels(  # noqa: PLR0917
+    function: str, argument: str, labels: Any, z: Array, batch: tuple[int, ...], axes: tuple[int, ...]
 ) -> Array:
-    """Labels of logits of that shape as an array of the right shape."""
+    """Labels as an array of the right shape."""
     array = _arguments.as_array(function, argument, labels)
     if jnp.issubdtype(array.dtype, jnp.integer):
         if array.shape != batch:
-            if array.shape == shape:
+            if array.shape == z.shape:
                 way_out = f"One-hot vectors and distributions are floating: {argument}.astype(float)."
             elif math.prod(array.shape) == math.prod(batch):
                 way_out = f"Write {argument}.reshape{batch}."
             else:
-                way_out = f"The classes of {shape} are the axes {axes}: name others by axis=…."
+                way_out = f"The classes of {z.shape} are the axes {axes}: name others by axis=…."
             raise ValueError(
                 f"{function}: integer {argument} must have the logits' shape without the classes, {batch}; got shape "
                 f"{array.shape}. {way_out}"
@@ -165,15 +159,15 @@ def check_labels(  # noqa: PLR0917
             f"{function}: {argument} must be integers or floating distributions; got dtype {array.dtype}. Convert "
             f"them, e.g. {argument}.astype(int)."
         )
-    if array.shape != shape:
+    if array.shape != z.shape:
         way_out = f"Class numbers are passed as integers: {argument}.astype(int)."
         if array.shape != batch:
-            way_out = f"Write jnp.broadcast_to({argument}, {shape}), where it is to be repeated."
+            way_out = f"Write jnp.broadcast_to({argument}, {z.shape}), where it is to be repeated."
         raise ValueError(
-            f"{function}: {argument} that are distributions must have the logits' shape {shape}; got shape "
+            f"{function}: {argument} that are distributions must have the logits' shape {z.shape}; got shape "
             f"{array.shape}. {way_out}"
         )
-    return array.astype(dtype)
+    return array.astype(z.dtype)
 
 
 def check_mask(

@@ -5,11 +5,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jsoftmax import _arguments, _labels, maps
 from jsoftmax.heads._head import PER_TOKEN, Head, Plan
 from jsoftmax.heads._statistics import Statistics
+
+NO_LABELS: Any = object()
+"""Of a function that takes none."""
 
 
 class Given(NamedTuple):
@@ -39,7 +43,7 @@ def check(
     weight: Any,
     bias: Any,
     *,
-    labels: Any = None,
+    labels: Any = NO_LABELS,
     phi: Any,
     soft_cap: Any = None,
     margin: Any = 0.0,
@@ -66,9 +70,10 @@ def check(
                 f"{function}: {names[2]} must have one number for each class, shape {(classes,)}; got shape "
                 f"{bias.shape}. Leave it out for none."
             )
-    what = "the vocabulary's shape"
-    where = _arguments.check_where(function, where, (classes,), what)
-    log_weights = _arguments.check_log_weights(function, log_weights, (classes,), wide, what)
+    for argument, value in (("where", where), ("log_weights", log_weights)):
+        _check_of_classes(function, argument, value, classes)
+    where = _arguments.check_where(function, where, (classes,))
+    log_weights = _arguments.check_log_weights(function, log_weights, (classes,), wide)
     cap = None if soft_cap is None else _labels.check_option(function, soft_cap, wide, soft_cap=(_TINY, math.inf))
     m = _labels.check_option(function, margin, wide, margin=(-math.inf, math.inf))
     head = Head(
@@ -82,9 +87,8 @@ def check(
         margin=None if _is_zero(margin) else m,
     )
     rows = None
-    if labels is not None:
-        axes = (len(batch),)
-        labels = _labels.check_labels(function, "labels", labels, (*batch, classes), wide, batch, axes)
+    if labels is not NO_LABELS:
+        labels = _check_labels(function, labels, batch, classes, wide)
         _labels.check_ignore_label(function, ignore_label, "give them all one number: jnp.where(…, ignored, labels).")
         if jnp.issubdtype(labels.dtype, jnp.integer):
             head = head._replace(labels=labels.reshape(-1))
@@ -116,8 +120,8 @@ def _check_floating(function: str, argument: str, a: Any) -> Array:
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array
     raise TypeError(
-        f"{function}: {argument} must be floating; got dtype {array.dtype}. The order is hidden, weight, then the "
-        f"others; convert whole numbers: {argument}.astype(float)."
+        f"{function}: {argument} must be real and floating; got dtype {array.dtype}. The order is hidden, weight, then "
+        "labels or k, then bias."
     )
 
 
@@ -136,6 +140,38 @@ def _check_shapes(function: str, hidden: Array, weight: Array, names: tuple[str,
             f"{function}: {names[0]} must end in as many features as {names[1]} has, {weight.shape[1]}; got shapes "
             f"{hidden.shape} and {weight.shape}. {way_out}."
         )
+
+
+def _check_of_classes(function: str, argument: str, value: Any, classes: int) -> None:
+    """A mask of tokens in the place of one of classes."""
+    shape = jnp.shape(value) if isinstance(value, jax.Array | np.ndarray) else ()
+    if shape not in ((), (1,), (classes,)):
+        raise ValueError(
+            f"{function}: {argument} must have one value for each class, shape {(classes,)}; got shape {shape}. "
+            "Tokens are left out by ignore_label, or weighed in linear_cross_entropy_sum by token_weights."
+        )
+
+
+def _check_labels(function: str, labels: Any, batch: tuple[int, ...], classes: int, wide: Any) -> Array:
+    """Integers of the tokens' shape, or distributions with the classes behind it."""
+    array = _arguments.as_array(function, "labels", labels)
+    whole = jnp.issubdtype(array.dtype, jnp.integer)
+    if not whole and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{function}: labels must be integers or floating distributions; got dtype {array.dtype}. Convert "
+            "them, e.g. labels.astype(int)."
+        )
+    wanted = batch if whole else (*batch, classes)
+    if array.shape != wanted:
+        if array.shape == ((*batch, classes) if whole else batch):
+            way_out = "labels.astype(float) are distributions" if whole else "labels.astype(int) are class numbers"
+        else:
+            way_out = "Each row of hidden is one token with one label: cut both alike"
+        raise ValueError(
+            f"{function}: {'integer' if whole else 'floating'} labels must have the shape {wanted}, that of hidden "
+            f"without its last axis{'' if whole else ', and the classes'}; got shape {array.shape}. {way_out}."
+        )
+    return _arguments.wide_integers(array) if whole else array.astype(wide)
 
 
 def _check_precision(function: str, precision: Any) -> Any:

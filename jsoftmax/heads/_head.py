@@ -40,6 +40,11 @@ class Head(NamedTuple):
         """These fields."""
         return Head(**{name: getattr(self, name) for name in names})
 
+    def widened(self, wide: Any) -> "Head":
+        """Weight and bias in the accumulation dtype."""
+        widen = lambda a: None if a is None else a.astype(wide)  # noqa: E731
+        return self._replace(weight=widen(self.weight), bias=widen(self.bias))
+
     def with_fields(self, part: "Head") -> "Head":
         """All fields, those that the part has from there."""
         return Head(*(a if b is None else b for a, b in zip(self, part, strict=True)))
@@ -88,14 +93,14 @@ def is_label(head: Head, start: Array, classes: int) -> Array:
 
 
 def block_scores(head: Head, start: Array, plan: Plan) -> Array:
-    """x of a block whose first class is `start`  (MATH 11.1)."""
-    return of_products(head, start, products(head.hidden, head.weight.astype(head.hidden.dtype), plan))
+    """x of a widened block whose first class is `start`  (MATH 11.1)."""
+    return of_products(head, start, products(head.hidden, head.weight, plan))
 
 
 def of_products(head: Head, start: Array, o: Array) -> Array:
     """x = ψ(z) + log w,  z = c tanh((o + b)/c) − m 1_y,  o = h Wᵀ  (MATH 11.1)."""
     if head.bias is not None:
-        o = o + head.bias.astype(o.dtype)
+        o = o + head.bias
     if head.soft_cap is not None:
         o = head.soft_cap * jnp.tanh(o / head.soft_cap)
     if head.margin is not None:
@@ -142,7 +147,7 @@ def over_classes(  # noqa: PLR0917
     checkpointed: the backward pass keeps no scores, and at second order jax 0.10 keeps no rules otherwise. Where blocks
     divide the vocabulary the weight is read in place; otherwise it is padded, a copy.
     """
-    classes = heads[0].weight.shape[0]
+    classes, wide = heads[0].weight.shape[0], heads[0].hidden.dtype
     heads = tuple(with_padding(head, plan) for head in heads)
     blocks = jax.tree.map(lambda a: cut(a, plan.classes), [_only(trees, PER_CLASS) for trees in (heads, dots)])
     padded = [jax.tree.map(lambda q: jnp.pad(q, [(0, 0), (0, -classes % plan.classes)]), h.targets) for h in heads]
@@ -151,6 +156,7 @@ def over_classes(  # noqa: PLR0917
 
     def body(state: Any, xs: Any) -> tuple[Any, None]:
         (of_heads, of_dots), rates, start = xs
+        (of_heads, of_dots) = (tuple(part.widened(wide) for part in parts) for parts in (of_heads, of_dots))
         targets = jax.tree.map(lambda q: lax.dynamic_slice_in_dim(q, start, plan.classes, 1), padded)
         whole = _joined(heads, [h._replace(targets=q) for h, q in zip(of_heads, targets, strict=True)])
         whole_dots = _joined(dots, [d._replace(targets=q) for d, q in zip(of_dots, rates, strict=True)])

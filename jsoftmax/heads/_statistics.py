@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jax.custom_derivatives import zero_from_primal
 from jaxtyping import Array
 
 from jsoftmax import maps
@@ -205,7 +205,7 @@ def finished(done: Running) -> Statistics:
         done.spread,
         done.kept_count,
         None if done.top is None else peak[:, None] - done.top,
-        None if done.top is None else jnp.where(done.top > -jnp.inf, done.top_class, -1),
+        None if done.top is None else jnp.where((done.top > -jnp.inf) & (peak[:, None] < jnp.inf), done.top_class, -1),
     )
 
 
@@ -235,7 +235,7 @@ def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> 
         rates.spread,
         None if out.kept_count is None else zero,
         rates.top,
-        None if out.top_class is None else np.zeros(out.top_class.shape, jax.dtypes.float0),
+        None if out.top_class is None else zero_from_primal(out.top_class, symbolic_zeros=True),
     )
 
 

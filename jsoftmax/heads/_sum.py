@@ -134,8 +134,8 @@ def _of_token_block(rows: Weighed, blocks: Head, sums: Any, plan: Plan) -> Any:
 
     def forward(running: Any, xs: Any) -> tuple[Any, Array]:
         block, start = xs
-        whole = head.with_fields(block)
-        o = _head.products(head.hidden, whole.weight.astype(wide), plan)
+        whole = head.with_fields(block.widened(wide))
+        o = _head.products(head.hidden, whole.weight, plan)
         x = _head.of_products(whole, start, o)
         return _statistics.merged(running, _statistics.of_block(whole, rows.wanted, start, x)), o
 
@@ -148,11 +148,11 @@ def _of_token_block(rows: Weighed, blocks: Head, sums: Any, plan: Plan) -> Any:
     def backward(carry: Any, xs: Any) -> tuple[Any, None]:
         by_hidden, (by_weight, by_bias) = carry
         block, number, start, o = xs
-        whole = head.with_fields(block)
+        whole = head.with_fields(block.widened(wide))
         x, of_x = jax.vjp(functools.partial(_head.of_products, whole, start), o)
         rates = functools.partial(_statistics.block_rates, whole, Head(), start, known, wanted, x)
         (by_o,) = of_x(*jax.linear_transpose(rates, x)(wanted))
-        by_hidden = by_hidden + by_o @ whole.weight.astype(wide)
+        by_hidden = by_hidden + by_o @ whole.weight
         by_weight = _added(by_weight, number, by_o.T @ head.hidden)
         return (by_hidden, [by_weight, None if by_bias is None else _added(by_bias, number, by_o.sum(0))]), None
 

@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
+from jsoftmax import _arguments
 from jsoftmax.gumbel import _noise, categorical
 from jsoftmax.gumbel._categorical import check_distinct, check_shape
 from jsoftmax.heads import _check, _head
@@ -43,7 +44,9 @@ def _scores_within(head: Head, chunk: Array, plan: Plan) -> Array:
     def of_token(xs: tuple[Array, Array]) -> Array:
         hidden, number = xs
         here = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, number, keepdims=False), chunks)
-        return _head.block_scores(head.with_fields(here)._replace(hidden=hidden[None]), number * CHUNK, plan)[0]
+        return _head.block_scores(
+            head.with_fields(here.widened(hidden.dtype))._replace(hidden=hidden[None]), number * CHUNK, plan
+        )[0]
 
     return lax.map(of_token, (head.hidden, chunk), batch_size=64)
 
@@ -122,6 +125,11 @@ def linear_top_k(
     Array([[1, 2]], dtype=int32)
     """
     function = "linear_top_k"
+    if not _arguments.is_int(k):
+        raise TypeError(
+            f"{function}: k must be an int known at trace time, after hidden and weight; got {type(k).__name__}. It "
+            "shapes the result; bias comes after it."
+        )
     given = _check.check(
         function,
         hidden,

@@ -59,7 +59,7 @@ def linear_cross_entropy(
 
     Args:
       hidden: h `[..., d]`, floating; each row is a token.
-      weight: W `[V, d]`, floating; a kernel `[d, V]` goes in as `kernel.T`.
+      weight: W `[V, d]`, floating; a kernel `[d, V]` goes in as `kernel.T`, of which XLA on CPU makes a copy.
       labels: integers `[...]`, or distributions q `[..., V]`: then −l_y is −Σ q l.
       bias: b `[V]`, or None.
       phi: the positive map φ.
@@ -67,7 +67,8 @@ def linear_cross_entropy(
       margin: m, subtracted from the label's score before φ; with integer labels.
       label_smoothing: a in [0, 1], shared by the classes that are kept.
       z_loss: factor of L².
-      ignore_label: tokens with that label have loss 0 and, in blocks of them, cost nothing.
+      ignore_label: tokens with that label have loss 0 and, in blocks of them, cost nothing: −100 for labels made for
+        PyTorch. Left out, such a label is out of range.
       where: bool, broadcastable to `[V]`; False leaves a class out, such as padding of the vocabulary.
       log_weights: log w, broadcastable to `[V]`: a prior, logit adjustment, a correction for sampling. Differentiable.
       block_size: how many classes at a time, or (tokens, classes). None: chosen from shapes and backend; where it does

@@ -1,0 +1,265 @@
+"""Streaming heads against the materialised computation: values, derivatives, memory, digits, edges, wrong calls."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsoftmax as js
+from jsoftmax import heads, losses, verify
+from jsoftmax.verify import PHIS
+
+TOKENS, CLASSES, FEATURES = 12, 50, 5
+BLOCKS = {"one": (12, 50), "even": (4, 25), "odd": (5, 7)}
+KEEP = np.arange(CLASSES) % 7 != 3
+PRIOR = np.sin(np.arange(CLASSES))
+LABELS = np.array([[4, 0, 49, 7], [7, 20, 33, 48], [12, 11, 25, 4]])
+WEIGHTS = np.cos(np.arange(TOKENS)).reshape(3, 4)
+OPTIONS = {
+    "plain": {},
+    "cap": {"soft_cap": 1.5},
+    "margin": {"margin": 0.3},
+    "smoothing": {"label_smoothing": 0.2},
+    "z_loss": {"z_loss": 0.01},
+    "prior": {"log_weights": PRIOR},
+    "classes": {"where": KEEP},
+    "ignored": {"ignore_label": 7},
+    "all": {
+        "soft_cap": 2.0,
+        "margin": 0.3,
+        "label_smoothing": 0.2,
+        "z_loss": 0.01,
+        "log_weights": PRIOR,
+        "where": KEEP,
+        "ignore_label": 7,
+        "phi": js.softplus,
+    },
+}
+
+
+def arrays(dtype=jnp.float64, bias=True):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(3, 4, FEATURES), (CLASSES, FEATURES), (CLASSES,)]
+    made = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+    return made if bias else made[:2]
+
+
+def scores(hidden, weight, bias=None, soft_cap=None):
+    z = hidden @ weight.T + (0 if bias is None else bias)
+    return z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap)
+
+
+def plain_loss(hidden, weight, bias, soft_cap=None, **options):
+    """The two lines that `linear_cross_entropy` equals."""
+    if "where" in options:
+        options |= {"where": options["where"][None, None]}
+    return losses.cross_entropy(scores(hidden, weight, bias, soft_cap), LABELS, **options)
+
+
+def assert_same(f, g, arguments, rtol=1e-11):
+    """Value, gradient, jvp, and a Hessian product in a scan, of a sum of f with unequal weights, by every argument."""
+
+    def results(f, *arguments):
+        def total(*arguments):
+            value = f(*arguments)
+            return jnp.sum(jnp.cos(jnp.arange(value.size)).reshape(value.shape) * value)
+
+        def scanned(*arguments):
+            return jax.lax.scan(lambda c, a: (c + total(*a), None), 0.0, [a[None] for a in arguments])[0]
+
+        every, along = tuple(range(len(arguments))), tuple(jnp.cos(3 * a) for a in arguments)
+        return (
+            f(*arguments),
+            jax.grad(total, every)(*arguments),
+            jax.jvp(f, arguments, along)[1],
+            jax.jvp(jax.grad(scanned, every), arguments, along)[1],
+        )
+
+    programs = [verify.jit_formulas(functools.partial(results, h)) for h in (f, g)]
+    for a, b in zip(*(jax.tree.leaves(program(*arguments)) for program in programs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-13)
+
+
+CASES = [(name, "odd") for name in OPTIONS] + [
+    (name, blocks) for name in ("plain", "all") for blocks in ("one", "even")
+]
+
+
+@pytest.mark.parametrize(("options", "blocks"), CASES)
+def test_options(options, blocks):
+    given = OPTIONS[options]
+    with jax.enable_x64(True):
+        ours = functools.partial(heads.linear_cross_entropy, block_size=BLOCKS[blocks], **given)
+        plain = functools.partial(plain_loss, **given)
+        assert_same(lambda h, W, b: ours(h, W, LABELS, b), plain, arrays())
+
+
+@pytest.mark.parametrize("phi", PHIS, ids=str)
+def test_every_phi_and_its_parameters(phi):
+    """Log-probability, entropy, log-normaliser and mode, and the derivatives in φ's own parameters."""
+    with jax.enable_x64(True):
+        hidden, weight = arrays(bias=False)
+        hidden = hidden * 0.2  # inside q-exponential's domain
+        leaves, structure = jax.tree.flatten(phi)
+        leaves = [jnp.asarray(leaf) for leaf in leaves]
+
+        def ours(hidden, weight, *leaves):
+            phi = jax.tree.unflatten(structure, leaves)
+            found = heads.linear_statistics(hidden, weight, LABELS, phi=phi, block_size=(12, 25))
+            return found.log_prob + 2 * found.entropy + jnp.cos(found.log_normalizer)
+
+        def plain(hidden, weight, *leaves):
+            phi = jax.tree.unflatten(structure, leaves)
+            z = hidden @ weight.T
+            log_p = jnp.take_along_axis(js.log_softmax(z, phi=phi), LABELS[..., None], -1)[..., 0]
+            return log_p + 2 * js.entropy(z, phi=phi) + jnp.cos(js.log_normalizer(z, phi=phi))
+
+        assert_same(ours, plain, (hidden, weight, *leaves), rtol=1e-10)
+        mode = heads.linear_statistics(hidden, weight, LABELS, phi=phi, block_size=(12, 25)).argmax
+        np.testing.assert_array_equal(mode, jnp.argmax(js.softmax(hidden @ weight.T, phi=phi), -1))
+
+
+OUTPUTS = {
+    "log_prob": lambda z: jnp.take_along_axis(js.log_softmax(z), LABELS[..., None], -1)[..., 0],
+    "entropy": js.entropy,
+    "log_normalizer": js.log_normalizer,
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_the_cotangent_of_each_output_alone(name):
+    with jax.enable_x64(True):
+
+        def ours(hidden, weight, bias):
+            return getattr(heads.linear_statistics(hidden, weight, LABELS, bias, block_size=(5, 7)), name)
+
+        assert_same(ours, lambda *given: OUTPUTS[name](scores(*given)), arrays())
+
+
+def test_log_normalizer():
+    with jax.enable_x64(True):
+        ours = functools.partial(heads.linear_log_normalizer, block_size=(5, 7), where=KEEP, soft_cap=2.0)
+        assert_same(ours, lambda *given: js.log_normalizer(scores(*given, 2.0), where=KEEP), arrays())
+
+
+def test_distributions_and_options_that_are_learned():
+    """Derivatives in q, the prior, the cap, the smoothing."""
+    with jax.enable_x64(True):
+        hidden, weight, _ = arrays()
+        q = jax.nn.softmax(jnp.sin(jnp.arange(TOKENS * CLASSES, dtype=float)).reshape(3, 4, CLASSES)) * KEEP
+        prior, cap, smoothing = jnp.asarray(PRIOR), jnp.asarray(2.0), jnp.asarray(0.2)
+
+        def ours(hidden, weight, q, *learned):
+            given = dict(zip(("log_weights", "soft_cap", "label_smoothing"), learned, strict=True))
+            return heads.linear_cross_entropy(hidden, weight, q, where=KEEP, block_size=(5, 7), **given)
+
+        def plain(hidden, weight, q, *learned):
+            prior, cap, smoothing = learned
+            z, given = scores(hidden, weight, soft_cap=cap), {"log_weights": prior, "label_smoothing": smoothing}
+            return losses.cross_entropy(z, q, where=KEEP[None, None], **given)
+
+        assert_same(ours, plain, (hidden, weight, q, prior, cap, smoothing))
+
+
+@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize("blocks", ["one", "odd"])
+def test_sum(options, blocks):
+    """With the weights of tokens as an argument, one of them 0."""
+    given = OPTIONS[options]
+    with jax.enable_x64(True):
+        w = jnp.asarray(WEIGHTS).at[1, 1].set(0)
+
+        def ours(hidden, weight, bias, w):
+            options = {"token_weights": w, "block_size": BLOCKS[blocks], **given}
+            return heads.linear_cross_entropy_sum(hidden, weight, LABELS, bias, **options)
+
+        def plain(hidden, weight, bias, w):
+            return jnp.sum(w * plain_loss(hidden, weight, bias, **given))
+
+        assert_same(ours, plain, (*arrays(), w))
+
+
+def test_sum_by_other_arguments():
+    """By hidden alone, by an option: the streamed rule."""
+    with jax.enable_x64(True):
+        hidden, weight, bias = arrays()
+        sum_of = functools.partial(heads.linear_cross_entropy_sum, block_size=(5, 7))
+        assert_same(
+            lambda h, e: sum_of(h, weight, LABELS, bias, phi=js.spherical(e)),
+            lambda h, e: jnp.sum(plain_loss(h, weight, bias, phi=js.spherical(e))),
+            (hidden, jnp.asarray(0.3)),
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"where": KEEP, "phi": js.spherical(0.1)}], ids=["exp", "spherical"])
+def test_kl(options):
+    with jax.enable_x64(True):
+        hidden, weight, bias = arrays()
+        other = (jnp.sin(hidden), jnp.cos(weight), jnp.sin(bias))
+        assert_same(
+            lambda h, W, b, g, U, a: heads.linear_kl(h, W, g, U, b, a, soft_cap=3.0, block_size=(5, 7), **options),
+            lambda h, W, b, g, U, a: js.kl_divergence(scores(h, W, b, 3.0), scores(g, U, a, 3.0), **options),
+            (hidden, weight, bias, *other),
+        )
+        frozen = jax.grad(lambda h: heads.linear_kl(h, weight, *other[:2], block_size=(5, 7)).sum())(hidden)
+        plain = jax.grad(lambda h: js.kl_divergence(scores(h, weight), scores(*other[:2])).sum())(hidden)
+        np.testing.assert_allclose(frozen, plain, rtol=1e-11)
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_top_k(k):
+    with jax.enable_x64(True):
+        hidden, weight, bias = arrays()
+        weight = weight.at[9].set(weight[2]).at[31].set(weight[2])  # equals: the first comes first
+        bias = bias.at[jnp.array([9, 31])].set(bias[2])
+
+        def plain(hidden, weight, bias):
+            return jax.lax.top_k(js.log_softmax(scores(hidden, weight, bias), where=KEEP), k)
+
+        found = heads.linear_top_k(hidden, weight, k, bias, where=KEEP, block_size=(5, 7))
+        log_prob, indices = plain(hidden, weight, bias)
+        kept = log_prob > -jnp.inf
+        np.testing.assert_array_equal(found.indices, jnp.where(kept, indices, -1))
+        np.testing.assert_allclose(found.log_prob, log_prob, rtol=1e-12)
+        assert_same(
+            lambda *given: heads.linear_top_k(*given[:2], k, given[2], where=KEEP, block_size=(5, 7))[0][..., :9],
+            lambda *given: plain(*given)[0][..., :9],
+            (hidden, weight, bias),
+        )
+
+
+def test_top_k_of_long_blocks():
+    hidden, weight = jnp.ones((2, 1)), jnp.round(8 * jnp.sin(jnp.arange(3000.0)))[:, None]
+    for k, size in ((1, 3000), (7, 517), (60, 1000)):
+        want = jax.lax.top_k(weight[:, 0], k)[1]
+        np.testing.assert_array_equal(heads.linear_top_k(hidden, weight, k, block_size=size).indices, [want] * 2)
+
+
+def test_draws():
+    """Frequencies of draws with and without replacement, the same for every block size."""
+    hidden, weight, _ = arrays(jnp.float32)
+    weight = jnp.concatenate([weight * 1.5] * 6)[:290]
+    where = jnp.arange(290) % 5 != 1
+    token, draws = hidden[0, :2], 20_000
+    p = js.softmax(token @ weight.T, where=where)
+    many = heads.linear_categorical(jax.random.key(0), token, weight, shape=(draws, 2), where=where)
+    noise = jnp.sqrt(p * (1 - p) / draws)
+    for i in range(2):
+        assert jnp.all(jnp.abs(jnp.bincount(many[:, i], length=290) / draws - p[i]) < 5 * noise[i] + 1e-9)
+    rows = jnp.broadcast_to(token[0], (draws, FEATURES))
+    options = {"shape": (3, draws), "replace": False, "where": where}
+    three = heads.linear_categorical(jax.random.key(1), rows, weight, **options)
+    assert not jnp.any(jnp.diff(jnp.sort(three, 0), axis=0) == 0)
+    q = p[0]
+    second = q * (jnp.sum(q / (1 - q)) - q / (1 - q))
+    for drawn, want in ((three[0], q), (three[1], second)):
+        bound = 5 * jnp.sqrt(want * (1 - want) / draws) + 1e-9
+        assert jnp.all(jnp.abs(jnp.bincount(drawn, length=290) / draws - want) < bound)
+    small = heads.linear_categorical(jax.random.key(1), rows[:64], weight, shape=(5, 64), block_size=(16, 128))
+    np.testing.assert_array_equal(
+        small, heads.linear_categorical(jax.random.key(1), rows[:64], weight, shape=(5, 64), block_size=(64, 384))
+    )
+    every = heads.linear_categorical(jax.random.key(2), token[0], weight[:9], shape=(9,), replace=False, where=KEEP[:9])
+    assert sorted(every.tolist()) == sorted([-1, *np.flatnonzero(KEEP[:9])])

@@ -1,0 +1,350 @@
+"""Streaming heads: memory of every mode, narrow dtypes, digits, edges, sharded tokens, wrong calls."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import jsoftmax as js
+from jsoftmax import heads, losses
+
+
+def head(tokens, classes, features, dtype=jnp.float32, scale=1.0):
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (tokens, features)).astype(dtype)
+    weight = (scale * jax.random.normal(keys[1], (classes, features))).astype(dtype)
+    return hidden, weight, jax.random.randint(keys[2], (tokens,), 0, classes)
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+
+def loss(hidden, weight, labels):
+    return jnp.mean(heads.linear_cross_entropy(hidden, weight, labels, block_size=(64, 256)))
+
+
+def statistics(hidden, weight, labels):
+    found = heads.linear_statistics(hidden, weight, labels, block_size=(64, 256))
+    return jnp.mean(found.log_prob + found.entropy * jnp.cos(found.log_normalizer))
+
+
+def kl(hidden, weight, labels):
+    return jnp.mean(heads.linear_kl(hidden, weight, jnp.cos(hidden), weight, block_size=(64, 256)))
+
+
+def along(f, *arguments):
+    return jax.jvp(f, arguments, arguments)[1]
+
+
+MODES = {
+    "value": lambda f: f,
+    "gradient": lambda f: jax.grad(f, (0, 1)),
+    "gradient of hidden": jax.grad,
+    "jvp": lambda f: lambda h, W: along(f, h, W),
+    "jacfwd": lambda f: lambda h, W: jax.jacfwd(lambda t: f(h * t, W))(jnp.ones(3)[0]),
+    "hvp": lambda f: lambda h, W: along(jax.grad(f, (0, 1)), h, W),
+    "hvp of hidden": lambda f: lambda h, W: along(lambda h: jax.grad(f)(h, W), h),
+    "reverse over reverse": lambda f: jax.grad(
+        lambda h, W: sum(jnp.vdot(g, g) for g in jax.grad(f, (0, 1))(h, W)), (0, 1)
+    ),
+    "vmap": lambda f: jax.vmap(jax.grad(f), (0, None)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("f", [loss, statistics, kl], ids=lambda f: f.__name__)
+def test_no_array_of_tokens_by_classes(f, mode):
+    """Temporaries are far below the logits, and flat in V but for some arrays of the weight's own size."""
+    needed = []
+    for classes in (4096, 16384):
+        hidden, weight, labels = head(512, classes, 8)
+        if mode == "vmap":
+            hidden = jnp.stack([hidden] * 2)
+        g = MODES[mode](functools.partial(f, labels=labels))
+        found = jax.jit(g).lower(hidden, weight).compile().memory_analysis().temp_size_in_bytes
+        needed.append(found)
+    logits, weight_bytes = 4 * 512 * 16384, 4 * 8 * 16384
+    # cotangents and directions; the divergence has two heads, here of one weight
+    weights = {"reverse over reverse": 4, "value": 0, "jacfwd": 0}.get(mode, 1) * (2 if f is kl else 1)
+    assert needed[1] - weights * weight_bytes < logits / 20, needed
+    assert needed[1] - needed[0] <= weights * weight_bytes * 3 / 4 + 2**15, needed
+
+
+def test_blocks_of_ignored_tokens_are_skipped():
+    """A NaN in an ignored token's hidden state reaches nothing; the program has the branch that skips its block."""
+    hidden, weight, labels = head(32, 64, 4)
+    labels = labels.at[::2].set(-100)
+    bad = hidden.at[::2].set(jnp.nan)
+
+    def total(hidden, weight):
+        return jnp.sum(heads.linear_cross_entropy(hidden, weight, labels, ignore_label=-100, block_size=(8, 16)))
+
+    f = jax.jit(jax.value_and_grad(total, (0, 1)))
+    (value, gradients), (want, wanted) = f(bad, weight), f(hidden, weight)
+    np.testing.assert_allclose(value, want)
+    jax.tree.map(np.testing.assert_array_equal, gradients, wanted)
+    assert "conditional" in f.lower(hidden, weight).compile().as_text()
+    every = heads.linear_cross_entropy(bad, weight, jnp.full(32, -100), ignore_label=-100)
+    np.testing.assert_array_equal(every, 0)
+
+
+# --- dtypes and digits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("scale", [5, 20, 80, 640])
+def test_narrow_factors_are_summed_in_float32(dtype, scale):
+    """Values and gradients of narrow arrays, beside those of the same numbers in float64, at scores up to `scale`."""
+    hidden, weight, labels = head(64, 300, 16, dtype)
+    weight = (weight.astype(jnp.float32) * (scale / 12)).astype(dtype)
+
+    def run(hidden, weight):
+        def mean(hidden, weight):
+            found = heads.linear_statistics(hidden, weight, labels, block_size=(32, 128))
+            return jnp.mean(found.log_prob) + jnp.mean(found.entropy), found
+
+        return jax.value_and_grad(mean, (0, 1), has_aux=True)(hidden, weight)
+
+    (_, found), gradients = jax.jit(run)(hidden, weight)
+    assert {a.dtype for a in found[:3]} == {jnp.dtype(jnp.float32)}
+    assert [g.dtype for g in gradients] == [dtype, dtype]
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (hidden, weight)]
+        (_, want), wanted = jax.jit(run)(*wide)
+    largest = float(jnp.max(jnp.abs(jnp.asarray(np.asarray(hidden @ weight.T, np.float32)))))
+    for a, b in zip(found[:3], want[:3], strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-7 * largest)
+    for a, b in zip(gradients, map(np.asarray, wanted), strict=True):
+        error = np.abs(np.asarray(a, np.float64) - b) / (np.abs(b) + 1e-3 * np.max(np.abs(b)))
+        assert error.max() < 2 * float(jnp.finfo(dtype).eps) + 1e-6 * largest, error.max()
+
+
+def test_gradient_of_a_narrow_weight_is_rounded_once():
+    """Summed over blocks of tokens in float32: each block alone would be rounded away."""
+    hidden, weight = jnp.ones((512, 1), jnp.bfloat16), jnp.zeros((2, 1), jnp.bfloat16)
+    f = functools.partial(heads.linear_cross_entropy, block_size=(1, 1))
+    for g in (f, lambda *a: heads.linear_cross_entropy_sum(*a, block_size=(1, 1))):
+        by = jax.grad(lambda W, g=g: jnp.sum(g(hidden, W, jnp.zeros(512, int))))(weight)
+        np.testing.assert_array_equal(by, jnp.array([[-256], [256]], jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+def test_strict_promotion_and_debug_nans(dtype):
+    with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+        hidden, weight, labels = head(6, 10, 3, dtype)
+        bias, w = jnp.zeros(10, dtype), jnp.ones(6, dtype)
+        options = {
+            "where": jnp.arange(10) != 3,
+            "log_weights": jnp.zeros(10, dtype),
+            "soft_cap": 3.0,
+            "block_size": (4, 4),
+        }
+        wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+        given = (hidden, weight, labels, bias)
+        everything = {"label_smoothing": 0.1, "margin": 0.1, "z_loss": 0.1, "ignore_label": 0}
+
+        def values(hidden, weight, bias):
+            given = (hidden, weight, labels, bias)
+            return (
+                heads.linear_cross_entropy(*given, **options, **everything),
+                heads.linear_cross_entropy_sum(*given, token_weights=w, **options),
+                *heads.linear_statistics(*given, **options)[:3],
+                heads.linear_kl(hidden, weight, weight[:6], weight, bias, **options),
+                heads.linear_top_k(hidden, weight, 3, bias, **options).log_prob,
+            )
+
+        found = values(*given[:2], bias)
+        assert {a.dtype for a in found} == {jnp.dtype(wide)}
+        by = jax.jit(jax.grad(lambda *given: sum(jnp.sum(a) for a in values(*given)), (0, 1, 2)))(*given[:2], bias)
+        assert [g.dtype for g in by] == [dtype] * 3
+        assert heads.linear_categorical(jax.random.key(0), *given[:2], bias, **options).dtype == jnp.int32
+
+
+def test_digits():
+    """A confident right answer, an almost one-hot row, two heads that differ a little."""
+    weight = jnp.zeros((5000, 2)).at[:, 0].set(-20.0 - jnp.arange(5000.0) / 1024).at[3, 0].set(0.0)
+    hidden = jnp.array([[1.0, 0.0]])
+    found = heads.linear_statistics(hidden, weight, jnp.array([3]), block_size=512)
+    x = np.asarray(weight[:, 0], np.float64)
+    rest = np.exp(x[x < 0]).sum()
+    np.testing.assert_allclose(-found.log_prob, np.log1p(rest), rtol=1e-6)
+    entropy = np.log1p(rest) + (np.exp(x) * -x).sum() / (1 + rest)
+    np.testing.assert_allclose(found.entropy, entropy, rtol=1e-6)
+    near = weight.at[3, 1].set(2.0**-10)
+    got = heads.linear_kl(jnp.ones((1, 2)), weight, jnp.ones((1, 2)), near, block_size=512)
+    y = np.asarray(near.sum(1), np.float64)
+    log_p, log_q = (a - np.log(np.exp(a).sum()) for a in (x, y))
+    np.testing.assert_allclose(got, (np.exp(log_p) * (log_p - log_q)).sum(), rtol=1e-3)
+
+
+# --- edges ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phi", [js.exp, js.spherical(0.1), js.relu_power(2, 0.1)], ids=str)
+@pytest.mark.parametrize("blocks", [(7, 5), (3, 2)], ids=str)
+def test_edges_are_those_of_the_logits(phi, blocks):
+    """NaN, infinities, classes left out, empty rows, labels out of range: values and gradients as of the logits."""
+    nan, inf = jnp.nan, jnp.inf
+    z = jnp.array([
+        [0.0, 1, 2, 3, 4], [nan, 1, 2, 3, 4], [inf, 1, 2, 3, 4], [0, -inf, -inf, -inf, 1],
+        [-inf] * 5, [0.0, 1, 2, 3, 4], [0.0, -inf, 2, 3, 4],
+    ])  # fmt: skip
+    labels = jnp.array([1, 0, 0, 0, 0, 7, 1])
+
+    def ours(z, label):
+        return heads.linear_statistics(jnp.ones((1, 1)), z[:, None], label[None], phi=phi, block_size=blocks)
+
+    def plain(z, label):
+        log_prob = -losses.cross_entropy(z, label, phi=phi)
+        return log_prob, js.entropy(z, phi=phi), js.log_normalizer(z, phi=phi), js.log_softmax(z, phi=phi)
+
+    for row, label in zip(z, labels, strict=True):
+        found, (*wanted, log_p) = ours(row, label), plain(row, label)
+        for a, b in zip(found[:3], wanted, strict=True):
+            np.testing.assert_allclose(a[0], b, rtol=1e-6)
+        bad = jnp.any(jnp.isnan(log_p)) | jnp.all(log_p == -inf)
+        assert int(found.argmax[0]) == (-1 if bad else int(jnp.argmax(log_p)))
+        for i in range(3):
+            got = jax.grad(lambda z, i=i, label=label: ours(z, label)[i][0])(row)
+            want = jax.grad(lambda z, i=i, label=label: plain(z, label)[i])(row)
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_a_bad_token_spoils_no_other():
+    hidden, weight, labels = head(6, 20, 3)
+    hidden = hidden.at[2].set(jnp.nan)
+    labels = labels.at[4].set(20)
+    found = heads.linear_cross_entropy(hidden, weight, labels, block_size=(2, 8))
+    np.testing.assert_array_equal(jnp.isnan(found), [False, False, True, False, True, False])
+    w = jnp.array([1.0, 1, 0, 1, 0, 1])
+    total = heads.linear_cross_entropy_sum(hidden.at[2].set(0), weight, labels, token_weights=w)
+    np.testing.assert_allclose(total, jnp.sum(found[jnp.array([0, 1, 3, 5])]), rtol=1e-6)
+    none = jnp.zeros(20, bool)
+    assert heads.linear_log_normalizer(hidden[:1], weight, where=none) == -jnp.inf
+    assert heads.linear_categorical(jax.random.key(0), hidden, weight, where=none).tolist() == [-1] * 6
+    drawn = heads.linear_categorical(jax.random.key(0), hidden, weight)
+    np.testing.assert_array_equal(drawn >= 0, jnp.arange(6) != 2)
+    empty = heads.linear_cross_entropy(jnp.zeros((0, 3)), weight, jnp.zeros(0, int))
+    assert empty.shape == (0,)
+
+
+# --- transformations -----------------------------------------------------------------------------------------
+
+
+def test_tokens_sharded_over_devices():
+    hidden, weight, labels = head(16, 24, 3)
+    mesh = jax.make_mesh((4,), ("t",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = (PartitionSpec("t"), PartitionSpec(), PartitionSpec("t"))
+
+    def of_all(f):
+        return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("t"))
+
+    for f in (
+        functools.partial(heads.linear_cross_entropy, block_size=(2, 8), label_smoothing=0.1, ignore_label=3),
+        lambda h, W, y: heads.linear_statistics(h, W, y, block_size=(2, 8)).entropy,
+        lambda h, W, y: heads.linear_kl(h, W, jnp.cos(h), W, block_size=(2, 8)),
+        lambda h, W, y: heads.linear_cross_entropy_sum(h, W, y, block_size=(2, 8))[None],
+    ):
+        for g in (lambda f: f, lambda f: jax.grad(lambda h, W, y: jnp.sum(f(h, W, y) ** 1), (0, 1))):
+            got, want = jax.jit(g(of_all(f)))(hidden, weight, labels), jax.jit(g(f))(hidden, weight, labels)
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(a if a.shape == b.shape else a.sum(0)[None], b, rtol=2e-5, atol=1e-6)
+
+
+def test_vmap_over_heads_scan_and_remat():
+    hidden, weight, labels = head(6, 20, 3)
+    hs, Ws = jnp.stack([hidden, hidden[::-1]]), jnp.stack([weight, -weight])
+    f = functools.partial(heads.linear_cross_entropy, block_size=(3, 8), ignore_label=int(labels[0]))
+    mapped = jax.vmap(f, (0, 0, None))(hs, Ws, labels)
+    _, scanned = jax.lax.scan(lambda c, hW: (c, jax.checkpoint(f)(*hW, labels)), 0, (hs, Ws))
+    for i in range(2):
+        np.testing.assert_allclose(mapped[i], f(hs[i], Ws[i], labels), rtol=1e-6)
+        np.testing.assert_allclose(scanned[i], f(hs[i], Ws[i], labels), rtol=1e-6)
+    by = jax.vmap(jax.grad(lambda W, y: jnp.sum(f(hidden, W, y))), (0, None))(Ws, labels)
+    np.testing.assert_allclose(by[1], jax.grad(lambda W: jnp.sum(f(hidden, W, labels)))(Ws[1]), rtol=1e-5, atol=1e-6)
+    drawn = jax.vmap(heads.linear_categorical, (None, 0, 0))(jax.random.key(0), hs, Ws)
+    assert drawn.shape == (2, 6)
+
+
+# --- wrong calls ---------------------------------------------------------------------------------------------
+
+H, W, Y = jnp.ones((4, 3)), jnp.ones((5, 3)), jnp.zeros(4, int)
+WRONG = {
+    "kernel": (lambda: heads.linear_cross_entropy(H, W.T, Y), ValueError, r"hidden must end .* \(4, 3\) and \(3, 5\)"),
+    "kernel named": (lambda: heads.linear_log_normalizer(H, jnp.ones((3, 7))), ValueError, r"goes in as weight\.T"),
+    "weight's axes": (lambda: heads.linear_log_normalizer(H, jnp.ones(3)), ValueError, "weight must have two axes"),
+    "integer hidden": (
+        lambda: heads.linear_cross_entropy(Y, W, Y),
+        TypeError,
+        "hidden must be real and floating; got dtype int",
+    ),
+    "bias": (lambda: heads.linear_log_normalizer(H, W, jnp.ones(4)), ValueError, r"bias must have .* shape \(5,\)"),
+    "labels' shape": (
+        lambda: heads.linear_cross_entropy(H, W, Y[:2]),
+        ValueError,
+        r"integer labels must have the shape \(4,\), that of hidden .* one token with one label",
+    ),
+    "no labels": (lambda: heads.linear_statistics(H, W, None), TypeError, "labels must be an array"),
+    "float labels": (
+        lambda: heads.linear_cross_entropy(H, W, jnp.zeros(4)),
+        ValueError,
+        r"must have the shape \(4, 5\), .* labels.astype\(int\) are class numbers",
+    ),
+    "cap": (lambda: heads.linear_cross_entropy(H, W, Y, soft_cap=0), ValueError, "soft_cap must be > 0"),
+    "smoothing": (
+        lambda: heads.linear_cross_entropy(H, W, Y, label_smoothing=2),
+        ValueError,
+        "label_smoothing must be in",
+    ),
+    "margin of q": (
+        lambda: heads.linear_cross_entropy(H, W, jnp.ones((4, 5)), margin=1),
+        ValueError,
+        "margin must be left",
+    ),
+    "where": (
+        lambda: heads.linear_cross_entropy(H, W, Y, where=jnp.ones(4, bool)),
+        ValueError,
+        r"where must have one value for each class, shape \(5,\); .* Tokens are left out by ignore_label",
+    ),
+    "log_weights": (
+        lambda: heads.linear_log_normalizer(H, W, log_weights=jnp.ones(4)),
+        ValueError,
+        "log_weights must have one value for each class",
+    ),
+    "bias for k": (lambda: heads.linear_top_k(H, W, jnp.ones(5), 2), TypeError, "k must be an int .* bias comes after"),
+    "block": (lambda: heads.linear_log_normalizer(H, W, block_size=0), ValueError, "block_size must be a positive int"),
+    "precision": (lambda: heads.linear_log_normalizer(H, W, precision="best"), ValueError, "precision must be None or"),
+    "weights": (
+        lambda: heads.linear_cross_entropy_sum(H, W, Y, token_weights=jnp.ones(3)),
+        ValueError,
+        r"token_weights must be a number or broadcast to the tokens' shape \(4,\)",
+    ),
+    "tokens": (lambda: heads.linear_kl(H, W, H[:2], W), ValueError, "hidden_p and hidden_q must have the same tokens"),
+    "classes": (
+        lambda: heads.linear_kl(H, W, H, W[:2]),
+        ValueError,
+        "weight_p and weight_q must have the same classes",
+    ),
+    "k": (lambda: heads.linear_top_k(H, W, 6), ValueError, r"k must be an int in \[1, 5\]"),
+    "key": (lambda: heads.linear_categorical(H, W, Y), TypeError, "key must be one PRNG key"),
+    "shape": (
+        lambda: heads.linear_categorical(jax.random.key(0), H, W, shape=(3,)),
+        ValueError,
+        r"linear_categorical: shape must end in",
+    ),
+    "distinct": (
+        lambda: heads.linear_categorical(jax.random.key(0), H, W, shape=(6, 4), replace=False),
+        ValueError,
+        "no more draws than there are classes, 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls(name):
+    call, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        call()
