@@ -186,7 +186,8 @@ class Quadratic(Phi):
     def curvature(self, z: Array) -> Array:  # t = −2 (x − r)(x + r)/(x² + r²)²; x − r as z − its root, which may be 0
         x, h, a = self._square(z)
         r, size, over = jnp.sqrt(a[0]), _scaled(a, x), _scaled([1.0, 0.0], x)
-        return -2 * ((z - (r - h)) * over / size) * ((z + (r + h)) * over / size) * over**2
+        below, above = ((z - root) * over / size * over for root in (r - h, -r - h))
+        return -2 * below * above
 
     @property
     def quadratic(self) -> tuple[Any, Any, Any] | None:

@@ -1,0 +1,1 @@
+"""Linear layer and softmax in one, for huge vocabularies (MATH 12)."""
