@@ -1,5 +1,6 @@
 """Cross-entropy of a linear head under an order-2 φ by the Gram matrix of its weight (MATH 12.1)."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -31,11 +32,12 @@ class Moments(NamedTuple):
     """The number of classes."""
 
 
-def _moments(weight: Array, bias: Array | None, where: Array | None, dtype: Any) -> Moments:
+@functools.partial(jax.jit, static_argnames="dtype")
+def moments(weight: Array, bias: Array | None, where: Array | None, dtype: Any) -> Moments:
     """The sums, block by block where V has a divisor that makes blocks.
 
     A masked weight, or one widened from bfloat16, is then never held whole, nor is the part of its derivative that
-    comes through here before the labels' part is added (NOTES-structured.md). A block that does not divide V would
+    comes through here before the labels' part is added (benchmarks/NOTES.md). A block that does not divide V would
     have XLA copy the weight first.
     """
     length = max((n for n in range(_SHORTEST, _LONGEST + 1) if weight.shape[0] % n == 0), default=weight.shape[0])
@@ -72,7 +74,7 @@ def _loss(  # noqa: PLR0917
     dtype = hidden.dtype
     coefficients: Any = phi.quadratic
     a0, a1, a2 = (jnp.asarray(a).astype(dtype) for a in coefficients)
-    sums = _moments(weight, bias, where, dtype)
+    sums = moments(weight, bias, where, dtype)
     first = precise(hidden, sums.total) + sums.bias[0]
     square = jnp.sum((precise(hidden, sums.gram) + 2 * sums.cross) * hidden, -1) + sums.bias[1]
     total = sums.classes * a0 + a1 * first + a2 * square
@@ -113,12 +115,12 @@ def quadratic_cross_entropy(
     Returns: `[...]`, in the wider dtype of hidden and weight, float32 at least. A label out of range: NaN; one on a
       class left out: +inf, with derivatives 0. NaN or infinity in a row of hidden: NaN there. In a row of the weight
       that is kept: NaN everywhere.
-      Products of float32 are full float32 products on a GPU too, whose default, TF32, would leave three digits. What Q
-      cannot mend is a sum of squares of small scores that come of large weights: with κ = |o| in the weights' worst
-      direction over |o|, the loss in float32 is off by 1e-6 + 2e-9 κ² (that of the dense scores by 1e-6 + 1e-7 κ). A
-      vector that all rows share and hidden hardly meets does it: of a length 10, 100, 1000 times that of the rest of
-      the row, 2e-5, 3e-3, 0.2, and NaN where Z comes out below 0: subtract it from the weight, whose scores it hardly
-      changes, or use float64. A loss near 0 has that absolute error, and may come out below 0.
+      Products of float32 are full float32 products on a GPU too, whose default, TF32, would leave three digits. But
+      small scores of a large weight lose twice the digits in hᵀQh that they lose in W h: with κ² = a2 |W|² |h|²/Z the
+      loss in float32 is off by about 1e-6 + 3e-9 κ². A vector that all rows of W share, and hidden hardly meets, does
+      that: one of length 10, 100, 1000 beside rows of length 1 leaves errors of 2e-5, 3e-3, 0.2 under taylor(2) (W h:
+      5e-6, 9e-5, 1e-3), and a longer one may leave Z < 0 and so NaN. Take it off all rows, or use float64. A loss near
+      0 has that absolute error and may come out below 0.
       Z must be finite: scores below 1e18 in float32.
       Where V has a divisor from 512 to 4096, W is read in blocks: at V = 131072, d = 256, N = 1024 in float32 the
       gradient's temporaries take 13 MB, not 129 (with a mask 257).
