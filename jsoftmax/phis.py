@@ -450,7 +450,7 @@ PHIS: tuple[Phi, ...] = (
     taylor(2),
     taylor(4),
     spherical(0.1),
-    quadratic(1.0, 0.5, 0.3),
+    quadratic(2.0, 1.0, 1.0),
     softplus,
     sigsoftmax,
     logistic,
