@@ -15,7 +15,18 @@ from jsoftmax.maps import log_normalizer, log_softmax, softmax
 from jsoftmax.mixtures import mixture_log_softmax, sink_softmax
 from jsoftmax.operators import DiagonalPlusLowRank
 from jsoftmax.phi import exp, from_callable
-from jsoftmax.phis import PHIS, elu1, logistic, q_exponential, relu_power, sigsoftmax, softplus, spherical, taylor
+from jsoftmax.phis import (
+    PHIS,
+    elu1,
+    logistic,
+    q_exponential,
+    quadratic,
+    relu_power,
+    sigsoftmax,
+    softplus,
+    spherical,
+    taylor,
+)
 from jsoftmax.sparse import entmax, entmax15, fenchel_young_loss, sparsemax
 from jsoftmax.temperature import temperature_for_entropy
 
@@ -55,6 +66,7 @@ __all__ = [  # noqa: RUF022  (grouped as the README groups them)
     "exp",
     "taylor",
     "spherical",
+    "quadratic",
     "softplus",
     "sigsoftmax",
     "logistic",

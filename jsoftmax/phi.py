@@ -55,6 +55,11 @@ class Phi(abc.ABC):
         """The open interval of scores on which φ is defined and positive."""
         return (-math.inf, math.inf)
 
+    @property
+    def quadratic(self) -> tuple[Any, Any, Any] | None:
+        """(a0, a1, a2) of a φ = a0 + a1 z + a2 z², whose sum over all classes needs no score (MATH 12.1); or None."""
+        return None
+
     def log(self, z: ArrayLike) -> Float[Array, "..."]:
         """ψ(z) = log φ(z) elementwise, computed in float32 at least, in the dtype of `z` (integers promote).
 

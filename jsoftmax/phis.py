@@ -71,6 +71,10 @@ class Taylor(Phi):
         term = _scaled([0.0] * (n - 1) + [a[n], 0.0], z) / _scaled(a, z)
         return -term * (_scaled([(n - j) * a[j] for j in range(n)] + [0.0], z) / _scaled(a, z))
 
+    @property
+    def quadratic(self) -> tuple[Any, Any, Any] | None:
+        return (1.0, 1.0, 0.5) if self.order == 2 else None
+
 
 def taylor(order: int) -> Phi:
     """The Taylor polynomial of the exponential: the log-Taylor softmax's φ.
@@ -129,6 +133,10 @@ class Spherical(Phi):
         a = _scaled(self._a, z)
         return _scaled([2.0, 0.0, 0.0], z) / a * (_scaled([self.epsilon, 0.0, -1.0], z) / a)
 
+    @property
+    def quadratic(self) -> tuple[Any, Any, Any] | None:
+        return (self.epsilon, 0.0, 1.0)
+
 
 def spherical(epsilon: Any) -> Phi:
     """The spherical softmax's φ; its cross-entropy is the log-spherical softmax.
@@ -148,6 +156,72 @@ def spherical(epsilon: Any) -> Phi:
     Array(1.60943..., dtype=float32)
     """
     return Spherical(_parameter("spherical", "epsilon", epsilon, "> 0 and finite", lambda e: 0 < e < math.inf))
+
+
+@pytree_class
+class Quadratic(Phi):
+    """φ(z) = a0 + a1 z + a2 z² = a2 (x² + r²), x = z + a1/(2 a2) (MATH 3.11)."""
+
+    a0: Any
+    a1: Any
+    a2: Any
+    name = "quadratic"
+
+    def definition(self, z: Any, xp: Any) -> Any:
+        return self.a0 + self.a1 * z + self.a2 * z**2
+
+    def _square(self, z: Array) -> tuple[Array, Any, list[Any]]:
+        """x = z + h, h, and x² + r² by its coefficients: a sum of squares does not cancel."""
+        h = self.a1 / (2 * self.a2)
+        return z + h, h, [self.a0 / self.a2 - h**2, 0.0, 1.0]
+
+    def log_phi(self, z: Array) -> Array:
+        x, _, a = self._square(z)
+        return jnp.log(self.a2) + _log_polynomial(a, x)
+
+    def slope(self, z: Array) -> Array:  # s = 2x/(x² + r²)
+        x, _, a = self._square(z)
+        return _scaled([0.0, 2.0, 0.0], x) / _scaled(a, x)
+
+    def curvature(self, z: Array) -> Array:  # t = −2 (x − r)(x + r)/(x² + r²)²; x − r as z − its root, which may be 0
+        x, h, a = self._square(z)
+        r, size, over = jnp.sqrt(a[0]), _scaled(a, x), _scaled([1.0, 0.0], x)
+        below, above = ((z - root) * over / size * over for root in (r - h, -r - h))
+        return -2 * below * above
+
+    @property
+    def quadratic(self) -> tuple[Any, Any, Any] | None:
+        return (self.a0, self.a1, self.a2)
+
+
+def quadratic(a0: Any, a1: Any, a2: Any) -> Phi:
+    """Any positive polynomial of the second order: the φ whose sum over classes the heads of MATH 12 take at once.
+
+    φ(z) = a0 + a1 z + a2 z²,   s = (a1 + 2 a2 z)/φ,   t = (2 a0 a2 − a1² − 2 a1 a2 z − 2 a2² z²)/φ²     (MATH 3.11)
+
+    (1, 1, 1/2) is taylor(2), (ε, 0, 1) is spherical(ε). Not monotone: φ decreases left of −a1/(2 a2) and is even about
+    it, with the minimum a0 − a1²/(4 a2) there. The ratios of the three numbers alone change probabilities.
+
+    Args:
+      a0, a1, a2: numbers or arrays that broadcast to the scores, a2 > 0 and a1² < 4 a0 a2; may be traced, vmapped and
+        learned. Traced ones out of range give NaN: learn a0 = (a1² + e^b)/(4 a2) and a2 = e^c. The smaller
+        1 − a1²/(4 a0 a2), the fewer digits the lowest scores keep: in float32 at least 1e-5 of it should be left.
+    Raises: ValueError if they are numbers and φ is not positive everywhere.
+    Source: the spherical family of Vincent et al. 2015 and de Brébisson & Vincent 2016, section 3.
+
+    >>> quadratic(1., 1., 0.5)(jnp.array([-1., 0., 2.]))
+    Array([0.5, 1. , 5. ], dtype=float32)
+    """
+    numbers = a0, a1, a2
+    a0 = _parameter("quadratic", "a0", a0, "> 0 and finite", lambda a: 0 < a < math.inf)
+    a1 = _parameter("quadratic", "a1", a1, "finite", math.isfinite)
+    a2 = _parameter("quadratic", "a2", a2, "> 0 and finite", lambda a: 0 < a < math.inf)
+    if all(map(_arguments.is_concrete_number, numbers)) and not a1 / a0 * (a1 / a2) < 4:
+        raise ValueError(
+            f"quadratic: a0, a1, a2 must have a1² < 4 a0 a2, or φ is not positive everywhere; got {a0:g}, {a1:g}, "
+            f"{a2:g}. Take a0 above a1²/(4 a2) = {a1 / 4 * (a1 / a2):g}."
+        )
+    return Quadratic(a0, a1, a2)
 
 
 # --- built on log(1 + e^z) -----------------------------------------------------------------------------------
@@ -376,6 +450,7 @@ PHIS: tuple[Phi, ...] = (
     taylor(2),
     taylor(4),
     spherical(0.1),
+    quadratic(2.0, 1.0, 1.0),
     softplus,
     sigsoftmax,
     logistic,

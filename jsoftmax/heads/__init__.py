@@ -1,6 +1,8 @@
-"""A linear layer and its softmax over a huge vocabulary: the logits never exist (MATH 11)."""
+"""A linear layer and its softmax over a huge vocabulary (MATH 11, 12)."""
 
+from jsoftmax.heads import factored
 from jsoftmax.heads.divergence import linear_kl
+from jsoftmax.heads.quadratic import quadratic_cross_entropy
 from jsoftmax.heads.selection import LinearTopK, linear_categorical, linear_top_k
 from jsoftmax.heads.streaming import (
     LinearStatistics,
@@ -13,6 +15,7 @@ from jsoftmax.heads.streaming import (
 __all__ = [
     "LinearStatistics",
     "LinearTopK",
+    "factored",
     "linear_categorical",
     "linear_cross_entropy",
     "linear_cross_entropy_sum",
@@ -20,4 +23,5 @@ __all__ = [
     "linear_log_normalizer",
     "linear_statistics",
     "linear_top_k",
+    "quadratic_cross_entropy",
 ]

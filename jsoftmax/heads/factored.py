@@ -1,0 +1,413 @@
+"""Plain SGD on a linear head whose time does not grow with its number of classes (MATH 12.2 to 12.4)."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from jsoftmax import _arguments, _labels
+from jsoftmax.heads import _linear
+from jsoftmax.heads._linear import precise
+from jsoftmax.heads._spherical import SphericalLoss, log_loss, z_loss
+from jsoftmax.heads.quadratic import moments
+
+__all__ = [
+    "SphericalLoss",
+    "State",
+    "Step",
+    "init",
+    "log_loss",
+    "loss",
+    "loss_and_update",
+    "refresh",
+    "rows",
+    "to_weight",
+    "z_loss",
+]
+
+_BLOCK = 2048
+
+
+# --- the state -------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """W = V̂ U + 1 qᵀ with its moments; made by `init`, and only the functions of this module should change it."""
+
+    rows: Array
+    """V̂ `[V, d]`."""
+    mix: Array
+    """U `[d, d]`."""
+    inverse: Array
+    """U⁻¹ `[d, d]`."""
+    offset: Array
+    """q `[d]`."""
+    gram: Array
+    """Q = WᵀW `[d, d]`."""
+    total: Array
+    """m = Wᵀ1 `[d]`."""
+    probes: Array
+    """Unit vectors `[2, d]` near the largest singular directions of U and U⁻¹."""
+
+
+class Step(NamedTuple):
+    """What `loss_and_update` returns."""
+
+    loss: Array
+    gradient: Array
+    state: State
+
+
+def _fold(rows: Array, mix: Array, offset: Array, wanted: Array | bool) -> tuple[Array, Array, Array]:
+    """V̂ ← V̂ U + 1 qᵀ in place, block by block, with Q and m of it; nothing where it is not wanted.
+
+    A loop of no turns leaves the rows where they are. Each block is read once, before it is written, and by one product
+    alone: were it read again, XLA would copy all rows in each turn.
+    """
+
+    def body(i: Array, carry: tuple[Array, Array, Array], first: int, length: int) -> tuple[Array, Array, Array]:
+        rows, gram, total = carry
+        start = first + i * length
+        block = precise(lax.dynamic_slice_in_dim(rows, start, length), mix) + offset
+        rows = lax.dynamic_update_slice_in_dim(rows, block, start, 0)
+        return rows, gram + precise(block.T, block), total + precise(jnp.ones(length, rows.dtype), block)
+
+    d, tail = rows.shape[1], rows.shape[0] % _BLOCK
+    carry = rows, jnp.zeros((d, d), rows.dtype), jnp.zeros(d, rows.dtype)
+    for first, length, turns in ((0, _BLOCK, rows.shape[0] // _BLOCK), (rows.shape[0] - tail, tail, 1)):
+        if length and turns:
+            one = functools.partial(body, first=first, length=length)
+            carry = lax.fori_loop(0, jnp.where(wanted, turns, 0), one, carry)
+    return carry
+
+
+def _fresh(rows: Array, gram: Array, total: Array) -> State:
+    """V̂ = W, U = I, q = 0."""
+    d, dtype = rows.shape[1], rows.dtype
+    U, inverse = jnp.eye(d, dtype=dtype), jnp.eye(d, dtype=dtype)  # two buffers: one cannot be donated twice
+    # any vectors will do that are not orthogonal to a singular one; numbers from a seed are not
+    probes = jax.random.normal(jax.random.key(0), (2, d), dtype)
+    probes = probes / jnp.linalg.norm(probes, axis=-1, keepdims=True)
+    return State(rows, U, inverse, jnp.zeros(d, dtype), gram, total, probes)
+
+
+# --- loss and step ---------------------------------------------------------------------------------------------
+
+
+class _Scores(NamedTuple):
+    """What a batch needs: hQ, the labels' rows of W, and the three numbers of ℓ for each row."""
+
+    by_gram: Array
+    rows: Array
+    first: Array
+    square: Array
+    score: Array
+
+
+def _scores(state: State, hidden: Array, label: Array) -> _Scores:
+    """Σ o = mᵀh, Σ o² = hᵀQh and o_y  (MATH 12.1)."""
+    by_gram = precise(hidden, state.gram)
+    rows = precise(state.rows[label], state.mix) + state.offset
+    first, square = precise(hidden, state.total), jnp.sum(by_gram * hidden, -1)
+    return _Scores(by_gram, rows, first, square, jnp.sum(rows * hidden, -1))
+
+
+@jax.jit
+def _loss(state: State, hidden: Array, labels: Array, loss: SphericalLoss) -> Array:
+    label, valid = (a[..., 0] for a in _labels.in_range(labels, len(state.rows)))
+    found = _scores(state, hidden, label)
+    values = loss.of(found.first, found.square, found.score, len(state.rows))
+    return jnp.where(valid, 1, jnp.nan).astype(hidden.dtype) * values
+
+
+@jax.jit
+def _step(  # noqa: PLR0917
+    state: State, h: Array, labels: Array, eta: Array, decay: Array, limit: Array, loss: SphericalLoss
+) -> tuple[Array, Array, State]:
+    """W ← ρ W − η ∇, ρ = 1 − η λ, in factored form, with the letters of MATH 12.2."""
+    (count, d), classes, dtype = h.shape, len(state.rows), h.dtype
+    label, valid = (a[..., 0] for a in _labels.in_range(labels, classes))
+    P, W_y, *numbers = _scores(state, h, label)  # P = hQ
+    values, pull = jax.vjp(lambda first, square, score: loss.of(first, square, score, classes), *numbers)
+    by_first, by_square, by_score = pull(jnp.full(count, 1 / count, dtype))
+    mark = jnp.where(valid, 1, jnp.nan).astype(dtype)
+    value = jnp.mean(mark * values)
+    m, rho = state.total, 1 - eta * decay
+    gradient = by_first[:, None] * m + (2 * by_square)[:, None] * P + by_score[:, None] * W_y
+
+    # A = ρ I − η M, M = hᵀ c h, as a product from the right and as the inverse of U; whichever of N and d is less
+    c, g = 2 * by_square, precise(by_first, h)
+    if count <= d:
+
+        def by_a(X: Array) -> Array:
+            return rho * X - eta * precise(precise(X, h.T) * c, h)
+
+        Y, regular = _series(eta / rho * precise(h, h.T) * c, precise(h, state.inverse) / rho)
+        inverse = (state.inverse + eta * precise(h.T, c[:, None] * Y)) / rho
+    else:
+        M = precise(h.T, c[:, None] * h)
+
+        def by_a(X: Array) -> Array:
+            return rho * X - eta * precise(X, M)
+
+        inverse, regular = _series(eta / rho * M, state.inverse / rho)
+        Y = precise(h, inverse)
+    U, q, m_A = by_a(state.mix), by_a(state.offset[None])[0] - eta * g, by_a(m[None])[0]
+
+    # Q ← ρ² Q + hᵀK + Kᵀh: of the dense part, and of the labels' rows, where equal labels meet
+    r = -eta * by_score
+    E = r[:, None] * h
+    _, group = jnp.unique(label, return_inverse=True, size=count)
+    E_y = jax.ops.segment_sum(E, group, count)[group]
+    B = by_a(W_y) - eta * g
+    K = (c * eta)[:, None] * (by_a(P) + rho * P) / -2 + by_first[:, None] * (eta**2 * classes / 2 * g - eta * m_A)
+    K_y = r[:, None] * (B + E_y / 2)
+
+    fine = jnp.isfinite(value) & jnp.all(jnp.array([jnp.all(jnp.isfinite(a)) for a in (U, q, K, K_y, m_A)]))
+    probes = jnp.stack([_power(U, state.probes[0]), _power(inverse, state.probes[1])])
+    size = jnp.linalg.norm(probes, axis=-1)
+    fold = fine & ~(regular & jnp.all(size <= limit**2))
+    rows, gram, total = _fold(state.rows, U, q, fold)
+    eye = jnp.eye(d, dtype=dtype)
+    rows = rows.at[label].add(jnp.where(fine, r[:, None] * jnp.where(fold, h, Y), 0))
+    half = precise(h.T, jnp.where(fold, 0, K) + K_y)
+    new = State(
+        rows,
+        jnp.where(fold, eye, U),
+        jnp.where(fold, eye, inverse),
+        jnp.where(fold, 0, q),
+        jnp.where(fold, gram, rho**2 * state.gram) + half + half.T,
+        jnp.where(fold, total, m_A - eta * classes * g) + jnp.sum(E, 0),
+        jnp.where(((size > 0) & jnp.isfinite(size))[:, None], probes / size[:, None], state.probes),
+    )
+    # not of the rows, of which a select makes a copy
+    kept = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new[1:], state[1:])
+    return jnp.where(fine, value, jnp.nan), mark[:, None] * gradient, State(rows, *kept)
+
+
+def _series(R: Array, X: Array) -> tuple[Array, Array]:
+    """(I − R)⁻¹ X = Π (I + R^{2^k}) X by six factors or fewer, and whether they do, which |R| ≤ 1/2 is enough for.
+
+    Products alone: LAPACK's triangular solves take 4 to 16 ms on CPU, not 0.2, where its threads wait for a core.
+    """
+    enough = jnp.finfo(R.dtype).eps
+
+    def go_on(carry: tuple[Array, Array, Array]) -> Array:
+        count, power, _ = carry
+        return (count < 6) & (jnp.linalg.norm(power) > enough)
+
+    def multiply(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        count, power, X = carry
+        return count + 1, precise(power, power), X + precise(power, X)
+
+    _, power, X = lax.while_loop(go_on, multiply, (jnp.array(0), R, X))
+    return X, jnp.linalg.norm(power) <= enough
+
+
+def _power(matrix: Array, probe: Array) -> Array:
+    """One step of the power method for the largest singular value: |XᵀX v| ≤ σ² for a unit vector v."""
+    return precise(precise(matrix, probe), matrix)
+
+
+# --- the public functions --------------------------------------------------------------------------------------
+
+
+def init(weight: ArrayLike) -> State:
+    """The state of a weight W `[V, d]`: a copy of it, with Q = WᵀW and m = Wᵀ1.
+
+    W = V̂ U + 1 qᵀ     (MATH 12.2)
+
+    A bias is one more column of W, and one more entry, 1, of each hidden: it is learned like the others.
+
+    Args:
+      weight: W, floating; narrower than float32 is widened, since a small step would be lost in bfloat16.
+    Returns: a `State`, a pytree of V d + 3 d² + 4 d numbers. The weight is copied, so that it survives the donation of
+      the state.
+    Raises: ValueError or TypeError for a weight that is no floating matrix.
+    Source: Vincent, de Brébisson & Bouthillier 2015, section 3.
+
+    >>> state = init(jnp.array([[1., 0.], [0., 1.], [1., 1.]]))
+    >>> state.gram
+    Array([[2., 1.],
+           [1., 2.]], dtype=float32)
+    """
+    array = _linear.check_matrix("init", "weight", weight, "[V, d]", 2)
+    copy = jnp.array(array, _arguments.accumulation_dtype(array.dtype), copy=True)
+    sums = moments(copy, None, None, copy.dtype)
+    return _fresh(copy, sums.gram, sums.total)
+
+
+def loss(state: State, hidden: ArrayLike, labels: ArrayLike, *, loss: SphericalLoss) -> Float[Array, "..."]:
+    """The loss of each row, without an update: for held-out data.
+
+    ℓ(mᵀh, hᵀQh, o_y)     (MATH 12.2)
+
+    Args:
+      state: of `init` or `loss_and_update`.
+      hidden: h `[..., d]`, any floating dtype.
+      labels: integers `[...]`, the class y.
+      loss: log_loss(φ) or z_loss(…).
+    Returns: `[...]`, in the state's dtype, at a cost of d² a row; differentiable in hidden. A label out of range, and
+      NaN in hidden: NaN in that row. Digits: as `quadratic_cross_entropy`.
+    Raises: ValueError or TypeError for arguments that do not fit.
+    Source: Vincent, de Brébisson & Bouthillier 2015, section 3.1.
+
+    >>> from jsoftmax import taylor
+    >>> state = init(jnp.array([[1., 0.], [0., 1.], [1., 1.]]))
+    >>> loss(state, jnp.array([2., 1.]), jnp.array(2), loss=log_loss(taylor(2)))
+    Array(0.63252..., dtype=float32)
+    """
+    h, y, batch = _check("loss", state, hidden, labels, loss)
+    return _loss(state, h, y, loss).reshape(batch)
+
+
+def loss_and_update(
+    state: State,
+    hidden: ArrayLike,
+    labels: ArrayLike,
+    learning_rate: ArrayLike,
+    *,
+    loss: SphericalLoss,
+    weight_decay: ArrayLike = 0.0,
+    fold_beyond: ArrayLike = 2.0,
+) -> Step:
+    """One step of plain SGD on W, exact, at a cost of d² a row that does not grow with the number V of classes.
+
+    L = mean ℓ(mᵀh, hᵀQh, o_y),   W ← (1 − η λ) W − η ∂L/∂W     (MATH 12.2)
+
+    All V rows change: those that are no label's by one d×d matrix, U, and one vector, q; the labels' rows of V̂ are
+    written in place, if the state is donated:
+
+        step = jax.jit(functools.partial(loss_and_update, loss=log_loss(taylor(2))), donate_argnums=0)
+        value, by_hidden, state = step(state, hidden, labels, learning_rate)
+
+    Without donation, or with the old state still in use, JAX copies the state at each step. In a scan it is the carry.
+    U drifts away from I, and with it digits go. Once a singular value of it leaves [1/2, 2], by an estimate that each
+    step improves, V̂ U + 1 qᵀ is written to V̂, U is I again, and Q and m are summed anew: a cost of V d², in place, by
+    the step that first needs it. ηM is the smaller the more classes there are, and folds the rarer (MATH 12.4).
+
+    Args:
+      state: of `init` or an earlier step.
+      hidden: h `[..., d]`, N rows of any floating dtype. Rows to be left out of a batch are the caller's to drop.
+      labels: integers `[...]`; one class may have several rows.
+      learning_rate: η ≥ 0, a number that may be traced: any schedule.
+      loss: log_loss(φ) or z_loss(…).
+      weight_decay: λ ≥ 0, may be traced: exactly that of SGD on L + λ/2 |W|², at no cost.
+      fold_beyond: 2, or another number ≥ 1, may be traced; 1e30 never folds unless a step makes U singular: call
+        `refresh` then.
+    Returns: a `Step`: the mean loss before the update, in the state's dtype; ∂L/∂hidden in the dtype of hidden, for the
+      layers below; the new state. It equals SGD on the dense weight to rounding: within 1e-10 in float64 after 320
+      steps; in float32 its drift is that of dense SGD, once or twice over (MATH 12.4). A label out of range, NaN in
+      hidden, or a step that would not be finite: the loss is NaN, the state is as it was, and the gradient is NaN in
+      the rows of bad labels. Not to be differentiated in reverse.
+    Raises: ValueError or TypeError for arguments that do not fit.
+    Source: Vincent, de Brébisson & Bouthillier 2015, section 3 (squared error, spherical softmax); de Brébisson &
+      Vincent 2016; arXiv:1604.08859 (Z-loss).
+
+    >>> from jsoftmax import taylor
+    >>> state = init(jnp.array([[1., 0.], [0., 1.], [1., 1.]]))
+    >>> step = loss_and_update(state, jnp.array([[2., 1.]]), jnp.array([2]), 0.1, loss=log_loss(taylor(2)))
+    >>> step.loss, to_weight(step.state)[2]
+    (Array(0.63252..., dtype=float32), Array([1.0441..., 1.0220...], dtype=float32))
+    """
+    function = "loss_and_update"
+    h, y, batch = _check(function, state, hidden, labels, loss)
+    if not len(h):
+        raise ValueError(
+            f"{function}: hidden must hold one row at least; got shape {jnp.shape(hidden)}. Skip an empty batch: its "
+            "mean loss is 0/0."
+        )
+    eta = _labels.check_option(function, learning_rate, h.dtype, learning_rate=(0.0, math.inf))
+    decay = _labels.check_option(function, weight_decay, h.dtype, weight_decay=(0.0, math.inf))
+    limit = _labels.check_option(function, fold_beyond, h.dtype, fold_beyond=(1.0, math.inf))
+    value, gradient, new = _step(state, h, y, eta, decay, limit, loss)
+    return Step(value, gradient.reshape(*batch, -1).astype(jnp.asarray(hidden).dtype), new)
+
+
+def refresh(state: State) -> State:
+    """The same weight with V̂ = W, U = I and q = 0, and Q and m summed anew: what `loss_and_update` does by itself.
+
+    V̂ ← V̂ U + 1 qᵀ,   Q ← V̂ᵀV̂,   m ← V̂ᵀ1     (MATH 12.4)
+
+    For times of your own, or to drop the rounding errors of a long run in Q and m. A cost of V d², in place if the
+    state is donated.
+
+    Args:
+      state: of `init` or `loss_and_update`.
+    Returns: a `State`.
+    Raises: TypeError if `state` is none.
+
+    >>> refresh(init(jnp.ones((3, 2)))).total
+    Array([3., 3.], dtype=float32)
+    """
+    _check_state("refresh", state)
+    return _fresh(*_fold(state.rows, state.mix, state.offset, True))
+
+
+def to_weight(state: State) -> Float[Array, "V d"]:
+    """The weight W = V̂ U + 1 qᵀ `[V, d]` (MATH 12.2), at a cost of V d².
+
+    Args:
+      state: of `init` or `loss_and_update`.
+    Returns: `[V, d]`, in the state's dtype: for saving, and for other heads.
+    Raises: TypeError if `state` is none.
+
+    >>> to_weight(init(jnp.ones((3, 2)))).shape
+    (3, 2)
+    """
+    _check_state("to_weight", state)
+    return precise(state.rows, state.mix) + state.offset
+
+
+def rows(state: State, labels: ArrayLike) -> Float[Array, "... d"]:
+    """Rows of the weight, W_y = V̂_y U + q (MATH 12.2), at a cost of d² each: embeddings that are tied to the head.
+
+    Args:
+      state: of `init` or `loss_and_update`.
+      labels: integers of any shape `[...]`.
+    Returns: `[..., d]`, in the state's dtype; NaN for a label out of range.
+    Raises: TypeError if `state` is none, or for labels that are no integers.
+
+    >>> rows(init(jnp.array([[1., 0.], [0., 1.]])), jnp.array([1, 2]))
+    Array([[ 0.,  1.],
+           [nan, nan]], dtype=float32)
+    """
+    _check_state("rows", state)
+    label, valid = _labels.in_range(_linear.check_labels("rows", labels, None), len(state.rows))
+    found = precise(state.rows[label[..., 0]], state.mix) + state.offset
+    return jnp.where(valid, found, jnp.nan)
+
+
+def _check_state(function: str, state: Any) -> None:
+    if not isinstance(state, State):
+        raise TypeError(
+            f"{function}: state must be a State; got {type(state).__name__}. Make one of a weight [V, d]: "
+            "heads.factored.init(weight)."
+        )
+    d = jnp.shape(state.rows)[-1] if jnp.ndim(state.rows) == 2 else None
+    wanted = {"mix": (d, d), "inverse": (d, d), "offset": (d,), "gram": (d, d), "total": (d,), "probes": (2, d)}
+    for name, shape in wanted.items():
+        if jnp.shape(getattr(state, name)) != shape or d is None:
+            raise ValueError(
+                f"{function}: state must have rows [V, d] and {name} {list(shape)}; got {jnp.shape(state.rows)} and "
+                f"{jnp.shape(getattr(state, name))}. Several states are mapped over: jax.vmap."
+            )
+
+
+def _check(function: str, state: Any, hidden: Any, labels: Any, loss: Any) -> tuple[Array, Array, tuple[int, ...]]:
+    """Hidden `[N, d]` in the state's dtype, labels `[N]`, and the shape of the batch."""
+    _check_state(function, state)
+    if not isinstance(loss, SphericalLoss):
+        raise TypeError(
+            f"{function}: loss must be log_loss(φ) or z_loss(…) of heads.factored; got {loss!r}. Write e.g. "
+            "loss=log_loss(jsoftmax.taylor(2))."
+        )
+    h = _linear.check_matrix(function, "hidden", hidden, "[..., d]")
+    _linear.check_width(function, h, state.rows.shape[1])
+    y = _linear.check_labels(function, labels, h.shape[:-1])
+    return h.reshape(-1, h.shape[-1]).astype(state.rows.dtype), y.reshape(-1), y.shape
