@@ -1,4 +1,4 @@
-"""`python -m benchmarks family | losses | gumbel [--output FILE] | xla | startup`, `python -m benchmarks --render`."""
+"""`python -m benchmarks family | losses | gumbel | heads [--output FILE] | xla | startup`, `python -m benchmarks --render`."""
 
 import argparse
 import importlib
@@ -8,7 +8,7 @@ import pathlib
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Timings beside peers, in one process.")
     parser.add_argument(
-        "name", nargs="?", choices=["family", "losses", "gumbel", "xla", "startup"], help="what to measure"
+        "name", nargs="?", choices=["family", "losses", "gumbel", "heads", "xla", "startup"], help="what to measure"
     )
     parser.add_argument("--output", type=pathlib.Path, help="the JSON to write, in benchmarks/results by default")
     parser.add_argument(
@@ -19,7 +19,7 @@ def main() -> None:
         parser.error("name what to measure, or --render")
     if arguments.name:
         benchmark = importlib.import_module(f"benchmarks.{arguments.name}")  # --render needs no JAX
-        if arguments.name in ("family", "losses", "gumbel"):
+        if arguments.name in ("family", "losses", "gumbel", "heads"):
             default = pathlib.Path(__file__).parent / "results" / f"{arguments.name}.json"
             benchmark.run(arguments.output or default)
         else:

@@ -36,22 +36,22 @@ def normal(seed: int, shape: tuple[int, ...], dtype: str = "float32") -> jax.Arr
 
 
 def interleaved(
-    candidates: dict[str, F], arguments: tuple[Any, ...], calls: dict[str, F] | None = None
+    candidates: dict[str, F], arguments: tuple[Any, ...], calls: dict[str, F] | None = None, fewest: int = 15
 ) -> dict[str, Any]:
-    """Medians in ms over interleaved calls of compiled programs, and the ratios of the first to each other one."""
+    """Medians in ms over interleaved calls of compiled programs, and the ratios of the first to each other one; MiB of
+    their temporaries."""
     programs: dict[str, F] = {name: jax.jit(f).lower(*arguments).compile() for name, f in candidates.items()}
+    memory = {name: program.memory_analysis().temp_size_in_bytes / 2**20 for name, program in programs.items()}  # pyright: ignore[reportFunctionMemberAccess]
     programs |= {name: lambda *_, call=call: call() for name, call in (calls or {}).items()}
     for program in programs.values():
         jax.block_until_ready(program(*arguments))
     times: dict[str, list[float]] = {name: [] for name in programs}
     first, *others = programs
     started = time.perf_counter()
-    while len(times[first]) < 15 or (time.perf_counter() - started < 2 and len(times[first]) < 200):
+    while len(times[first]) < fewest or (time.perf_counter() - started < 2 and len(times[first]) < 200):
         for name, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(*arguments))
-            times[name].append(1e3 * (time.perf_counter() - start))
-    result: dict[str, Any] = {"ms": {name: statistics.median(t) for name, t in times.items()}}
+            times[name].append(timed(program, *arguments)[0])
+    result: dict[str, Any] = {"ms": {name: statistics.median(t) for name, t in times.items()}, "MiB": memory}
     result["ratio"] = {}
     for name in others:
         ratios = [a / b for a, b in zip(times[first], times[name], strict=True)]
@@ -60,17 +60,25 @@ def interleaved(
     return result
 
 
-def run(cases: list[Case], output: pathlib.Path) -> None:
+def timed(program: F, *arguments: Any) -> tuple[float, Any]:
+    """Milliseconds of one call, and its result."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(program(*arguments))
+    return 1e3 * (time.perf_counter() - start), result
+
+
+def run(cases: list[Case], output: pathlib.Path, fewest: int = 15) -> None:
     """Time every case, print it, and write all of them."""
     rows = []
     for case in cases:
-        result = interleaved(case.candidates, case.arguments, case.calls)
+        result = interleaved(case.candidates, case.arguments, case.calls, fewest)
         rows.append({"group": case.group, "name": case.name, "shape": case.shape, "dtype": case.dtype, **result})
         against = "  ".join(
             f"{peer} {middle:.2f} [{low:.2f}, {high:.2f}]" for peer, (low, middle, high) in result["ratio"].items()
         )
         first = next(iter(case.candidates))
         print(f"{case.name:32} {case.shape!s:16} {result['ms'][first]:8.3f} ms  {first} / {against}", flush=True)
+        print(f"{'':32} MiB of temporaries:", {name: round(n, 1) for name, n in result["MiB"].items()}, flush=True)
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps({**about(), "rows": rows}, indent=1) + "\n")
     print(f"written to {output}")

@@ -35,7 +35,10 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def _cell(row: dict[str, Any]) -> str:
     ratios = (f"{peer} {middle:.2f} [{low:.2f}, {high:.2f}]" for peer, (low, middle, high) in row["ratio"].items())
-    return f"{row['ms']['ours']:.2f} ms" + (f"; / {', / '.join(ratios)}" if row["ratio"] else "")
+    memory = row.get("MiB", {}) if row["group"] == "heads" else {}
+    shown = ", ".join(f"{name} {n:,.0f} MiB" for name, n in memory.items())
+    text = f"{row['ms']['ours']:.2f} ms" + (f"; / {', / '.join(ratios)}" if row["ratio"] else "")
+    return text + (f"; {shown}" if shown else "")
 
 
 def picture(runs: list[dict[str, Any]]) -> None:
@@ -74,7 +77,7 @@ def picture(runs: list[dict[str, Any]]) -> None:
 
 def render() -> None:
     text = README.read_text()
-    for name in ("family", "losses", "gumbel"):
+    for name in ("family", "losses", "gumbel", "heads"):
         between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         made = table(load(name))
         text = between.sub(lambda found, made=made: found[1] + made + found[2], text)

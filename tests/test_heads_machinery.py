@@ -287,7 +287,6 @@ WRONG = {
         ValueError,
         r"integer labels must have the shape \(4,\), that of hidden .* one token with one label",
     ),
-    "no labels": (lambda: heads.linear_statistics(H, W, None), TypeError, "labels must be an array"),
     "float labels": (
         lambda: heads.linear_cross_entropy(H, W, jnp.zeros(4)),
         ValueError,
@@ -314,7 +313,6 @@ WRONG = {
         ValueError,
         "log_weights must have one value for each class",
     ),
-    "bias for k": (lambda: heads.linear_top_k(H, W, jnp.ones(5), 2), TypeError, "k must be an int .* bias comes after"),
     "block": (lambda: heads.linear_log_normalizer(H, W, block_size=0), ValueError, "block_size must be a positive int"),
     "precision": (lambda: heads.linear_log_normalizer(H, W, precision="best"), ValueError, "precision must be None or"),
     "weights": (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jsoftmax
-from jsoftmax import gumbel, losses, optim, verify
+from jsoftmax import gumbel, heads, losses, optim, verify
 from jsoftmax.cli import train
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
@@ -32,6 +32,8 @@ def test_tables_follow_the_lists():
     assert set(losses.__all__) == set(re.findall(r"^\| `losses\.(\w+)\(", README, re.M))
     listed = set(re.findall(r"^\| `gumbel\.(\w+)\(", README, re.M))
     assert listed == {name for name in gumbel.__all__ if name.islower()}
+    listed = set(re.findall(r"^\| `heads\.(\w+)", README, re.M))
+    assert listed == {name for name in heads.__all__ if name.islower()}
     families = list(dict.fromkeys(phi.name for phi in jsoftmax.PHIS))
     assert re.findall(r"^\| `(\w+)[^|]*\|[^|]*\|[^|]*\| 3\.", README, re.M) == families
 
@@ -58,12 +60,17 @@ def test_example():
     np.testing.assert_allclose(jnp.bincount(names["draws"]) / 1e6, jsoftmax.softmax(names["z"][0]), atol=0.003)
     assert set(np.unique(names["soft"]).tolist()) == {0.0, 1.0}
     assert names["sample"].indices.shape == (2,)
+    assert names["curved"].shape == names["by_hidden"].shape == (6, 16)
+    np.testing.assert_allclose(-names["found"].log_prob.sum() / 4, names["token_mean"](names["hidden"], names["weight"]))
+    assert np.isfinite(names["value_of_step"])
     np.testing.assert_allclose(names["loss"], jnp.array([2.0611537e-09, 0.3132617]), rtol=1e-6)
 
 
 CITING = {name: getattr(jsoftmax, name) for name in jsoftmax.__all__ if name.islower()}
 CITING |= {name: getattr(losses, name) for name in losses.__all__}
 CITING |= {name: getattr(gumbel, name) for name in gumbel.__all__ if name.islower()}
+CITING |= {name: getattr(heads, name) for name in heads.__all__ if name.islower()}
+CITING |= {name: getattr(heads.factored, name) for name in ("init", "loss", "loss_and_update", "refresh", "z_loss")}
 CITING |= {f.__name__: f for f in (optim.gauss_newton, optim.newton_cg, optim.natural_gradient)}
 
 

@@ -82,7 +82,8 @@ def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]
     head = _head.with_padding(given.head, plan)
     blocks = jax.tree.map(lambda a: _head.cut(a, plan.classes), head.only(*_head.PER_CLASS))
     wide = head.hidden.dtype
-    zeros = [None if a is None else jnp.zeros_like(a, wide) for a in (blocks.weight, blocks.bias)]
+    zero = jnp.zeros_like(head.hidden, shape=())  # sharded as the tokens are, and so are the sums
+    zeros = [None if a is None else jnp.zeros_like(a, wide) + zero for a in (blocks.weight, blocks.bias)]
 
     def body(carry: Any, rows: Weighed) -> tuple[Any, Any]:
         first, value, sums = carry
@@ -102,7 +103,7 @@ def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]
 
     rows = Weighed(head.only("hidden", "labels"), given.token_weights, None, None)
     rows = jax.tree.map(lambda a: _head.cut(a, plan.tokens), rows)
-    start = (jnp.zeros((), jnp.int32), jnp.zeros_like(head.hidden[0, 0]), zeros)
+    start = (jnp.zeros((), jnp.int32), zero, zeros)
     (_, value, sums), (by_hidden, losses) = lax.scan(body, start, rows)
     classes = head.weight.shape[0]
     by_weight, by_bias = [None if a is None else a.reshape(-1, *a.shape[2:])[:classes] for a in sums]
