@@ -1,0 +1,1 @@
+"""Linear heads for huge vocabularies."""
