@@ -56,9 +56,9 @@ def lay_out(groups: Array, count: int, length: int) -> Layout:
 
 
 def block_length(rows: int) -> int:
-    """Rows in a block: a sixteenth of them, a power of two in [16, 256]. Larger blocks multiply faster, and leave more
+    """Rows in a block: a 32nd of them, a power of two in [16, 256]. Larger blocks multiply faster, and leave more
     places empty."""
-    return min(max(1 << (max(rows // 16, 1) - 1).bit_length(), 16), 256)
+    return min(max(1 << (max(rows // 32, 1) - 1).bit_length(), 16), 256)
 
 
 def project(projection: Array, hidden: Array, active: Array) -> Array:
@@ -88,7 +88,7 @@ def tail_loss(weight: Array, phi: Phi, a: Array, label: Array, active: Array) ->
 
 def _chunk_length(classes: int, width: int) -> int:
     """How many classes a chunk has, if possible a divisor: else the weights are copied, to pad them."""
-    target = _CHUNK // width
+    target = max(_CHUNK // width, 1)
     if classes <= target:
         return classes
     near = range(target, target // 2, -1)
@@ -202,7 +202,8 @@ def _along(primals: Any, tangents: Any, out: TailLoss, length: int, by_label: bo
         start, w, w_dot = given
 
         @jax.checkpoint
-        def rate(w: Array, w_dot: Array, a: Array, a_dot: Array, label: Array, out: TailLoss) -> Array:
+        def rate(w: Array, w_dot: Array, *rows: Any) -> Array:
+            a, a_dot, label, out = rows
             o, x = _scores(w, phi, a, start, classes)
             q = jnp.exp((x - out.peak) - out.log_total)
             if by_label:

@@ -1,7 +1,6 @@
 """What an adaptive softmax is asked for: log-probabilities, the mode, the entropy (MATH 12.5)."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +32,7 @@ def _check(function: str, params: Any, hidden: Any, phi: Any) -> tuple[AdaptiveP
         raise TypeError(f"{function}: hidden must be floating; got dtype {h.dtype}. Convert it: hidden.astype(float).")
     if not h.ndim or h.shape[-1] != d:
         raise ValueError(
-            f"{function}: hidden must have {d} numbers along its last axis, as the head's weights; got shape {h.shape}. "
+            f"{function}: hidden must have {d} numbers along its last axis, as the head has; got shape {h.shape}. "
             "Transpose it, or make weights of that d."
         )
     dtype = _arguments.accumulation_dtype(functools.reduce(jnp.promote_types, [h.dtype, params.head.dtype]))
@@ -63,10 +62,10 @@ def _log_prob(params: AdaptiveParams, phi: Phi, hidden: Array, labels: Array, wh
     """`[rows]`; the rows of each tail in blocks of their own."""
     *starts, classes = params.cutoffs
     count = len(params.tails)
+    if where is not None:  # rows left out may hold anything
+        hidden, labels = maps.where_not(~where[:, None], hidden), jnp.where(where, labels, 0)
     valid = (labels >= 0) & (labels < classes)
     kept = valid if where is None else valid & where
-    if where is not None:
-        hidden = maps.where_not(~where[:, None], hidden)  # they may hold anything
     cluster = sum(((labels >= start).astype(jnp.int32) for start in starts), jnp.zeros(labels.shape, jnp.int32))
     known = jnp.where(valid, labels, 0).astype(jnp.int32)
     in_tail = kept & (cluster > 0)
@@ -102,8 +101,8 @@ def log_prob(
     each l of its own softmax of ψ(scores)     (MATH 12.5)
 
     Rows are sorted by tail into blocks, and a tail's classes are multiplied with its own blocks only: no row is dropped
-    whatever the labels are, and blocks that are empty cost nothing, in the derivatives too. Under jax.vmap that is lost:
-    give batches leading axes instead.
+    whatever the labels are, and blocks that are empty cost next to nothing, in the derivatives too. Under jax.vmap that
+    is lost: give batches leading axes instead.
 
     Args:
       params: as `init` makes them; differentiable.
@@ -115,9 +114,10 @@ def log_prob(
       near 0 keep their digits, as in `jsoftmax.losses.cross_entropy`. A label out of range: NaN. A score of +inf or NaN
       in the head, or in the label's tail: NaN in that row alone.
     Raises: TypeError or ValueError for `params`, shapes or dtypes that do not fit.
-    Source: Grave, Joulin, Cissé, Grangier, Jégou 2017, section 4.2.
+    Source: Grave, Joulin, Cissé, Grangier, Jégou 2017, section 4.
 
-    >>> params = init(jax.random.key(0), 64, 1000, (100, 400))
+    >>> from jsoftmax.heads import adaptive
+    >>> params = adaptive.init(jax.random.key(0), 64, 1000, (100, 400))
     >>> log_prob(params, jnp.ones((3, 64)), jnp.array([7, 250, 999])).shape
     (3,)
     """
@@ -158,7 +158,8 @@ def log_probs(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> F
     Raises: as `log_prob`.
     Source: Grave et al. 2017.
 
-    >>> params = init(jax.random.key(0), 64, 1000, (100, 400))
+    >>> from jsoftmax.heads import adaptive
+    >>> params = adaptive.init(jax.random.key(0), 64, 1000, (100, 400))
     >>> jnp.exp(log_probs(params, jnp.ones(64))).sum().round(4)
     Array(1., dtype=float32)
     """
@@ -212,7 +213,8 @@ def predict(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> Int
     Raises: as `log_prob`.
     Source: Grave et al. 2017; torch.nn.AdaptiveLogSoftmaxWithLoss.predict.
 
-    >>> params = init(jax.random.key(0), 64, 1000, (100, 400))
+    >>> from jsoftmax.heads import adaptive
+    >>> params = adaptive.init(jax.random.key(0), 64, 1000, (100, 400))
     >>> h = jnp.ones((3, 64))
     >>> bool(jnp.all(predict(params, h) == jnp.argmax(log_probs(params, h), -1)))
     True
@@ -247,8 +249,9 @@ def entropy(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> Flo
     Raises: as `log_prob`.
     Source: Shannon 1948 (the chain rule of entropy).
 
-    >>> params = init(jax.random.key(0), 64, 1000, (100, 400))
-    >>> bool(entropy(params, jnp.ones(64)) < math.log(1000))
+    >>> from jsoftmax.heads import adaptive
+    >>> params = adaptive.init(jax.random.key(0), 64, 1000, (100, 400))
+    >>> bool(entropy(params, jnp.ones(64)) < jnp.log(1000))
     True
     """
     given, h, shape = _check("entropy", params, hidden, phi)

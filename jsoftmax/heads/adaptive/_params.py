@@ -47,7 +47,7 @@ def init(
     num_classes: int,
     cutoffs: Sequence[int],
     *,
-    div_value: float = 4.0,
+    div_value: int | float = 4.0,
     head_bias: bool = False,
     dtype: Any = jnp.float32,
 ) -> AdaptiveParams:
@@ -108,7 +108,7 @@ def init(
     )
 
 
-def tail_widths(d: int, tails: int, div_value: float) -> list[int]:
+def tail_widths(d: int, tails: int, div_value: int | float) -> list[int]:
     """The width of each tail, ⌊d / div_value^{i+1}⌋, as PyTorch rounds it."""
     return [int(d // div_value ** (i + 1)) for i in range(tails)]
 
@@ -192,7 +192,18 @@ def _as_jax(tensor: Any) -> Float[Array, "..."]:
 
 
 def to_state(params: AdaptiveParams) -> dict[str, Any]:
-    """The weights by the names that PyTorch has for them, as numpy arrays; bfloat16 as float32."""
+    """The weights by the names that PyTorch has for them, as numpy arrays; bfloat16 as float32.
+
+    Args:
+      params: as `init` makes them.
+    Returns: a dict, copies; `from_torch` is its inverse.
+    Raises: TypeError or ValueError for other `params`.
+
+    >>> from jsoftmax.heads import adaptive
+    >>> params = adaptive.init(jax.random.key(0), 8, 20, (5,))
+    >>> {name: value.shape for name, value in to_state(params).items()}
+    {'head.weight': (6, 8), 'tail.0.0.weight': (2, 8), 'tail.0.1.weight': (15, 2)}
+    """
     params = check_params("to_state", params)
     named = {"head.weight": params.head}
     if params.bias is not None:
