@@ -177,18 +177,20 @@ def test_shapes_and_batches():
 
 
 def test_layout():
-    """Every row of a group has one place, in a block of its group."""
+    """Every row of a group has one place, in a block of its group; also where each group leaves a block unfilled."""
     lay_out = jax.jit(_blocks.lay_out, static_argnums=(1, 2))
-    for rows, count, length in ((1, 1, 16), (7, 3, 4), (64, 3, 4), (64, 1, 16)):
-        for seed in range(4):
-            groups = np.random.default_rng(seed).integers(0, count + (seed > 0), rows) * (seed > 1)
-            layout = lay_out(jnp.asarray(groups, jnp.int32), count, length)
-            row, taken = np.asarray(layout.row), np.asarray(layout.taken)
-            assert sorted(row[taken]) == list(np.flatnonzero(groups < count))
-            place = np.asarray(layout.place)
-            for n in np.flatnonzero(groups < count):
-                assert row.ravel()[place[n]] == n
-                assert layout.group[place[n] // length] == groups[n]
+    rng = np.random.default_rng(0)
+    worst = np.repeat([0, 1, 2], [17, 17, 30])
+    cases = [(rng.permutation(worst), 3, 16), (np.zeros(1, int), 1, 16), (np.full(7, 3), 3, 4)]
+    cases += [(rng.integers(0, 4, 64), 3, 4) for _ in range(4)]  # group 3 is none
+    for groups, count, length in cases:
+        layout = lay_out(jnp.asarray(groups, jnp.int32), count, length)
+        row, taken = np.asarray(layout.row), np.asarray(layout.taken)
+        assert sorted(row[taken]) == list(np.flatnonzero(groups < count))
+        place = np.asarray(layout.place)
+        for n in np.flatnonzero(groups < count):
+            assert row.ravel()[place[n]] == n
+            assert layout.group[place[n] // length] == groups[n]
 
 
 def equations(jaxpr):
@@ -212,7 +214,7 @@ def test_skipped_blocks_cost_no_copy_of_the_weights():
             makers = {v: e.primitive.name for e in branch.jaxpr.eqns for v in e.outvars}
             handed_on = [v for v in branch.jaxpr.outvars if v.aval.shape in sizes]
             made_by |= {makers.get(v, "argument") for v in handed_on}
-    assert made_by == {"argument", "add_any"}
+    assert made_by - {"argument"} == {"add_any"}
 
 
 def test_predict():

@@ -112,8 +112,8 @@ def test_many_samples_give_the_full_loss():
         @jax.jit
         @jax.vmap
         def estimates(key, n=n):
-            def loss(h, w, b):
-                return sampled.sampled_cross_entropy(key, h, w, LABELS, n, log_proposal=LOG_Q, bias=b)
+            def loss(h, w, bias):
+                return sampled.sampled_cross_entropy(key, h, w, LABELS, n, log_proposal=LOG_Q, bias=bias)
 
             return gradients(loss)
 
