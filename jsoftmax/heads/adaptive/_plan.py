@@ -12,96 +12,108 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jsoftmax import _arguments
-from jsoftmax.heads.adaptive import _blocks
-from jsoftmax.heads.adaptive._params import tail_widths
-from jsoftmax.phi import exp
-
-_SHAPES = ((64, 16), (512, 64), (4096, 16), (4096, 128), (16384, 64), (16384, 256))
+from jsoftmax.heads.adaptive._functions import log_prob
+from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail, tail_widths
 
 
 class CostModel(NamedTuple):
-    """g(k, B, w) = c + (a w + b) max(k₀B₀, kB) seconds: B rows of width w, k classes     (MATH 12.6)
+    """g(k, B, w) = c + e k w + (a w + b) max(k₀B₀, kB) seconds: B rows of width w, k classes     (MATH 12.6)
 
-    With b = 0 and w = d the paper's max(c + λ k₀B₀, c + λ kB), λ = a d.
+    With b = e = 0 and w = d the paper's max(c + λ k₀B₀, c + λ kB), λ = a d.
     """
 
     overhead: float
-    """c."""
+    """c, of a tail without classes or rows."""
     per_product: float
     """a, for one multiplication and addition of the scores, with its share of the gradients."""
-    per_score: float
+    per_score: float = 0.0
     """b, for the softmax of one score, whatever the width."""
+    per_weight: float = 0.0
+    """e, for one number of the weights' gradient, which is written whatever the rows are."""
     floor: float = 0.0
     """k₀B₀, the number of scores below which it gets no faster."""
 
     def __call__(self, classes: Any, rows: Any, width: Any) -> Any:
         """g(k, B, w)."""
-        return self.overhead + (self.per_product * width + self.per_score) * np.maximum(self.floor, classes * rows)
+        of_scores = (self.per_product * width + self.per_score) * np.maximum(self.floor, classes * rows)
+        return self.overhead + self.per_weight * classes * width + of_scores
 
 
 def measure_cost_model(
-    d: int, *, shapes: tuple[tuple[int, int], ...] = _SHAPES, repeats: int = 5, dtype: Any = jnp.float32
+    d: int,
+    batch: int,
+    *,
+    classes: tuple[int, ...] = (128, 2048, 32768),
+    repeats: int = 5,
+    dtype: Any = jnp.float32,
 ) -> CostModel:
-    """Times the loss of a tail and its gradients on the present device, and fits the cost model to it.
+    """Times `log_prob` and its gradients on the present device, with tails of several sizes, and fits the cost model.
 
-    Least squares of the relative errors over c, a, b ≥ 0, for the k₀B₀ among the shapes that fits best     (MATH 12.6)
+    Least squares of the relative errors over c, a, b, e ≥ 0, for the k₀B₀ among the sizes that fits best   (MATH 12.6)
 
     Args:
-      d: dimensions of the hidden vectors; widths d and ⌈d/8⌉ are timed.
-      shapes: pairs (classes, rows). Each is compiled and run, for a few seconds in all.
-      repeats: runs of each, of which the fastest counts.
-      dtype: of the weights.
+      d: dimensions of the hidden vectors; tails of width d and ⌈d/16⌉ are timed.
+      batch: rows of one step, of which a 64th and a quarter are in the tail.
+      classes: sizes of the tail. Each program is compiled and run: some ten seconds in all.
+      repeats: runs of each, of which the fastest counts. Nothing else should run meanwhile.
+      dtype: of the weights and hidden vectors.
     Returns: `CostModel`, in seconds.
-    Raises: TypeError or ValueError if `d` or `repeats` is no int >= 1, or there are fewer than four shapes.
+    Raises: TypeError or ValueError if `d`, `batch`, `repeats` or one of `classes` is no int >= 1, or there are fewer
+      than two sizes.
+    Source: Grave et al. 2017, section 4, for one product of matrices.
 
-    >>> model = measure_cost_model(8, shapes=((64, 16), (64, 32), (128, 16), (128, 32)), repeats=1)
+    >>> model = measure_cost_model(8, 64, classes=(64, 512), repeats=1)
     >>> bool(model(1000, 1000, 8) > 0)
     True
     """
-    for argument, value in (("d", d), ("repeats", repeats)):
+    given = {"d": d, "batch": batch, "repeats": repeats} | {f"classes[{i}]": k for i, k in enumerate(classes)}
+    for argument, value in given.items():
         if not _arguments.is_int(value) or value < 1:
             raise (ValueError if _arguments.is_int(value) else TypeError)(
                 f"measure_cost_model: {argument} must be an int >= 1; got {value!r}. Pass a Python int."
             )
-    if len(shapes) < 4:
+    if len(classes) < 2:
         raise ValueError(
-            f"measure_cost_model: shapes must be at least four pairs (classes, rows); got {len(shapes)}. Four numbers "
-            "are fitted; leave it out."
+            f"measure_cost_model: classes must be at least two sizes; got {classes}. Leave it out for three."
         )
-    points = [(k, B, w) for (k, B), w in itertools.product(shapes, dict.fromkeys((d, -(-d // 8))))]
-    return _fit(np.array(points, float), np.array([_seconds(*point, repeats, dtype) for point in points]))
+    rows, widths = dict.fromkeys((-(-batch // 64), -(-batch // 4))), dict.fromkeys((d, -(-d // 16)))
+    points = list(itertools.product(classes, rows, widths))
+    seconds = [_seconds(point, d, batch, repeats, dtype) for point in points]
+    return _fit(np.array(points, float), np.array(seconds))
 
 
-def _seconds(classes: int, rows: int, width: int, repeats: int, dtype: Any) -> float:
-    """The fastest of some runs of the loss of a tail, with gradients."""
+def _seconds(point: tuple[int, int, int], d: int, batch: int, repeats: int, dtype: Any) -> float:
+    """The fastest of some runs of the loss and its gradients, with some rows in a tail and a head of one class."""
+    classes, rows, width = point
+    tail = Tail(jnp.full((width, d), 0.01, dtype), jnp.full((classes, width), 0.01, dtype))
+    params = AdaptiveParams(jnp.zeros((2, d), dtype), None, (tail,))
+    hidden, labels = jnp.ones((batch, d), dtype), (jnp.arange(batch) < rows).astype(jnp.int32)
 
-    def loss(weight: Any, a: Any) -> Any:
-        label, active = jnp.zeros((1, rows), jnp.int32), jnp.ones(1, bool)
-        return jnp.sum(_blocks.tail_loss(weight, exp, a, label, active).loss)
+    def loss(params: AdaptiveParams, hidden: Any) -> Any:
+        return jnp.mean(log_prob(params, hidden, labels))
 
-    weight = jnp.full((classes, width), 0.01, dtype)
-    a = jnp.ones((1, rows, width), _arguments.accumulation_dtype(weight.dtype))
-    run = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(weight, a).compile()
-    jax.block_until_ready(run(weight, a))
+    run = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, hidden).compile()
+    jax.block_until_ready(run(params, hidden))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(run(weight, a))
+        jax.block_until_ready(run(params, hidden))
         times.append(time.perf_counter() - start)
     return min(times)
 
 
 def _fit(points: np.ndarray, seconds: np.ndarray) -> CostModel:
     """The model of least relative squared error; of each k₀B₀ and each choice of the numbers that are not 0."""
-    scores, width = points[:, 0] * points[:, 1], points[:, 2]
-    best = (math.inf, CostModel(0.0, 0.0, 0.0))
+    classes, rows, width = points.T
+    scores = classes * rows
+    best = (math.inf, CostModel(0.0, 0.0))
     for floor in (0.0, *np.unique(scores)[:-2]):
         counted = np.maximum(floor, scores)
-        terms = np.stack([np.ones_like(counted), counted * width, counted], 1) / seconds[:, None]
+        terms = np.stack([np.ones_like(counted), counted * width, counted, classes * width], 1) / seconds[:, None]
         scale = np.linalg.norm(terms, axis=0)
-        for used in itertools.product((True, False), repeat=3):
+        for used in itertools.product((True, False), repeat=4):
             chosen = np.flatnonzero(used)
-            values = np.zeros(3)
+            values = np.zeros(4)
             values[chosen] = np.linalg.lstsq((terms / scale)[:, chosen], np.ones(len(seconds)), rcond=None)[0]
             error = float(np.sum((terms / scale @ values - 1) ** 2))
             if np.all(values >= 0) and error < best[0] * (1 - 1e-9):
@@ -130,7 +142,9 @@ def plan_clusters(
 
     g(k_head + J, B, d) + Σ_i [g(k_i, p_i B, w_i) + a d w_i p_i B],   w_i = ⌊d / div_value^i⌋     (MATH 12.6)
 
-    p_i is the frequency of tail i, and the last term the projection of its rows.
+    p_i is the frequency of tail i, and the last term the projection of its rows. Time alone counts, not what narrow
+    tails cost in perplexity: every further tail is narrower, so limit `max_tails`. The sum compares plans; a step takes
+    longer.
 
     Args:
       frequencies: `[V]` counts or probabilities, not negative, in decreasing order. Read, so not traced.
@@ -145,7 +159,7 @@ def plan_clusters(
     Raises: TypeError or ValueError for arguments of the wrong kind or sign, or frequencies that increase.
     Source: Grave et al. 2017, section 4.
 
-    >>> model = CostModel(overhead=1e-3, per_product=1e-11, per_score=0.0)
+    >>> model = CostModel(overhead=1e-3, per_product=1e-11)
     >>> plan_clusters(1 / np.arange(1, 10_001), 256, 1024, model).cutoffs
     (23, 612)
     """
@@ -153,7 +167,7 @@ def plan_clusters(
     if not isinstance(cost_model, CostModel):
         raise TypeError(
             f"plan_clusters: cost_model must be a CostModel; got {type(cost_model).__name__}. Make one by "
-            "measure_cost_model(d)."
+            "measure_cost_model(d, batch)."
         )
     edges = _grid(len(counts), candidates)
     mass = np.concatenate([[0.0], np.cumsum(counts) / np.sum(counts)])[edges]
