@@ -20,6 +20,21 @@ CROSS_ENTROPY = {  # options of ours, by name
 }
 TEMPERATURES = (0.3, 0.7, 2.0)
 ALPHAS = (1.1, 1.3, 1.5, 1.7, 2.0)
+CUTOFFS, DIV_VALUE, CLASSES = (3, 8), 2.0, 15  # of an adaptive softmax of d = 6, with the names of its weights
+ADAPTIVE = {
+    name: np.random.default_rng(i).normal(0, 1, shape).astype(np.float32)
+    for i, (name, shape) in enumerate(
+        {
+            "head.weight": (5, 6),
+            "head.bias": (5,),
+            "tail.0.0.weight": (3, 6),
+            "tail.0.1.weight": (5, 3),
+            "tail.1.0.weight": (1, 6),
+            "tail.1.1.weight": (7, 1),
+        }.items()
+    )
+}
+CLASS_OF = np.array([4, 0, 14, 9])
 
 
 def measure():
@@ -40,6 +55,21 @@ def measure():
         (product,) = torch.autograd.grad(y, x, g if y.shape == g.shape else torch.ones_like(y))
         return {"value": y.tolist(), "product": product.tolist()}
 
+    def adaptive():
+        module = torch.nn.AdaptiveLogSoftmaxWithLoss(6, CLASSES, list(CUTOFFS), DIV_VALUE, head_bias=True)
+        module.load_state_dict({name: torch.tensor(value) for name, value in ADAPTIVE.items()})
+        h = z.clone().requires_grad_()
+        log_prob = module(h, torch.tensor(CLASS_OF)).output
+        by_h, *by_weights = torch.autograd.grad(log_prob.sum(), [h, *module.parameters()])
+        names = [name for name, _ in module.named_parameters()]
+        return {
+            "log_prob": log_prob.tolist(),
+            "log_probs": module.log_prob(z).tolist(),
+            "predict": module.predict(z).tolist(),
+            "by_hidden": by_h.tolist(),
+            "by_weights": {name: a.tolist() for name, a in zip(names, by_weights, strict=True)},
+        }
+
     exp_concrete = torch.distributions.relaxed_categorical.ExpRelaxedCategorical
     log_x = torch.log_softmax(torch.tensor(2 * G), -1)
     losses = {1.5: entmax.entmax15_loss, 2.0: entmax.sparsemax_loss}
@@ -59,6 +89,7 @@ def measure():
                 }
                 for t in map(torch.tensor, TEMPERATURES)
             },
+            "adaptive": adaptive(),
             "smoothed distributions": cross_entropy({"label_smoothing": 0.1}, q).tolist(),
         },
         "entmax": {

@@ -11,6 +11,7 @@ import pytest
 
 import jsoftmax as js
 from jsoftmax import gumbel, losses
+from jsoftmax.heads import adaptive
 
 LIVE = all(importlib.util.find_spec(name) for name in ("torch", "entmax"))
 
@@ -59,3 +60,37 @@ def test_sparse_maps(numbers):
 def test_fenchel_young_losses(numbers):
     for alpha, of_alpha in numbers["entmax"]["losses"].items():
         agrees(lambda z, a=float(alpha): js.fenchel_young_loss(z, peers.LABELS, a), of_alpha, jnp.ones_like)
+
+
+def test_adaptive_softmax(numbers):
+    """torch.nn.AdaptiveLogSoftmaxWithLoss: values, gradients by the weights' names, the mode."""
+    theirs, params = numbers["torch"]["adaptive"], adaptive.from_torch(peers.ADAPTIVE)
+    assert params.cutoffs == (*peers.CUTOFFS, peers.CLASSES)
+    log_prob, pull = jax.vjp(lambda p, h: adaptive.log_prob(p, h, peers.CLASS_OF), params, jnp.asarray(peers.Z))
+    by_weights, by_hidden = pull(jnp.ones(4))
+    same(log_prob, theirs["log_prob"])
+    same(by_hidden, theirs["by_hidden"])
+    ours = adaptive.to_state(by_weights)
+    assert ours.keys() == theirs["by_weights"].keys()
+    for name, value in ours.items():
+        same(value, theirs["by_weights"][name])
+    same(adaptive.log_probs(params, peers.Z), theirs["log_probs"])
+    np.testing.assert_array_equal(adaptive.predict(params, peers.Z), theirs["predict"])
+
+
+@pytest.mark.skipif(not LIVE, reason="needs torch")
+def test_adaptive_softmax_from_and_to_torch():
+    import torch  # noqa: PLC0415
+
+    for bias in (True, False):
+        theirs = torch.nn.AdaptiveLogSoftmaxWithLoss(6, peers.CLASSES, [3, 8], peers.DIV_VALUE, head_bias=bias)
+        params = adaptive.from_torch(theirs)
+        made = adaptive.init(jax.random.key(0), 6, peers.CLASSES, (3, 8), div_value=peers.DIV_VALUE, head_bias=bias)
+        assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
+        with torch.no_grad():
+            want = theirs.log_prob(torch.tensor(peers.Z)).numpy()
+            same(adaptive.log_probs(params, peers.Z), want)
+            theirs.load_state_dict(adaptive.to_torch(made))
+            same(adaptive.log_probs(made, peers.Z), theirs.log_prob(torch.tensor(peers.Z)).numpy())
+        narrow = adaptive.from_torch(theirs.to(torch.bfloat16))
+        assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {jnp.dtype(jnp.bfloat16)}

@@ -1,8 +1,9 @@
 """A linear layer and its softmax over a huge vocabulary (MATH 11, 12)."""
 
-from jsoftmax.heads import factored
+from jsoftmax.heads import adaptive, factored
 from jsoftmax.heads.divergence import linear_kl
 from jsoftmax.heads.quadratic import quadratic_cross_entropy
+from jsoftmax.heads.sampled import log_uniform_proposal, nce_loss, sampled_cross_entropy
 from jsoftmax.heads.selection import LinearTopK, linear_categorical, linear_top_k
 from jsoftmax.heads.streaming import (
     LinearStatistics,
@@ -15,6 +16,7 @@ from jsoftmax.heads.streaming import (
 __all__ = [
     "LinearStatistics",
     "LinearTopK",
+    "adaptive",
     "factored",
     "linear_categorical",
     "linear_cross_entropy",
@@ -23,5 +25,8 @@ __all__ = [
     "linear_log_normalizer",
     "linear_statistics",
     "linear_top_k",
+    "log_uniform_proposal",
+    "nce_loss",
     "quadratic_cross_entropy",
+    "sampled_cross_entropy",
 ]

@@ -1,0 +1,245 @@
+"""Rows sorted by tail, in blocks of fixed size, and the loss of a tail, which skips the blocks of others (MATH 12.5).
+
+A tail's scores `[classes, rows]` never exist as a whole: its classes are taken in chunks, which stay in the cache, and
+of a chunk's rows only the blocks that belong to the tail. So time follows the labels.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array
+
+from jsoftmax.phi import Phi, log_phi, slope
+
+_CHUNK = 2**19  # numbers in a block of scores or of weights: 2 MB in float32
+
+
+class Layout(NamedTuple):
+    """Where rows stand in blocks, each of which has rows of one group."""
+
+    group: Array
+    """`[blocks]`, the group of a block; the number of groups where it is empty."""
+    row: Array
+    """`[blocks, length]`, the row in each place."""
+    taken: Array
+    """`[blocks, length]`, whether a row stands there."""
+    place: Array
+    """`[rows]`, the place of each row among blocks × length; 0 for rows of no group."""
+
+
+def lay_out(groups: Array, count: int, length: int) -> Layout:
+    """Rows of groups 0 … count − 1, sorted into blocks; other rows are in none.
+
+    Every group may leave one block unfilled, so ⌈rows/length⌉ + count − 1 blocks hold them whatever the groups are.
+    """
+    rows = groups.shape[0]
+    blocks = -(-rows // length) + count - 1
+    size = jnp.sum(groups[:, None] == jnp.arange(count, dtype=jnp.int32), 0, dtype=jnp.int32)
+    start = jnp.cumsum(size, dtype=jnp.int32) - size
+    end_block = jnp.cumsum(-(-size // length), dtype=jnp.int32)
+    first_block = jnp.concatenate([jnp.zeros(1, jnp.int32), end_block[:-1]])
+    order = jnp.argsort(groups, stable=True).astype(jnp.int32)
+    rank = jnp.zeros(rows, jnp.int32).at[order].set(jnp.arange(rows, dtype=jnp.int32))
+    block = jnp.arange(blocks, dtype=jnp.int32)
+    group = jnp.searchsorted(end_block, block, side="right").astype(jnp.int32)
+    known = jnp.minimum(group, count - 1)
+    within = ((block - first_block[known]) * length)[:, None] + jnp.arange(length, dtype=jnp.int32)
+    taken = (within < size[known][:, None]) & (group < count)[:, None]
+    row = order[jnp.where(taken, start[known][:, None] + within, 0)]
+    known = jnp.minimum(groups, count - 1)
+    place = first_block[known] * length + rank - start[known]
+    return Layout(group, row, taken, jnp.where(groups < count, place, 0))
+
+
+def block_length(rows: int) -> int:
+    """Rows in a block: a 32nd of them, a power of two in [16, 256]. Larger blocks multiply faster, and leave more
+    places empty."""
+    return min(max(1 << (max(rows // 32, 1) - 1).bit_length(), 16), 256)
+
+
+def project(projection: Array, hidden: Array, active: Array) -> Array:
+    """a = h Pᵀ of the active blocks, `[blocks, length, width]`; 0 elsewhere."""
+
+    def block(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
+        is_active, h = given
+        multiply = jax.checkpoint(lambda h: jnp.dot(h, projection.T))
+        skip = jax.checkpoint(lambda h: jnp.zeros((h.shape[0], projection.shape[0]), h.dtype))
+        return None, lax.cond(is_active, multiply, skip, h)
+
+    return lax.scan(jax.checkpoint(block), None, (active, hidden))[1]
+
+
+class TailLoss(NamedTuple):
+    """`[blocks, length]`: −l_y within the tail, and L = max x + log1p(rest) in its two parts."""
+
+    loss: Array
+    log_total: Array
+    peak: Array
+
+
+def tail_loss(weight: Array, phi: Phi, a: Array, label: Array, active: Array) -> TailLoss:
+    """−l_y for a `[blocks, length, width]` and labels in [0, classes), in the active blocks; else 0."""
+    return _tail_loss(weight, phi, a, label, active, _chunk_length(weight.shape[0], max(a.shape[1], a.shape[2])))
+
+
+def _chunk_length(classes: int, width: int) -> int:
+    """How many classes a chunk has, if possible a divisor: else the weights are copied, to pad them."""
+    target = max(_CHUNK // width, 1)
+    if classes <= target:
+        return classes
+    near = range(target, target // 2, -1)
+    return next((n for n in near if classes % n == 0), -(-classes // -(-classes // target)))
+
+
+def _chunks(weight: Array, length: int) -> Array:
+    """`[chunks, length, width]`, with zeros at the end."""
+    count = -(-weight.shape[0] // length)
+    return jnp.pad(weight, ((0, count * length - weight.shape[0]), (0, 0))).reshape(count, length, -1)
+
+
+def _scores(weight: Array, phi: Phi, a: Array, start: Array, classes: int) -> tuple[Array, Array]:
+    """o and x = ψ(o), `[classes, rows]`; x is −inf past the last class.
+
+    Classes lead: so the products with their cotangent, for the weights and for a, are the fast ones of XLA on CPU.
+    """
+    o = _product(weight.astype(a.dtype), a)
+    x = log_phi(phi, o)
+    if classes % weight.shape[0]:
+        x = jnp.where((start + jnp.arange(weight.shape[0], dtype=jnp.int32) < classes)[:, None], x, -jnp.inf)
+    return o, x
+
+
+def _product(weight: Array, a: Array) -> Array:
+    return lax.dot_general(weight, a, (((1,), (1,)), ((), ())))
+
+
+def _maximum_and_rest(x: Array) -> tuple[Array, Array]:
+    """max x and Σ e^{x − max x} − 1 over the classes, which lead: the maxima are counted apart  (MATH 4.1).
+
+    The barriers keep the three sums apart, each of which XLA on CPU then vectorises.
+    """
+    peak = lax.optimization_barrier(jnp.max(x, 0))
+
+    def small(x: Array) -> Array:
+        return jnp.where(x < peak, jnp.exp(x - peak), 0)
+
+    split = x.shape[0] - x.shape[0] % 64  # in two steps: rounding errors of a long running sum add up
+    parts = [jnp.sum(small(x[:split].reshape(-1, 64, x.shape[1])), 1), small(x[split:])]
+    peak, parts = lax.optimization_barrier((peak, parts))
+    ones = jnp.sum((x == peak).astype(x.dtype), 0)
+    return peak, jnp.where(jnp.isneginf(peak), -1, jnp.sum(jnp.concatenate(parts), 0) + (ones - 1))
+
+
+def _merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+    """(max, rest) of two sets of classes: rest + (1 + rest') e^{m' − m} for the larger m  (MATH 4.1)."""
+    (m, rest), (m_other, rest_other) = one, other
+    first = m >= m_other
+    top, low = jnp.maximum(m, m_other), jnp.minimum(m, m_other)
+    scale = jnp.where(jnp.isneginf(low), 0, jnp.exp(low - jnp.where(jnp.isneginf(top), 0, top)))
+    return top, jnp.where(first, rest, rest_other) + (1 + jnp.where(first, rest_other, rest)) * scale
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _tail_loss(  # noqa: PLR0917  (a rule has no keywords)
+    weight: Array, phi: Phi, a: Array, label: Array, active: Array, length: int
+) -> TailLoss:
+    """−l_y = log1p(rest) + (max x − x_y), chunk by chunk  (MATH 12.5)."""
+    classes = weight.shape[0]
+
+    def chunk(state: Any, given: tuple[Array, Array]) -> tuple[Any, None]:
+        start, w = given
+
+        def add(a: Array, label: Array, state: Any) -> Any:
+            (m, rest), x_label = state
+            _, x = _scores(w, phi, a, start, classes)
+            inside = (label >= start) & (label < start + length)
+            here = jnp.take_along_axis(x, jnp.where(inside, label - start, 0)[None], 0)[0]
+            return _merge((m, rest), _maximum_and_rest(x)), jnp.where(inside, here, x_label)
+
+        def block(_: None, given: Any) -> tuple[None, Any]:
+            is_active, *rows = given
+            return None, lax.cond(is_active, add, lambda a, label, state: state, *rows)
+
+        return lax.scan(block, None, (active, a, label, state))[1], None
+
+    zero = jnp.zeros_like(a[..., 0])
+    starts = length * jnp.arange(-(-classes // length), dtype=jnp.int32)
+    ((m, rest), x_label), _ = lax.scan(chunk, ((zero - jnp.inf, zero - 1), zero), (starts, _chunks(weight, length)))
+    # an empty row has peak 0, so that x − peak is −inf; +inf makes its row NaN
+    peak = jnp.where(jnp.isneginf(m), 0, jnp.where(jnp.isposinf(m), jnp.nan, m))
+    log_total = jnp.log1p(jnp.where(rest == -1, 0, rest))
+    return TailLoss(*(jnp.where(active[:, None], v, 0) for v in (log_total + (peak - x_label), log_total, peak)))
+
+
+@functools.partial(_tail_loss.defjvp, symbolic_zeros=True)
+def _tail_loss_jvp(length: int, primals: Any, tangents: Any) -> tuple[TailLoss, TailLoss]:
+    """Σ (p − 1_y) ẋ, and Σ p ẋ for L  (MATH 12.5); JAX drops the one that nobody asks for."""
+    out = _tail_loss(*primals, length)
+    along = functools.partial(_along, primals, tangents, out, length)
+    return out, TailLoss(along(True), along(False), jnp.zeros_like(out.peak))
+
+
+def _along(primals: Any, tangents: Any, out: TailLoss, length: int, by_label: bool) -> Array:
+    """Σ q ẋ, q = p or p − 1_y, ẋ = s (W ȧ + Ẇ a) + (∂ψ/∂θ) θ̇, as ȧ · Σ q s W + Σ q s Ẇ a + Σ q (∂ψ/∂θ) θ̇.
+
+    Its transpose is the gradient of the weights. Ẇ goes through the loop as a carry that no block changes, so that its
+    cotangent is a sum that a skipped block hands on as it is: as a constant of the loop it would get zeros added there.
+    A skipped block computes with no rows, for two reasons. The backward pass keeps what a branch reads, and where both
+    read the same, JAX sees that and keeps no copies; and the barrier there keeps it from taking the carry for a
+    constant.
+    """
+    weight, phi, a, label, active = primals
+    weight_dot, phi_dot, a_dot = (_instantiate(dot, primal) for dot, primal in zip(tangents[:3], primals, strict=False))
+    classes = weight.shape[0]
+    leaves, structure = jax.tree.flatten(phi)
+    dots = {i: dot for i, dot in enumerate(structure.flatten_up_to(phi_dot)) if not isinstance(dot, SymbolicZero)}
+
+    def chunk(total: Array, given: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        start, w, w_dot = given
+
+        @jax.checkpoint
+        def rate(w: Array, w_dot: Array, *rows: Any) -> Array:
+            a, a_dot, label, out = rows
+            o, x = _scores(w, phi, a, start, classes)
+            q = jnp.exp((x - out.peak) - out.log_total)
+            if by_label:
+                hit = jnp.arange(length, dtype=label.dtype)[:, None] == label - start
+                q = q - hit.astype(q.dtype)
+            by_score = q * slope(phi, o)
+            mean = lax.dot_general(w.astype(a.dtype), by_score, (((0,), (0,)), ((), ())))
+            result = jnp.sum(mean.T * a_dot, -1) + jnp.sum(by_score * _product(w_dot, a), 0)
+            if not dots:
+                return result
+
+            def of_parameters(values: list[Array]) -> Array:
+                given = dict(zip(dots, values, strict=True))
+                return log_phi(jax.tree.unflatten(structure, [given.get(i, leaf) for i, leaf in enumerate(leaves)]), o)
+
+            x_dot = jax.jvp(of_parameters, ([leaves[i] for i in dots],), (list(dots.values()),))[1]
+            return result + jnp.sum(jnp.where(q == 0, 0, q) * x_dot, 0)
+
+        def add(w: Array, w_dot: Array, total: Array, *rows: Any) -> tuple[Array, Array]:
+            return w_dot, total + rate(w, w_dot, *rows)
+
+        def skip(w: Array, w_dot: Array, total: Array, *rows: Any) -> tuple[Array, Array]:
+            nothing = rate(w, w_dot, *jax.tree.map(lambda row: row[:0], rows))
+            return lax.optimization_barrier(w_dot), jnp.concatenate([nothing, total])
+
+        def block(w_dot: Array, given: Any) -> tuple[Array, Array]:
+            is_active, *rows = given
+            return lax.cond(is_active, add, skip, w, w_dot, *rows)
+
+        return lax.scan(jax.checkpoint(block), w_dot, (active, total, a, a_dot, label, out))[1], None
+
+    starts = length * jnp.arange(-(-classes // length), dtype=jnp.int32)
+    chunks = (starts, _chunks(weight, length), _chunks(weight_dot.astype(a.dtype), length))
+    return lax.scan(jax.checkpoint(chunk), jnp.zeros_like(a[..., 0]), chunks)[0]
+
+
+def _instantiate(dot: Any, primal: Any) -> Any:
+    """A tangent as an array; those of φ stay as they are."""
+    return jnp.zeros_like(primal) if isinstance(dot, SymbolicZero) else dot

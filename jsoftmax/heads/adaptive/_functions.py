@@ -1,0 +1,258 @@
+"""What an adaptive softmax is asked for: log-probabilities, the mode, the entropy (MATH 12.5)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Integer
+
+from jsoftmax import _arguments, maps
+from jsoftmax.entropy import centred_log_p
+from jsoftmax.heads.adaptive import _blocks
+from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail, check_params
+from jsoftmax.losses._cross_entropy import negative_log_p
+from jsoftmax.maps import normalize
+from jsoftmax.phi import Phi, exp, log_phi
+
+
+def _check(function: str, params: Any, hidden: Any, phi: Any) -> tuple[AdaptiveParams, Array, tuple[int, ...]]:
+    """The weights and hidden vectors `[rows, d]` in the accumulation dtype, and the shape of the rows.
+
+    The tails' own weights keep their dtype, and are widened chunk by chunk.
+    """
+    maps.check_phi(function, phi)
+    params = check_params(function, params)
+    h = _arguments.as_array(function, "hidden", hidden)
+    d = params.head.shape[1]
+    if not jnp.issubdtype(h.dtype, jnp.floating):
+        raise TypeError(f"{function}: hidden must be floating; got dtype {h.dtype}. Convert it: hidden.astype(float).")
+    if not h.ndim or h.shape[-1] != d:
+        raise ValueError(
+            f"{function}: hidden must have {d} numbers along its last axis, as the head has; got shape {h.shape}. "
+            "Transpose it, or make weights of that d."
+        )
+    dtype = _arguments.accumulation_dtype(functools.reduce(jnp.promote_types, [h.dtype, params.head.dtype]))
+    tails = tuple(Tail(tail.projection.astype(dtype), tail.weight) for tail in params.tails)
+    bias = None if params.bias is None else params.bias.astype(dtype)
+    return AdaptiveParams(params.head.astype(dtype), bias, tails), h.reshape(-1, d).astype(dtype), h.shape[:-1]
+
+
+def _head_scores(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
+    """x = ψ of the frequent classes, then of the tails."""
+    o = jnp.dot(hidden, params.head.T)
+    return log_phi(phi, o if params.bias is None else o + params.bias)
+
+
+def _tail_scores(tail: Tail, phi: Phi, hidden: Array) -> Array:
+    """x = ψ of a tail's classes."""
+    a = jnp.dot(hidden, tail.projection.T)
+    return log_phi(phi, jnp.dot(a, tail.weight.astype(a.dtype).T))
+
+
+def _last(x: Array) -> tuple[int, ...]:
+    return (x.ndim - 1,)
+
+
+@jax.jit
+def _log_prob(params: AdaptiveParams, phi: Phi, hidden: Array, labels: Array, where: Array | None) -> Array:
+    """`[rows]`; the rows of each tail in blocks of their own."""
+    *starts, classes = params.cutoffs
+    count = len(params.tails)
+    if where is not None:  # rows left out may hold anything
+        hidden, labels = maps.where_not(~where[:, None], hidden), jnp.where(where, labels, 0)
+    valid = (labels >= 0) & (labels < classes)
+    kept = valid if where is None else valid & where
+    cluster = sum(((labels >= start).astype(jnp.int32) for start in starts), jnp.zeros(labels.shape, jnp.int32))
+    known = jnp.where(valid, labels, 0).astype(jnp.int32)
+    in_tail = kept & (cluster > 0)
+    tail = jnp.maximum(cluster - 1, 0)
+    of_head = jnp.where(in_tail, params.cutoffs[0] + tail, jnp.where(valid & (cluster == 0), known, 0))
+    loss = negative_log_p(_head_scores(params, phi, hidden), of_head[:, None])[:, 0]
+    if count and labels.size:
+        layout = _blocks.lay_out(jnp.where(in_tail, tail, count), count, _blocks.block_length(labels.size))
+        inside = jnp.where(in_tail, known - jnp.asarray(starts, jnp.int32)[tail], 0)
+        inside = jnp.where(layout.taken, inside[layout.row], 0)
+        rows = maps.where_not(~layout.taken[..., None], hidden[layout.row])
+        by_block = jnp.zeros(layout.row.shape, loss.dtype)
+        for i, (projection, weight) in enumerate(params.tails):
+            active = layout.group == i
+            a = _blocks.project(projection, rows, active)
+            by_block = by_block + _blocks.tail_loss(weight, phi, a, inside, active).loss
+        loss = loss + jnp.where(in_tail, jnp.where(layout.taken, by_block, 0).reshape(-1)[layout.place], 0)
+    log_prob = -loss * jnp.where(valid, 1, jnp.nan).astype(loss.dtype)
+    return log_prob if where is None else jnp.where(where, log_prob, 0)
+
+
+def log_prob(
+    params: AdaptiveParams,
+    hidden: ArrayLike,
+    labels: Integer[ArrayLike, "..."],
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    phi: Phi = exp,
+) -> Float[Array, "..."]:
+    """Log-probability of labels under an adaptive softmax: the negative loss, in time that follows the labels.
+
+    l_y = l^head_y for a frequent class;   l_y = l^head_{tail i} + l^{tail i}_y otherwise,
+    each l of its own softmax of ψ(scores)     (MATH 12.5)
+
+    Rows are sorted by tail into blocks, and a tail's classes are multiplied with its own blocks only: no row is dropped
+    whatever the labels are, and blocks that are empty cost next to nothing, in the derivatives too. Under jax.vmap that
+    is lost: give batches leading axes instead.
+
+    Args:
+      params: as `init` makes them; differentiable.
+      hidden: h `[..., d]`, floating; differentiable.
+      labels: integers `[...]`, classes sorted by frequency, the most frequent is 0.
+      where: bool, broadcastable to the labels; False leaves a row out, whose result is 0 and which may hold anything.
+      phi: the positive map φ of every score.
+    Returns: `[...]` ≤ 0, in the common dtype of `hidden` and the head, but float32 for narrower ones; log-probabilities
+      near 0 keep their digits, as in `jsoftmax.losses.cross_entropy`. A label out of range: NaN. A score of +inf or NaN
+      in the head, or in the label's tail: NaN in that row alone.
+    Raises: TypeError or ValueError for `params`, shapes or dtypes that do not fit.
+    Source: Grave, Joulin, Cissé, Grangier, Jégou 2017, section 4.
+
+    >>> from jsoftmax.heads import adaptive
+    >>> params = adaptive.init(jax.random.key(0), 64, 1000, (100, 400))
+    >>> log_prob(params, jnp.ones((3, 64)), jnp.array([7, 250, 999])).shape
+    (3,)
+    """
+    function = "log_prob"
+    given, h, shape = _check(function, params, hidden, phi)
+    y = _arguments.as_array(function, "labels", labels)
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise TypeError(f"{function}: labels must be integers; got dtype {y.dtype}. Convert them: labels.astype(int).")
+    if y.shape != shape:
+        raise ValueError(
+            f"{function}: labels must have the shape of hidden without its last axis, {shape}; got shape {y.shape}. "
+            "Give each hidden vector one label."
+        )
+    mask = _arguments.check_where(function, where, shape, "the labels' shape")
+    mask = None if mask is None else jnp.broadcast_to(mask, shape).reshape(-1)
+    return _log_prob(given, phi, h, _arguments.wide_integers(y).reshape(-1), mask).reshape(shape)
+
+
+@jax.jit
+def _log_probs(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
+    x = _head_scores(params, phi, hidden)
+    head, first = normalize(x, _last(x)).log_p, params.cutoffs[0]
+    parts = [head[:, :first]]
+    for i, tail in enumerate(params.tails):
+        x = _tail_scores(tail, phi, hidden)
+        parts.append(head[:, first + i, None] + normalize(x, _last(x)).log_p)
+    return jnp.concatenate(parts, -1)
+
+
+def log_probs(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> Float[Array, "..."]:
+    """Log-probabilities of all classes, in O(V) time and memory for each row.
+
+    l of `log_prob` for every y     (MATH 12.5)
+
+    Args:
+      params, hidden, phi: as in `log_prob`.
+    Returns: `[..., V]`, whose exponentials sum to 1; dtype and edges as in `log_prob`.
+    Raises: as `log_prob`.
+    Source: Grave et al. 2017.
+
+    >>> from jsoftmax.heads import adaptive
+    >>> params = adaptive.init(jax.random.key(0), 64, 1000, (100, 400))
+    >>> jnp.exp(log_probs(params, jnp.ones(64))).sum().round(4)
+    Array(1., dtype=float32)
+    """
+    given, h, shape = _check("log_probs", params, hidden, phi)
+    return _log_probs(given, phi, h).reshape(*shape, given.cutoffs[-1])
+
+
+def _in_blocks(f: Callable[[Array], Array], hidden: Array) -> Array:
+    """f of blocks of rows one after the other: scores of all rows at once would not fit."""
+    rows, length = hidden.shape[0], _blocks.block_length(hidden.shape[0])
+    blocks = jnp.pad(hidden, ((0, -rows % length), (0, 0))).reshape(-1, length, hidden.shape[1])
+    return lax.map(jax.checkpoint(f), blocks).reshape(-1)[:rows]
+
+
+@jax.jit
+def _predict(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
+    """The head decides where its largest l is a class; else the tails whose l is larger than any class's."""
+    first = params.cutoffs[0]
+
+    def block(h: Array) -> Array:
+        x = _head_scores(params, phi, h)
+        head = normalize(x, _last(x)).log_p
+        best, index = jnp.max(head[:, :first], -1), jnp.argmax(head[:, :first], -1).astype(jnp.int32)
+        shortlist = best
+        for i, tail in enumerate(params.tails):
+            above = head[:, first + i]
+
+            def search(best: Array, index: Array, i: int = i, tail: Tail = tail, above: Array = above) -> Any:
+                x = _tail_scores(tail, phi, h)
+                log_p = above[:, None] + normalize(x, _last(x)).log_p
+                top, at = jnp.max(log_p, -1), jnp.argmax(log_p, -1).astype(jnp.int32)
+                better = ~(top <= best)  # a NaN is
+                return jnp.where(better, top, best), jnp.where(better, params.cutoffs[i] + at, index)
+
+            wanted = jnp.any(~(above <= shortlist))
+            best, index = lax.cond(wanted, search, lambda best, index: (best, index), best, index)
+        return jnp.where(jnp.isnan(best), -1, index)
+
+    return _in_blocks(block, lax.stop_gradient(hidden))
+
+
+def predict(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> Integer[Array, "..."]:
+    """The most probable class; a tail is searched only where it is more probable than every frequent class.
+
+    arg max_y l_y;   l_y ≤ l^head_{tail i} for every class of tail i     (MATH 12.5)
+
+    Args:
+      params, hidden, phi: as in `log_prob`.
+    Returns: int32 `[...]`, the lowest of classes that are equal. A row with a score of NaN or +inf, in what was
+      searched: −1. No derivatives.
+    Raises: as `log_prob`.
+    Source: Grave et al. 2017; torch.nn.AdaptiveLogSoftmaxWithLoss.predict.
+
+    >>> from jsoftmax.heads import adaptive
+    >>> params = adaptive.init(jax.random.key(0), 64, 1000, (100, 400))
+    >>> h = jnp.ones((3, 64))
+    >>> bool(jnp.all(predict(params, h) == jnp.argmax(log_probs(params, h), -1)))
+    True
+    """
+    given, h, shape = _check("predict", params, hidden, phi)
+    return _predict(jax.tree.map(lax.stop_gradient, given), phi, h).reshape(shape)
+
+
+@jax.jit
+def _entropy(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
+    def block(h: Array) -> Array:
+        x = _head_scores(params, phi, h)
+        H = centred_log_p(x, _last(x))[1][:, 0]
+        p = normalize(x, _last(x)).p[:, params.cutoffs[0] :]
+        for i, tail in enumerate(params.tails):
+            x = _tail_scores(tail, phi, h)
+            H = H + p[:, i] * centred_log_p(x, _last(x))[1][:, 0]
+        return H
+
+    return _in_blocks(block, hidden)
+
+
+def entropy(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> Float[Array, "..."]:
+    """Entropy of the distribution over all classes, in nats, without an array of all their probabilities.
+
+    H = H(head) + Σ_i p^head_{tail i} H(tail i)     (MATH 12.5)
+
+    Args:
+      params, hidden, phi: as in `log_prob`. Differentiable.
+    Returns: `[...]` in [0, log V], dtype as in `log_prob`; a sum of terms that are not negative, so that small
+      entropies keep their digits. O(V) time for each row. A score of +inf or NaN: NaN in that row alone.
+    Raises: as `log_prob`.
+    Source: Shannon 1948 (the chain rule of entropy).
+
+    >>> from jsoftmax.heads import adaptive
+    >>> params = adaptive.init(jax.random.key(0), 64, 1000, (100, 400))
+    >>> bool(entropy(params, jnp.ones(64)) < jnp.log(1000))
+    True
+    """
+    given, h, shape = _check("entropy", params, hidden, phi)
+    return _entropy(given, phi, h).reshape(shape)

@@ -1,0 +1,461 @@
+"""Adaptive softmax: the plain definition in float64, derivatives, edges, clusters by brute force. PyTorch's numbers are
+in test_peers.py."""
+
+import functools
+import inspect
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsoftmax as js
+from jsoftmax import verify
+from jsoftmax.heads import adaptive
+from jsoftmax.heads.adaptive import CostModel, _blocks, _plan
+
+KEY = jax.random.key(0)
+ROWS, D, CUTOFFS, CLASSES = 40, 12, (8, 30), 60
+H = np.random.default_rng(1).normal(0, 1, (ROWS, D))
+LABELS = np.random.default_rng(2).integers(0, CLASSES, ROWS)
+MIXED = {
+    "all tails": LABELS,
+    "head only": LABELS % 8,
+    "one tail only": 30 + LABELS % 30,
+    "every row one class": np.full(ROWS, 59),
+    "one row in a tail": np.where(np.arange(ROWS) == 17, 12, 3),
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    """Tails of several chunks, one of them with padding."""
+    monkeypatch.setattr(_blocks, "_CHUNK", 16 * 9)
+
+
+def make(dtype=jnp.float32, bias=True, cutoffs=CUTOFFS):
+    return adaptive.init(KEY, D, CLASSES, cutoffs, div_value=2.0, head_bias=bias, dtype=dtype)
+
+
+def defined(params, h, phi):
+    """Log-probabilities of all classes, typed as they stand."""
+
+    def log_softmax(o):
+        w = phi.definition(o, verify.Plain)
+        return jnp.log(w) - jnp.log(jnp.sum(w, -1, keepdims=True))
+
+    head = log_softmax(h @ params.head.T + (0 if params.bias is None else params.bias))
+    first = params.cutoffs[0]
+    tails = [
+        head[:, first + i, None] + log_softmax(h @ tail.projection.T @ tail.weight.T)
+        for i, tail in enumerate(params.tails)
+    ]
+    return jnp.concatenate([head[:, :first], *tails], -1)
+
+
+def by_label(log_p, labels):
+    return jnp.take_along_axis(log_p, labels[:, None], -1)[:, 0]
+
+
+def weighted(a):
+    return jnp.sum(jnp.cos(jnp.arange(1.0, 1 + a.size)) * jnp.ravel(a))
+
+
+def assert_close(ours, theirs, rtol=1e-10, atol=1e-12):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def assert_same(f, g, *arguments):
+    """Values, gradients, and a Hessian product in a scan, in all arguments: weights, hidden vectors, φ."""
+
+    def results(f, *arguments):
+        def scanned(*arguments):
+            def body(total, _):
+                return total + weighted(f(*arguments)), None
+
+            return jax.lax.scan(body, 0.0, None, length=1)[0]
+
+        of = tuple(range(len(arguments)))
+        directions = jax.tree.map(lambda a: jnp.cos(3 * jnp.asarray(a)), arguments)
+        return f(*arguments), jax.jvp(jax.grad(scanned, of), arguments, directions)
+
+    ours, theirs = (verify.jit_formulas(functools.partial(results, h))(*arguments) for h in (f, g))
+    assert_close(ours, theirs)
+
+
+# --- the functions -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phi", [js.exp, js.spherical(0.3)], ids=str)
+def test_log_prob(phi):
+    with jax.enable_x64(True):
+        labels = jnp.asarray(LABELS)
+        assert_same(
+            lambda params, h, phi: adaptive.log_prob(params, h, labels, phi=phi),
+            lambda params, h, phi: by_label(defined(params, h, phi), labels),
+            make(jnp.float64),
+            jnp.asarray(H),
+            phi,
+        )
+
+
+@pytest.mark.parametrize("phi", [js.exp, js.softplus], ids=str)
+def test_log_probs_and_entropy(phi):
+    with jax.enable_x64(True):
+
+        def plain(params, h):
+            log_p = defined(params, h, phi)
+            return jnp.append(jnp.ravel(log_p), -jnp.sum(jnp.exp(log_p) * log_p, -1))
+
+        def ours(params, h):
+            log_p = adaptive.log_probs(params, h, phi=phi)
+            return jnp.append(jnp.ravel(log_p), adaptive.entropy(params, h, phi=phi))
+
+        assert_same(ours, plain, make(jnp.float64, bias=False), jnp.asarray(H))
+
+
+def test_reverse_over_reverse_and_forward():
+    """The derivative of a gradient by reverse mode, and the value's by forward mode."""
+    with jax.enable_x64(True):
+        labels, h, params = jnp.asarray(LABELS), jnp.asarray(H), make(jnp.float64)
+
+        def results(f):
+            def total(params, h):
+                return weighted(f(params, h))
+
+            def slope(params, h):
+                return sum(weighted(a) for a in jax.tree.leaves(jax.grad(total, (0, 1))(params, h)))
+
+            along = jax.tree.map(jnp.cos, (params, h))
+            return jax.grad(slope, (0, 1))(params, h), jax.jvp(f, (params, h), along)[1]
+
+        ours = verify.jit_formulas(lambda: results(lambda params, h: adaptive.log_prob(params, h, labels)))()
+        plain = verify.jit_formulas(lambda: results(lambda params, h: by_label(defined(params, h, js.exp), labels)))()
+        assert_close(ours, plain)
+
+
+def test_any_labels():
+    """No row is dropped, whatever the labels are; one program for all, as it runs for users."""
+    params, h = make(), jnp.asarray(H, jnp.float32)
+    f = jax.jit(jax.value_and_grad(lambda p, h, y: weighted(adaptive.log_prob(p, h, y)), (0, 1)))
+    g = jax.jit(jax.value_and_grad(lambda p, h, y: weighted(by_label(defined(p, h, js.exp), y)), (0, 1)))
+    for labels in MIXED.values():
+        y = jnp.asarray(labels, jnp.int32)
+        assert_close(f(params, h, y), g(params, h, y), rtol=2e-5, atol=2e-5)
+
+
+def test_shapes_and_batches():
+    params, plain = make(bias=False), make(cutoffs=())
+    h, y = jnp.asarray(H, jnp.float32), jnp.asarray(LABELS)
+
+    @verify.jit_formulas
+    def results(h, y):
+        batches = h.reshape(5, 8, D), y.reshape(5, 8)
+        want = js.log_softmax(h @ plain.head.T + plain.bias)
+        few = [
+            (adaptive.log_prob(params, h[:n], y[:n]), adaptive.entropy(params, h[:n]), adaptive.predict(params, h[:n]))
+            for n in (0, 1)
+        ]
+        same = [
+            adaptive.log_prob(params, *batches).ravel(),
+            jax.vmap(functools.partial(adaptive.log_prob, params))(*batches).ravel(),
+            adaptive.log_prob(params, h, y),
+            by_label(adaptive.log_probs(params, h), y),
+        ]
+        return same, few, adaptive.log_prob(params, h[0], y[0]), (adaptive.log_prob(plain, h, y), by_label(want, y))
+
+    same, few, one, (ours, want) = results(h, y)
+    for other in same[1:]:
+        np.testing.assert_allclose(other, same[0], rtol=1e-5)
+    np.testing.assert_allclose(one, same[0][0], rtol=1e-5)
+    assert [[a.shape for a in result] for result in few] == [[(0,)] * 3, [(1,)] * 3]
+    assert plain.cutoffs == (CLASSES,)
+    np.testing.assert_allclose(ours, want, rtol=1e-5)
+    np.testing.assert_array_equal(adaptive.predict(plain, h), jnp.argmax(h @ plain.head.T + plain.bias, -1))
+
+
+def test_layout():
+    """Every row of a group has one place, in a block of its group; also where each group leaves a block unfilled."""
+    lay_out = jax.jit(_blocks.lay_out, static_argnums=(1, 2))
+    rng = np.random.default_rng(0)
+    worst = np.repeat([0, 1, 2], [17, 17, 30])
+    cases = [(rng.permutation(worst), 3, 16), (np.zeros(1, int), 1, 16), (np.full(7, 3), 3, 4)]
+    cases += [(rng.integers(0, 4, 64), 3, 4) for _ in range(4)]  # group 3 is none
+    for groups, count, length in cases:
+        layout = lay_out(jnp.asarray(groups, jnp.int32), count, length)
+        row, taken = np.asarray(layout.row), np.asarray(layout.taken)
+        assert sorted(row[taken]) == list(np.flatnonzero(groups < count))
+        place = np.asarray(layout.place)
+        for n in np.flatnonzero(groups < count):
+            assert row.ravel()[place[n]] == n
+            assert layout.group[place[n] // length] == groups[n]
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda a: hasattr(a, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)  # noqa: PLW2901
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_skipped_blocks_cost_no_copy_of_the_weights():
+    """In the gradient's program a branch hands weights, and the sum of their gradients, on as it got them, or adds to
+    them; none makes zeros of that size."""
+    params = make()
+    gradient = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(adaptive.log_prob(p, H.astype(np.float32), LABELS))))(params)
+    sizes = [(_blocks._chunk_length(len(tail.weight), 16), tail.weight.shape[1]) for tail in params.tails]
+    made_by = set()
+    for equation in equations(gradient.jaxpr):
+        for branch in equation.params["branches"] if equation.primitive.name == "cond" else ():
+            makers = {v: e.primitive.name for e in branch.jaxpr.eqns for v in e.outvars}
+            handed_on = [v for v in branch.jaxpr.outvars if v.aval.shape in sizes]
+            made_by |= {makers.get(v, "argument") for v in handed_on}
+    assert made_by - {"argument"} == {"add_any"}
+
+
+def test_predict():
+    params, h = jax.tree.map(lambda a: 3 * a, make()), jnp.asarray(H, jnp.float32)
+    params = params._replace(bias=params.bias.at[8:].add(1.0))
+    for phi in (js.exp, js.spherical(0.3)):
+        np.testing.assert_array_equal(
+            adaptive.predict(params, h, phi=phi), jnp.argmax(adaptive.log_probs(params, h, phi=phi), -1)
+        )
+    assert len(set(np.digitize(adaptive.predict(params, h), CUTOFFS))) == 3  # of the head and of both tails
+    even = jax.tree.map(jnp.zeros_like, params)
+    np.testing.assert_array_equal(adaptive.predict(even, h), 0)
+    in_tail = even._replace(bias=even.bias.at[9].set(9.0))
+    np.testing.assert_array_equal(adaptive.predict(in_tail, h), 30)
+    broken = adaptive.predict(params, h.at[3].set(jnp.nan))
+    np.testing.assert_array_equal(broken, adaptive.predict(params, h).at[3].set(-1))
+    assert jax.grad(lambda h: adaptive.predict(params, h).sum() * 1.0)(h).sum() == 0
+
+
+def certain(gap):
+    """Weights by which one row is sure of a class of tail 1, in float32 numbers."""
+    params = jax.tree.map(jnp.zeros_like, make(bias=False))
+    (one, other), head = params.tails, params.head.at[9, 0].set(gap)
+    other = other._replace(projection=other.projection.at[0, 0].set(1.0), weight=other.weight.at[25, 0].set(gap))
+    return params._replace(head=head, tails=(one, other)), jnp.eye(1, D)[0]
+
+
+def test_digits():
+    """Losses and entropies near 0 keep theirs, over several chunks."""
+    xp = verify.ManyDigits()
+    for gap in (4, 12, 20, 40):
+        params, h = certain(gap)
+        small, head, tail = xp.mp.exp(-gap), xp.mp.mpf(9), xp.mp.mpf(29)
+        loss = xp.mp.log1p(head * small) + xp.mp.log1p(tail * small)
+        np.testing.assert_allclose(-adaptive.log_prob(params, h, jnp.array(55)), float(loss), rtol=1e-6)
+        one_p = 1 / (1 + head * small)
+        H = [xp.mp.log1p(n * small) + n * small / (1 + n * small) * gap for n in (head, tail)]
+        H = H[0] + one_p * H[1] + small * one_p * xp.mp.log(22)
+        np.testing.assert_allclose(adaptive.entropy(params, h), float(H), rtol=1e-6)
+
+
+def test_edges():
+    params, h, y = make(), jnp.asarray(H, jnp.float32), jnp.asarray(LABELS)
+    clean = adaptive.log_prob(params, h, y)
+    f = jax.jit(lambda h, y, where: adaptive.log_prob(params, h, y, where))
+    every = jnp.ones(ROWS, bool)
+    for bad in (-1, CLASSES, 10**6):
+        got = f(h, y.at[5].set(bad), every)
+        np.testing.assert_array_equal(got, clean.at[5].set(jnp.nan))
+    for bad in (jnp.nan, jnp.inf):
+        np.testing.assert_array_equal(np.isnan(f(h.at[5].set(bad), y, every)), np.arange(ROWS) == 5)
+        np.testing.assert_array_equal(np.isnan(adaptive.entropy(params, h.at[5].set(bad))), np.arange(ROWS) == 5)
+    # a row left out may hold anything, and has no part in the gradients
+    quiet = every.at[5].set(False)
+    spoilt = f(h.at[5].set(jnp.nan), y.at[5].set(-1), quiet)
+    np.testing.assert_allclose(spoilt, clean.at[5].set(0), rtol=1e-5)
+    gradient = jax.jit(jax.grad(lambda p, h, y, w: jnp.sum(adaptive.log_prob(p, h, y, w)), (0, 1)))
+    one = gradient(params, h.at[5].set(jnp.nan), y.at[5].set(-1), quiet)
+    other = gradient(params, h.at[5].set(0.0), y, quiet)
+    assert_close(one, other, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(one[1][5], 0)
+    # a class whose φ is 0
+    out = adaptive.log_prob(params, 9 * h, y, phi=js.q_exponential(0.5))
+    assert np.any(np.isneginf(out))
+    assert not np.any(np.isnan(out))
+
+
+def everything(params, h, y):
+    loss, gradient = jax.value_and_grad(lambda p: -jnp.sum(adaptive.log_prob(p, h, y)))(params)
+    return gradient, (loss, adaptive.entropy(params, h), adaptive.log_probs(params, h)), adaptive.predict(params, h)
+
+
+def test_dtypes_under_strict_promotion_and_debug_nans():
+    """Narrow inputs give float32, and gradients whose sums over blocks are rounded once."""
+    y = jnp.asarray(30 + LABELS % 30, jnp.int8)
+    with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+        f = jax.jit(everything)
+        narrow = make(jnp.bfloat16), jnp.asarray(H, jnp.bfloat16)
+        gradient, floats, mode = f(*narrow, y)
+        by_float32, *_ = f(*jax.tree.map(lambda a: a.astype(jnp.float32), narrow), y)
+    assert {a.dtype for a in floats} == {jnp.dtype(jnp.float32)}
+    assert mode.dtype == jnp.int32
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(by_float32), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
+
+
+def test_float64_under_strict_promotion():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        given = make(jnp.float64), jnp.asarray(H), jnp.asarray(LABELS)
+        gradient, floats, mode = jax.eval_shape(everything, *given)
+        assert {a.dtype for a in jax.tree.leaves((gradient, floats))} == {jnp.dtype(jnp.float64)}
+        assert mode.dtype == jnp.int32
+
+
+# --- weights -------------------------------------------------------------------------------------------------
+
+
+def test_init():
+    params = adaptive.init(KEY, 512, 2000, (100, 400), head_bias=True)
+    shapes = [(102, 512), (102,), (128, 512), (300, 128), (32, 512), (1600, 32)]
+    assert [leaf.shape for leaf in jax.tree.leaves(params)] == shapes
+    assert params.cutoffs == (100, 400, 2000)
+    for leaf in jax.tree.leaves(params):
+        limit = 512**-0.5 if leaf.ndim == 1 else leaf.shape[1] ** -0.5
+        assert np.abs(leaf).max() <= limit
+        np.testing.assert_allclose(np.std(leaf), limit / 3**0.5, rtol=0.1)
+    assert adaptive.init(KEY, 512, 2000, (100,)).bias is None
+
+
+def test_state():
+    for bias in (True, False):
+        params = make(bias=bias)
+        back = adaptive.from_torch(adaptive.to_state(params))
+        assert_close(params, back, rtol=0, atol=0)
+        assert back.cutoffs == params.cutoffs
+    narrow = adaptive.to_state(make(jnp.bfloat16))
+    assert {value.dtype for value in narrow.values()} == {np.dtype(np.float32)}
+
+
+# --- where to cut --------------------------------------------------------------------------------------------
+
+
+def cost(cutoffs, counts, *, d, batch, model, div_value):
+    """The cost of a plan, typed as it stands."""
+    p = counts / counts.sum()
+    edges = [*cutoffs, len(counts)]
+    total = model(edges[0] + len(cutoffs), batch, d)
+    for i, (a, b) in enumerate(itertools.pairwise(edges)):
+        width, rows = d // div_value ** (i + 1), batch * p[a:b].sum()
+        total += model(b - a, rows, width) + model.per_product * d * width * rows
+    return total
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        CostModel(1e-4, 1e-9, 0.0),
+        CostModel(0.0, 1e-9, 1e-8, 1e-9, 30.0),
+        CostModel(2e-6, 1e-9, 0.0, 0.0, 100.0),
+        CostModel(1.0, 1e-9, 0.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("classes", [2, 14])
+def test_plan_equals_brute_force(classes, model):
+    counts = 1 / np.arange(1.0, classes + 1) ** 1.2
+    plan = adaptive.plan_clusters(counts, 64, 50, model, div_value=2)
+    options = {"d": 64, "batch": 50, "model": model, "div_value": 2}
+    every = [c for tails in range(5) for c in itertools.combinations(range(1, classes), tails)]
+    costs = [cost(cutoffs, counts, **options) for cutoffs in every]
+    np.testing.assert_allclose(plan.seconds, min(costs), rtol=1e-12)
+    np.testing.assert_allclose(cost(plan.cutoffs, counts, **options), min(costs), rtol=1e-12)
+
+
+def test_plan_of_many_classes():
+    """On the grid: near the plan of all edges for some thousand classes, fast for more, and what `init` takes."""
+    model = CostModel(1e-4, 2e-11, 5e-10, 1e-10, 1000.0)
+    counts = 1 / np.arange(1.0, 3001)
+    exact = adaptive.plan_clusters(counts, 256, 512, model, candidates=3000)
+    assert 1 <= adaptive.plan_clusters(counts, 256, 512, model).seconds / exact.seconds < 1.01
+    counts = 1 / np.arange(1.0, 1_000_001)
+    plan = adaptive.plan_clusters(counts, 256, 512, model)
+    np.testing.assert_allclose(
+        plan.seconds, cost(plan.cutoffs, counts, d=256, batch=512, model=model, div_value=4.0), rtol=1e-9
+    )
+    assert 1 <= len(plan.cutoffs) <= 4
+    assert all(c % 512 == 0 for c in plan.cutoffs if c > 2**14)
+    assert len(adaptive.plan_clusters(counts, 256, 512, model, max_tails=1).cutoffs) == 1
+    assert adaptive.plan_clusters(counts, 3, 512, model).cutoffs == ()  # no width is left for a tail
+    shapes = jax.eval_shape(lambda: adaptive.init(KEY, 256, 1_000_000, plan.cutoffs))
+    assert shapes.cutoffs == (*plan.cutoffs, 1_000_000)
+
+
+def test_cost_model(monkeypatch):
+    """The fit finds what made the times. What is measured runs in the docstring's example."""
+    for want in (
+        CostModel(1e-4, 2e-11, 3e-10, 1e-10),
+        CostModel(0.0, 2e-11),
+        CostModel(1e-5, 2e-11, 0.0, 0.0, 128 * 512.0),
+    ):
+        monkeypatch.setattr(_plan, "_seconds", lambda point, *_, want=want: float(want(*point)))
+        np.testing.assert_allclose(adaptive.measure_cost_model(512, 2048), want, rtol=1e-8, atol=1e-20)
+    noise = iter(np.exp(np.random.default_rng(0).normal(0, 0.05, 12)))
+    want = CostModel(1e-4, 2e-11, 3e-10)
+    monkeypatch.setattr(_plan, "_seconds", lambda point, *_: next(noise) * float(want(*point)))
+    np.testing.assert_allclose(adaptive.measure_cost_model(512, 2048)(5000, 300, 128), want(5000, 300, 128), rtol=0.1)
+
+
+# --- wrong calls ---------------------------------------------------------------------------------------------
+
+raw = inspect.unwrap
+P = make()
+STATE = adaptive.to_state(P)
+MODEL = CostModel(1.0, 1.0)
+init, log_prob, plan = map(raw, (adaptive.init, adaptive.log_prob, adaptive.plan_clusters))
+WRONG = [
+    (lambda: init(0, 8, 20, (5,)), TypeError, "init: key must be one PRNG key"),
+    (lambda: init(KEY, 8.0, 20, (5,)), TypeError, "init: d must be an int >= 1; got 8.0"),
+    (lambda: init(KEY, 8, 0, (5,)), ValueError, "init: num_classes must be an int >= 1; got 0"),
+    (lambda: init(KEY, 8, 20, 5), TypeError, "init: cutoffs must be a tuple of ints; got 5"),
+    (lambda: init(KEY, 8, 20, (5, 5)), ValueError, "init: cutoffs must increase"),
+    (lambda: init(KEY, 8, 20, (5, 20)), ValueError, "init: cutoffs must increase inside [1, num_classes - 1]"),
+    (lambda: init(KEY, 8, 20, (0, 5)), ValueError, "init: cutoffs must increase"),
+    (lambda: init(KEY, 8, 20, (5,), div_value=0), ValueError, "init: div_value must be > 0 and finite; got 0"),
+    (lambda: init(KEY, 8, 20, (5, 9)), ValueError, "init: every tail must keep a width of at least 1"),
+    (lambda: init(KEY, 8, 20, (5,), dtype=int), TypeError, "init: dtype must be floating"),
+    (lambda: log_prob(tuple(P), H, LABELS), TypeError, "log_prob: params must be AdaptiveParams; got tuple"),
+    (
+        lambda: log_prob(P._replace(head=P.head[:2]), H, LABELS),
+        ValueError,
+        "log_prob: params must have shapes that fit",
+    ),
+    (lambda: log_prob(P._replace(bias=P.head[0]), H, LABELS), ValueError, "log_prob: params must have shapes that fit"),
+    (lambda: log_prob(P._replace(tails=P.tails[:1]), H[:, :3], LABELS), ValueError, "log_prob: hidden must have 12"),
+    (lambda: log_prob(P, H.astype(int), LABELS), TypeError, "log_prob: hidden must be floating; got dtype int"),
+    (lambda: log_prob(P, H, LABELS[:3]), ValueError, "log_prob: labels must have the shape of hidden without"),
+    (lambda: log_prob(P, H, LABELS * 1.0), TypeError, "log_prob: labels must be integers; got dtype float"),
+    (lambda: log_prob(P, H, LABELS, LABELS), TypeError, "log_prob: where must be boolean"),
+    (lambda: log_prob(P, H, LABELS, phi=jnp.exp), TypeError, "log_prob: phi must be a φ"),
+    (lambda: adaptive.log_probs(P, H[:, 1:]), ValueError, "log_probs: hidden must have 12 numbers"),
+    (lambda: raw(adaptive.predict)(P, H, phi=1), TypeError, "predict: phi must be a φ"),
+    (lambda: raw(adaptive.entropy)(None, H), TypeError, "entropy: params must be AdaptiveParams; got NoneType"),
+    (lambda: adaptive.from_torch(3), TypeError, "from_torch: module_or_state must be a module or its state_dict"),
+    (lambda: adaptive.from_torch({"x": 1}), ValueError, "from_torch: module_or_state must have head.weight"),
+    (lambda: adaptive.from_torch(STATE | {"head.bias": H}), ValueError, "from_torch: params must have shapes that fit"),
+    (lambda: raw(adaptive.to_state)(STATE), TypeError, "to_state: params must be AdaptiveParams; got dict"),
+    (lambda: plan(np.arange(9), 8, 9, MODEL), ValueError, "plan_clusters: frequencies must be in decreasing order"),
+    (lambda: plan(-H[:, 0], 8, 9, MODEL), ValueError, "plan_clusters: frequencies must be a [V] array of counts"),
+    (lambda: jax.jit(lambda f: plan(f, 8, 9, MODEL))(H[0]), TypeError, "plan_clusters: frequencies must be numbers"),
+    (lambda: plan(np.ones(9), 8, 9.5, MODEL), TypeError, "plan_clusters: batch must be an int >= 1; got 9.5"),
+    (lambda: plan(np.ones(9), 8, 9, MODEL, max_tails=-1), ValueError, "plan_clusters: max_tails must be an int >= 0"),
+    (lambda: plan(np.ones(9), 8, 9, (1, 2)), TypeError, "plan_clusters: cost_model must be a CostModel; got tuple"),
+    (lambda: adaptive.measure_cost_model(0, 9), ValueError, "measure_cost_model: d must be an int >= 1; got 0"),
+    (lambda: adaptive.measure_cost_model(8, 9, classes=(1,)), ValueError, "measure_cost_model: classes must be"),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong[2])
+def test_wrong_calls(wrong):
+    call, error, says = wrong
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value).startswith(says)
