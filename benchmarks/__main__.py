@@ -1,4 +1,4 @@
-"""`python -m benchmarks family | losses | gumbel | heads [--output FILE] | xla | startup`, `python -m benchmarks --render`."""
+"""`python -m benchmarks family | losses | gumbel | heads [--output FILE] | xla | startup`, or `--render` alone."""
 
 import argparse
 import importlib

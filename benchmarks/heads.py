@@ -12,8 +12,8 @@ import optax
 import jsoftmax as js
 from benchmarks import measure
 from benchmarks.measure import Case, F
-from jsoftmax import heads
-from jsoftmax.heads import factored
+from jsoftmax import heads, losses
+from jsoftmax.heads import adaptive, factored
 
 TOKENS, FEATURES, CLASSES = 2048, 512, 131_072
 
@@ -80,7 +80,7 @@ def torch_calls(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> dict
 
 def dense_sgd(weight: jax.Array, hidden: jax.Array, labels: jax.Array) -> jax.Array:
     def loss(weight: jax.Array) -> jax.Array:
-        return js.losses.cross_entropy(hidden @ weight.T, labels, phi=js.taylor(2)).mean()
+        return losses.cross_entropy(hidden @ weight.T, labels, phi=js.taylor(2)).mean()
 
     return weight - 0.1 * jax.grad(loss)(weight)
 
@@ -103,8 +103,53 @@ def cases() -> list[Case]:
     return made
 
 
+def structured() -> list[Case]:
+    """The exact shortcut of an order-2 φ, and the adaptive softmax on Zipf's labels beside PyTorch's."""
+    phi = js.taylor(2)
+    many = arrays(8192, 256, CLASSES)
+
+    def quadratic(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array:
+        return heads.quadratic_cross_entropy(hidden, weight, labels, phi=phi).mean()
+
+    candidates = {"ours": quadratic, "linear_cross_entropy": streaming}
+    made = [Case("heads", "quadratic_cross_entropy, value", (8192, 256, CLASSES), candidates, many)]
+    cutoffs = (2000, 20_000)
+    rng = np.random.default_rng(0)
+    p = 1 / np.arange(1, CLASSES + 1)
+    labels = jnp.asarray(rng.choice(CLASSES, TOKENS, p=p / p.sum()))
+    hidden = jax.random.normal(jax.random.key(1), (TOKENS, FEATURES))
+    params = adaptive.init(jax.random.key(2), FEATURES, CLASSES, cutoffs)
+
+    def loss(params: Any, hidden: jax.Array, labels: jax.Array) -> jax.Array:
+        return -adaptive.log_prob(params, hidden, labels).mean()
+
+    calls = torch_adaptive(params, hidden, labels, cutoffs)
+    given = (params, hidden, labels)
+    name, shape = "adaptive.log_prob, value and gradient", (TOKENS, FEATURES, CLASSES)
+    return [*made, Case("heads", name, shape, {"ours": gradient(loss)}, given, calls=calls)]
+
+
+def torch_adaptive(params: Any, hidden: jax.Array, labels: jax.Array, cutoffs: tuple[int, ...]) -> dict[str, F]:
+    """The same by PyTorch, with its gradients."""
+    try:
+        import torch  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (a peer)
+    except ImportError:
+        return {}
+    module = torch.nn.AdaptiveLogSoftmaxWithLoss(FEATURES, CLASSES, list(cutoffs))
+    module.load_state_dict(adaptive.to_torch(params))
+    h, y = torch.tensor(np.asarray(hidden), requires_grad=True), torch.tensor(np.asarray(labels)).long()
+
+    def call() -> Any:
+        module.zero_grad()
+        h.grad = None
+        module(h, y).loss.backward()
+        return h.grad
+
+    return {"torch": call}
+
+
 def run(output: pathlib.Path) -> None:
-    made = cases()
+    made = [*structured(), *cases()]
     measure.run(made, output, fewest=5)
     steps()
 

@@ -61,8 +61,10 @@ def test_example():
     assert set(np.unique(names["soft"]).tolist()) == {0.0, 1.0}
     assert names["sample"].indices.shape == (2,)
     assert names["curved"].shape == names["by_hidden"].shape == (6, 16)
-    np.testing.assert_allclose(-names["found"].log_prob.sum() / 4, names["token_mean"](names["hidden"], names["weight"]))
+    mean = names["token_mean"](names["hidden"], names["weight"])
+    np.testing.assert_allclose(-names["found"].log_prob.sum() / 4, mean, rtol=1e-6)
     assert np.isfinite(names["value_of_step"])
+    assert np.all(names["likelihood_of_labels"] < 0)
     np.testing.assert_allclose(names["loss"], jnp.array([2.0611537e-09, 0.3132617]), rtol=1e-6)
 
 
@@ -71,6 +73,7 @@ CITING |= {name: getattr(losses, name) for name in losses.__all__}
 CITING |= {name: getattr(gumbel, name) for name in gumbel.__all__ if name.islower()}
 CITING |= {name: getattr(heads, name) for name in heads.__all__ if name.islower()}
 CITING |= {name: getattr(heads.factored, name) for name in ("init", "loss", "loss_and_update", "refresh", "z_loss")}
+CITING |= {f"adaptive.{name}": getattr(heads.adaptive, name) for name in ("init", "log_prob", "plan_clusters")}
 CITING |= {f.__name__: f for f in (optim.gauss_newton, optim.newton_cg, optim.natural_gradient)}
 
 
