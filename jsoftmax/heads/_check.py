@@ -203,7 +203,7 @@ def _block_sizes(function: str, block_size: Any, head: Head, whole_rows: bool, c
     return min(tokens, pair[0]), min(classes, -(-pair[1] // chunk) * chunk)
 
 
-_DEFAULTS = {"cpu": (512, 2048), "gpu": (4096, 4096)}
+_DEFAULTS = {"cpu": (1024, 2048), "gpu": (4096, 4096)}
 """Tokens and classes of a block, by backend; measured on CPU (benchmarks/NOTES.md)."""
 
 
