@@ -14,11 +14,11 @@
 # %% [markdown]
 # # Huge vocabularies: memory and time against V
 #
-# The loss of a linear layer with V outputs, its value and gradient, in four ways: all logits at once with optax; block by
-# block (`heads.linear_cross_entropy`); block by block with the gradient made on the way (`heads.linear_cross_entropy_sum`);
-# and, for a φ of order 2, the exact shortcut (`heads.quadratic_cross_entropy`) and exact SGD that never passes over the
-# classes (`heads.factored`). Everything is measured here, by the functions of `benchmarks/heads.py`; rows 11.1 to 12.4 of
-# `MATH.md` have the formulas.
+# The loss of a linear layer with V outputs, its value and gradient, in four ways: all logits at once with optax; block
+# by block (`heads.linear_cross_entropy`), or its sum with the gradient made on the way
+# (`heads.linear_cross_entropy_sum`); and, for a φ of order 2, the exact shortcut (`heads.quadratic_cross_entropy`) and
+# exact SGD that never passes over the classes (`heads.factored`). Everything is measured here, by the functions of
+# `benchmarks/heads.py`; rows 11.1 to 12.4 of `MATH.md` have the formulas.
 
 # %%
 import pathlib
@@ -59,7 +59,8 @@ print(
 # ## Memory
 #
 # What the compiled program needs beside its arguments and results. All logits grow with V in every mode; block by block
-# nothing does, but for arrays of the weight's own size where a mode has them: the direction of a Hessian product.
+# nothing does, but for arrays of the weight's own size where a mode has them: the direction of a Hessian product. The
+# sum keeps the products of 256 tokens with all classes, here all tokens.
 
 # %%
 MODES = {"value and gradient": ways.gradient, "Hessian product": ways.hessian_product}
@@ -71,21 +72,21 @@ def mebibytes(f, classes):
     return jax.jit(f).lower(*given).compile().memory_analysis().temp_size_in_bytes / 2**20
 
 
-memory = {
-    (mode, name): [mebibytes(make(f), V) for V in VOCABULARIES]
-    for mode, make in MODES.items()
-    for name, f in WAYS.items()
-}
-for (mode, name), sizes in memory.items():
-    print(
-        f"{mode:20} {name:20}", "  ".join(f"V = {V:6}: {n:6.1f} MiB" for V, n in zip(VOCABULARIES, sizes, strict=True))
-    )
+def line(row, unit):
+    return "  ".join(f"V = {V:6}: {n:7.2f} {unit}" for V, n in zip(VOCABULARIES, row, strict=True))
+
+
+memory = {}
+for mode, make in MODES.items():
+    for name, f in WAYS.items():
+        memory[mode, name] = [mebibytes(make(f), V) for V in VOCABULARIES]
+        print(f"{mode:20} {name:20}", line(memory[mode, name], "MiB"))
 
 # %% [markdown]
 # ## Time
 #
 # Medians of a few calls each; small sizes, so that the notebook is quick. `benchmarks/results/heads-*.json` has 2,048
-# tokens, 512 features and 131,072 classes beside optax and PyTorch. The factored step is one of SGD on the weight, with its
+# tokens, 512 features and 131,072 classes beside optax and PyTorch. The factored step is one of SGD on the weight, its
 # state donated, of 256 tokens; its line is flat: it passes over no class but the labels.
 
 
@@ -116,10 +117,10 @@ times = {
 }
 times["order 2, factored SGD"] = [of_factored(V) for V in VOCABULARIES]
 for name, row in times.items():
-    print(f"{name:22}", "  ".join(f"V = {V:6}: {t:8.2f} ms" for V, t in zip(VOCABULARIES, row, strict=True)))
+    print(f"{name:22}", line(row, "ms"))
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
 markers = dict(zip(times, "osD^v", strict=True))
 for name in WAYS:
     axes[0].loglog(VOCABULARIES, memory["value and gradient", name], marker=markers[name], label=name)
@@ -133,7 +134,7 @@ for panel in axes:
     panel.set_xlabel("classes V")
     panel.set_xticks(VOCABULARIES, [f"{V:,}" for V in VOCABULARIES])
     panel.minorticks_off()
-    panel.legend()
+figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper")
 plt.show()
 
 # %% [markdown]
