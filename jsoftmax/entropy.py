@@ -142,15 +142,19 @@ def log_ratio(log_p: Array, p: Array, log_q: Array) -> tuple[Array, Array]:
     return jnp.where(both, log_p, 0) - jnp.where(both, log_q, 0), both
 
 
+def kl_terms(log_p: Array, p: Array, log_q: Array, q: Array) -> tuple[Array, Array]:
+    """p (e^−r − 1 + r) ≥ 0, and r = log p − log q, 0 where one of them is 0  (MATH 6.3)."""
+    r, both = log_ratio(log_p, p, log_q)
+    near = both & (jnp.abs(r) < 0.5)
+    r_near = jnp.where(near, r, 0)
+    return jnp.where(near, p * r_near**2 * excess_ratio(r_near), p * r - p + q), r
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...]) -> Array:
     """D = Σ p r, r = log p − log q, summed as p (e^−r − 1 + r) ≥ 0, since Σ q − Σ p = 0  (MATH 6.3)."""
     (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis), normalize(x_q, axis)
-    r, both = log_ratio(log_p, p, log_q)
-    near = both & (jnp.abs(r) < 0.5)
-    r_near = jnp.where(near, r, 0)
-    terms = jnp.where(near, p * r_near**2 * excess_ratio(r_near), p * r - p + q)
-    D = class_sum(terms, axis)
+    D = class_sum(kl_terms(log_p, p, log_q, q)[0], axis)
     impossible = jnp.any(jnp.isneginf(log_q) & (log_p > -jnp.inf), axis, keepdims=True)
     return jnp.where(jnp.isnan(D), D, jnp.where(jnp.isneginf(L_p), 0, jnp.where(impossible, jnp.inf, D)))
 

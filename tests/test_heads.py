@@ -181,9 +181,27 @@ def test_sum(options, blocks):
         assert_same(ours, plain, (*arrays(), w))
 
 
-def test_sum_by_other_arguments():
-    """By hidden alone, by an option: the streamed rule."""
+def test_smoothing_leaves_out_what_the_bias_does():
+    """A bias of −inf, the usual padding: its class has no share in the smoothing, nor derivatives."""
     with jax.enable_x64(True):
+        hidden, weight, bias = arrays()
+        padded = bias.at[jnp.array([3, 40])].set(-jnp.inf)
+
+        def of(f):
+            return lambda h, W: f(h, W, padded)
+
+        ours = functools.partial(heads.linear_cross_entropy, block_size=(5, 7), label_smoothing=0.2)
+        plain = functools.partial(plain_loss, label_smoothing=0.2)
+        assert_same(of(lambda h, W, b: ours(h, W, LABELS, b)), of(plain), (hidden, weight))
+
+
+def test_sum_by_other_arguments():
+    """By hidden alone, by an option, of distributions: the streamed rule."""
+    with jax.enable_x64(True):
+        q = jax.nn.softmax(jnp.sin(jnp.arange(TOKENS * CLASSES, dtype=float)).reshape(3, 4, CLASSES))
+        by = jax.grad(lambda W: heads.linear_cross_entropy_sum(arrays()[0], W, q, block_size=(5, 7)))(arrays()[1])
+        want = jax.grad(lambda W: jnp.sum(losses.cross_entropy(scores(arrays()[0], W), q)))(arrays()[1])
+        np.testing.assert_allclose(by, want, rtol=1e-11, atol=1e-13)
         hidden, weight, bias = arrays()
         sum_of = functools.partial(heads.linear_cross_entropy_sum, block_size=(5, 7))
         assert_same(
@@ -224,8 +242,8 @@ def test_top_k(k):
         np.testing.assert_array_equal(found.indices, jnp.where(kept, indices, -1))
         np.testing.assert_allclose(found.log_prob, log_prob, rtol=1e-12)
         assert_same(
-            lambda *given: heads.linear_top_k(*given[:2], k, given[2], where=KEEP, block_size=(5, 7))[0][..., :9],
-            lambda *given: plain(*given)[0][..., :9],
+            lambda *given: heads.linear_top_k(*given[:2], k, given[2], where=KEEP, block_size=(5, 7)).log_prob,
+            lambda *given: plain(*given)[0],
             (hidden, weight, bias),
         )
 
@@ -257,9 +275,10 @@ def test_draws():
     for drawn, want in ((three[0], q), (three[1], second)):
         bound = 5 * jnp.sqrt(want * (1 - want) / draws) + 1e-9
         assert jnp.all(jnp.abs(jnp.bincount(drawn, length=290) / draws - want) < bound)
-    small = heads.linear_categorical(jax.random.key(1), rows[:64], weight, shape=(5, 64), block_size=(16, 128))
-    np.testing.assert_array_equal(
-        small, heads.linear_categorical(jax.random.key(1), rows[:64], weight, shape=(5, 64), block_size=(64, 384))
-    )
+    for replace in (True, False):  # three chunks, of which two make a block or all do
+        few = functools.partial(heads.linear_categorical, jax.random.key(1), rows[:64], weight, shape=(5, 64))
+        drawn = [few(replace=replace, block_size=sizes) for sizes in ((16, 128), (64, 256), (64, 384))]
+        np.testing.assert_array_equal(drawn[0], drawn[1])
+        np.testing.assert_array_equal(drawn[0], drawn[2])
     every = heads.linear_categorical(jax.random.key(2), token[0], weight[:9], shape=(9,), replace=False, where=KEEP[:9])
     assert sorted(every.tolist()) == sorted([-1, *np.flatnonzero(KEEP[:9])])

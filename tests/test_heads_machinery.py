@@ -31,6 +31,10 @@ def statistics(hidden, weight, labels):
     return jnp.mean(found.log_prob + found.entropy * jnp.cos(found.log_normalizer))
 
 
+def summed(hidden, weight, labels):
+    return heads.linear_cross_entropy_sum(hidden, weight, labels, block_size=(8, 256)) / 512
+
+
 def kl(hidden, weight, labels):
     return jnp.mean(heads.linear_kl(hidden, weight, jnp.cos(hidden), weight, block_size=(64, 256)))
 
@@ -46,6 +50,7 @@ MODES = {
     "jvp": lambda f: lambda h, W: along(f, h, W),
     "jacfwd": lambda f: lambda h, W: jax.jacfwd(lambda t: f(h * t, W))(jnp.ones(3)[0]),
     "hvp": lambda f: lambda h, W: along(jax.grad(f, (0, 1)), h, W),
+    "hvp in a scan": lambda f: MODES["hvp"](lambda h, W: jax.lax.scan(lambda c, h: (c + f(h, W), 0), 0.0, h[None])[0]),
     "hvp of hidden": lambda f: lambda h, W: along(lambda h: jax.grad(f)(h, W), h),
     "reverse over reverse": lambda f: jax.grad(
         lambda h, W: sum(jnp.vdot(g, g) for g in jax.grad(f, (0, 1))(h, W)), (0, 1)
@@ -55,7 +60,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("f", [loss, statistics, kl], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("f", [loss, statistics, summed, kl], ids=lambda f: f.__name__)
 def test_no_array_of_tokens_by_classes(f, mode):
     """Temporaries are far below the logits, and flat in V but for some arrays of the weight's own size."""
     needed = []
@@ -68,7 +73,9 @@ def test_no_array_of_tokens_by_classes(f, mode):
         needed.append(found)
     logits, weight_bytes = 4 * 512 * 16384, 4 * 8 * 16384
     # cotangents and directions; the divergence has two heads, here of one weight
-    weights = {"reverse over reverse": 4, "value": 0, "jacfwd": 0}.get(mode, 1) * (2 if f is kl else 1)
+    weights = {"reverse over reverse": 4, "value": 0, "jacfwd": 0}.get(mode, 1) * (
+        2 if f is kl or (f is summed and mode != "value") else 1
+    )
     assert needed[1] - weights * weight_bytes < logits / 20, needed
     assert needed[1] - needed[0] <= weights * weight_bytes * 3 / 4 + 2**15, needed
 
@@ -161,6 +168,42 @@ def test_strict_promotion_and_debug_nans(dtype):
         by = jax.jit(jax.grad(lambda *given: sum(jnp.sum(a) for a in values(*given)), (0, 1, 2)))(*given[:2], bias)
         assert [g.dtype for g in by] == [dtype] * 3
         assert heads.linear_categorical(jax.random.key(0), *given[:2], bias, **options).dtype == jnp.int32
+
+
+def test_precision_reaches_every_product():
+    """Three of the sum's gradient, four of the loss's."""
+    hidden, weight, labels = head(8, 20, 3)
+    for f, least in ((heads.linear_cross_entropy_sum, 3), (heads.linear_cross_entropy, 4)):
+        total = lambda W, f=f: jnp.sum(f(hidden, W, labels, precision="highest", block_size=(4, 10)))  # noqa: E731
+        text = str(jax.make_jaxpr(jax.grad(total))(weight))
+        products = text.count("dot_general[")
+        assert products >= least - 1  # hidden has no gradient here
+        assert text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
+
+
+def test_two_heads_of_different_dtypes():
+    """As the wider of both: nothing of the reference is narrowed."""
+    hidden, weight, _ = head(4, 30, 8)
+    narrow = [a.astype(jnp.bfloat16) for a in (hidden, weight)]
+    want = heads.linear_kl(*(a.astype(jnp.float32) for a in narrow), hidden, weight)
+    np.testing.assert_allclose(heads.linear_kl(*narrow, hidden, weight), want, rtol=1e-5)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (hidden, weight)]
+        for given in ((*wide, hidden, weight), (hidden, weight, *wide)):
+            found = heads.linear_kl(*given, block_size=7)
+            assert found.dtype == jnp.float64
+            np.testing.assert_allclose(found, 0, atol=1e-13)
+
+
+def test_tokens_that_do_not_count_have_scores_in_the_domain():
+    """Padding and ignored tokens: a zero vector's scores, the bias, could be outside."""
+    weight, bias = jnp.ones((2, 1)), jnp.array([3.0, 0.0])
+    hidden, labels = jnp.full((3, 1), -2.0), jnp.array([0, -1, 1])
+    options = {"phi": js.q_exponential(1.5), "ignore_label": -1, "block_size": (2, 2)}
+    for f in (heads.linear_cross_entropy, heads.linear_cross_entropy_sum):
+        value, by = jax.value_and_grad(lambda W, f=f: jnp.sum(f(hidden, W, labels, bias, **options)))(weight)
+        assert jnp.isfinite(value)
+        assert jnp.all(jnp.isfinite(by))
 
 
 def test_digits():
@@ -314,7 +357,7 @@ WRONG = {
         "log_weights must have one value for each class",
     ),
     "block": (lambda: heads.linear_log_normalizer(H, W, block_size=0), ValueError, "block_size must be a positive int"),
-    "precision": (lambda: heads.linear_log_normalizer(H, W, precision="best"), ValueError, "precision must be None or"),
+    "precision": (lambda: heads.linear_log_normalizer(H, W, precision="best"), ValueError, "precision must be None, a jax.lax.Precision or one of"),
     "weights": (
         lambda: heads.linear_cross_entropy_sum(H, W, Y, token_weights=jnp.ones(3)),
         ValueError,

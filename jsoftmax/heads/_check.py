@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import _arguments, _labels, maps
@@ -28,6 +29,13 @@ class Given(NamedTuple):
     """The order in which the tokens are taken."""
     token_weights: Array | None
     """`[tokens]` of the head, 0 for tokens that do not count."""
+
+    def in_dtype(self, dtype: Any) -> Head:
+        """The head beside another one, for factors of both."""
+        wide = _arguments.accumulation_dtype(dtype)
+        names = ("hidden", "log_weights", "soft_cap", "margin")
+        cast = {name: getattr(self.head, name) for name in names}
+        return self.head._replace(**{name: None if a is None else a.astype(wide) for name, a in cast.items()})
 
     def restore(self, result: Array, ignored: Any = 0) -> Array:
         """`[tokens, …]` of the head as `[..., …]`, with a value for tokens that do not count."""
@@ -120,8 +128,8 @@ def _check_floating(function: str, argument: str, a: Any) -> Array:
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array
     raise TypeError(
-        f"{function}: {argument} must be real and floating; got dtype {array.dtype}. The order is hidden, weight, then "
-        "labels or k, then bias."
+        f"{function}: {argument} must be real and floating; got dtype {array.dtype}. Is it "
+        "another argument? hidden and weight come first, labels, k and bias after them."
     )
 
 
@@ -148,7 +156,7 @@ def _check_of_classes(function: str, argument: str, value: Any, classes: int) ->
     if shape not in ((), (1,), (classes,)):
         raise ValueError(
             f"{function}: {argument} must have one value for each class, shape {(classes,)}; got shape {shape}. "
-            "Tokens are left out by ignore_label, or weighed in linear_cross_entropy_sum by token_weights."
+            "Tokens are left out by ignore_label where there are labels; elsewhere mask the result."
         )
 
 
@@ -175,13 +183,14 @@ def _check_labels(function: str, labels: Any, batch: tuple[int, ...], classes: i
 
 
 def _check_precision(function: str, precision: Any) -> Any:
-    """Whatever `jax.lax.dot_general` takes, as a hashable value."""
+    """A `jax.lax.Precision`, which is hashable."""
     try:
         given = None if precision is None else jax.lax.Precision(precision)
     except ValueError:
         wanted = ", ".join(repr(p.name.lower()) for p in jax.lax.Precision)
         raise ValueError(
-            f"{function}: precision must be None or one of {wanted}; got {precision!r}. Leave it out for the backend's."
+            f"{function}: precision must be None, a jax.lax.Precision or one of {wanted}; got "
+            f"{precision!r}. Leave it out for the backend's."
         ) from None
     return given
 
@@ -200,7 +209,7 @@ def _block_sizes(function: str, block_size: Any, head: Head, whole_rows: bool, c
             f"{function}: block_size must be a positive int, how many classes, or (tokens, classes); got "
             f"{block_size!r}. Leave it out for a good choice."
         )
-    return min(tokens, pair[0]), min(classes, -(-pair[1] // chunk) * chunk)
+    return min(tokens, pair[0]), max(1, min(classes, -(-pair[1] // chunk) * chunk))
 
 
 _DEFAULTS = {"cpu": (1024, 2048), "gpu": (4096, 4096)}
@@ -222,18 +231,23 @@ def _in_order(head: Head, plan: Plan, batch: tuple[int, ...], rows: Array | None
         order = jnp.argsort(~rows, stable=True)
         counts = rows[order]
 
-        def taken(a: Any) -> Any:
-            return None if a is None else jnp.where(counts.reshape(-1, *[1] * (a.ndim - 1)), a[order], 0)
+        def taken(a: Any, instead: Any = 0) -> Any:
+            return None if a is None else jnp.where(counts.reshape(-1, *[1] * (a.ndim - 1)), a[order], instead)
 
-        head = head._replace(counted=jnp.sum(rows, dtype=jnp.int32), **_each(head, taken))
+        # scores of a zero vector could be outside φ's domain: those that do not count are like the first that does
+        first = jnp.where(counts[:1, None], lax.stop_gradient(head.hidden[order][:1]), 0)
+        head = head._replace(
+            counted=jnp.sum(rows, dtype=jnp.int32), **(_each(head, taken) | {"hidden": taken(head.hidden, first)})
+        )
         weights = taken(weights)
     length = -head.hidden.shape[0] % plan.tokens
 
-    def padded(a: Any) -> Any:
-        return None if a is None else jnp.pad(a, [(0, length), *[(0, 0)] * (a.ndim - 1)])
+    def padded(a: Any, mode: str = "constant") -> Any:
+        return None if a is None else jnp.pad(a, [(0, length), *[(0, 0)] * (a.ndim - 1)], mode)
 
     if length:
-        head, weights = head._replace(**_each(head, padded)), padded(weights)
+        head = head._replace(**(_each(head, padded) | {"hidden": padded(head.hidden, "edge")}))
+        weights = padded(weights)
     return Given(head, plan, batch, rows, order, weights)
 
 

@@ -15,11 +15,12 @@ from jsoftmax.heads._head import Head, Heads, Plan, block_scores, is_label, jvp_
 
 
 class Wanted(NamedTuple):
-    """What is computed beside the log-normaliser, and what is said of the head's labels or targets."""
+    """What is computed beside the log-normaliser and what the labels or targets ask for."""
 
     entropy: bool = False
     spread: bool = False
     top: int = 0
+    """How many classes with the largest p."""
 
 
 class Statistics(NamedTuple):
@@ -240,6 +241,8 @@ def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> 
 
 
 class Known(NamedTuple):
+    """Of each token, what the rule takes as it is."""
+
     peak: Array
     log_total: Array
     gap: Any = None
@@ -247,6 +250,8 @@ class Known(NamedTuple):
 
 
 class Rates(NamedTuple):
+    """Of each token, derivatives of the fields of `Statistics`; None as there."""
+
     log_total: Array
     gap: Any
     below: Any
@@ -256,9 +261,9 @@ class Rates(NamedTuple):
 
 
 def block_rates(  # noqa: PLR0917
-    block: Head, dots: Head, start: Array, known: Known, wanted: Rates, x: Array, x_dot: Array
+    block: Head, dots: Head, start: Array, known: Known, like: Rates, x: Array, x_dot: Array
 ) -> Rates:
-    """A block's terms of the rule, for what is wanted; linear in ẋ and the targets' tangent."""
+    """A block's terms of the rule, those that `like` has; linear in ẋ and the targets' tangent."""
     u = x - known.peak[:, None]
     p = jnp.exp(u - known.log_total[:, None])
 
@@ -266,21 +271,24 @@ def block_rates(  # noqa: PLR0917
         return jnp.sum(a, 1)
 
     made: dict[str, Any] = {}
-    if wanted.gap is not None:
+    if like.gap is not None:
         c = jnp.where(p == 0, 0, u) + known.gap[:, None]
         made["gap"] = -total(p * (1 + c) * x_dot)
-    if wanted.spread is not None:
-        made["spread"] = -total(x_dot)
-    if wanted.mass is not None:
+    if like.spread is not None:
+        made["spread"] = -total(jnp.where(jnp.isneginf(x), 0, x_dot))
+    if like.mass is not None:
         kept = ~jnp.isneginf(x)
         made["below"] = -total(jnp.where(kept, block.targets, 0) * x_dot)
         made["mass"] = jnp.zeros_like(known.peak)
         if dots.targets is not None:
             made["below"] = made["below"] - total(jnp.where(kept, u, 0) * jnp.where(kept, dots.targets, 0))
             made["mass"] = total(jnp.where(kept, dots.targets, 0))
-    elif wanted.below is not None:
+    elif like.below is not None:
         made["below"] = -total(jnp.where(is_label(block, start, x.shape[1]), x_dot, 0))
-    if wanted.top is not None:
+    if like.top is not None:
         inside, place = _local(known.top_class, start, x)
         made["top"] = -jnp.where(inside, jnp.take_along_axis(x_dot, place, 1), 0)
     return Rates(**{"gap": None, "below": None, "mass": None, "log_total": total(p * x_dot), **made})
+
+
+traced = jax.jit(statistics, static_argnums=(1, 2))

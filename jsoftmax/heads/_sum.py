@@ -65,11 +65,12 @@ def weighted_sum(given: Weighed, plan: Plan) -> Array:
 
 @functools.partial(weighted_sum.defjvp, symbolic_zeros=True)
 def _weighted_sum_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """⟨∂h, ḣ⟩ + ⟨∂W, Ẇ⟩ + ⟨∂b, ḃ⟩ + ⟨loss, ẇ⟩  (MATH 11.5); by streaming where W is a constant or an option is none."""
+    """⟨∂h, ḣ⟩ + ⟨∂W, Ẇ⟩ + ⟨∂b, ḃ⟩ + ⟨loss, ẇ⟩  (MATH 11.5); by streaming where W is a constant, where an option
+    is none, and for distributions."""
     (given,), dots = primals, _head.without_zeros(tangents[0])
     rates = _Gradients.of(dots)
     others = jax.tree.leaves(_Gradients(None, None, None, None).within(dots))  # pyright: ignore[reportArgumentType]
-    if rates.weight is None or others:
+    if rates.weight is None or others or given.head.targets is not None:
         return _head.jvp_of_live(lambda given: given.by_streaming(plan), given, dots)
     value, gradients = _value_and_gradients(given, plan)
     terms = [jnp.sum(a * b.astype(a.dtype)) for a, b in zip(gradients, rates, strict=True) if b is not None]
@@ -104,7 +105,7 @@ def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]
     rows = Weighed(head.only("hidden", "labels"), given.token_weights, None, None)
     rows = jax.tree.map(lambda a: _head.cut(a, plan.tokens), rows)
     start = (jnp.zeros((), jnp.int32), zero, zeros)
-    (_, value, sums), (by_hidden, losses) = lax.scan(body, start, rows)
+    (_, value, sums), (by_hidden, losses) = lax.scan(_checkpointed(body), start, rows)
     classes = head.weight.shape[0]
     by_weight, by_bias = [None if a is None else a.reshape(-1, *a.shape[2:])[:classes] for a in sums]
     made: Any = (by_hidden.reshape(head.hidden.shape), by_weight, by_bias, losses.reshape(-1))
@@ -140,11 +141,12 @@ def _of_token_block(rows: Weighed, blocks: Head, sums: Any, plan: Plan) -> Any:
         x = _head.of_products(whole, start, o)
         return _statistics.merged(running, _statistics.of_block(whole, rows.wanted, start, x)), o
 
-    running, products = lax.scan(forward, _statistics.initial(head, rows.wanted), (blocks, starts))
+    running, products = lax.scan(_checkpointed(forward), _statistics.initial(head, rows.wanted), (blocks, starts))
     found = _statistics.finished(running)
     value, by = jax.value_and_grad(rows.total)(found)
     wanted = Rates(by.log_total + by.log_normalizer, None, by.below, None, by.spread)
     known = Known(found.peak, found.log_total)
+    product = functools.partial(jnp.matmul, precision=plan.precision)
 
     def backward(carry: Any, xs: Any) -> tuple[Any, None]:
         by_hidden, (by_weight, by_bias) = carry
@@ -153,13 +155,16 @@ def _of_token_block(rows: Weighed, blocks: Head, sums: Any, plan: Plan) -> Any:
         x, of_x = jax.vjp(functools.partial(_head.of_products, whole, start), o)
         rates = functools.partial(_statistics.block_rates, whole, Head(), start, known, wanted, x)
         (by_o,) = of_x(*jax.linear_transpose(rates, x)(wanted))
-        by_hidden = by_hidden + by_o @ whole.weight
-        by_weight = _added(by_weight, number, by_o.T @ head.hidden)
+        by_hidden = by_hidden + product(by_o, whole.weight)
+        by_weight = _added(by_weight, number, product(by_o.T, head.hidden))
         return (by_hidden, [by_weight, None if by_bias is None else _added(by_bias, number, by_o.sum(0))]), None
 
     start = (jnp.zeros_like(head.hidden), sums)
-    (by_hidden, sums), _ = lax.scan(backward, start, (blocks, numbers, starts, products))
+    (by_hidden, sums), _ = lax.scan(_checkpointed(backward), start, (blocks, numbers, starts, products))
     return value, sums, by_hidden, rows.losses(found)
+
+
+_checkpointed = functools.partial(jax.checkpoint, prevent_cse=False)  # as in `_head.over_classes`
 
 
 def _added(total: Array, number: Array, block: Array) -> Array:

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax._series import excess_ratio
-from jsoftmax.entropy import log_ratio
+from jsoftmax.entropy import kl_terms, log_ratio
 from jsoftmax.heads import _check
 from jsoftmax.heads._head import Head, Heads, Plan, block_scores, jvp_of_live, over_classes, without_zeros
 from jsoftmax.heads._statistics import Wanted, statistics
@@ -52,10 +51,7 @@ def _divergence(p: Head, q: Head, plan: Plan) -> tuple[Array, Array]:
         x_p, x_q = (block_scores(block, start, plan) for block in blocks)
         log_p, log_q = known.log_probs(x_p, x_q)
         p, q = jnp.exp(log_p), jnp.exp(log_q)
-        r, both = log_ratio(log_p, p, log_q)
-        near = both & (jnp.abs(r) < 0.5)
-        r_near = jnp.where(near, r, 0)
-        terms = jnp.where(near, p * r_near**2 * excess_ratio(r_near), p * r - p + q)
+        terms, r = kl_terms(log_p, p, log_q, q)
         impossible = jnp.isneginf(log_q) & (log_p > -jnp.inf)
         made = (jnp.sum(terms, 1), jnp.sum(p * r, 1), jnp.sum(impossible, 1, dtype=jnp.int32))
         return jax.tree.map(jnp.add, state, made)
@@ -143,4 +139,5 @@ def linear_kl(  # noqa: PLR0917
     p = _check.check(function, hidden_p, weight_p, bias_p, **options, names=("hidden_p", "weight_p", "bias_p"))
     q = _check.check(function, hidden_q, weight_q, bias_q, **options, names=("hidden_q", "weight_q", "bias_q"))
     _check.check_pair(function, p, q)
-    return p.restore(_traced(p.head, q.head, p.plan))
+    dtype = jnp.result_type(p.plan.dtype, q.plan.dtype)
+    return p.restore(_traced(p.in_dtype(dtype), q.in_dtype(dtype), p.plan._replace(dtype=dtype)))

@@ -15,7 +15,7 @@ from jsoftmax.gumbel import _noise, categorical
 from jsoftmax.gumbel._categorical import check_distinct, check_shape
 from jsoftmax.heads import _check, _head
 from jsoftmax.heads._head import Head, Heads, Plan, over_classes
-from jsoftmax.heads._statistics import Wanted, statistics
+from jsoftmax.heads._statistics import Wanted, traced
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 
@@ -33,7 +33,8 @@ def _chunk_normalizers(head: Head, plan: Plan) -> Array:
         return lax.dynamic_update_slice_in_dim(state, L, start // CHUNK, 1)
 
     state = jnp.zeros_like(head.hidden, shape=(head.hidden.shape[0], chunks))
-    return over_classes(step, (head,), (Head(),), None, state, plan)
+    L = over_classes(step, (head,), (Head(),), None, state, plan)
+    return L[:, : -(-head.weight.shape[0] // CHUNK)]
 
 
 def _scores_within(head: Head, chunk: Array, plan: Plan) -> Array:
@@ -59,12 +60,16 @@ def _draw(key: Any, head: Head, plan: Plan, count: int, replace: bool) -> Array:
     L = _chunk_normalizers(head, plan)
     if replace:
         chunk = categorical(of_chunks, L, shape=(count, L.shape[0]))
-        drawn = lax.map(lambda c: _scores_within(head, jnp.maximum(c, 0), plan), chunk)
-        place = categorical(of_classes, drawn)
+
+        def within(xs: tuple[Any, Array]) -> Array:
+            key, chunk = xs
+            return categorical(key, _scores_within(head, jnp.maximum(chunk, 0), plan))
+
+        place = lax.map(within, (jax.random.split(of_classes, count), chunk))
         return jnp.where((chunk >= 0) & (place >= 0), chunk * CHUNK + place, -1)
     # the largest x + g of a chunk is a Gumbel variable at its L; those of `count` chunks have the `count` largest
     best, chunk = _noise.top_k(L + _noise.gumbel(of_chunks, L.shape, L.dtype), min(count, L.shape[1]))
-    x = jnp.stack([_scores_within(head, c, plan) for c in chunk.T], 1)
+    x = jnp.moveaxis(lax.map(lambda c: _scores_within(head, c, plan), chunk.T), 0, 1)
     perturbed = _given_largest(of_classes, x, best).reshape(x.shape[0], -1)
     best, at = _noise.top_k(perturbed, count)
     classes = jnp.take_along_axis(chunk, at // CHUNK, 1) * CHUNK + at % CHUNK
@@ -88,9 +93,6 @@ class LinearTopK(NamedTuple):
     """log p."""
     indices: Array
     """Which classes, int32; −1, with log_prob −inf, beyond the classes kept."""
-
-
-_traced = jax.jit(statistics, static_argnums=(1, 2))
 
 
 def linear_top_k(
@@ -143,8 +145,11 @@ def linear_top_k(
         precision=precision,
     )
     k = _noise.check_count(function, k, given.head.weight.T)
-    found: Any = _traced(given.head, Wanted(top=k), given.plan)
-    return LinearTopK(given.restore(-(found.log_total[:, None] + found.top)), given.restore(found.top_class))
+    found: Any = traced(given.head, Wanted(top=k), given.plan)
+    log_prob = -(found.log_total[:, None] + found.top)
+    left_out = jnp.isneginf(log_prob)  # its derivative is 0
+    log_prob = jnp.where(left_out, lax.stop_gradient(log_prob), log_prob)
+    return LinearTopK(given.restore(log_prob), given.restore(found.top_class))
 
 
 def linear_categorical(
@@ -170,7 +175,8 @@ def linear_categorical(
         gumbel.categorical(key, z, shape=shape, replace=replace, where=where, phi=φ, log_weights=log w)
 
     One pass gives the log-normaliser of each 128 classes; one of these chunks is drawn, then a class of it from scores
-    that are computed again     (MATH 11.7). The draw does not depend on `block_size`.
+    that are computed again     (MATH 11.7). But for rounding the draw does not depend on `block_size`. Without
+    replacement tokens × draws × 128 scores are held.
 
     Args:
       key: a PRNG key.

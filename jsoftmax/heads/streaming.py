@@ -1,4 +1,4 @@
-"""Streaming heads: a linear layer and its softmax over a huge vocabulary; the logits never exist (MATH 11)."""
+"""Streaming heads: a linear layer and its softmax over a huge vocabulary, block by block (MATH 11)."""
 
 from typing import Any, NamedTuple, cast
 
@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax.heads import _check
-from jsoftmax.heads._statistics import Wanted, statistics
+from jsoftmax.heads._statistics import Wanted, traced
 from jsoftmax.heads._sum import Weighed, weighted_sum
 from jsoftmax.phi import Phi, exp
 
@@ -25,7 +25,6 @@ class LinearStatistics(NamedTuple):
     """The class with the largest p, int32."""
 
 
-_traced = jax.jit(statistics, static_argnums=(1, 2))
 _traced_sum = jax.jit(weighted_sum, static_argnums=1)
 
 
@@ -55,7 +54,8 @@ def linear_cross_entropy(
 
     ∂/∂z = (p − 1_y) s, of which each block's share is multiplied out while it is in cache     (MATH 11.3)
 
-    Value, jvp, gradient, Hessian products, gradients of gradients, vmap: none holds an array of tokens × V.
+    Value, jvp, gradient, Hessian products, gradients of gradients, vmap: none makes an array of tokens × V, but for
+    labels that are such an array, of which copies are made.
 
     Args:
       hidden: h `[..., d]`, floating; each row is a token.
@@ -73,7 +73,7 @@ def linear_cross_entropy(
       log_weights: log w, broadcastable to `[V]`: a prior, logit adjustment, a correction for sampling. Differentiable.
       block_size: how many classes at a time, or (tokens, classes). None: chosen from shapes and backend; where it does
         not divide V, the weight is copied once to be padded.
-      precision: of the products, as `jax.lax.dot_general` takes it.
+      precision: of the products: a `jax.lax.Precision` or its name.
     Returns: `[...]`, float32 at least. Factors of narrower dtypes are multiplied as they are and summed in float32, the
       tangents' too; the weight's gradient is summed in float32 and rounded once. Small losses keep their digits
       (MATH 4.4), but for the rounding of the scores. A label out of range: NaN; one on a class left out: +inf, with
@@ -104,7 +104,7 @@ def linear_cross_entropy(
         precision=precision,
     )
     smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
-    found = _traced(given.head, Wanted(spread=smoothing is not None), given.plan)
+    found = traced(given.head, Wanted(spread=smoothing is not None), given.plan)
     return given.restore(_check.loss_of_tokens(given.head, found, smoothing, z))
 
 
@@ -204,7 +204,7 @@ def linear_statistics(
       ignore_label: tokens with that label have 0 for each number and −1 for the mode.
     Returns: `LinearStatistics(log_prob, entropy, log_normalizer, argmax)`, each `[...]`: float32 at least, the last
       int32. Edges as in `log_softmax`, `entropy` and `log_normalizer`; a label out of range: log_prob NaN; a token
-      without classes, or with NaN: argmax −1.
+      without classes, or with NaN or +inf: argmax −1.
     Raises: as `linear_cross_entropy`.
     Source: MATH 11.2.
 
@@ -227,7 +227,7 @@ def linear_statistics(
         block_size=block_size,
         precision=precision,
     )
-    found: Any = _traced(given.head, Wanted(entropy=True, top=1), given.plan)
+    found: Any = traced(given.head, Wanted(entropy=True, top=1), given.plan)
     return LinearStatistics(
         given.restore(-_check.loss_of_tokens(given.head, found, None, None)),
         given.restore(found.log_total + found.gap),
@@ -277,4 +277,4 @@ def linear_log_normalizer(
         block_size=block_size,
         precision=precision,
     )
-    return given.restore(_traced(given.head, Wanted(), given.plan).log_normalizer)
+    return given.restore(traced(given.head, Wanted(), given.plan).log_normalizer)
