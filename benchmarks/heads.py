@@ -53,11 +53,19 @@ def gradient(f: F) -> F:
 
 
 def hessian_product(f: F) -> F:
-    def of(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> Any:
-        along = (jnp.cos(hidden), jnp.cos(weight))
+    def of(hidden: jax.Array, weight: jax.Array, labels: jax.Array, *along: jax.Array) -> Any:
         return jax.jvp(jax.grad(lambda h, W: f(h, W, labels), (0, 1)), (hidden, weight), along)[1]
 
     return of
+
+
+def jax_cce() -> dict[str, F]:
+    """That package's loss, with its gradient; nothing where it is not installed."""
+    try:
+        import jax_cce  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (a peer)
+    except ImportError:
+        return {}
+    return {"jax-cce": gradient(jax_cce.linear_cross_entropy)}
 
 
 def torch_calls(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> dict[str, F]:
@@ -92,7 +100,7 @@ def cases() -> list[Case]:
     made = [
         Case("heads", f"{name}, value and gradient", shape, {"ours": gradient(f), **peers}, given, calls=calls)
         for name, f, peers, calls in (
-            ("linear_cross_entropy", streaming, {"optax": gradient(materialised)}, torch),
+            ("linear_cross_entropy", streaming, {"optax": gradient(materialised), **jax_cce()}, torch),
             ("linear_cross_entropy_sum", summed, {"optax": gradient(materialised)}, torch),
             ("linear_statistics", with_entropy, {"linear_cross_entropy": gradient(streaming)}, {}),
             ("half the tokens ignored", half_ignored, {"linear_cross_entropy": gradient(streaming)}, {}),
@@ -100,6 +108,7 @@ def cases() -> list[Case]:
     ]
     both = {"ours": hessian_product(streaming), "optax": hessian_product(materialised)}
     fewer = arrays(TOKENS // 4, FEATURES, CLASSES)
+    fewer = (*fewer, jnp.cos(fewer[0]), jnp.cos(fewer[1]))
     made.append(Case("heads", "linear_cross_entropy, HVP", (TOKENS // 4, FEATURES, CLASSES), both, fewer))
     return made
 

@@ -99,7 +99,11 @@ def about() -> dict[str, str]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jsoftmax": jsoftmax.__version__,
-        **{peer: version for peer in ("optax", "distrax", "torch", "entmax", "numpyro") if (version := _version(peer))},
+        **{
+            peer: version
+            for peer in ("optax", "distrax", "torch", "entmax", "numpyro", "jax-cce")
+            if (version := _version(peer))
+        },
         "commit": commit,
     }
 

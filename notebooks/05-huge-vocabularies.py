@@ -59,16 +59,16 @@ print(
 # ## Memory
 #
 # What the compiled program needs beside its arguments and results. All logits grow with V in every mode; block by block
-# nothing does, but for arrays of the weight's own size where a mode has them: the direction of a Hessian product. The
-# sum keeps the products of 256 tokens with all classes, here all tokens.
+# nothing does. Its sum keeps the products of 256 tokens with all classes, here all tokens.
 
 # %%
-MODES = {"value and gradient": ways.gradient, "Hessian product": ways.hessian_product}
+MODES = {"value and gradient": (ways.gradient, False), "Hessian product": (ways.hessian_product, True)}
 WAYS = {"all logits (optax)": ways.materialised, "block by block": ways.streaming, "its sum": ways.summed}
 
 
-def mebibytes(f, classes):
+def mebibytes(f, classes, with_direction):
     given = ways.arrays(TOKENS, FEATURES, classes)
+    given = (*given, *given[:2]) if with_direction else given
     return jax.jit(f).lower(*given).compile().memory_analysis().temp_size_in_bytes / 2**20
 
 
@@ -77,9 +77,9 @@ def line(row, unit):
 
 
 memory = {}
-for mode, make in MODES.items():
+for mode, (make, with_direction) in MODES.items():
     for name, f in WAYS.items():
-        memory[mode, name] = [mebibytes(make(f), V) for V in VOCABULARIES]
+        memory[mode, name] = [mebibytes(make(f), V, with_direction) for V in VOCABULARIES]
         print(f"{mode:20} {name:20}", line(memory[mode, name], "MiB"))
 
 # %% [markdown]

@@ -357,7 +357,11 @@ WRONG = {
         "log_weights must have one value for each class",
     ),
     "block": (lambda: heads.linear_log_normalizer(H, W, block_size=0), ValueError, "block_size must be a positive int"),
-    "precision": (lambda: heads.linear_log_normalizer(H, W, precision="best"), ValueError, "precision must be None, a jax.lax.Precision or one of"),
+    "precision": (
+        lambda: heads.linear_log_normalizer(H, W, precision="best"),
+        ValueError,
+        "precision must be None, a jax.lax.Precision or one of",
+    ),
     "weights": (
         lambda: heads.linear_cross_entropy_sum(H, W, Y, token_weights=jnp.ones(3)),
         ValueError,
