@@ -479,9 +479,9 @@ key, of_temperature, of_top = jax.random.split(jax.random.key(2), 3)
 drawn = heads.linear_categorical(key, hidden, weight, shape=(500, tokens))  # 500 for each token
 cooler = heads.linear_categorical(of_temperature, hidden / 0.7, weight, shape=(500, tokens))  # divide a bias, too
 
-top = heads.linear_top_k(hidden, weight, 50)  # log_prob and index, [tokens, 50]
+top = heads.linear_top_k(hidden, weight, 50)  # log_prob and indices, [tokens, 50]
 place = jax.random.categorical(of_top, top.log_prob)
-from_top = jnp.take_along_axis(top.index, place[:, None], -1)[:, 0]  # [tokens]
+from_top = jnp.take_along_axis(top.indices, place[:, None], -1)[:, 0]  # [tokens]
 
 # %%
 import chex
@@ -490,7 +490,7 @@ import numpy as np
 log_p = jax.nn.log_softmax(hidden @ weight.T)
 values, classes = jax.lax.top_k(log_p, 50)
 chex.assert_trees_all_close(top.log_prob, values, rtol=1e-5)
-chex.assert_trees_all_equal(top.index, classes)
+chex.assert_trees_all_equal(top.indices, classes)
 assert jnp.all(jnp.any(from_top[:, None] == classes, -1))
 
 for draws, temperature in ((drawn, 1.0), (cooler, 0.7)):
