@@ -1,6 +1,5 @@
 """Draws and relaxed samples beside jax.random, numpyro and, where it is installed, PyTorch; time and memory."""
 
-import os
 import pathlib
 from typing import Any
 
@@ -17,10 +16,8 @@ BIG, ROW, DRAWS, FEW = (64, 131_072), (50_000,), 1_000_000, 2_000
 
 def torch_calls(z: jax.Array) -> dict[str, F]:
     """PyTorch's ways by name; nothing where it is not installed."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # its idle threads would spin on the cores that JAX needs
-    try:
-        import torch  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (a peer)
-    except ImportError:
+    torch = measure.torch()
+    if torch is None:
         return {}
     x = torch.tensor(np.asarray(z))
     p = torch.softmax(x, -1)

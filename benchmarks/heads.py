@@ -1,6 +1,5 @@
 """Heads over huge vocabularies beside all logits, optax and, where it is installed, PyTorch; time and memory."""
 
-import os
 import pathlib
 from typing import Any
 
@@ -70,10 +69,8 @@ def jax_cce() -> dict[str, F]:
 
 def torch_calls(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> dict[str, F]:
     """PyTorch's cross-entropy of all logits, with its gradient; nothing where it is not installed."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # its idle threads would spin on the cores that JAX needs
-    try:
-        import torch  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (a peer)
-    except ImportError:
+    torch = measure.torch()
+    if torch is None:
         return {}
     h, W = (torch.tensor(np.asarray(a), requires_grad=True) for a in (hidden, weight))
     y = torch.tensor(np.asarray(labels)).long()
@@ -141,9 +138,8 @@ def structured() -> list[Case]:
 
 def torch_adaptive(params: Any, hidden: jax.Array, labels: jax.Array, cutoffs: tuple[int, ...]) -> dict[str, F]:
     """The same by PyTorch, with its gradients."""
-    try:
-        import torch  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (a peer)
-    except ImportError:
+    torch = measure.torch()
+    if torch is None:
         return {}
     module = torch.nn.AdaptiveLogSoftmaxWithLoss(FEATURES, CLASSES, list(cutoffs))
     module.load_state_dict(adaptive.to_torch(params))

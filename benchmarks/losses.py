@@ -1,7 +1,6 @@
 """Losses and sparse maps beside their peers: optax, and where they are installed PyTorch's package entmax."""
 
 import functools
-import os
 import pathlib
 from typing import Any
 
@@ -40,10 +39,9 @@ def forward_and_backward(f: F) -> F:
 
 def torch_calls(z: jax.Array, g: jax.Array) -> dict[str, dict[str, F]]:
     """The package's forward and backward pass by the name of our map; nothing where it is not installed."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # its idle threads would spin on the cores that JAX needs
+    torch = measure.torch()
     try:
         import entmax  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (a peer)
-        import torch  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
     except ImportError:
         return {}
     x, cotangent = (torch.tensor(np.asarray(a)) for a in (z, g))

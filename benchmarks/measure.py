@@ -1,5 +1,6 @@
 """Interleaved timings in one process: medians, ratios and their quartiles."""
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -28,6 +29,15 @@ class Case(NamedTuple):
     arguments: tuple[Any, ...]
     dtype: str = "float32"
     calls: dict[str, F] = {}  # noqa: RUF012  (nobody writes to it)
+
+
+def torch() -> Any:
+    """PyTorch, or None where it is not installed; its idle threads would spin on the cores that JAX needs."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when it is imported
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        return None
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: str = "float32") -> jax.Array:

@@ -1,9 +1,12 @@
-"""Frozen dataclasses as pytrees, whose structure knows their class."""
+"""Frozen dataclasses as pytrees, whose structure knows their class; derivatives along some leaves of a pytree."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
@@ -41,3 +44,21 @@ def pytree_class(cls: _Class) -> _Class:
         lambda value: (values(value), structure(value)),
     )
     return made
+
+
+def without_zeros(dots: Any) -> Any:
+    """Tangents with None for a symbolic zero."""
+    return jax.tree.map(lambda dot: None if isinstance(dot, SymbolicZero) else dot, dots)
+
+
+def jvp_of_live(f: Callable[[Any], Any], given: Any, dots: Any) -> tuple[Any, Any]:
+    """f and its derivative along the tangents that are not None: zero times an infinite derivative is NaN."""
+    leaves, structure = jax.tree.flatten(given)
+    rates = structure.flatten_up_to(dots)
+    live = [i for i, rate in enumerate(rates) if rate is not None]
+
+    def of_live(values: list[Array]) -> Any:
+        filled = dict(zip(live, values, strict=True))
+        return f(jax.tree.unflatten(structure, [filled.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    return jax.jvp(of_live, ([leaves[i] for i in live],), ([rates[i] for i in live],))

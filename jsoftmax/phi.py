@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jsoftmax import _arguments
-from jsoftmax._pytree import pytree_class
+from jsoftmax._pytree import jvp_of_live, pytree_class, without_zeros
 
 
 class Phi(abc.ABC):
@@ -142,19 +142,12 @@ def _slope_jvp(primals: tuple[Phi, Array], tangents: tuple[Any, Any]) -> tuple[A
 def _tangent(f: Callable[..., Array], rate: Callable[..., Array], primals: Any, tangents: Any) -> Array:
     """rate(φ, z) ż + (∂f/∂θ) θ̇, each term only where its tangent is not a symbolic zero: 0 · inf is NaN."""
     (phi, z), (phi_dot, z_dot) = primals, tangents
-    leaves, structure = jax.tree.flatten(phi)
-    dots = structure.flatten_up_to(phi_dot)
-    live = [i for i, dot in enumerate(dots) if not isinstance(dot, SymbolicZero)]
     # checkpointed: the backward pass keeps the scores, which it has anyway, and computes the rate from them
     product = jax.checkpoint(lambda phi, z, z_dot: rate(phi, z) * z_dot, prevent_cse=False)
     total = jnp.zeros_like(z) if isinstance(z_dot, SymbolicZero) else product(phi, z, z_dot)
-    if live:
-
-        def of_parameters(values: list[Array]) -> Array:
-            given = dict(zip(live, values, strict=True))
-            return f(jax.tree.unflatten(structure, [given.get(i, leaf) for i, leaf in enumerate(leaves)]), z)
-
-        total = total + jax.jvp(of_parameters, ([leaves[i] for i in live],), ([dots[i] for i in live],))[1]
+    live = without_zeros(phi_dot)
+    if jax.tree.leaves(live):
+        total = total + jvp_of_live(lambda phi: f(phi, z), phi, live)[1]
     return total
 
 

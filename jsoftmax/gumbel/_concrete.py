@@ -141,7 +141,7 @@ def subset_softmax(
     function = "subset_softmax"
     _noise.check_key(function, key)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
-    count = _noise.check_count(function, k, given.x)
+    count = _noise.check_count(function, k, given.x.shape[-1])
     return given.restore(_subset(given.perturbed(key), tau, count))
 
 

@@ -18,7 +18,7 @@ from jsoftmax.phi import Phi, exp
 
 
 @jax.jit
-def _conditional(key: Any, x: Array, index: Array, maximum: Array | None) -> Array:
+def conditional(key: Any, x: Array, index: Array, maximum: Array | None) -> Array:
     """x + g given that the maximum is at the index; the noise is a constant  (MATH 10.9)."""
     kept = ~jnp.isneginf(x)
     scores = jnp.where(kept, x, 0)
@@ -80,14 +80,14 @@ def conditional_gumbels(
         batch = given.x.shape[:-1]
         top = _arguments.broadcast_number(function, "maximum", maximum, batch, "the scores without their classes,")
         top = top.astype(given.x.dtype)[..., None]
-    return given.restore(_conditional(key, given.x, _noise.check_index(function, index, given.x), top))
+    return given.restore(conditional(key, given.x, _noise.check_index(function, index, given.x), top))
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _rao_blackwellised(key: Any, x: Array, index: Array, temperature: Array, samples: int) -> Array:
     """The mean of relaxed samples under conditional noise  (MATH 10.10)."""
     keys = jax.random.split(key, samples)
-    perturbed = jax.vmap(_conditional, (0, None, None, None))(keys, x, index, None)
+    perturbed = jax.vmap(conditional, (0, None, None, None))(keys, x, index, None)
     return jnp.mean(relaxed(perturbed, temperature).p, 0)
 
 

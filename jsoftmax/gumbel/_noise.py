@@ -81,16 +81,16 @@ def check_key(function: str, key: Any) -> None:
     )
 
 
-def check_count(function: str, k: Any, x: Array) -> int:
-    """How many classes, an int in [1, K]."""
-    if _arguments.is_int(k) and 1 <= k <= x.shape[-1]:
+def check_count(function: str, k: Any, classes: int) -> int:
+    """How many of the classes, an int in [1, K]."""
+    if _arguments.is_int(k) and 1 <= k <= classes:
         return int(k)
     is_int = _arguments.is_int(k)
     way_out = (
         "Ask for one to all of the classes." if is_int else "It shapes the result: pass a Python int, static in jit."
     )
     raise (ValueError if is_int else TypeError)(
-        f"{function}: k must be an int in [1, {x.shape[-1]}], known at trace time; got {k!r}. {way_out}"
+        f"{function}: k must be an int in [1, {classes}], known at trace time; got {k!r}. {way_out}"
     )
 
 

@@ -60,7 +60,7 @@ def gumbel_top_k(
     function = "gumbel_top_k"
     _noise.check_key(function, key)
     given = _noise.check(function, z, axis, where, phi, log_weights)
-    count = _noise.check_count(function, k, given.x)
+    count = _noise.check_count(function, k, given.x.shape[-1])
     best, index = _top_k(key, given.x, count)
     index = jnp.where(best > -jnp.inf, index, -1)
     last = jnp.where(jnp.isnan(best[..., 0]), jnp.nan, -jnp.inf).astype(best.dtype)

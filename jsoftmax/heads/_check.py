@@ -302,4 +302,4 @@ def in_vocabulary(head: Head) -> Array:
 
 
 def _is_valid(head: Head) -> Array:
-    return (head.labels >= 0) & (head.labels < head.weight.shape[0])
+    return _labels.in_range(head.labels, head.weight.shape[0])[1][..., 0]

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jsoftmax import maps
@@ -42,8 +41,8 @@ class Head(NamedTuple):
 
     def widened(self, wide: Any) -> "Head":
         """Weight and bias in the accumulation dtype."""
-        widen = lambda a: None if a is None else a.astype(wide)  # noqa: E731
-        return self._replace(weight=widen(self.weight), bias=widen(self.bias))
+        weight, bias = (None if a is None else a.astype(wide) for a in (self.weight, self.bias))
+        return self._replace(weight=weight, bias=bias)
 
     def with_fields(self, part: "Head") -> "Head":
         """All fields, those that the part has from there."""
@@ -108,27 +107,6 @@ def of_products(head: Head, start: Array, o: Array) -> Array:
     return maps.weighted_scores(head.phi, o, head.where, head.log_weights)
 
 
-# --- tangents ------------------------------------------------------------------------------------------------
-
-
-def without_zeros(dots: Any) -> Any:
-    """Tangents with None for a symbolic zero."""
-    return jax.tree.map(lambda dot: None if isinstance(dot, SymbolicZero) else dot, dots)
-
-
-def jvp_of_live(f: Callable[[Any], Any], given: Any, dots: Any) -> tuple[Any, Any]:
-    """f and its derivative along the tangents that are not None: zero times an infinite derivative is NaN."""
-    leaves, structure = jax.tree.flatten(given)
-    rates = structure.flatten_up_to(dots)
-    live = [i for i, rate in enumerate(rates) if rate is not None]
-
-    def of_live(values: list[Array]) -> Any:
-        filled = dict(zip(live, values, strict=True))
-        return f(jax.tree.unflatten(structure, [filled.get(i, leaf) for i, leaf in enumerate(leaves)]))
-
-    return jax.jvp(of_live, ([leaves[i] for i in live],), ([rates[i] for i in live],))
-
-
 PER_CLASS, PER_TOKEN = ("weight", "bias", "log_weights", "where"), ("hidden", "labels", "targets")
 
 
@@ -137,15 +115,19 @@ PER_CLASS, PER_TOKEN = ("weight", "bias", "log_weights", "where"), ("hidden", "l
 Heads = tuple[Head, ...]
 
 
+def checkpointed_scan(body: Callable[..., Any], state: Any, xs: Any) -> Any:
+    """`lax.scan` whose backward pass keeps nothing of the body; jax 0.10 would drop its rules at second order, too."""
+    return lax.scan(jax.checkpoint(body, prevent_cse=False), state, xs)
+
+
 def over_classes(  # noqa: PLR0917
     step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
 ) -> Any:
     """The state `[N, …]` after step(blocks, their tangents, start, known, state) for each block of classes and tokens.
 
     The heads have one vocabulary and the same tokens; `known` is what is known of the tokens. Blocks of classes are the
-    outer loop: the gradient of a block's weight is summed over the tokens before it is narrowed. Bodies are
-    checkpointed: the backward pass keeps no scores, and at second order jax 0.10 keeps no rules otherwise. Where blocks
-    divide the vocabulary the weight is read in place; otherwise it is padded, a copy.
+    outer loop: the gradient of a block's weight is summed over the tokens before it is narrowed. Where blocks divide
+    the vocabulary the weight is read in place; otherwise it is padded, a copy.
     """
     classes, wide = heads[0].weight.shape[0], heads[0].hidden.dtype
     heads = tuple(with_padding(head, plan) for head in heads)
@@ -162,7 +144,7 @@ def over_classes(  # noqa: PLR0917
         whole_dots = _joined(dots, [d._replace(targets=q) for d, q in zip(of_dots, rates, strict=True)])
         return _over_tokens(functools.partial(step, start=start), whole, whole_dots, known, state, plan), None
 
-    return lax.scan(jax.checkpoint(body, prevent_cse=False), state, (blocks, rates, starts))[0]
+    return checkpointed_scan(body, state, (blocks, rates, starts))[0]
 
 
 def _over_tokens(step: Any, heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan) -> Any:  # noqa: PLR0917
@@ -182,7 +164,7 @@ def _over_tokens(step: Any, heads: Heads, dots: Heads, known: Any, state: Any, p
 
     rows = (_only(heads, PER_TOKEN), _only(dots, PER_TOKEN), known, state)
     xs = jax.tree.map(lambda a: cut(a, plan.tokens), rows)
-    _, new = lax.scan(jax.checkpoint(body, prevent_cse=False), jnp.zeros((), jnp.int32), xs)
+    _, new = checkpointed_scan(body, jnp.zeros((), jnp.int32), xs)
     return jax.tree.map(lambda a: a.reshape(tokens, *a.shape[2:]), new)
 
 

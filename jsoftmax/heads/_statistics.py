@@ -10,8 +10,10 @@ from jax.custom_derivatives import zero_from_primal
 from jaxtyping import Array
 
 from jsoftmax import maps
+from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.entropy import gap_sum
-from jsoftmax.heads._head import Head, Heads, Plan, block_scores, is_label, jvp_of_live, over_classes, without_zeros
+from jsoftmax.gumbel import _noise
+from jsoftmax.heads._head import Head, Heads, Plan, block_scores, is_label, over_classes
 
 
 class Wanted(NamedTuple):
@@ -85,6 +87,7 @@ def initial(head: Head, wanted: Wanted) -> Running:
 
 
 def of_block(head: Head, wanted: Wanted, start: Array, x: Array) -> Running:
+    """The statistics of a block with the scores x, about its own peak  (MATH 11.2)."""
     axis = (1,)
     _, _, rest, peak = maps.centre(x, axis)
     top = jnp.where(rest == -1, -jnp.inf, peak)
@@ -157,8 +160,7 @@ def merged(a: Running, b: Running) -> Running:
 def _top_k(x: Array, k: int) -> tuple[Array, Array]:
     """The k largest, the first of equals, and their places; a scalar loop for k = 1 costs less than a sort."""
     if k > 1:
-        values, places = lax.top_k(x, k)
-        return values, places
+        return _noise.top_k(x, k)
     places = jnp.argmax(x, 1, keepdims=True)
     return jnp.take_along_axis(x, places, 1), places.astype(jnp.int32)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.heads import _head, _statistics
 from jsoftmax.heads._check import loss_of_tokens
 from jsoftmax.heads._head import Head, Plan
@@ -67,11 +68,11 @@ def weighted_sum(given: Weighed, plan: Plan) -> Array:
 def _weighted_sum_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """⟨∂h, ḣ⟩ + ⟨∂W, Ẇ⟩ + ⟨∂b, ḃ⟩ + ⟨loss, ẇ⟩  (MATH 11.5); by streaming where W is a constant, where an option
     is none, and for distributions."""
-    (given,), dots = primals, _head.without_zeros(tangents[0])
+    (given,), dots = primals, without_zeros(tangents[0])
     rates = _Gradients.of(dots)
     others = jax.tree.leaves(_Gradients(None, None, None, None).within(dots))  # pyright: ignore[reportArgumentType]
     if rates.weight is None or others or given.head.targets is not None:
-        return _head.jvp_of_live(lambda given: given.by_streaming(plan), given, dots)
+        return jvp_of_live(lambda given: given.by_streaming(plan), given, dots)
     value, gradients = _value_and_gradients(given, plan)
     terms = [jnp.sum(a * b.astype(a.dtype)) for a, b in zip(gradients, rates, strict=True) if b is not None]
     return value, sum(terms[1:], terms[0])
@@ -105,7 +106,7 @@ def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]
     rows = Weighed(head.only("hidden", "labels"), given.token_weights, None, None)
     rows = jax.tree.map(lambda a: _head.cut(a, plan.tokens), rows)
     start = (jnp.zeros((), jnp.int32), zero, zeros)
-    (_, value, sums), (by_hidden, losses) = lax.scan(_checkpointed(body), start, rows)
+    (_, value, sums), (by_hidden, losses) = _head.checkpointed_scan(body, start, rows)
     classes = head.weight.shape[0]
     by_weight, by_bias = [None if a is None else a.reshape(-1, *a.shape[2:])[:classes] for a in sums]
     made: Any = (by_hidden.reshape(head.hidden.shape), by_weight, by_bias, losses.reshape(-1))
@@ -115,7 +116,7 @@ def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]
 @functools.partial(_value_and_gradients.defjvp, symbolic_zeros=True)
 def _value_and_gradients_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     """Derivatives of the gradient are those of the streamed gradient."""
-    (given,), dots = primals, _head.without_zeros(tangents[0])
+    (given,), dots = primals, without_zeros(tangents[0])
 
     def streamed(given: Weighed) -> Any:
         def of(wanted: _Gradients) -> Array:
@@ -123,7 +124,7 @@ def _value_and_gradients_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
 
         return jax.value_and_grad(of)(_Gradients.of(given))
 
-    (value, gradients), rates = _head.jvp_of_live(streamed, given, dots)
+    (value, gradients), rates = jvp_of_live(streamed, given, dots)
     wide = [jax.tree.map(lambda a: a.astype(value.dtype), tree) for tree in (gradients, rates)]
     return (value, wide[0]), wide[1]
 
@@ -141,7 +142,7 @@ def _of_token_block(rows: Weighed, blocks: Head, sums: Any, plan: Plan) -> Any:
         x = _head.of_products(whole, start, o)
         return _statistics.merged(running, _statistics.of_block(whole, rows.wanted, start, x)), o
 
-    running, products = lax.scan(_checkpointed(forward), _statistics.initial(head, rows.wanted), (blocks, starts))
+    running, products = _head.checkpointed_scan(forward, _statistics.initial(head, rows.wanted), (blocks, starts))
     found = _statistics.finished(running)
     value, by = jax.value_and_grad(rows.total)(found)
     wanted = Rates(by.log_total + by.log_normalizer, None, by.below, None, by.spread)
@@ -160,11 +161,8 @@ def _of_token_block(rows: Weighed, blocks: Head, sums: Any, plan: Plan) -> Any:
         return (by_hidden, [by_weight, None if by_bias is None else _added(by_bias, number, by_o.sum(0))]), None
 
     start = (jnp.zeros_like(head.hidden), sums)
-    (by_hidden, sums), _ = lax.scan(_checkpointed(backward), start, (blocks, numbers, starts, products))
+    (by_hidden, sums), _ = _head.checkpointed_scan(backward, start, (blocks, numbers, starts, products))
     return value, sums, by_hidden, rows.losses(found)
-
-
-_checkpointed = functools.partial(jax.checkpoint, prevent_cse=False)  # as in `_head.over_classes`
 
 
 def _added(total: Array, number: Array, block: Array) -> Array:

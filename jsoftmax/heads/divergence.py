@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.entropy import kl_terms, log_ratio
 from jsoftmax.heads import _check
-from jsoftmax.heads._head import Head, Heads, Plan, block_scores, jvp_of_live, over_classes, without_zeros
+from jsoftmax.heads._head import Head, Heads, Plan, block_scores, over_classes
 from jsoftmax.heads._statistics import Wanted, statistics
 from jsoftmax.phi import Phi, exp
 

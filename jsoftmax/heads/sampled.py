@@ -17,6 +17,7 @@ from jsoftmax import _arguments, maps
 from jsoftmax._series import log1p_exp
 from jsoftmax.gumbel import categorical
 from jsoftmax.gumbel._noise import check_key
+from jsoftmax.heads._linear import check_labels
 from jsoftmax.losses._cross_entropy import negative_log_p
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp, log_phi
@@ -206,14 +207,7 @@ def _check(  # noqa: PLR0917  (as the public functions have them)
             f"{function}: weight must be [V, d] with the d of hidden [..., d]; got {W.shape} and {h.shape}. "
             "Transpose it."
         )
-    y = _arguments.as_array(function, "labels", labels)
-    if not jnp.issubdtype(y.dtype, jnp.integer):
-        raise TypeError(f"{function}: labels must be integers; got dtype {y.dtype}. Convert them: labels.astype(int).")
-    if y.shape != h.shape[:-1]:
-        raise ValueError(
-            f"{function}: labels must have the shape of hidden without its last axis, {h.shape[:-1]}; got shape "
-            f"{y.shape}. Give each hidden vector one label."
-        )
+    y = check_labels(function, labels, h.shape[:-1])
     if not _arguments.is_int(num_samples) or num_samples < 1:
         raise (ValueError if _arguments.is_int(num_samples) else TypeError)(
             f"{function}: num_samples must be an int >= 1, known at trace time; got {num_samples!r}. It "
@@ -234,7 +228,7 @@ def _check(  # noqa: PLR0917  (as the public functions have them)
         hidden = maps.where_not(~rows[:, None], hidden)  # they may hold anything
     log_q = lax.stop_gradient(log_q).astype(dtype)
     draws = categorical(key, log_q, shape=(int(num_samples),))
-    labels = _arguments.wide_integers(y).reshape(-1)
+    labels = y.reshape(-1)
     if rows is not None:
         labels = jnp.where(rows, labels, 0)
     bias = arrays["bias"].astype(dtype) if bias is not None else None

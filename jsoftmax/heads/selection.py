@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 from jsoftmax import _arguments
 from jsoftmax.gumbel import _noise, categorical
 from jsoftmax.gumbel._categorical import check_distinct, check_shape
+from jsoftmax.gumbel._estimators import conditional
 from jsoftmax.heads import _check, _head
 from jsoftmax.heads._head import Head, Heads, Plan, over_classes
 from jsoftmax.heads._statistics import Wanted, traced
@@ -37,19 +39,18 @@ def _chunk_normalizers(head: Head, plan: Plan) -> Array:
     return L[:, : -(-head.weight.shape[0] // CHUNK)]
 
 
-def _scores_within(head: Head, chunk: Array, plan: Plan) -> Array:
-    """x of one chunk for each token `[N]`, `[N, CHUNK]`."""
+def _scores_of(head: Head, plan: Plan) -> Callable[[Array], Array]:
+    """A function of one chunk for each token `[N]`: its x `[N, CHUNK]`."""
     head = _head.with_padding(head, plan._replace(classes=CHUNK))
     chunks = jax.tree.map(lambda a: _head.cut(a, CHUNK), head.only(*_head.PER_CLASS))
 
     def of_token(xs: tuple[Array, Array]) -> Array:
         hidden, number = xs
         here = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, number, keepdims=False), chunks)
-        return _head.block_scores(
-            head.with_fields(here.widened(hidden.dtype))._replace(hidden=hidden[None]), number * CHUNK, plan
-        )[0]
+        whole = head.with_fields(here.widened(hidden.dtype))._replace(hidden=hidden[None])
+        return _head.block_scores(whole, number * CHUNK, plan)[0]
 
-    return lax.map(of_token, (head.hidden, chunk), batch_size=64)
+    return lambda chunk: lax.map(of_token, (head.hidden, chunk), batch_size=64)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -57,33 +58,25 @@ def _draw(key: Any, head: Head, plan: Plan, count: int, replace: bool) -> Array:
     """Classes `[count, N]`; −1 where a row is bad, or has no class left."""
     head = jax.tree.map(lax.stop_gradient, head)
     of_chunks, of_classes = jax.random.split(key)
-    L = _chunk_normalizers(head, plan)
+    L, scores_of = _chunk_normalizers(head, plan), _scores_of(head, plan)
     if replace:
         chunk = categorical(of_chunks, L, shape=(count, L.shape[0]))
 
         def within(xs: tuple[Any, Array]) -> Array:
             key, chunk = xs
-            return categorical(key, _scores_within(head, jnp.maximum(chunk, 0), plan))
+            return categorical(key, scores_of(jnp.maximum(chunk, 0)))
 
         place = lax.map(within, (jax.random.split(of_classes, count), chunk))
         return jnp.where((chunk >= 0) & (place >= 0), chunk * CHUNK + place, -1)
     # the largest x + g of a chunk is a Gumbel variable at its L; those of `count` chunks have the `count` largest
     best, chunk = _noise.top_k(L + _noise.gumbel(of_chunks, L.shape, L.dtype), min(count, L.shape[1]))
-    x = jnp.moveaxis(lax.map(lambda c: _scores_within(head, c, plan), chunk.T), 0, 1)
-    perturbed = _given_largest(of_classes, x, best).reshape(x.shape[0], -1)
+    x = jnp.moveaxis(lax.map(scores_of, chunk.T), 0, 1)
+    of_place, of_noise = jax.random.split(of_classes)
+    perturbed = conditional(of_noise, x, categorical(of_place, x), best[..., None]).reshape(x.shape[0], -1)
     best, at = _noise.top_k(perturbed, count)
     classes = jnp.take_along_axis(chunk, at // CHUNK, 1) * CHUNK + at % CHUNK
     bad = ~(jnp.max(L, 1, keepdims=True) < jnp.inf)
     return jnp.where(bad | ~(best > -jnp.inf), -1, classes).T
-
-
-def _given_largest(key: Any, x: Array, largest: Array) -> Array:
-    """x + g `[..., K]`, given that the largest of a row is `largest`  (MATH 10.9)."""
-    of_place, of_noise = jax.random.split(key)
-    place = categorical(of_place, x)[..., None]
-    free = x + _noise.gumbel(of_noise, x.shape, x.dtype)
-    below = -jnp.logaddexp(-free, -largest[..., None])
-    return jnp.where(jnp.arange(x.shape[-1]) == place, largest[..., None], jnp.where(jnp.isneginf(x), x, below))
 
 
 class LinearTopK(NamedTuple):
@@ -144,7 +137,7 @@ def linear_top_k(
         block_size=block_size,
         precision=precision,
     )
-    k = _noise.check_count(function, k, given.head.weight.T)
+    k = _noise.check_count(function, k, given.head.weight.shape[0])
     found: Any = traced(given.head, Wanted(top=k), given.plan)
     log_prob = -(found.log_total[:, None] + found.top)
     left_out = jnp.isneginf(log_prob)  # its derivative is 0

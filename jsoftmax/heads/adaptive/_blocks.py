@@ -13,6 +13,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
+from jsoftmax._pytree import jvp_of_live, without_zeros
+from jsoftmax.heads._head import cut
+from jsoftmax.heads._statistics import Running, merged
 from jsoftmax.phi import Phi, log_phi, slope
 
 _CHUNK = 2**19  # numbers in a block of scores or of weights: 2 MB in float32
@@ -95,12 +98,6 @@ def _chunk_length(classes: int, width: int) -> int:
     return next((n for n in near if classes % n == 0), -(-classes // -(-classes // target)))
 
 
-def _chunks(weight: Array, length: int) -> Array:
-    """`[chunks, length, width]`, with zeros at the end."""
-    count = -(-weight.shape[0] // length)
-    return jnp.pad(weight, ((0, count * length - weight.shape[0]), (0, 0))).reshape(count, length, -1)
-
-
 def _scores(weight: Array, phi: Phi, a: Array, start: Array, classes: int) -> tuple[Array, Array]:
     """o and x = ψ(o), `[classes, rows]`; x is −inf past the last class.
 
@@ -117,7 +114,7 @@ def _product(weight: Array, a: Array) -> Array:
     return lax.dot_general(weight, a, (((1,), (1,)), ((), ())))
 
 
-def _maximum_and_rest(x: Array) -> tuple[Array, Array]:
+def _maximum_and_rest(x: Array) -> Running:
     """max x and Σ e^{x − max x} − 1 over the classes, which lead: the maxima are counted apart  (MATH 4.1).
 
     The barriers keep the three sums apart, each of which XLA on CPU then vectorises.
@@ -131,16 +128,7 @@ def _maximum_and_rest(x: Array) -> tuple[Array, Array]:
     parts = [jnp.sum(small(x[:split].reshape(-1, 64, x.shape[1])), 1), small(x[split:])]
     peak, parts = lax.optimization_barrier((peak, parts))
     ones = jnp.sum((x == peak).astype(x.dtype), 0)
-    return peak, jnp.where(jnp.isneginf(peak), -1, jnp.sum(jnp.concatenate(parts), 0) + (ones - 1))
-
-
-def _merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
-    """(max, rest) of two sets of classes: rest + (1 + rest') e^{m' − m} for the larger m  (MATH 4.1)."""
-    (m, rest), (m_other, rest_other) = one, other
-    first = m >= m_other
-    top, low = jnp.maximum(m, m_other), jnp.minimum(m, m_other)
-    scale = jnp.where(jnp.isneginf(low), 0, jnp.exp(low - jnp.where(jnp.isneginf(top), 0, top)))
-    return top, jnp.where(first, rest, rest_other) + (1 + jnp.where(first, rest_other, rest)) * scale
+    return Running(peak, jnp.where(jnp.isneginf(peak), -1, jnp.sum(jnp.concatenate(parts), 0) + (ones - 1)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
@@ -154,11 +142,11 @@ def _tail_loss(  # noqa: PLR0917  (a rule has no keywords)
         start, w = given
 
         def add(a: Array, label: Array, state: Any) -> Any:
-            (m, rest), x_label = state
+            so_far, x_label = state
             _, x = _scores(w, phi, a, start, classes)
             inside = (label >= start) & (label < start + length)
             here = jnp.take_along_axis(x, jnp.where(inside, label - start, 0)[None], 0)[0]
-            return _merge((m, rest), _maximum_and_rest(x)), jnp.where(inside, here, x_label)
+            return merged(so_far, _maximum_and_rest(x)), jnp.where(inside, here, x_label)
 
         def block(_: None, given: Any) -> tuple[None, Any]:
             is_active, *rows = given
@@ -168,7 +156,8 @@ def _tail_loss(  # noqa: PLR0917  (a rule has no keywords)
 
     zero = jnp.zeros_like(a[..., 0])
     starts = length * jnp.arange(-(-classes // length), dtype=jnp.int32)
-    ((m, rest), x_label), _ = lax.scan(chunk, ((zero - jnp.inf, zero - 1), zero), (starts, _chunks(weight, length)))
+    nothing = Running(zero - jnp.inf, zero - 1)
+    ((m, rest, *_), x_label), _ = lax.scan(chunk, (nothing, zero), (starts, cut(weight, length)))
     # an empty row has peak 0, so that x − peak is −inf; +inf makes its row NaN
     peak = jnp.where(jnp.isneginf(m), 0, jnp.where(jnp.isposinf(m), jnp.nan, m))
     log_total = jnp.log1p(jnp.where(rest == -1, 0, rest))
@@ -195,8 +184,7 @@ def _along(primals: Any, tangents: Any, out: TailLoss, length: int, by_label: bo
     weight, phi, a, label, active = primals
     weight_dot, phi_dot, a_dot = (_instantiate(dot, primal) for dot, primal in zip(tangents[:3], primals, strict=False))
     classes = weight.shape[0]
-    leaves, structure = jax.tree.flatten(phi)
-    dots = {i: dot for i, dot in enumerate(structure.flatten_up_to(phi_dot)) if not isinstance(dot, SymbolicZero)}
+    live = without_zeros(phi_dot)
 
     def chunk(total: Array, given: tuple[Array, Array, Array]) -> tuple[Array, None]:
         start, w, w_dot = given
@@ -212,14 +200,9 @@ def _along(primals: Any, tangents: Any, out: TailLoss, length: int, by_label: bo
             by_score = q * slope(phi, o)
             mean = lax.dot_general(w.astype(a.dtype), by_score, (((0,), (0,)), ((), ())))
             result = jnp.sum(mean.T * a_dot, -1) + jnp.sum(by_score * _product(w_dot, a), 0)
-            if not dots:
+            if not jax.tree.leaves(live):
                 return result
-
-            def of_parameters(values: list[Array]) -> Array:
-                given = dict(zip(dots, values, strict=True))
-                return log_phi(jax.tree.unflatten(structure, [given.get(i, leaf) for i, leaf in enumerate(leaves)]), o)
-
-            x_dot = jax.jvp(of_parameters, ([leaves[i] for i in dots],), (list(dots.values()),))[1]
+            x_dot = jvp_of_live(lambda phi: log_phi(phi, o), phi, live)[1]
             return result + jnp.sum(jnp.where(q == 0, 0, q) * x_dot, 0)
 
         def add(w: Array, w_dot: Array, total: Array, *rows: Any) -> tuple[Array, Array]:
@@ -236,7 +219,7 @@ def _along(primals: Any, tangents: Any, out: TailLoss, length: int, by_label: bo
         return lax.scan(jax.checkpoint(block), w_dot, (active, total, a, a_dot, label, out))[1], None
 
     starts = length * jnp.arange(-(-classes // length), dtype=jnp.int32)
-    chunks = (starts, _chunks(weight, length), _chunks(weight_dot.astype(a.dtype), length))
+    chunks = (starts, cut(weight, length), cut(weight_dot.astype(a.dtype), length))
     return lax.scan(jax.checkpoint(chunk), jnp.zeros_like(a[..., 0]), chunks)[0]
 
 

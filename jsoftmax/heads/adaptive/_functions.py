@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jsoftmax import _arguments, maps
 from jsoftmax.entropy import centred_log_p
+from jsoftmax.heads._head import cut
+from jsoftmax.heads._linear import check_labels
 from jsoftmax.heads.adaptive import _blocks
 from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail, check_params
 from jsoftmax.losses._cross_entropy import negative_log_p
@@ -123,17 +125,10 @@ def log_prob(
     """
     function = "log_prob"
     given, h, shape = _check(function, params, hidden, phi)
-    y = _arguments.as_array(function, "labels", labels)
-    if not jnp.issubdtype(y.dtype, jnp.integer):
-        raise TypeError(f"{function}: labels must be integers; got dtype {y.dtype}. Convert them: labels.astype(int).")
-    if y.shape != shape:
-        raise ValueError(
-            f"{function}: labels must have the shape of hidden without its last axis, {shape}; got shape {y.shape}. "
-            "Give each hidden vector one label."
-        )
+    y = check_labels(function, labels, shape)
     mask = _arguments.check_where(function, where, shape, "the labels' shape")
     mask = None if mask is None else jnp.broadcast_to(mask, shape).reshape(-1)
-    return _log_prob(given, phi, h, _arguments.wide_integers(y).reshape(-1), mask).reshape(shape)
+    return _log_prob(given, phi, h, y.reshape(-1), mask).reshape(shape)
 
 
 @jax.jit
@@ -170,8 +165,7 @@ def log_probs(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> F
 def _in_blocks(f: Callable[[Array], Array], hidden: Array) -> Array:
     """f of blocks of rows one after the other: scores of all rows at once would not fit."""
     rows, length = hidden.shape[0], _blocks.block_length(hidden.shape[0])
-    blocks = jnp.pad(hidden, ((0, -rows % length), (0, 0))).reshape(-1, length, hidden.shape[1])
-    return lax.map(jax.checkpoint(f), blocks).reshape(-1)[:rows]
+    return lax.map(jax.checkpoint(f), cut(hidden, length)).reshape(-1)[:rows]
 
 
 @jax.jit
