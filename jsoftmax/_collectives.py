@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -30,7 +31,8 @@ def check_axis_name(function: str, axis_name: Any) -> AxisName:
 
 
 def shard_count(axis_name: AxisName) -> int:
-    """How many shards the classes have."""
+    """How many shards the classes have: to be asked where a public function is called, for JAX may trace a rule again
+    where the name is no longer bound."""
     return 1 if axis_name is None else lax.axis_size(axis_name)
 
 
@@ -47,3 +49,50 @@ def all_sum(tree: Any, axis_name: AxisName) -> Any:
 def all_max(a: Array, axis_name: AxisName) -> Array:
     """The maximum over the shards, a constant for derivatives: `lax.pmax` has none, at any order."""
     return a if axis_name is None else lax.pmax(lax.stop_gradient(a), axis_name)
+
+
+def check_sharded(function: str, argument: str, a: Array, axis_name: AxisName) -> None:
+    """An array that `jax.shard_map` knows to be the same on every device would count as often as there are devices."""
+    if axis_name is None:
+        return
+    names = set(axis_name if isinstance(axis_name, tuple) else (axis_name,))
+    missing = (names & _varying(lax.axis_index(axis_name))) - _varying(a)  # empty where JAX does not keep account
+    if missing:
+        raise ValueError(
+            f"{function}: {argument} must be sharded over axis_name={axis_name!r}, each device with its own classes; "
+            f"got one that is the same along {sorted(missing)}. Shard it by in_specs of jax.shard_map, or leave "
+            "axis_name out."
+        )
+
+
+def _varying(a: Array) -> frozenset[str]:
+    """The names of the axes along which `jax.shard_map(check_vma=True)` takes an array to differ."""
+    return getattr(getattr(jax.typeof(a), "mat", None), "varying", frozenset())
+
+
+def typed_as(tree: Any, like: Array, axis_name: AxisName = None) -> Any:
+    """The same numbers, each device's own copies where the sharded array `like` is each device's own.
+
+    Integers stay as they are. Backwards the copies' shares are then summed here, once, and not where a loop uses them,
+    block after block. Right inside `jax.vmap(axis_name=…)` and without check_vma too, where `lax.pcast` is an error or
+    does nothing.
+    """
+
+    def typed(a: Any) -> Any:
+        if not isinstance(a, jax.Array) or not jnp.issubdtype(a.dtype, jnp.floating):
+            return a
+        if axis_name is None and _varying(like) <= _varying(a):
+            return a
+        dtype = like.dtype if a.weak_type else a.dtype
+        return jnp.where(True, a, jnp.zeros_like(like, dtype, shape=()))
+
+    return jax.tree.map(typed, tree)
+
+
+def of_first(a: Array, axis_name: AxisName) -> Array:
+    """What is the same on all shards, from the first; 0 on the others.
+
+    The gradient of this, taken inside, is each shard's share of the gradient, whether `lax.psum` is transposed to
+    itself (`jax.vmap(axis_name=…)`, `check_vma=False`) or to copies (`check_vma=True`).
+    """
+    return a if axis_name is None else jnp.where(lax.axis_index(axis_name) == 0, a, 0)

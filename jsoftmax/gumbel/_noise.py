@@ -111,9 +111,12 @@ def check_index(function: str, index: Any, x: Array) -> Array:
 
 
 def top_k(a: Array, k: int) -> tuple[Array, Array]:
-    """The k largest and where they are; the barrier keeps XLA on CPU from sorting the whole row for slices of them."""
-    best, index = lax.optimization_barrier(tuple(lax.top_k(a, k)))
-    return best, index
+    """The k largest and where they are; the barriers keep XLA on CPU from sorting the whole row for slices of them.
+
+    One for each: before one round both XLA aborts under `jax.shard_map` (jax 0.10).
+    """
+    best, index = lax.top_k(a, k)
+    return lax.optimization_barrier(best), lax.optimization_barrier(index)
 
 
 def is_chosen(index: Array, x: Array) -> Array:

@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import _arguments, _labels, maps
-from jsoftmax.heads._head import PER_TOKEN, Head, Plan
+from jsoftmax._collectives import AxisName, check_axis_name, check_sharded, shard_count, typed_as
+from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
 from jsoftmax.heads._statistics import Statistics
 
 NO_LABELS: Any = object()
@@ -60,6 +61,8 @@ def check(
     log_weights: Any = None,
     block_size: Any = None,
     precision: Any = None,
+    axis_name: Any = None,
+    shards: Any = 1,
     token_weights: Any = None,
     chunk: int = 1,
     names: tuple[str, str, str] = ("hidden", "weight", "bias"),
@@ -68,6 +71,9 @@ def check(
     maps.check_phi(function, phi)
     hidden, weight = (_check_floating(function, n, a) for n, a in zip(names, (hidden, weight), strict=False))
     _check_shapes(function, hidden, weight, names)
+    axis_name = check_axis_name(function, axis_name)
+    check_sharded(function, names[1], weight, axis_name)
+    shards = _check_shards(function, shards, axis_name, weight)
     classes, batch = weight.shape[0], hidden.shape[:-1]
     dtype = jnp.result_type(hidden, weight)
     wide = _arguments.accumulation_dtype(dtype)
@@ -95,6 +101,9 @@ def check(
         margin=None if _is_zero(margin) else m,
     )
     rows = None
+    of_shard = classes if axis_name is not None else classes // shards
+    tokens, of_classes = _block_sizes(function, block_size, head, token_weights is not None, chunk, of_shard)
+    plan = Plan(tokens, of_classes, dtype, _check_precision(function, precision), axis_name, shards)
     if labels is not NO_LABELS:
         labels = _check_labels(function, labels, batch, classes, wide)
         _labels.check_ignore_label(function, ignore_label, "give them all one number: jnp.where(…, ignored, labels).")
@@ -107,12 +116,10 @@ def check(
             head = head._replace(targets=labels.reshape(-1, classes))
     if token_weights is not None:
         of_tokens = _arguments.broadcast_number(function, "token_weights", token_weights, batch, "the tokens' shape")
-        token_weights = of_tokens.reshape(-1).astype(wide)
+        token_weights = typed_as(of_tokens.reshape(-1).astype(wide), head.hidden)
         if head.labels is not None:  # padding: no weight and no label
-            counts = (token_weights != 0) | _is_valid(head)
+            counts = (token_weights != 0) | _is_valid(head, plan)
             rows = counts if rows is None else rows & counts
-    tokens, of_classes = _block_sizes(function, block_size, head, token_weights is not None, chunk)
-    plan = Plan(tokens, of_classes, dtype, _check_precision(function, precision))
     return _in_order(head, plan, batch, rows, token_weights)
 
 
@@ -148,6 +155,26 @@ def _check_shapes(function: str, hidden: Array, weight: Array, names: tuple[str,
             f"{function}: {names[0]} must end in as many features as {names[1]} has, {weight.shape[1]}; got shapes "
             f"{hidden.shape} and {weight.shape}. {way_out}."
         )
+
+
+def _check_shards(function: str, shards: Any, axis_name: AxisName, weight: Array) -> int:
+    """How many parts the classes have, or are to be cut into."""
+    if not _arguments.is_int(shards) or shards < 1:
+        raise (TypeError if not _arguments.is_int(shards) else ValueError)(
+            f"{function}: shards must be a positive int known at trace time; got {shards!r}. It is the number of "
+            "devices that the classes of a sharded weight are cut over, or a multiple."
+        )
+    if shards > 1 and axis_name is not None:
+        raise ValueError(
+            f"{function}: shards is for a whole weight under jit, axis_name for a part inside jax.shard_map; got both, "
+            f"{shards} and {axis_name!r}. Leave shards out inside shard_map."
+        )
+    if weight.shape[0] % shards:
+        raise ValueError(
+            f"{function}: shards must divide the number of classes, {weight.shape[0]}; got {shards}. Pad the weight to "
+            "a multiple, and leave the padding out by where=…."
+        )
+    return int(shards) if axis_name is None else shard_count(axis_name)
 
 
 def _check_of_classes(function: str, argument: str, value: Any, classes: int) -> None:
@@ -195,9 +222,11 @@ def _check_precision(function: str, precision: Any) -> Any:
     return given
 
 
-def _block_sizes(function: str, block_size: Any, head: Head, whole_rows: bool, chunk: int) -> tuple[int, int]:
-    """Tokens and classes of a block, the latter whole chunks and a divisor of the vocabulary where one is near."""
-    tokens, classes = max(1, head.hidden.shape[0]), -(-head.weight.shape[0] // chunk) * chunk
+def _block_sizes(  # noqa: PLR0917
+    function: str, block_size: Any, head: Head, whole_rows: bool, chunk: int, classes: int
+) -> tuple[int, int]:
+    """Tokens and classes of a block, the latter whole chunks and a divisor of a shard's classes where one is near."""
+    tokens, classes = max(1, head.hidden.shape[0]), -(-classes // chunk) * chunk
     of_tokens, of_classes = _DEFAULTS.get(jax.default_backend(), _DEFAULTS["gpu"])
     if whole_rows:
         of_tokens = min(of_tokens, 256)
@@ -279,13 +308,15 @@ def loss_options(function: str, given: Given, label_smoothing: Any, z_loss: Any)
     return None if _is_zero(label_smoothing) else a, None if _is_zero(z_loss) else z
 
 
-def loss_of_tokens(head: Head, found: Statistics, smoothing: Array | None, z_loss: Array | None) -> Array:
+def loss_of_tokens(
+    head: Head, plan: Plan, found: Statistics, smoothing: Array | None = None, z_loss: Array | None = None
+) -> Array:
     """(1 − a) (−l_y) + (a/K) Σ (−l) + z_loss L², or with Σ q (−l)  (MATH 11.4)."""
     below: Any = found.below
     if head.labels is None:
         loss = found.mass * found.log_total + below
     else:
-        loss = (found.log_total + below) * in_vocabulary(head)
+        loss = (found.log_total + below) * in_vocabulary(head, plan)
     if smoothing is not None:
         mean = found.log_total + found.spread / jnp.maximum(found.kept_count, 1)
         loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
@@ -296,10 +327,10 @@ def loss_of_tokens(head: Head, found: Statistics, smoothing: Array | None, z_los
     return loss
 
 
-def in_vocabulary(head: Head) -> Array:
+def in_vocabulary(head: Head, plan: Plan) -> Array:
     """1, and NaN for a label out of range."""
-    return jnp.where(_is_valid(head), 1, jnp.nan).astype(head.hidden.dtype)
+    return jnp.where(_is_valid(head, plan), 1, jnp.nan).astype(head.hidden.dtype)
 
 
-def _is_valid(head: Head) -> Array:
-    return _labels.in_range(head.labels, head.weight.shape[0])[1][..., 0]
+def _is_valid(head: Head, plan: Plan) -> Array:
+    return _labels.in_range(head.labels, vocabulary(head, plan))[1][..., 0]

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import maps
+from jsoftmax._collectives import AxisName, shard_index, typed_as
 
 
 class Head(NamedTuple):
@@ -57,6 +58,10 @@ class Plan(NamedTuple):
     dtype: Any
     """Of the factors of a product; sums are in the accumulation dtype."""
     precision: Any
+    axis_name: AxisName = None
+    """Over which the classes are sharded: the head has one part of them."""
+    shards: int = 1
+    """How many parts the classes have, or are to be cut into."""
 
 
 # --- scores of one block -------------------------------------------------------------------------------------
@@ -109,6 +114,67 @@ def of_products(head: Head, start: Array, o: Array) -> Array:
 
 PER_CLASS, PER_TOKEN = ("weight", "bias", "log_weights", "where"), ("hidden", "labels", "targets")
 
+# --- shards of the classes -----------------------------------------------------------------------------------
+
+
+def in_shards(f: Callable[..., Any], given: Any, plan: Plan, *static: Any) -> Any:
+    """f(given, *static, plan), where the heads in `given` are their parts of one shard; f merges over `plan.axis_name`.
+
+    Shards of one array are mapped over, all at once: where XLA has cut the array over devices it moves nothing, and
+    each of them works on its own part. Compiled by itself, but not inside the caller's `jax.vmap(axis_name=…)`: JAX
+    traces a rule in such a program again where the name is no longer bound.
+    """
+    if plan.axis_name is not None:
+        return f(_own(given, plan.axis_name), *static, plan)
+    return _compiled(f, given, plan, static)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _compiled(f: Callable[..., Any], given: Any, plan: Plan, static: tuple[Any, ...]) -> Any:
+    if plan.shards == 1:
+        return f(_own(given, None), *static, plan)
+    leaves, structure = jax.tree.flatten(given, is_leaf=_is_head)
+    parts = [_parts(leaf, plan.shards) if _is_head(leaf) else None for leaf in leaves]
+
+    def of_shard(parts: Any) -> Any:
+        own = [leaf if part is None else leaf.with_fields(part) for leaf, part in zip(leaves, parts, strict=True)]
+        return f(_own(jax.tree.unflatten(structure, own), SHARDS), *static, plan._replace(axis_name=SHARDS))
+
+    return jax.vmap(of_shard, axis_name=SHARDS, out_axes=None)(parts)
+
+
+def _is_head(leaf: Any) -> bool:
+    return isinstance(leaf, Head)
+
+
+def _parts(head: Head, shards: int) -> Head:
+    """What belongs to classes, as shards, which come first."""
+    targets = jax.tree.map(lambda q: cut(q, q.shape[1] // shards, 1), head.targets)
+    of_classes = jax.tree.map(lambda a: cut(a, a.shape[0] // shards), head.only(*PER_CLASS))
+    return of_classes._replace(targets=targets)
+
+
+def _own(given: Any, axis_name: AxisName) -> Any:
+    """What is the same on all devices along which the classes or the tokens of a head differ, each device's own."""
+
+    def own(head: Any) -> Any:
+        if not _is_head(head):
+            return head
+        of_classes = head.only(*PER_CLASS, "targets")
+        others = head._replace(**dict.fromkeys((*PER_CLASS, "targets")))
+        others = typed_as(others, head.weight, axis_name)
+        return others.with_fields(typed_as(of_classes, others.hidden))
+
+    return jax.tree.map(own, given, is_leaf=_is_head)
+
+
+SHARDS = "jsoftmax_shards"
+
+
+def vocabulary(head: Head, plan: Plan) -> int:
+    """How many classes all shards have."""
+    return head.weight.shape[0] * (1 if plan.axis_name is None else plan.shards)
+
 
 # --- loops ---------------------------------------------------------------------------------------------------
 
@@ -127,7 +193,8 @@ def over_classes(  # noqa: PLR0917
 
     The heads have one vocabulary and the same tokens; `known` is what is known of the tokens. Blocks of classes are the
     outer loop: the gradient of a block's weight is summed over the tokens before it is narrowed. Where blocks divide
-    the vocabulary the weight is read in place; otherwise it is padded, a copy.
+    the vocabulary the weight is read in place; otherwise it is padded, a copy. Over classes that are sharded, those of
+    this shard; `start` counts all.
     """
     classes, wide = heads[0].weight.shape[0], heads[0].hidden.dtype
     heads = tuple(with_padding(head, plan) for head in heads)
@@ -135,6 +202,7 @@ def over_classes(  # noqa: PLR0917
     padded = [jax.tree.map(lambda q: jnp.pad(q, [(0, 0), (0, -classes % plan.classes)]), h.targets) for h in heads]
     rates = [jax.tree.map(lambda q: cut(q, plan.classes, 1), d.targets) for d in dots]
     starts = jnp.arange(0, classes, plan.classes, dtype=jnp.int32)
+    first = shard_index(plan.axis_name) * classes
 
     def body(state: Any, xs: Any) -> tuple[Any, None]:
         (of_heads, of_dots), rates, start = xs
@@ -142,7 +210,7 @@ def over_classes(  # noqa: PLR0917
         targets = jax.tree.map(lambda q: lax.dynamic_slice_in_dim(q, start, plan.classes, 1), padded)
         whole = _joined(heads, [h._replace(targets=q) for h, q in zip(of_heads, targets, strict=True)])
         whole_dots = _joined(dots, [d._replace(targets=q) for d, q in zip(of_dots, rates, strict=True)])
-        return _over_tokens(functools.partial(step, start=start), whole, whole_dots, known, state, plan), None
+        return _over_tokens(functools.partial(step, start=first + start), whole, whole_dots, known, state, plan), None
 
     return checkpointed_scan(body, state, (blocks, rates, starts))[0]
 

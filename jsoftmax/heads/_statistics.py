@@ -10,6 +10,7 @@ from jax.custom_derivatives import zero_from_primal
 from jaxtyping import Array
 
 from jsoftmax import maps
+from jsoftmax._collectives import all_max, all_sum, shard_index, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.entropy import gap_sum
 from jsoftmax.gumbel import _noise
@@ -95,7 +96,7 @@ def of_block(head: Head, wanted: Wanted, start: Array, x: Array) -> Running:
     if wanted.entropy:
         made["gap"] = gap_sum(x, peak, axis)[:, 0]
     if head.labels is not None:
-        inside, label = _local(head.labels[:, None], start, x)
+        inside, label = _local(head.labels[:, None], start, x.shape[1])
         made["label"] = jnp.where(inside, jnp.take_along_axis(x, label, 1), -jnp.inf)[:, 0]
     if head.targets is not None or wanted.spread:
         kept = ~jnp.isneginf(x)
@@ -114,10 +115,10 @@ def of_block(head: Head, wanted: Wanted, start: Array, x: Array) -> Running:
     return Running(top[:, 0], rest[:, 0], **made)
 
 
-def _local(classes: Any, start: Array, x: Array) -> tuple[Array, Array]:
-    """Whether classes `[N, k]` are in the block with the scores x, and their places there."""
+def _local(classes: Any, start: Array, count: int) -> tuple[Array, Array]:
+    """Whether classes are among as many from `start` on, and their places there."""
     place = classes - start.astype(classes.dtype)
-    return (place >= 0) & (place < x.shape[1]), jnp.clip(place, 0, x.shape[1] - 1)
+    return (place >= 0) & (place < count), jnp.clip(place, 0, count - 1)
 
 
 def merged(a: Running, b: Running) -> Running:
@@ -133,28 +134,79 @@ def merged(a: Running, b: Running) -> Running:
     def total(f: Any) -> Array:
         return f(a, falls[0]) + f(b, falls[1])
 
-    def gap(part: Any, fall: Array) -> Array:
-        return jnp.exp(-fall) * (part.gap + (1 + part.rest) * jnp.minimum(fall, _FAR))
-
-    def weighed(value: Any, weight: Any, fall: Array) -> Array:
-        return value + jnp.where(weight == 0, 0, weight * fall)
-
     made: dict[str, Any] = {}
     if a.gap is not None:
-        made["gap"] = total(gap)
+        made["gap"] = total(_moved_gap)
     if a.label is not None:
         made["label"] = jnp.maximum(a.label, b.label)
     if a.below is not None:
-        made["below"] = total(lambda part, fall: weighed(part.below, part.mass, fall))
+        made["below"] = total(lambda part, fall: _moved_sum(part.below, part.mass, fall))
         made["mass"] = total(lambda part, _: part.mass)
     if a.spread is not None:
-        made["spread"] = total(lambda part, fall: weighed(part.spread, part.kept_count, fall))
+        made["spread"] = total(lambda part, fall: _moved_sum(part.spread, part.kept_count, fall))
         made["kept_count"] = total(lambda part, _: part.kept_count)
     if a.top is not None:
         x, classes = (jnp.concatenate(pair, 1) for pair in ((a.top, b.top), (a.top_class, b.top_class)))
         made["top"], places = _top_k(x, a.top.shape[1])
         made["top_class"] = jnp.take_along_axis(classes, places, 1)
     return Running(peak, rest, **made)
+
+
+def _moved_gap(part: Any, fall: Array) -> Array:
+    return jnp.exp(-fall) * (part.gap + (1 + part.rest) * jnp.minimum(fall, _FAR))
+
+
+def _moved_sum(total: Any, weight: Any, fall: Array) -> Array:
+    """Σ q (−u) about a peak that is higher by `fall`, of one with Σ q."""
+    return total + jnp.where(weight == 0, 0, weight * fall)
+
+
+def over_shards(part: Running, head: Head, plan: Plan) -> Running:
+    """The parts of all shards, merged by one maximum and one sum of all else  (MATH 13.1)."""
+    if plan.axis_name is None:
+        return part
+    peak = all_max(part.peak, plan.axis_name)
+    falls = jnp.where(part.peak == peak, 0, peak - part.peak)
+    has_peak = (part.peak == peak) & (peak > -jnp.inf)
+    moved = (1 + part.rest) * jnp.exp(-falls)
+    made: dict[str, Any] = {
+        "rest": jnp.where(has_peak, part.rest, moved),  # so no digit of a small sum is lost beside a 1
+        "ones": has_peak.astype(peak.dtype),
+    }
+    if part.gap is not None:
+        made["gap"] = _moved_gap(part, falls)
+    if part.label is not None:
+        made["label"] = jnp.where(_local(head.labels, *_place(head, plan))[0], part.label, 0)
+    for name, weight in (("below", part.mass), ("spread", part.kept_count)):
+        if weight is not None:
+            made[name] = _moved_sum(getattr(part, name), weight, falls)
+    made |= {name: getattr(part, name) for name in ("mass", "kept_count") if getattr(part, name) is not None}
+    if part.top is not None:
+        made["top"], made["top_class"] = (in_slot(a, plan) for a in (part.top, part.top_class))
+    made = all_sum(made, plan.axis_name)
+    if part.top is not None:
+        made["top"], places = _top_k(made["top"], part.top.shape[1])
+        made["top_class"] = jnp.take_along_axis(made["top_class"], places, 1)
+    made["rest"] = made["rest"] + (made.pop("ones") - 1)
+    # the maximum over devices may have dropped a NaN
+    return Running(jnp.where(jnp.isnan(made["rest"]) & ~jnp.isposinf(peak), jnp.nan, peak), **made)
+
+
+def _place(head: Head, plan: Plan) -> tuple[Array, int]:
+    """The first class of this shard, and how many it has."""
+    classes = head.weight.shape[0]
+    return shard_index(plan.axis_name) * classes, classes
+
+
+def of_all_shards(a: Array, plan: Plan) -> Array:
+    """`[N, k]` of each shard one after the other, `[N, shards · k]`."""
+    return a if plan.axis_name is None else all_sum(in_slot(a, plan), plan.axis_name)
+
+
+def in_slot(a: Array, plan: Plan) -> Array:
+    """`[N, k]` in its place among those of all shards, `[N, shards · k]`; 0 elsewhere."""
+    slots = jnp.zeros_like(a, shape=(a.shape[0], plan.shards * a.shape[1]))
+    return lax.dynamic_update_slice_in_dim(slots, a, shard_index(plan.axis_name) * a.shape[1], 1)
 
 
 def _top_k(x: Array, k: int) -> tuple[Array, Array]:
@@ -188,7 +240,8 @@ def statistics(head: Head, wanted: Wanted, plan: Plan) -> Statistics:
         (block,) = blocks
         return merged(state, of_block(block, wanted, start, block_scores(block, start, plan)))
 
-    return finished(over_classes(step, (head,), (Head(),), None, initial(head, wanted), plan))
+    running = over_classes(step, (head,), (Head(),), None, initial(head, wanted), plan)
+    return finished(over_shards(running, head, plan))
 
 
 def finished(done: Running) -> Statistics:
@@ -218,16 +271,17 @@ def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> 
     (head,), dots = primals, without_zeros(tangents[0])
     out = statistics(head, wanted, plan)
 
-    known = Known(out.peak, out.log_total, out.gap, out.top_class)
+    own = typed_as(out, head.weight, plan.axis_name)
+    known = Known(own.peak, own.log_total, own.gap, own.top_class)
     zero = jnp.zeros_like(out.peak)
-    zeros = jax.tree.map(jnp.zeros_like, Rates(*[getattr(out, name) for name in Rates._fields]))
+    zeros = jax.tree.map(jnp.zeros_like, Rates(*[getattr(own, name) for name in Rates._fields]))
 
     def step(blocks: Heads, dots: Heads, start: Array, known: Known, state: Rates) -> Rates:
         (block,), (block_dots,) = blocks, dots
         x, x_dot = jvp_of_live(lambda block: block_scores(block, start, plan), block, block_dots)
         return jax.tree.map(jnp.add, state, block_rates(block, block_dots, start, known, state, x, x_dot))
 
-    rates = over_classes(step, (head,), (dots,), known, zeros, plan)
+    rates = all_sum(over_classes(step, (head,), (dots,), known, zeros, plan), plan.axis_name)
     return out, Statistics(
         zero,
         rates.log_total,
@@ -288,9 +342,6 @@ def block_rates(  # noqa: PLR0917
     elif like.below is not None:
         made["below"] = -total(jnp.where(is_label(block, start, x.shape[1]), x_dot, 0))
     if like.top is not None:
-        inside, place = _local(known.top_class, start, x)
+        inside, place = _local(known.top_class, start, x.shape[1])
         made["top"] = -jnp.where(inside, jnp.take_along_axis(x_dot, place, 1), 0)
     return Rates(**{"gap": None, "below": None, "mass": None, "log_total": total(p * x_dot), **made})
-
-
-traced = jax.jit(statistics, static_argnums=(1, 2))

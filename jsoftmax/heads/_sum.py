@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jsoftmax._collectives import all_sum, of_first, shard_index, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.heads import _head, _statistics
 from jsoftmax.heads._check import loss_of_tokens
-from jsoftmax.heads._head import Head, Plan
+from jsoftmax.heads._head import SHARDS, Head, Plan
 from jsoftmax.heads._statistics import Known, Rates, Statistics, Wanted, statistics
 
 
@@ -28,25 +29,28 @@ class Weighed(NamedTuple):
     def wanted(self) -> Wanted:
         return Wanted(spread=self.smoothing is not None)
 
-    def losses(self, found: Statistics) -> Array:
+    def losses(self, found: Statistics, plan: Plan) -> Array:
         """Of each token; 0, not infinity, where the weight is."""
-        loss = loss_of_tokens(self.head, found, self.smoothing, self.z_loss)
+        loss = loss_of_tokens(self.head, plan, found, self.smoothing, self.z_loss)
         return jnp.where((self.token_weights == 0) & jnp.isposinf(loss), 0, loss)
 
-    def total(self, found: Statistics) -> Array:
-        """Σ w loss."""
-        return jnp.sum(self.token_weights * self.losses(found))
+    def total(self, found: Statistics, plan: Plan) -> tuple[Array, Array]:
+        """Σ w loss, and the losses."""
+        losses = self.losses(found, plan)
+        return jnp.sum(self.token_weights * losses), losses
 
-    def by_streaming(self, plan: Plan) -> Array:
-        """Σ w loss by the rule of `statistics`, right for every derivative."""
-        return self.total(statistics(self.head, self.wanted, plan))
+    def by_streaming(self, plan: Plan) -> tuple[Array, Array]:
+        """Σ w loss by the rule of `statistics`, right for every derivative; and the losses."""
+        return self.total(statistics(self.head, self.wanted, plan), plan)
 
 
 class _Gradients(NamedTuple):
+    """By the tokens and classes of a shard; that by hidden is this shard's share of it."""
+
     hidden: Array
     weight: Array
     bias: Array | None
-    token_weights: Array
+    token_weights: Any
 
     @staticmethod
     def of(given: Weighed) -> "_Gradients":
@@ -61,21 +65,25 @@ class _Gradients(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def weighted_sum(given: Weighed, plan: Plan) -> Array:
     """Σ w loss  (MATH 11.5)."""
-    return given.by_streaming(plan)
+    return given.by_streaming(plan)[0]
 
 
 @functools.partial(weighted_sum.defjvp, symbolic_zeros=True)
 def _weighted_sum_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """⟨∂h, ḣ⟩ + ⟨∂W, Ẇ⟩ + ⟨∂b, ḃ⟩ + ⟨loss, ẇ⟩  (MATH 11.5); by streaming where W is a constant, where an option
-    is none, and for distributions."""
+    is none, for distributions, and in shards of one array."""
     (given,), dots = primals, without_zeros(tangents[0])
     rates = _Gradients.of(dots)
     others = jax.tree.leaves(_Gradients(None, None, None, None).within(dots))  # pyright: ignore[reportArgumentType]
-    if rates.weight is None or others or given.head.targets is not None:
-        return jvp_of_live(lambda given: given.by_streaming(plan), given, dots)
+    by_streaming = others or given.head.targets is not None or plan.axis_name == SHARDS  # a mapped name is bound once
+    if rates.weight is None or by_streaming:
+        return jvp_of_live(lambda given: given.by_streaming(plan)[0], given, dots)
     value, gradients = _value_and_gradients(given, plan)
-    terms = [jnp.sum(a * b.astype(a.dtype)) for a, b in zip(gradients, rates, strict=True) if b is not None]
-    return value, sum(terms[1:], terms[0])
+    *shares, of_weights = [
+        None if b is None else jnp.sum(a * b.astype(a.dtype)) for a, b in zip(gradients, rates, strict=True)
+    ]
+    rate = all_sum(sum(share for share in shares if share is not None), plan.axis_name)
+    return value, rate if of_weights is None else rate + of_weights
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -84,33 +92,34 @@ def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]
     head = _head.with_padding(given.head, plan)
     blocks = jax.tree.map(lambda a: _head.cut(a, plan.classes), head.only(*_head.PER_CLASS))
     wide = head.hidden.dtype
-    zero = jnp.zeros_like(head.hidden, shape=())  # sharded as the tokens are, and so are the sums
+    first_class = shard_index(plan.axis_name) * head.weight.shape[0]
+    zero = jnp.zeros_like(head.hidden, shape=())  # sharded as tokens and classes are, and so are the sums
     zeros = [None if a is None else jnp.zeros_like(a, wide) + zero for a in (blocks.weight, blocks.bias)]
 
     def body(carry: Any, rows: Weighed) -> tuple[Any, Any]:
-        first, value, sums = carry
+        first, sums = carry
 
-        def run(value: Array, sums: Any) -> Any:
+        def run(sums: Any) -> Any:
             whole = rows._replace(head=head.with_fields(rows.head), smoothing=given.smoothing, z_loss=given.z_loss)
-            more, sums, by_hidden, losses = _of_token_block(whole, blocks, sums, plan)
-            return value + more, sums, (by_hidden, losses)
+            return _of_token_block(whole, blocks, first_class, sums, plan)
 
-        def skip(value: Array, sums: Any) -> Any:
-            return value, sums, (jnp.zeros_like(rows.head.hidden), jnp.zeros_like(rows.head.hidden[:, 0]))
+        def skip(sums: Any) -> Any:
+            nothing = jnp.zeros_like(rows.token_weights)
+            return sums, (nothing[0], jnp.zeros_like(rows.head.hidden), nothing)
 
         counted = head.counted
         run_or_skip = run if counted is None else functools.partial(lax.cond, first < counted, run, skip)
-        value, sums, made = run_or_skip(value, sums)
-        return (first + plan.tokens, value, sums), made
+        sums, made = run_or_skip(sums)
+        return (first + plan.tokens, sums), made
 
     rows = Weighed(head.only("hidden", "labels"), given.token_weights, None, None)
     rows = jax.tree.map(lambda a: _head.cut(a, plan.tokens), rows)
-    start = (jnp.zeros((), jnp.int32), zero, zeros)
-    (_, value, sums), (by_hidden, losses) = _head.checkpointed_scan(body, start, rows)
+    start = (jnp.zeros((), jnp.int32), zeros)
+    (_, sums), (values, by_hidden, losses) = _head.checkpointed_scan(body, start, rows)
     classes = head.weight.shape[0]
     by_weight, by_bias = [None if a is None else a.reshape(-1, *a.shape[2:])[:classes] for a in sums]
     made: Any = (by_hidden.reshape(head.hidden.shape), by_weight, by_bias, losses.reshape(-1))
-    return value, _Gradients(*made)
+    return jnp.sum(values), _Gradients(*made)
 
 
 @functools.partial(_value_and_gradients.defjvp, symbolic_zeros=True)
@@ -119,21 +128,24 @@ def _value_and_gradients_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     (given,), dots = primals, without_zeros(tangents[0])
 
     def streamed(given: Weighed) -> Any:
-        def of(wanted: _Gradients) -> Array:
-            return wanted.within(given).by_streaming(plan)
+        def of(wanted: _Gradients) -> Any:
+            value, losses = wanted._replace(token_weights=given.token_weights).within(given).by_streaming(plan)
+            return of_first(value, plan.axis_name), (value, losses)
 
-        return jax.value_and_grad(of)(_Gradients.of(given))
+        wanted = _Gradients.of(given)._replace(token_weights=None)
+        shares, (value, losses) = jax.grad(of, has_aux=True)(wanted)
+        return value, shares._replace(token_weights=losses)
 
     (value, gradients), rates = jvp_of_live(streamed, given, dots)
     wide = [jax.tree.map(lambda a: a.astype(value.dtype), tree) for tree in (gradients, rates)]
     return (value, wide[0]), wide[1]
 
 
-def _of_token_block(rows: Weighed, blocks: Head, sums: Any, plan: Plan) -> Any:
-    """Σ w loss; the sums [∂W, ∂b] with its share; ∂h and the losses of its tokens."""
+def _of_token_block(rows: Weighed, blocks: Head, first: Array, sums: Any, plan: Plan) -> Any:
+    """The sums [∂W, ∂b] with its share; Σ w loss, ∂h and the losses of its tokens."""
     head, wide = rows.head, rows.head.hidden.dtype
     numbers = jnp.arange(blocks.weight.shape[0], dtype=jnp.int32)
-    starts = numbers * plan.classes
+    starts = first + numbers * plan.classes
 
     def forward(running: Any, xs: Any) -> tuple[Any, Array]:
         block, start = xs
@@ -143,10 +155,10 @@ def _of_token_block(rows: Weighed, blocks: Head, sums: Any, plan: Plan) -> Any:
         return _statistics.merged(running, _statistics.of_block(whole, rows.wanted, start, x)), o
 
     running, products = _head.checkpointed_scan(forward, _statistics.initial(head, rows.wanted), (blocks, starts))
-    found = _statistics.finished(running)
-    value, by = jax.value_and_grad(rows.total)(found)
+    found = _statistics.finished(_statistics.over_shards(running, head, plan))
+    (value, losses), by = jax.value_and_grad(rows.total, has_aux=True)(found, plan)
     wanted = Rates(by.log_total + by.log_normalizer, None, by.below, None, by.spread)
-    known = Known(found.peak, found.log_total)
+    known, wanted = typed_as((Known(found.peak, found.log_total), wanted), head.weight, plan.axis_name)
     product = functools.partial(jnp.matmul, precision=plan.precision)
 
     def backward(carry: Any, xs: Any) -> tuple[Any, None]:
@@ -162,7 +174,7 @@ def _of_token_block(rows: Weighed, blocks: Head, sums: Any, plan: Plan) -> Any:
 
     start = (jnp.zeros_like(head.hidden), sums)
     (by_hidden, sums), _ = _head.checkpointed_scan(backward, start, (blocks, numbers, starts, products))
-    return value, sums, by_hidden, rows.losses(found)
+    return sums, (value, by_hidden, losses)
 
 
 def _added(total: Array, number: Array, block: Array) -> Array:

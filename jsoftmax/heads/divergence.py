@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from jsoftmax._collectives import AxisName, all_sum, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.entropy import kl_terms, log_ratio
 from jsoftmax.heads import _check
-from jsoftmax.heads._head import Head, Heads, Plan, block_scores, over_classes
+from jsoftmax.heads._head import Head, Heads, Plan, block_scores, in_shards, over_classes
 from jsoftmax.heads._statistics import Wanted, statistics
 from jsoftmax.phi import Phi, exp
 
@@ -38,11 +39,6 @@ def _known(p: Head, q: Head, plan: Plan) -> _Known:
     return _Known(of_p.peak, of_p.log_total, of_q.peak, of_q.log_total, jnp.isneginf(of_p.log_normalizer))
 
 
-def divergence(p: Head, q: Head, plan: Plan) -> Array:
-    """D  (MATH 11.6)."""
-    return _divergence(p, q, plan)[0]
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _divergence(p: Head, q: Head, plan: Plan) -> tuple[Array, Array]:
     """D = Σ p r, r = log p − log q, in terms p (e^−r − 1 + r) ≥ 0: so both normalisers come first; and Σ p r over the
@@ -58,9 +54,11 @@ def _divergence(p: Head, q: Head, plan: Plan) -> tuple[Array, Array]:
         return jax.tree.map(jnp.add, state, made)
 
     known = _known(p, q, plan)
-    zero = jnp.zeros_like(known.peak_p)
+    own = typed_as(known, p.weight, plan.axis_name)
+    zero = jnp.zeros_like(own.peak_p)
     state = (zero, zero, zero.astype(jnp.int32))
-    D, mean, impossible = over_classes(step, (p, q), (Head(), Head()), known, state, plan)
+    sums = over_classes(step, (p, q), (Head(), Head()), own, state, plan)
+    D, mean, impossible = all_sum(sums, plan.axis_name)
     finite = jnp.where(known.empty, 0, jnp.where(impossible > 0, jnp.inf, D))
     return jnp.where(jnp.isnan(D), D, finite), jnp.where(impossible > 0, mean, D)
 
@@ -83,12 +81,15 @@ def _divergence_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
         by_q = jnp.where(jnp.isneginf(x_q) | (known.empty[:, None] & ~jnp.isnan(q)), 0, q - p)
         return state + jnp.sum(p * c * x_p_dot + by_q * x_q_dot, 1)
 
-    known = _known(p, q, plan)._replace(mean=mean)
-    rate = over_classes(step, (p, q), without_zeros(tangents), known, jnp.zeros_like(D), plan)
+    own = typed_as(_known(p, q, plan)._replace(mean=mean), p.weight, plan.axis_name)
+    part = over_classes(step, (p, q), without_zeros(tangents), own, jnp.zeros_like(own.peak_p), plan)
+    rate = all_sum(part, plan.axis_name)
     return (D, mean), (rate, rate)
 
 
-_traced = jax.jit(divergence, static_argnums=2)
+def divergence(heads: Heads, plan: Plan) -> Array:
+    """D  (MATH 11.6)."""
+    return _divergence(*heads, plan)[0]
 
 
 def linear_kl(  # noqa: PLR0917
@@ -105,6 +106,8 @@ def linear_kl(  # noqa: PLR0917
     log_weights: ArrayLike | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
+    axis_name: AxisName = None,
+    shards: int = 1,
 ) -> Float[Array, "..."]:
     """Kullback–Leibler divergence of two linear heads' softmaxes, in nats; no logits.
 
@@ -120,7 +123,8 @@ def linear_kl(  # noqa: PLR0917
       hidden_p, hidden_q: `[..., d]`, the same tokens; each head may have its own d.
       weight_p, weight_q: `[V, d]`, the same classes.
       bias_p, bias_q: `[V]`, or None.
-      phi, soft_cap, where, log_weights, block_size, precision: as in `linear_cross_entropy`, for both heads.
+      phi, soft_cap, where, log_weights, block_size, precision, axis_name, shards: as in
+        `linear_cross_entropy`, for both heads.
     Returns: `[...]` ≥ 0, float32 at least; edges as in `kl_divergence`.
     Raises: as `linear_cross_entropy`; ValueError where tokens or classes differ.
     Source: Kullback & Leibler 1951.
@@ -136,9 +140,12 @@ def linear_kl(  # noqa: PLR0917
         "log_weights": log_weights,
         "block_size": block_size,
         "precision": precision,
+        "axis_name": axis_name,
+        "shards": shards,
     }
     p = _check.check(function, hidden_p, weight_p, bias_p, **options, names=("hidden_p", "weight_p", "bias_p"))
     q = _check.check(function, hidden_q, weight_q, bias_q, **options, names=("hidden_q", "weight_q", "bias_q"))
     _check.check_pair(function, p, q)
     dtype = jnp.result_type(p.plan.dtype, q.plan.dtype)
-    return p.restore(_traced(p.in_dtype(dtype), q.in_dtype(dtype), p.plan._replace(dtype=dtype)))
+    heads = (p.in_dtype(dtype), q.in_dtype(dtype))
+    return p.restore(in_shards(divergence, heads, p.plan._replace(dtype=dtype)))

@@ -1,6 +1,5 @@
 """The most probable classes of a head, and classes drawn from it; no logits (MATH 11.2, 11.7)."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,12 +11,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from jsoftmax import _arguments
+from jsoftmax._collectives import AxisName, all_sum, shard_index
 from jsoftmax.gumbel import _noise, categorical
 from jsoftmax.gumbel._categorical import check_distinct, check_shape
 from jsoftmax.gumbel._estimators import conditional
 from jsoftmax.heads import _check, _head
-from jsoftmax.heads._head import Head, Heads, Plan, over_classes
-from jsoftmax.heads._statistics import Wanted, traced
+from jsoftmax.heads._head import Head, Heads, Plan, in_shards, over_classes
+from jsoftmax.heads._statistics import Wanted, of_all_shards, statistics
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 
@@ -26,13 +26,14 @@ CHUNK = 128
 
 
 def _chunk_normalizers(head: Head, plan: Plan) -> Array:
-    """log Σ e^x over each chunk `[N, chunks]`: 1/128 of the scores' numbers."""
+    """log Σ e^x over each chunk of this shard `[N, chunks]`: 1/128 of the scores' numbers."""
     chunks = -(-head.weight.shape[0] // plan.classes) * plan.classes // CHUNK
+    first = shard_index(plan.axis_name) * head.weight.shape[0]
 
     def step(blocks: Heads, _: Heads, start: Array, known: None, state: Array) -> Array:
         x = _head.block_scores(blocks[0], start, plan)
         L = normalize(x.reshape(x.shape[0], -1, CHUNK), (2,)).log_normalizer[..., 0]
-        return lax.dynamic_update_slice_in_dim(state, L, start // CHUNK, 1)
+        return lax.dynamic_update_slice_in_dim(state, L, (start - first) // CHUNK, 1)
 
     state = jnp.zeros_like(head.hidden, shape=(head.hidden.shape[0], chunks))
     L = over_classes(step, (head,), (Head(),), None, state, plan)
@@ -40,7 +41,7 @@ def _chunk_normalizers(head: Head, plan: Plan) -> Array:
 
 
 def _scores_of(head: Head, plan: Plan) -> Callable[[Array], Array]:
-    """A function of one chunk for each token `[N]`: its x `[N, CHUNK]`."""
+    """A function of one chunk of this shard for each token `[N]`: its x `[N, CHUNK]`."""
     head = _head.with_padding(head, plan._replace(classes=CHUNK))
     chunks = jax.tree.map(lambda a: _head.cut(a, CHUNK), head.only(*_head.PER_CLASS))
 
@@ -53,30 +54,42 @@ def _scores_of(head: Head, plan: Plan) -> Callable[[Array], Array]:
     return lambda chunk: lax.map(of_token, (head.hidden, chunk), batch_size=64)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _draw(key: Any, head: Head, plan: Plan, count: int, replace: bool) -> Array:
+def _draw(given: tuple[Any, Head], count: int, replace: bool, plan: Plan) -> Array:
     """Classes `[count, N]`; −1 where a row is bad, or has no class left."""
-    head = jax.tree.map(lax.stop_gradient, head)
+    key, head = given[0], jax.tree.map(lax.stop_gradient, given[1])
     of_chunks, of_classes = jax.random.split(key)
-    L, scores_of = _chunk_normalizers(head, plan), _scores_of(head, plan)
+    own, scores_of = _chunk_normalizers(head, plan), _scores_of(head, plan)
+    classes, chunks, shard = head.weight.shape[0], own.shape[1], shard_index(plan.axis_name)
+    L = of_all_shards(own, plan)
+
+    def here(chunk: Array) -> tuple[Array, Array]:
+        """Whether chunks are this shard's, and their numbers in it."""
+        number = chunk - shard * chunks
+        return (number >= 0) & (number < chunks), jnp.clip(number, 0, chunks - 1)
+
     if replace:
         chunk = categorical(of_chunks, L, shape=(count, L.shape[0]))
+        inside, number = here(chunk)
 
         def within(xs: tuple[Any, Array]) -> Array:
-            key, chunk = xs
-            return categorical(key, scores_of(jnp.maximum(chunk, 0)))
+            key, number = xs
+            return categorical(key, scores_of(number))
 
-        place = lax.map(within, (jax.random.split(of_classes, count), chunk))
-        return jnp.where((chunk >= 0) & (place >= 0), chunk * CHUNK + place, -1)
+        place = lax.map(within, (jax.random.split(of_classes, count), number))
+        drawn = jnp.where(place >= 0, shard * classes + number * CHUNK + place, -1)
+        return jnp.where(chunk >= 0, all_sum(jnp.where(inside, drawn, 0), plan.axis_name), -1)
     # the largest x + g of a chunk is a Gumbel variable at its L; those of `count` chunks have the `count` largest
     best, chunk = _noise.top_k(L + _noise.gumbel(of_chunks, L.shape, L.dtype), min(count, L.shape[1]))
-    x = jnp.moveaxis(lax.map(scores_of, chunk.T), 0, 1)
+    inside, number = here(chunk)
+    x = jnp.where(inside[:, :, None], jnp.moveaxis(lax.map(scores_of, number.T), 0, 1), 0)
+    x = all_sum(x, plan.axis_name)
     of_place, of_noise = jax.random.split(of_classes)
     perturbed = conditional(of_noise, x, categorical(of_place, x), best[..., None]).reshape(x.shape[0], -1)
     best, at = _noise.top_k(perturbed, count)
-    classes = jnp.take_along_axis(chunk, at // CHUNK, 1) * CHUNK + at % CHUNK
+    chunk = jnp.take_along_axis(chunk, at // CHUNK, 1)
     bad = ~(jnp.max(L, 1, keepdims=True) < jnp.inf)
-    return jnp.where(bad | ~(best > -jnp.inf), -1, classes).T
+    first = chunk // chunks * classes + chunk % chunks * CHUNK
+    return jnp.where(bad | ~(best > -jnp.inf), -1, first + at % CHUNK).T
 
 
 class LinearTopK(NamedTuple):
@@ -100,6 +113,8 @@ def linear_top_k(
     log_weights: ArrayLike | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
+    axis_name: AxisName = None,
+    shards: int = 1,
 ) -> LinearTopK:
     """The k most probable classes of each token and their log-probabilities; no logits.
 
@@ -109,7 +124,8 @@ def linear_top_k(
         jax.lax.top_k(log_softmax(z, where=where, phi=φ, log_weights=log w), k)          (MATH 11.1, 11.2)
 
     Args:
-      hidden, weight, bias, phi, soft_cap, where, log_weights, block_size, precision: as in `linear_cross_entropy`.
+      hidden, weight, bias, phi, soft_cap, where, log_weights, block_size, precision, axis_name, shards: as in
+        `linear_cross_entropy`.
       k: how many, an int in [1, V]; part of the compiled program.
     Returns: `LinearTopK(log_prob, indices)`, `[..., k]`, in descending order, the first of equals first; log_prob,
       float32 at least, is differentiable. Beyond the classes that are kept: −inf and −1. A token with NaN: NaN and −1.
@@ -136,9 +152,11 @@ def linear_top_k(
         log_weights=log_weights,
         block_size=block_size,
         precision=precision,
+        axis_name=axis_name,
+        shards=shards,
     )
-    k = _noise.check_count(function, k, given.head.weight.shape[0])
-    found: Any = traced(given.head, Wanted(top=k), given.plan)
+    k = _noise.check_count(function, k, _head.vocabulary(given.head, given.plan))
+    found: Any = in_shards(statistics, given.head, given.plan, Wanted(top=k))
     log_prob = -(found.log_total[:, None] + found.top)
     left_out = jnp.isneginf(log_prob)  # its derivative is 0
     log_prob = jnp.where(left_out, lax.stop_gradient(log_prob), log_prob)
@@ -159,6 +177,8 @@ def linear_categorical(
     log_weights: ArrayLike | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
+    axis_name: AxisName = None,
+    shards: int = 1,
 ) -> Int[Array, "..."]:
     """Classes drawn from the softmax of a linear layer; no logits.
 
@@ -201,10 +221,12 @@ def linear_categorical(
         log_weights=log_weights,
         block_size=block_size,
         precision=precision,
+        axis_name=axis_name,
+        shards=shards,
         chunk=CHUNK,
     )
     prefix = check_shape(function, shape, given.batch)
     count = math.prod(prefix)
-    check_distinct(function, replace, count, given.head.weight.shape[0])
-    drawn = _draw(key, given.head, given.plan, count, replace)
+    check_distinct(function, replace, count, _head.vocabulary(given.head, given.plan))
+    drawn = in_shards(_draw, (key, given.head), given.plan, count, replace)
     return jax.vmap(given.restore)(drawn).reshape(*prefix, *given.batch)

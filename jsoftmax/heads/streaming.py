@@ -2,12 +2,13 @@
 
 from typing import Any, NamedTuple, cast
 
-import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from jsoftmax._collectives import AxisName
 from jsoftmax.heads import _check
-from jsoftmax.heads._statistics import Wanted, traced
+from jsoftmax.heads._head import in_shards
+from jsoftmax.heads._statistics import Wanted, statistics
 from jsoftmax.heads._sum import Weighed, weighted_sum
 from jsoftmax.phi import Phi, exp
 
@@ -23,9 +24,6 @@ class LinearStatistics(NamedTuple):
     """L = log Σ e^x."""
     argmax: Array
     """The class with the largest p, int32."""
-
-
-_traced_sum = jax.jit(weighted_sum, static_argnums=1)
 
 
 def linear_cross_entropy(
@@ -44,6 +42,8 @@ def linear_cross_entropy(
     log_weights: ArrayLike | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
+    axis_name: AxisName = None,
+    shards: int = 1,
 ) -> Float[Array, "..."]:
     """Cross-entropy of labels under the softmax of a linear layer, in nats, not reduced; the logits never exist.
 
@@ -102,10 +102,12 @@ def linear_cross_entropy(
         log_weights=log_weights,
         block_size=block_size,
         precision=precision,
+        axis_name=axis_name,
+        shards=shards,
     )
     smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
-    found = traced(given.head, Wanted(spread=smoothing is not None), given.plan)
-    return given.restore(_check.loss_of_tokens(given.head, found, smoothing, z))
+    found = in_shards(statistics, given.head, given.plan, Wanted(spread=smoothing is not None))
+    return given.restore(_check.loss_of_tokens(given.head, given.plan, found, smoothing, z))
 
 
 def linear_cross_entropy_sum(
@@ -125,6 +127,8 @@ def linear_cross_entropy_sum(
     log_weights: ArrayLike | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
+    axis_name: AxisName = None,
+    shards: int = 1,
 ) -> Float[Array, ""]:
     """Σ w loss over the tokens, one number, with the gradient made during the forward pass: three products, not four.
 
@@ -168,11 +172,13 @@ def linear_cross_entropy_sum(
         log_weights=log_weights,
         block_size=block_size,
         precision=precision,
+        axis_name=axis_name,
+        shards=shards,
         token_weights=1.0 if token_weights is None else token_weights,
     )
     smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
     weighed = Weighed(given.head, cast("Array", given.token_weights), smoothing, z)
-    return _traced_sum(weighed, given.plan)
+    return in_shards(weighted_sum, weighed, given.plan)
 
 
 def linear_statistics(
@@ -188,6 +194,8 @@ def linear_statistics(
     log_weights: ArrayLike | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
+    axis_name: AxisName = None,
+    shards: int = 1,
 ) -> LinearStatistics:
     """Log-probability of the label, entropy, log-normaliser and mode of each token in one pass; the logits never exist.
 
@@ -199,7 +207,8 @@ def linear_statistics(
     All but the last are differentiable, each by itself and together     (MATH 11.3)
 
     Args:
-      hidden, weight, bias, phi, soft_cap, where, log_weights, block_size, precision: as in `linear_cross_entropy`.
+      hidden, weight, bias, phi, soft_cap, where, log_weights, block_size, precision, axis_name, shards: as in
+        `linear_cross_entropy`.
       labels: integers `[...]`, or distributions q `[..., V]`: then log_prob is Σ q l.
       ignore_label: tokens with that label have 0 for each number and −1 for the mode.
     Returns: `LinearStatistics(log_prob, entropy, log_normalizer, argmax)`, each `[...]`: float32 at least, the last
@@ -226,10 +235,12 @@ def linear_statistics(
         log_weights=log_weights,
         block_size=block_size,
         precision=precision,
+        axis_name=axis_name,
+        shards=shards,
     )
-    found: Any = traced(given.head, Wanted(entropy=True, top=1), given.plan)
+    found: Any = in_shards(statistics, given.head, given.plan, Wanted(entropy=True, top=1))
     return LinearStatistics(
-        given.restore(-_check.loss_of_tokens(given.head, found, None, None)),
+        given.restore(-_check.loss_of_tokens(given.head, given.plan, found)),
         given.restore(found.log_total + found.gap),
         given.restore(found.log_normalizer),
         given.restore(found.top_class[:, 0], -1),
@@ -247,6 +258,8 @@ def linear_log_normalizer(
     log_weights: ArrayLike | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
+    axis_name: AxisName = None,
+    shards: int = 1,
 ) -> Float[Array, "..."]:
     """Log-normaliser of a linear layer's scores, without the scores.
 
@@ -256,7 +269,8 @@ def linear_log_normalizer(
         log_normalizer(z, where=where, phi=φ, log_weights=log w)          (MATH 11.1, 11.2)
 
     Args:
-      hidden, weight, bias, phi, soft_cap, where, log_weights, block_size, precision: as in `linear_cross_entropy`.
+      hidden, weight, bias, phi, soft_cap, where, log_weights, block_size, precision, axis_name, shards: as in
+        `linear_cross_entropy`.
     Returns: `[...]`, float32 at least; edges as in `log_normalizer`.
     Raises: as `linear_cross_entropy`.
     Source: Milakov and Gimelshein 2018.
@@ -276,5 +290,7 @@ def linear_log_normalizer(
         log_weights=log_weights,
         block_size=block_size,
         precision=precision,
+        axis_name=axis_name,
+        shards=shards,
     )
-    return given.restore(traced(given.head, Wanted(), given.plan).log_normalizer)
+    return given.restore(in_shards(statistics, given.head, given.plan, Wanted()).log_normalizer)
