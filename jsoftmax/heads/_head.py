@@ -133,25 +133,31 @@ def in_shards(f: Callable[..., Any], given: Any, plan: Plan, *static: Any) -> An
 def _compiled(f: Callable[..., Any], given: Any, plan: Plan, static: tuple[Any, ...]) -> Any:
     if plan.shards == 1:
         return f(_own(given, None), *static, plan)
-    leaves, structure = jax.tree.flatten(given, is_leaf=_is_head)
-    parts = [_parts(leaf, plan.shards) if _is_head(leaf) else None for leaf in leaves]
+    leaves, structure = jax.tree.flatten(given)
+    parts = [_part_of_shard(path, a, plan.shards) for path, a in jax.tree.leaves_with_path(given)]
 
-    def of_shard(parts: Any) -> Any:
-        own = [leaf if part is None else leaf.with_fields(part) for leaf, part in zip(leaves, parts, strict=True)]
-        return f(_own(jax.tree.unflatten(structure, own), SHARDS), *static, plan._replace(axis_name=SHARDS))
+    def of_shard(parts: list[Array]) -> Any:
+        return f(jax.tree.unflatten(structure, parts), *static, plan._replace(axis_name=SHARDS))
 
-    return jax.vmap(of_shard, axis_name=SHARDS, out_axes=None)(parts)
+    axes = [None if part is a else 0 for part, a in zip(parts, leaves, strict=True)]
+    return jax.vmap(of_shard, in_axes=(axes,), out_axes=None, axis_name=SHARDS)(parts)
+
+
+def _part_of_shard(path: Any, a: Array, shards: int) -> Array:
+    """What belongs to classes as shards, which come first; copies of what else has a derivative; the rest as it is.
+
+    Backwards the copies' shares are summed once, behind the loops.
+    """
+    names = {key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)}.intersection(Head._fields)
+    if not names.isdisjoint(PER_CLASS):
+        return cut(a, a.shape[0] // shards)
+    if "targets" in names:
+        return cut(a, a.shape[1] // shards, 1)
+    return jnp.broadcast_to(a, (shards, *a.shape)) if names and jnp.issubdtype(a.dtype, jnp.floating) else a
 
 
 def _is_head(leaf: Any) -> bool:
     return isinstance(leaf, Head)
-
-
-def _parts(head: Head, shards: int) -> Head:
-    """What belongs to classes, as shards, which come first."""
-    targets = jax.tree.map(lambda q: cut(q, q.shape[1] // shards, 1), head.targets)
-    of_classes = jax.tree.map(lambda a: cut(a, a.shape[0] // shards), head.only(*PER_CLASS))
-    return of_classes._replace(targets=targets)
 
 
 def _own(given: Any, axis_name: AxisName) -> Any:

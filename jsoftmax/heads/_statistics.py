@@ -14,7 +14,7 @@ from jsoftmax._collectives import all_max, all_sum, shard_index, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.entropy import gap_sum
 from jsoftmax.gumbel import _noise
-from jsoftmax.heads._head import Head, Heads, Plan, block_scores, is_label, over_classes
+from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, is_label, over_classes
 
 
 class Wanted(NamedTuple):
@@ -87,7 +87,7 @@ def initial(head: Head, wanted: Wanted) -> Running:
     )
 
 
-def of_block(head: Head, wanted: Wanted, start: Array, x: Array) -> Running:
+def of_block(head: Head, wanted: Wanted, start: Array, x: Array, plan: Plan) -> Running:
     """The statistics of a block with the scores x, about its own peak  (MATH 11.2)."""
     axis = (1,)
     _, _, rest, peak = maps.centre(x, axis)
@@ -110,7 +110,7 @@ def of_block(head: Head, wanted: Wanted, start: Array, x: Array) -> Running:
             made["spread"] = jnp.sum(below, 1)
             made["kept_count"] = jnp.sum(kept, 1, dtype=jnp.int32).astype(x.dtype)
     if wanted.top:
-        made["top"], places = _largest(x, min(wanted.top, x.shape[1]))
+        made["top"], places = _largest(x, min(wanted.top, x.shape[1]), plan)
         made["top_class"] = start + places
     return Running(top[:, 0], rest[:, 0], **made)
 
@@ -121,7 +121,7 @@ def _local(classes: Any, start: Array, count: int) -> tuple[Array, Array]:
     return (place >= 0) & (place < count), jnp.clip(place, 0, count - 1)
 
 
-def merged(a: Running, b: Running) -> Running:
+def merged(a: Running, b: Running, plan: Plan | None = None) -> Running:
     """Two parts of a row about the higher peak; no digit of a small sum is lost  (MATH 11.2)."""
     peak = jnp.maximum(a.peak, b.peak)
     falls = [jnp.where(part.peak == peak, 0, peak - part.peak) for part in (a, b)]
@@ -147,7 +147,7 @@ def merged(a: Running, b: Running) -> Running:
         made["kept_count"] = total(lambda part, _: part.kept_count)
     if a.top is not None:
         x, classes = (jnp.concatenate(pair, 1) for pair in ((a.top, b.top), (a.top_class, b.top_class)))
-        made["top"], places = _top_k(x, a.top.shape[1])
+        made["top"], places = _top_k(x, a.top.shape[1], plan)
         made["top_class"] = jnp.take_along_axis(classes, places, 1)
     return Running(peak, rest, **made)
 
@@ -185,7 +185,7 @@ def over_shards(part: Running, head: Head, plan: Plan) -> Running:
         made["top"], made["top_class"] = (in_slot(a, plan) for a in (part.top, part.top_class))
     made = all_sum(made, plan.axis_name)
     if part.top is not None:
-        made["top"], places = _top_k(made["top"], part.top.shape[1])
+        made["top"], places = _top_k(made["top"], part.top.shape[1], plan)
         made["top_class"] = jnp.take_along_axis(made["top_class"], places, 1)
     made["rest"] = made["rest"] + (made.pop("ones") - 1)
     # the maximum over devices may have dropped a NaN
@@ -209,23 +209,30 @@ def in_slot(a: Array, plan: Plan) -> Array:
     return lax.dynamic_update_slice_in_dim(slots, a, shard_index(plan.axis_name) * a.shape[1], 1)
 
 
-def _top_k(x: Array, k: int) -> tuple[Array, Array]:
-    """The k largest, the first of equals, and their places; a scalar loop for k = 1 costs less than a sort."""
-    if k > 1:
+def _top_k(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:
+    """The k largest, the first of equals, and their places; a scalar loop for k = 1 costs less than a sort.
+
+    In shards of one array by a sort of all: XLA would gather what `lax.top_k` takes.
+    """
+    if k == 1:
+        places = jnp.argmax(x, 1, keepdims=True)
+    elif plan is None or plan.axis_name != SHARDS:
         return _noise.top_k(x, k)
-    places = jnp.argmax(x, 1, keepdims=True)
+    else:
+        descending = jnp.where(jnp.isnan(x), -jnp.inf, -lax.stop_gradient(x))
+        places = lax.sort_key_val(descending, lax.broadcasted_iota(jnp.int32, x.shape, 1), 1)[1][:, :k]
     return jnp.take_along_axis(x, places, 1), places.astype(jnp.int32)
 
 
-def _largest(x: Array, k: int) -> tuple[Array, Array]:
+def _largest(x: Array, k: int, plan: Plan) -> tuple[Array, Array]:
     """The same of a block: the k largest of a row are in the k parts of it with the largest maxima."""
     length, classes = 64, x.shape[1]
     if k * length >= classes:
-        return _top_k(x, k)
+        return _top_k(x, k, plan)
     parts = jnp.pad(x, [(0, 0), (0, -classes % length)], constant_values=-jnp.inf).reshape(x.shape[0], -1, length)
-    _, best = _top_k(jnp.max(lax.stop_gradient(parts), 2), k)
+    _, best = _top_k(jnp.max(lax.stop_gradient(parts), 2), k, plan)
     best = jnp.sort(best, 1)
-    values, places = _top_k(jnp.take_along_axis(parts, best[:, :, None], 1).reshape(x.shape[0], -1), k)
+    values, places = _top_k(jnp.take_along_axis(parts, best[:, :, None], 1).reshape(x.shape[0], -1), k, plan)
     return values, jnp.take_along_axis(best, places // length, 1) * length + places % length
 
 
@@ -238,7 +245,7 @@ def statistics(head: Head, wanted: Wanted, plan: Plan) -> Statistics:
 
     def step(blocks: Heads, _: Heads, start: Array, known: None, state: Running) -> Running:
         (block,) = blocks
-        return merged(state, of_block(block, wanted, start, block_scores(block, start, plan)))
+        return merged(state, of_block(block, wanted, start, block_scores(block, start, plan), plan), plan)
 
     running = over_classes(step, (head,), (Head(),), None, initial(head, wanted), plan)
     return finished(over_shards(running, head, plan))

@@ -152,7 +152,7 @@ def _of_token_block(rows: Weighed, blocks: Head, first: Array, sums: Any, plan: 
         whole = head.with_fields(block.widened(wide))
         o = _head.products(head.hidden, whole.weight, plan)
         x = _head.of_products(whole, start, o)
-        return _statistics.merged(running, _statistics.of_block(whole, rows.wanted, start, x)), o
+        return _statistics.merged(running, _statistics.of_block(whole, rows.wanted, start, x, plan), plan), o
 
     running, products = _head.checkpointed_scan(forward, _statistics.initial(head, rows.wanted), (blocks, starts))
     found = _statistics.finished(_statistics.over_shards(running, head, plan))
