@@ -74,6 +74,11 @@ def linear_cross_entropy(
       block_size: how many classes at a time, or (tokens, classes). None: chosen from shapes and backend; where it does
         not divide V, the weight is copied once to be padded.
       precision: of the products: a `jax.lax.Precision` or its name.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the classes are sharded: weight, bias,
+        where, log_weights and distributions are then this device's part, labels count all classes; hidden is the same
+        on all     (MATH 13.1).
+      shards: under plain `jit` with a weight whose classes are sharded, over how many devices, or a multiple; it must
+        divide V. Without it XLA gathers the whole weight on every device.
     Returns: `[...]`, float32 at least. Factors of narrower dtypes are multiplied as they are and summed in float32, the
       tangents' too; the weight's gradient is summed in float32 and rounded once. Small losses keep their digits
       (MATH 4.4), but for the rounding of the scores. A label out of range: NaN; one on a class left out: +inf, with
