@@ -1,4 +1,4 @@
-"""Streaming heads over sharded classes: four ways that equal the whole head, and what goes over the wire (MATH 13.1)."""
+"""Streaming heads over sharded classes: four ways that equal the whole head, and what the devices exchange."""
 
 import re
 
@@ -30,7 +30,7 @@ def functions(labels):
             h, W, labels, b, label_smoothing=0.1, token_weights=w, **o
         ),
         "linear_statistics": lambda h, W, b, **o: jnp.stack(heads.linear_statistics(h, W, labels, b, **o)),
-        "linear_log_normalizer": lambda h, W, b, **o: heads.linear_log_normalizer(h, W, b, **o),
+        "linear_log_normalizer": heads.linear_log_normalizer,
         "linear_kl": lambda h, W, b, **o: heads.linear_kl(h, W, jnp.sin(h), jnp.cos(W), b, **o),
         "linear_top_k": lambda h, W, b, **o: heads.linear_top_k(h, W, 11, b, **o).log_prob,
     }
@@ -136,10 +136,9 @@ def test_wrong_calls():
     f = heads.linear_cross_entropy
     for options, error, message in (
         ({"axis_name": "v"}, ValueError, "must be bound"),
-        ({"axis_name": 3}, TypeError, "axis_name must be None"),
+        ({"axis_name": ()}, TypeError, "axis_name must be None"),
         ({"shards": 5}, ValueError, "must divide"),
         ({"shards": 0}, ValueError, "positive int"),
-        ({"shards": 2.0}, TypeError, "positive int"),
     ):
         with pytest.raises(error, match=f"linear_cross_entropy: .*{message}"):
             f(h, W, labels, b, **options)
