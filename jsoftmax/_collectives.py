@@ -12,9 +12,9 @@ AxisName = str | tuple[str, ...] | None
 
 def check_axis_name(function: str, axis_name: Any) -> AxisName:
     """A name, or several, bound where the function is called."""
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if axis_name is None:
         return None
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(
             f"{function}: axis_name must be None, the name of a mesh axis or a tuple of names; got {axis_name!r}. "
@@ -55,8 +55,7 @@ def check_sharded(function: str, argument: str, a: Array, axis_name: AxisName) -
     """An array that `jax.shard_map` knows to be the same on every device would count as often as there are devices."""
     if axis_name is None:
         return
-    names = set(axis_name if isinstance(axis_name, tuple) else (axis_name,))
-    missing = (names & _varying(lax.axis_index(axis_name))) - _varying(a)  # empty where JAX does not keep account
+    missing = _varying(lax.axis_index(axis_name)) - _varying(a)  # empty where JAX does not keep account
     if missing:
         raise ValueError(
             f"{function}: {argument} must be sharded over axis_name={axis_name!r}, each device with its own classes; "

@@ -124,7 +124,10 @@ def test_one_maximum_and_one_sum(name, way):
     given = [jax.device_put(a, NamedSharding(mesh(), spec)) for a, spec in zip(given, names, strict=True)]
     f = ways(functions(labels)[name])[way]
     gradient = jax.grad(lambda *given: jnp.sum(f(*given)), (0, 1, 2))
-    product = lambda *given: jax.jvp(gradient, given, given)[1]  # noqa: E731
+
+    def product(*given):
+        return jax.jvp(gradient, given, given)[1]
+
     for g, count in ((f, 2), (gradient, 3), (product, 4)):
         found, outside = collectives(g, *given)
         assert set(found) == {"all-reduce"}

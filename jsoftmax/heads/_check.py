@@ -102,7 +102,8 @@ def check(
     )
     rows = None
     of_shard = classes if axis_name is not None else classes // shards
-    tokens, of_classes = _block_sizes(function, block_size, head, token_weights is not None, chunk, of_shard)
+    whole_rows = token_weights is not None
+    tokens, of_classes = _block_sizes(function, block_size, head, whole_rows, classes=of_shard, chunk=chunk)
     plan = Plan(tokens, of_classes, dtype, _check_precision(function, precision), axis_name, shards)
     if labels is not NO_LABELS:
         labels = _check_labels(function, labels, batch, classes, wide)
@@ -222,8 +223,8 @@ def _check_precision(function: str, precision: Any) -> Any:
     return given
 
 
-def _block_sizes(  # noqa: PLR0917
-    function: str, block_size: Any, head: Head, whole_rows: bool, chunk: int, classes: int
+def _block_sizes(
+    function: str, block_size: Any, head: Head, whole_rows: bool, *, classes: int, chunk: int
 ) -> tuple[int, int]:
     """Tokens and classes of a block, the latter whole chunks and a divisor of a shard's classes where one is near."""
     tokens, classes = max(1, head.hidden.shape[0]), -(-classes // chunk) * chunk

@@ -177,6 +177,11 @@ def _own(given: Any, axis_name: AxisName) -> Any:
 SHARDS = "jsoftmax_shards"
 
 
+def first_class(head: Head, plan: Plan) -> Array:
+    """The number of this shard's first class among all."""
+    return shard_index(plan.axis_name) * head.weight.shape[0]
+
+
 def vocabulary(head: Head, plan: Plan) -> int:
     """How many classes all shards have."""
     return head.weight.shape[0] * (1 if plan.axis_name is None else plan.shards)
@@ -208,7 +213,7 @@ def over_classes(  # noqa: PLR0917
     padded = [jax.tree.map(lambda q: jnp.pad(q, [(0, 0), (0, -classes % plan.classes)]), h.targets) for h in heads]
     rates = [jax.tree.map(lambda q: cut(q, plan.classes, 1), d.targets) for d in dots]
     starts = jnp.arange(0, classes, plan.classes, dtype=jnp.int32)
-    first = shard_index(plan.axis_name) * classes
+    first = first_class(heads[0], plan)
 
     def body(state: Any, xs: Any) -> tuple[Any, None]:
         (of_heads, of_dots), rates, start = xs

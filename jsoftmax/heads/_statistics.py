@@ -14,7 +14,7 @@ from jsoftmax._collectives import all_max, all_sum, shard_index, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.entropy import gap_sum
 from jsoftmax.gumbel import _noise
-from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, is_label, over_classes
+from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, first_class, is_label, over_classes
 
 
 class Wanted(NamedTuple):
@@ -176,11 +176,11 @@ def over_shards(part: Running, head: Head, plan: Plan) -> Running:
     if part.gap is not None:
         made["gap"] = _moved_gap(part, falls)
     if part.label is not None:
-        made["label"] = jnp.where(_local(head.labels, *_place(head, plan))[0], part.label, 0)
-    for name, weight in (("below", part.mass), ("spread", part.kept_count)):
-        if weight is not None:
-            made[name] = _moved_sum(getattr(part, name), weight, falls)
-    made |= {name: getattr(part, name) for name in ("mass", "kept_count") if getattr(part, name) is not None}
+        made["label"] = jnp.where(_local(head.labels, first_class(head, plan), head.weight.shape[0])[0], part.label, 0)
+    if part.below is not None:
+        made |= {"below": _moved_sum(part.below, part.mass, falls), "mass": part.mass}
+    if part.spread is not None:
+        made |= {"spread": _moved_sum(part.spread, part.kept_count, falls), "kept_count": part.kept_count}
     if part.top is not None:
         made["top"], made["top_class"] = (in_slot(a, plan) for a in (part.top, part.top_class))
     made = all_sum(made, plan.axis_name)
@@ -190,12 +190,6 @@ def over_shards(part: Running, head: Head, plan: Plan) -> Running:
     made["rest"] = made["rest"] + (made.pop("ones") - 1)
     # the maximum over devices may have dropped a NaN
     return Running(jnp.where(jnp.isnan(made["rest"]) & ~jnp.isposinf(peak), jnp.nan, peak), **made)
-
-
-def _place(head: Head, plan: Plan) -> tuple[Array, int]:
-    """The first class of this shard, and how many it has."""
-    classes = head.weight.shape[0]
-    return shard_index(plan.axis_name) * classes, classes
 
 
 def of_all_shards(a: Array, plan: Plan) -> Array:

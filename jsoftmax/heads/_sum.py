@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax._collectives import all_sum, of_first, shard_index, typed_as
+from jsoftmax._collectives import all_sum, of_first, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.heads import _head, _statistics
 from jsoftmax.heads._check import loss_of_tokens
@@ -92,7 +92,7 @@ def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]
     head = _head.with_padding(given.head, plan)
     blocks = jax.tree.map(lambda a: _head.cut(a, plan.classes), head.only(*_head.PER_CLASS))
     wide = head.hidden.dtype
-    first_class = shard_index(plan.axis_name) * head.weight.shape[0]
+    start_of_shard = _head.first_class(head, plan)
     zero = jnp.zeros_like(head.hidden, shape=())  # sharded as tokens and classes are, and so are the sums
     zeros = [None if a is None else jnp.zeros_like(a, wide) + zero for a in (blocks.weight, blocks.bias)]
 
@@ -101,7 +101,7 @@ def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]
 
         def run(sums: Any) -> Any:
             whole = rows._replace(head=head.with_fields(rows.head), smoothing=given.smoothing, z_loss=given.z_loss)
-            return _of_token_block(whole, blocks, first_class, sums, plan)
+            return _of_token_block(whole, blocks, start_of_shard, sums, plan)
 
         def skip(sums: Any) -> Any:
             nothing = jnp.zeros_like(rows.token_weights)

@@ -28,7 +28,7 @@ CHUNK = 128
 def _chunk_normalizers(head: Head, plan: Plan) -> Array:
     """log Σ e^x over each chunk of this shard `[N, chunks]`: 1/128 of the scores' numbers."""
     chunks = -(-head.weight.shape[0] // plan.classes) * plan.classes // CHUNK
-    first = shard_index(plan.axis_name) * head.weight.shape[0]
+    first = _head.first_class(head, plan)
 
     def step(blocks: Heads, _: Heads, start: Array, known: None, state: Array) -> Array:
         x = _head.block_scores(blocks[0], start, plan)
@@ -76,7 +76,7 @@ def _draw(given: tuple[Any, Head], count: int, replace: bool, plan: Plan) -> Arr
             return categorical(key, scores_of(number))
 
         place = lax.map(within, (jax.random.split(of_classes, count), number))
-        drawn = jnp.where(place >= 0, shard * classes + number * CHUNK + place, -1)
+        drawn = jnp.where(place >= 0, _head.first_class(head, plan) + number * CHUNK + place, -1)
         return jnp.where(chunk >= 0, all_sum(jnp.where(inside, drawn, 0), plan.axis_name), -1)
     # the largest x + g of a chunk is a Gumbel variable at its L; those of `count` chunks have the `count` largest
     best, chunk = _noise.top_k(L + _noise.gumbel(of_chunks, L.shape, L.dtype), min(count, L.shape[1]))
@@ -193,7 +193,8 @@ def linear_categorical(
 
     Args:
       key: a PRNG key.
-      hidden, weight, bias, phi, soft_cap, where, log_weights, precision: as in `linear_cross_entropy`.
+      hidden, weight, bias, phi, soft_cap, where, log_weights, precision, axis_name, shards: as in
+        `linear_cross_entropy`. The draw is the same sharded where a shard has whole chunks.
       shape: the result's, which ends in `[...]`: what stands before counts the draws of each token. None: one draw.
       replace: False: the draws of one token are distinct, in the order of a draw without replacement.
       block_size: as in `linear_cross_entropy`, rounded up to whole chunks.

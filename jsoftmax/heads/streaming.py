@@ -148,12 +148,14 @@ def linear_cross_entropy_sum(
 
     Args:
       hidden, weight, labels, bias, phi, soft_cap, margin, label_smoothing, z_loss, ignore_label, where, log_weights,
-        precision: as in `linear_cross_entropy`.
+        precision, axis_name, shards: as in `linear_cross_entropy`.
       token_weights: w, broadcastable to `[...]`; differentiable. None: 1. A token with weight 0 and a label out of
         range counts nothing.
       block_size: as there; the tokens of a block, times V, are what is kept.
     Returns: a number, float32 at least. Forward mode and Hessian products work; they, and derivatives by anything but
-      hidden, weight, bias and token_weights, take the rule of `linear_cross_entropy`.
+      hidden, weight, bias and token_weights, take the rule of `linear_cross_entropy`, as does all with `shards`. With
+      `axis_name` the gradient merges block of tokens by block; a jitted `jax.vmap(axis_name=…)` of it can be
+      differentiated inside the jit only.
     Raises: as `linear_cross_entropy`.
     Source: MATH 11.5.
 
