@@ -1,6 +1,7 @@
 """Labels beside scores: what every loss asks of its arguments, and which rows count."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jsoftmax import _arguments, maps
+from jsoftmax._collectives import AxisName, check_axis_name, check_sharded, shard_count, shard_index
 from jsoftmax.phi import exp
 
 
@@ -56,11 +58,13 @@ def check(
     log_weights: Any = None,
     class_weights: Any = None,
     ignore_label: Any = None,
+    axis_name: Any = None,
     names: tuple[str, str] = ("logits", "labels"),
 ) -> Labelled:
     """The arguments of a loss, checked; `where` masks classes or rows, `ignore_label` rows."""
     maps.check_phi(function, phi)
     z = check_logits(function, names[0], logits)
+    check_sharded(function, names[0], z, check_axis_name(function, axis_name))
     z = z.astype(_arguments.accumulation_dtype(z.dtype))
     axes = _arguments.canonical_axis(function, axis, z.ndim)
     batch = tuple(length for i, length in enumerate(z.shape) if i not in axes)
@@ -130,10 +134,25 @@ def check_option(function: str, value: Any, dtype: Any, **limits: tuple[float, f
     return array.astype(dtype)
 
 
-def in_range(labels: Array, classes: int) -> tuple[Array, Array]:
-    """Labels `[..., 1]`, 0 where one is out of [0, classes), and where that is not so."""
-    valid = ((labels >= 0) & (labels < classes))[..., None]
+def in_range(labels: Array, classes: int, axis_name: AxisName = None) -> tuple[Array, Array]:
+    """Labels `[..., 1]`, 0 where one is out of range, and where that is not so; of `classes` on each shard."""
+    valid = ((labels >= 0) & (labels < classes * shard_count(axis_name)))[..., None]
     return jnp.where(valid, labels[..., None], 0), valid
+
+
+def own_label(label: Array, classes: int, axis_name: AxisName) -> tuple[Array, Array]:
+    """Where a label `[..., 1]` is among this shard's classes, 0 if it is another's, and whether it is there."""
+    if axis_name is None:
+        return label, jnp.ones((), bool)
+    own = label - shard_index(axis_name).astype(label.dtype) * classes
+    inside = (own >= 0) & (own < classes)
+    return jnp.where(inside, own, 0), inside
+
+
+def share_at_label(pick: Callable[[Array], Array], label: Array, classes: int, axis_name: AxisName) -> Array:
+    """pick(label) on the shard that has the label, 0 on the others."""
+    own, inside = own_label(label, classes, axis_name)
+    return jnp.where(inside, pick(own), 0)
 
 
 def _check_labels(  # noqa: PLR0917

@@ -6,35 +6,37 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, maps
 from jsoftmax._arguments import Axis
-from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
-from jsoftmax.maps import class_sum, normalize
+from jsoftmax._collectives import AxisName
+from jsoftmax._orders import renyi, tsallis
+from jsoftmax._series import excess_ratio
+from jsoftmax._sums import careful_sum, centre, class_sum
+from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def centred_log_p(x: Array, axis: tuple[int, ...]) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def centred_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> tuple[Array, Array]:
     """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes."""
-    return _centred_log_p(x, axis)
+    return _centred_log_p(x, axis, axis_name)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _centred_log_p(x: Array, axis: tuple[int, ...]) -> tuple[Array, Array]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _centred_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> tuple[Array, Array]:
     """c = u + Σ p (−u) and H = log1p(rest) + Σ p (−u)  (MATH 4.3)."""
-    u, e, rest, peak = maps.centre(x, axis)
+    u, e, rest, peak = centre(x, axis, axis_name)
     rest = jnp.where(rest == -1, 0, rest)  # an empty row has H = 0
-    spread = gap_sum(x, peak, axis) / (1 + rest)
+    spread = gap_sum(x, peak, axis, axis_name) / (1 + rest)
     return jnp.where(e == 0, 0, u + spread), jnp.log1p(rest) + spread
 
 
-def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
+def gap_sum(x: Array, peak: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """Σ e^u (−u), u = x − peak."""
-    return maps.careful_sum(_gap, x, peak, axis)
+    return careful_sum(_gap, x, peak, axis, axis_name)
 
 
 def _gap(u: Array) -> Array:
@@ -43,94 +45,28 @@ def _gap(u: Array) -> Array:
 
 
 @_centred_log_p.defjvp
-def _centred_log_p_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _centred_log_p_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Any, Any]:
     """Ḣ = −Σ p c ẋ, ċ = ẋ − Σ p ẋ + Ḣ  (MATH 1.5)."""
     (x,), (x_dot,) = primals, tangents
-    c, H = centred_log_p(x, axis)
-    p = normalize(x, axis).p
-    H_dot = -class_sum(p * c * x_dot, axis)
-    return (c, H), (x_dot - class_sum(p * x_dot, axis) + H_dot, H_dot)
+    c, H = centred_log_p(x, axis, axis_name)
+    p = normalize(x, axis, axis_name).p
+    H_dot = -class_sum(p * c * x_dot, axis, axis_name)
+    return (c, H), (x_dot - class_sum(p * x_dot, axis, axis_name) + H_dot, H_dot)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _varentropy(x: Array, axis: tuple[int, ...]) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _varentropy(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
     """V = Σ p c²  (MATH 6.1)."""
-    c, _ = centred_log_p(x, axis)
-    return class_sum(normalize(x, axis).p * c**2, axis)
+    c, _ = centred_log_p(x, axis, axis_name)
+    return class_sum(normalize(x, axis, axis_name).p * c**2, axis, axis_name)
 
 
 @_varentropy.defjvp
-def _varentropy_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _varentropy_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """V̇ = Σ p (c² + 2c − V) ẋ  (MATH 6.2)."""
     (x,), (x_dot,) = primals, tangents
-    (c, _), p, V = centred_log_p(x, axis), normalize(x, axis).p, _varentropy(x, axis)
-    return V, class_sum(p * (c**2 + 2 * c - V) * x_dot, axis)
-
-
-def _surprise(log_p: Array, p: Array, alpha: Array) -> Array:
-    """−p log_α p = (p − p^α)/(α − 1) ≥ 0, −p log p for α = 1; 0 where a class is left out  (MATH 6.6)."""
-    safe = jnp.where(jnp.isneginf(log_p), 0, log_p)
-    far = (alpha - 1) * safe > 1  # for α < 1 a p that underflows still counts
-    powers = (jnp.exp(alpha * safe) - p) / jnp.where(far, 1 - alpha, 1)
-    return jnp.where(far, powers, -p * safe * expm1_ratio(jnp.where(far, 0, (alpha - 1) * safe)))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _tsallis(x: Array, alpha: Array, axis: tuple[int, ...]) -> Array:
-    """S = Σ b, b = −p log_α p: terms that are not negative  (MATH 6.6)."""
-    log_p, p, _ = normalize(x, axis)
-    return class_sum(_surprise(log_p, p, alpha), axis)
-
-
-@functools.partial(_tsallis.defjvp, symbolic_zeros=True)
-def _tsallis_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """Ṡ = α Σ (b − p S) ẋ + Σ (∂b/∂α) α̇  (MATH 6.6)."""
-    (x, alpha), (x_dot, alpha_dot) = primals, tangents
-    log_p, p, _ = normalize(x, axis)
-    b, S = _surprise(log_p, p, alpha), _tsallis(x, alpha, axis)
-    S_dot = jnp.zeros_like(S)
-    if not isinstance(x_dot, SymbolicZero):
-        S_dot = class_sum(alpha * (b - p * S) * x_dot, axis)
-    if not isinstance(alpha_dot, SymbolicZero):
-        S_dot = S_dot + class_sum(jax.jvp(lambda a: _surprise(log_p, p, a), (alpha,), (alpha_dot,))[1], axis)
-    return S, S_dot
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _renyi(x: Array, alpha: Array, axis: tuple[int, ...]) -> Array:
-    """R = log Σ p^α / (1 − α); near α = 1 of Tsallis' S, as log1p((1 − α) S)/(1 − α)  (MATH 6.7)."""
-    log_p, _, L = normalize(x, axis)
-    S = _tsallis(x, alpha, axis)
-    a = (1 - alpha) * S
-    near = jnp.abs(a) <= 0.5
-    far = normalize(_times(alpha, log_p), axis).log_normalizer / jnp.where(near, 1, 1 - alpha)
-    return jnp.where(jnp.isneginf(L), 0, jnp.where(near, S * (1 - log1p_deficit(jnp.where(near, a, 0))), far))
-
-
-def _times(alpha: Array, log_p: Array) -> Array:
-    """α log p, and no NaN where a class is left out."""
-    out = jnp.isneginf(log_p)
-    return jnp.where(out, -jnp.inf, alpha * jnp.where(out, 0, log_p))
-
-
-@functools.partial(_renyi.defjvp, symbolic_zeros=True)
-def _renyi_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """Ṙ = α Σ (r − p)/(1 − α) ẋ − D(r‖p)/(1 − α)² α̇, r = p^α / Σ p^α; by y = (α − 1) (l + R) = log r/p where it is
-    small  (MATH 6.7)."""
-    (x, alpha), (x_dot, alpha_dot) = primals, tangents
-    log_p, p, _ = normalize(x, axis)
-    r, R = normalize(_times(alpha, log_p), axis).p, _renyi(x, alpha, axis)
-    d = jnp.where(jnp.isneginf(log_p), 0, log_p + R)
-    y = (alpha - 1) * d
-    near = jnp.abs(y) < 0.5
-    y_near, gap = jnp.where(near, y, 0), jnp.where(near, 1, 1 - alpha)
-    R_dot = jnp.zeros_like(R)
-    if not isinstance(x_dot, SymbolicZero):
-        R_dot = class_sum(alpha * jnp.where(near, -p * d * expm1_ratio(y_near), (r - p) / gap) * x_dot, axis)
-    if not isinstance(alpha_dot, SymbolicZero):
-        divergence = jnp.where(near, r * d**2 * excess_ratio(y_near), (p - r + r * y) / gap**2)
-        R_dot = R_dot - class_sum(divergence, axis) * alpha_dot
-    return R, R_dot
+    (c, _), p, V = centred_log_p(x, axis, axis_name), normalize(x, axis, axis_name).p, _varentropy(x, axis, axis_name)
+    return V, class_sum(p * (c**2 + 2 * c - V) * x_dot, axis, axis_name)
 
 
 def log_ratio(log_p: Array, p: Array, log_q: Array) -> tuple[Array, Array]:
@@ -150,31 +86,32 @@ def kl_terms(log_p: Array, p: Array, log_q: Array, q: Array) -> tuple[Array, Arr
     return jnp.where(near, p * r_near**2 * excess_ratio(r_near), p * r - p + q), r
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...]) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
     """D = Σ p r, r = log p − log q, summed as p (e^−r − 1 + r) ≥ 0, since Σ q − Σ p = 0  (MATH 6.3)."""
-    (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis), normalize(x_q, axis)
-    D = class_sum(kl_terms(log_p, p, log_q, q)[0], axis)
-    impossible = jnp.any(jnp.isneginf(log_q) & (log_p > -jnp.inf), axis, keepdims=True)
+    (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis, axis_name), normalize(x_q, axis, axis_name)
+    D = class_sum(kl_terms(log_p, p, log_q, q)[0], axis, axis_name)
+    impossible = class_sum((jnp.isneginf(log_q) & (log_p > -jnp.inf)).astype(D.dtype), axis, axis_name) > 0
     return jnp.where(jnp.isnan(D), D, jnp.where(jnp.isneginf(L_p), 0, jnp.where(impossible, jnp.inf, D)))
 
 
 @_kl.defjvp
-def _kl_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4); finite where D is not: those classes have r = 0."""
     (x_p, x_q), (x_p_dot, x_q_dot) = primals, tangents
-    (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis), normalize(x_q, axis)
+    (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis, axis_name), normalize(x_q, axis, axis_name)
     r, _ = log_ratio(log_p, p, log_q)
     by_q = jnp.where(jnp.isneginf(x_q) | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q - p)
-    rate = p * (r - class_sum(p * r, axis)) * x_p_dot + by_q * x_q_dot
-    return _kl(x_p, x_q, axis), class_sum(rate, axis)
+    rate = p * (r - class_sum(p * r, axis, axis_name)) * x_p_dot + by_q * x_q_dot
+    return _kl(x_p, x_q, axis, axis_name), class_sum(rate, axis, axis_name)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "order"))
-@functools.partial(jax.checkpoint, static_argnums=(1, 5), prevent_cse=False)
+@functools.partial(jax.jit, static_argnames=("axis", "axis_name", "order"))
+@functools.partial(jax.checkpoint, static_argnums=(1, 2, 6), prevent_cse=False)
 def _expansion(  # noqa: PLR0917  (as `maps.Arguments` has them)
     scores: tuple[Array, Array],
     axis: tuple[int, ...],
+    axis_name: AxisName,
     where: Array | None,
     log_weights: Array | None,
     phi: Phi,
@@ -186,20 +123,20 @@ def _expansion(  # noqa: PLR0917  (as `maps.Arguments` has them)
     """
     z, dz = scores
     x = maps.weighted_scores(phi, z, where, log_weights)
-    c, H = centred_log_p(x, axis)
-    p = normalize(x, axis).p
+    c, H = centred_log_p(x, axis, axis_name)
+    p = normalize(x, axis, axis_name).p
     out = jnp.isneginf(x) | (p == 0)  # with p underflowed, too: 0 · inf would be NaN
     z, dz = jnp.where(out, 0, z), jnp.where(out, 0, dz)
     y = slope(phi, z) * dz
-    centred = y - class_sum(p * y, axis)
+    centred = y - class_sum(p * y, axis, axis_name)
     change = p * c * centred
     if order == 2:
         change = change + p * ((1 + c) * centred**2 + c * curvature(phi, z) * dz**2) / 2
-    return H - class_sum(change, axis)
+    return H - class_sum(change, axis, axis_name)
 
 
-def _entropy(x: Array, axis: tuple[int, ...]) -> Array:
-    return centred_log_p(x, axis)[1]
+def _entropy(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    return centred_log_p(x, axis, axis_name)[1]
 
 
 def entropy(
@@ -210,6 +147,7 @@ def entropy(
     phi: Phi = exp,
     log_weights: ArrayLike | None = None,
     keepdims: bool = False,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Shannon entropy of p = w φ(z) / Σ w φ(z), in nats.
 
@@ -224,6 +162,7 @@ def entropy(
       phi: the positive map φ.
       log_weights: log w, broadcastable to `z`; −inf leaves a class out.
       keepdims: keep the reduced axes with length 1.
+      axis_name: as in `jsoftmax.softmax`, where the classes are sharded.
     Returns: `[...]` in [0, log K], in the dtype of `z`, but float32 for narrower scores; within |u| + 4 ulp, also on
       almost one-hot rows (MATH 4). Finite derivatives of every order where p = 0. One class or none left: 0. A score
       of +inf or NaN, or one outside φ's domain: NaN in that row alone.
@@ -236,7 +175,7 @@ def entropy(
     >>> jax.grad(entropy)(jnp.array([0., -jnp.inf]))
     Array([-0., -0.], dtype=float32)
     """
-    arguments = maps.check("entropy", {"z": z}, axis, where, phi, log_weights)
+    arguments = maps.check("entropy", {"z": z}, axis, where, phi, log_weights, axis_name)
     return maps.reduce_classes(_entropy, arguments, phi, keepdims)
 
 
@@ -248,13 +187,14 @@ def varentropy(
     phi: Phi = exp,
     log_weights: ArrayLike | None = None,
     keepdims: bool = False,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Varentropy: the variance of log p under p, in nats².
 
     V = Σ p c²,  c = log p + H;   ∂V/∂z = p (c² + 2c − V) s     (MATH 6.1, 6.2)
 
     Args:
-      z, axis, where, phi, log_weights, keepdims: as in `entropy`.
+      z, axis, where, phi, log_weights, keepdims, axis_name: as in `entropy`.
     Returns: `[...]` ≥ 0, in the dtype of `z`, but float32 for narrower scores. One class or none left: 0; uniform: 0.
       A score of +inf or NaN: NaN in that row alone.
     Raises: as `entropy`.
@@ -263,7 +203,7 @@ def varentropy(
     >>> varentropy(jnp.array([0., 1.]))
     Array(0.196611..., dtype=float32)
     """
-    arguments = maps.check("varentropy", {"z": z}, axis, where, phi, log_weights)
+    arguments = maps.check("varentropy", {"z": z}, axis, where, phi, log_weights, axis_name)
     return maps.reduce_classes(_varentropy, arguments, phi, keepdims)
 
 
@@ -276,6 +216,7 @@ def tsallis_entropy(
     phi: Phi = exp,
     log_weights: ArrayLike | None = None,
     keepdims: bool = False,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Tsallis entropy of p = w φ(z) / Σ w φ(z); Shannon's for α = 1, the Gini impurity for α = 2.
 
@@ -284,7 +225,7 @@ def tsallis_entropy(
     S/α is −Ω of `jsoftmax.fenchel_young_loss`.
 
     Args:
-      z, axis, where, phi, log_weights, keepdims: as in `entropy`.
+      z, axis, where, phi, log_weights, keepdims, axis_name: as in `entropy`.
       alpha: α ≥ 0, a number, or an array with one for each row, of length 1 along the classes; differentiable, through
         α = 1 too.
     Returns: as `entropy`: `[...]` ≥ 0, with the digits of small results. One class or none left: 0.
@@ -294,7 +235,7 @@ def tsallis_entropy(
     >>> tsallis_entropy(jnp.log(jnp.array([0.5, 0.25, 0.25])), 2)
     Array(0.625, dtype=float32)
     """
-    return _of_order("tsallis_entropy", _tsallis, z, alpha, axis, where, phi, log_weights, keepdims)
+    return _of_order("tsallis_entropy", tsallis, z, alpha, axis, where, phi, log_weights, keepdims, axis_name)
 
 
 def renyi_entropy(
@@ -306,14 +247,15 @@ def renyi_entropy(
     phi: Phi = exp,
     log_weights: ArrayLike | None = None,
     keepdims: bool = False,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Rényi entropy of p = w φ(z) / Σ w φ(z), in nats; Shannon's for α = 1, the logarithm of the support's size for 0.
 
     R = log Σ p^α / (1 − α);   ∂R/∂z = α/(1 − α) (r − p) s,  r = p^α / Σ p^α     (MATH 6.7)
 
     Args:
-      z, alpha, axis, where, phi, log_weights, keepdims: as in `tsallis_entropy`. For α = ∞, the min-entropy, take
-        −jnp.max(log_softmax(z), -1).
+      z, alpha, axis, where, phi, log_weights, keepdims, axis_name: as in `tsallis_entropy`. For α = ∞, the
+        min-entropy, take −jnp.max(log_softmax(z), -1).
     Returns: as `entropy`: `[...]` in [0, log K].
     Raises: as `tsallis_entropy`.
     Source: Rényi 1961.
@@ -321,14 +263,14 @@ def renyi_entropy(
     >>> renyi_entropy(jnp.log(jnp.array([0.5, 0.25, 0.25])), 2)  # −log 3/8
     Array(0.98082..., dtype=float32)
     """
-    return _of_order("renyi_entropy", _renyi, z, alpha, axis, where, phi, log_weights, keepdims)
+    return _of_order("renyi_entropy", renyi, z, alpha, axis, where, phi, log_weights, keepdims, axis_name)
 
 
 def _of_order(function: str, f: Any, z: Any, alpha: Any, *options: Any) -> Array:
-    axis, where, phi, log_weights, keepdims = options
+    axis, where, phi, log_weights, keepdims, axis_name = options
     if _arguments.is_concrete_number(alpha) and not 0 <= alpha < math.inf:
         raise ValueError(f"{function}: alpha must be >= 0 and finite; got {alpha}. 1 is Shannon's entropy, 2 is usual.")
-    arguments = maps.check(function, {"z": z}, axis, where, phi, log_weights)
+    arguments = maps.check(function, {"z": z}, axis, where, phi, log_weights, axis_name)
     (scores,) = arguments.scores
     order = _arguments.per_row(function, "alpha", alpha, scores.shape, arguments.axis, scores.dtype)
     return maps.reduce_classes(f, arguments, phi, keepdims, (order,))
@@ -342,6 +284,7 @@ def kl_divergence(
     *,
     phi: Phi = exp,
     log_weights: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Kullback–Leibler divergence D(p‖q) of p = w φ(z_p)/Σ and q = w φ(z_q)/Σ, in nats.
 
@@ -350,7 +293,7 @@ def kl_divergence(
     Args:
       z_p, z_q: scores `[..., K]` that broadcast together.
       axis: int, tuple or None (all): the classes' axis, reduced.
-      where, phi, log_weights: as in `entropy`, for both distributions.
+      where, phi, log_weights, axis_name: as in `entropy`, for both distributions.
     Returns: `[...]` ≥ 0, in the scores' common dtype, but float32 for narrower ones. A class with p = 0 adds 0; one
       with q = 0 < p makes D = +inf, with finite derivatives for the other classes. No class left for p: 0. A score of
       +inf or NaN: NaN in that row alone.
@@ -361,7 +304,7 @@ def kl_divergence(
     Array(0.46211..., dtype=float32)
     """
     return maps.reduce_classes(
-        _kl, maps.check("kl_divergence", {"z_p": z_p, "z_q": z_q}, axis, where, phi, log_weights), phi
+        _kl, maps.check("kl_divergence", {"z_p": z_p, "z_q": z_q}, axis, where, phi, log_weights, axis_name), phi
     )
 
 
@@ -374,6 +317,7 @@ def entropy_expansion(
     *,
     phi: Phi = exp,
     log_weights: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Taylor expansion of the entropy about z, at z + Δ, with an error of O(|Δ|^{order+1}).
 
@@ -382,7 +326,7 @@ def entropy_expansion(
     Args:
       z, dz: scores `[..., K]` and their changes Δ, which broadcast together.
       order: 1 or 2.
-      axis, where, phi, log_weights: as in `entropy`.
+      axis, where, phi, log_weights, axis_name: as in `entropy`.
     Returns: `[...]`, in the common dtype of `z` and `dz`, but float32 for narrower ones. Changes of classes that are
       left out count nothing. Edges as in `entropy`.
     Raises: as `entropy`, and ValueError if `order` is neither 1 nor 2 or the shapes do not broadcast together.
@@ -397,6 +341,6 @@ def entropy_expansion(
             f"entropy_expansion: order must be 1 or 2, known at trace time; got {order!r}. "
             "For higher orders differentiate entropy itself, e.g. with nested jax.jvp."
         )
-    arguments = maps.check("entropy_expansion", {"z": z, "dz": dz}, axis, where, phi, log_weights)
-    result = _expansion((arguments.scores[0], arguments.scores[1]), *arguments[1:4], phi, int(order))
+    arguments = maps.check("entropy_expansion", {"z": z, "dz": dz}, axis, where, phi, log_weights, axis_name)
+    result = _expansion((arguments.scores[0], arguments.scores[1]), *arguments[1:5], phi, int(order))
     return jnp.squeeze(result, arguments.axis)

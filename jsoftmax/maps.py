@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments
 from jsoftmax._arguments import Axis
+from jsoftmax._collectives import AxisName, check_axis_name, check_sharded
+from jsoftmax._sums import centre, class_sum
 from jsoftmax.phi import Phi, exp, log_phi
-
-_SHORT_BLOCK, _FEW = 64, 16
 
 
 class Normalized(NamedTuple):
@@ -25,133 +25,19 @@ class Normalized(NamedTuple):
     log_normalizer: Array
 
 
-class Centred(NamedTuple):
-    """What MATH 4 builds everything of; all but u keep the reduced axes."""
-
-    u: Array
-    """x − max x."""
-    e: Array
-    """e^u."""
-    rest: Array
-    """Σ e^u − 1 without cancellation: −1 for an empty row."""
-    peak: Array
-    """max x, 0 for an empty row."""
-
-
-def centre(x: Array, axis: tuple[int, ...]) -> Centred:
-    """u = x − max x, e^u, and Σ e^u − 1 without cancellation (MATH 4.1).
-
-    Ones are counted apart from what is smaller than one, so no small term is lost beside a 1. That takes a second sum,
-    which is slow on CPU over many classes; so a long axis is cut into blocks, and only the block that holds the
-    maximum, and what the blocks leave over, are summed with that care. The barriers keep XLA from fusing that block's
-    gather and sums into the pass over all classes, which it would then not vectorise. Where e^u would not stay in a
-    cache it is computed twice rather than written and read (benchmarks/NOTES.md).
-    Right under plain autodiff too: the maximum carries no derivative, and counting has none.
-    """
-    length = _block_length(x, axis)
-    if not length:
-        parts = _slices(x, axis[0]) if _has_few(x, axis) else [x]
-        top = [jnp.max(lax.stop_gradient(part), axis, keepdims=True, initial=-jnp.inf) for part in parts]
-        peak = _peak(_by_halves(jnp.maximum, top))
-        e = [jnp.exp(part - peak) for part in parts]
-        ones = [jnp.floor(part) for part in e]
-        small = _by_halves(jnp.add, [jnp.sum(a - b, axis, keepdims=True) for a, b in zip(e, ones, strict=True)])
-        rest = small + (_by_halves(jnp.add, [jnp.sum(part, axis, keepdims=True) for part in ones]) - 1)
-        u = x - lax.optimization_barrier(peak)
-        return Centred(u, jnp.exp(u), rest, peak)
-    cut, tail = _cut(x, length)
-    blocks = cut.shape[-2]
-    block_peak = lax.optimization_barrier(jnp.max(lax.stop_gradient(cut), -1))
-    tail_peak = jnp.max(lax.stop_gradient(tail), -1, keepdims=True, initial=-jnp.inf)
-    peak = _peak(jnp.maximum(jnp.max(block_peak, -1, keepdims=True), tail_peak))
-    e_cut, e_tail = jnp.exp(cut - peak[..., None]), jnp.exp(tail - peak)
-    block_sum = lax.optimization_barrier(jnp.sum(e_cut, -1))
-    total = _pairwise_sum(jnp.concatenate([block_sum, e_tail], -1))
-    # the block of the maximum; any, where the tail has it
-    best = jnp.min(jnp.where(block_peak == peak, jnp.arange(blocks), blocks - 1), -1, keepdims=True)
-    others = jnp.where(jnp.arange(blocks) == best, 0, block_sum)
-    block = jnp.take_along_axis(cut, best[..., None], -2)[..., 0, :]
-    e = jnp.exp(jnp.concatenate([block, tail], -1) - peak)
-    small = _pairwise_sum(lax.optimization_barrier(jnp.concatenate([e - jnp.floor(e), others], -1)))
-    ones = jnp.round(total - small)  # an integer of at least 1: exact until an error of 1 is below rounding
-    u = x - peak
-    shared = jnp.concatenate([e_cut.reshape(*x.shape[:-1], -1), e_tail], -1)
-    return Centred(u, shared if length == _SHORT_BLOCK else jnp.exp(u), small + (ones - 1), peak)
-
-
-def careful_sum(f: Callable[[Array], Array], x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
-    """Σ f(x − peak), over a long axis by blocks and halves."""
-    length = _block_length(x, axis)
-    if not length:
-        return class_sum(f(x - peak), axis)
-    cut, tail = _cut(x, length)
-    peak = lax.optimization_barrier(peak)  # else XLA writes the e^u that `centre` computes too, for both to read
-    block_sum = lax.optimization_barrier(jnp.sum(f(cut - peak[..., None]), -1))
-    return _pairwise_sum(jnp.concatenate([block_sum, f(tail - peak)], -1))
-
-
-def class_sum(a: Array, axis: tuple[int, ...]) -> Array:
-    """Σ over the classes, whose axes keep length 1."""
-    if _has_few(a, axis) and axis[0] < a.ndim - 1:
-        return _by_halves(jnp.add, _slices(a, axis[0]))
-    return jnp.sum(a, axis, keepdims=True)
-
-
-def _has_few(a: Array, axis: tuple[int, ...]) -> bool:
-    return len(axis) == 1 and 1 < a.shape[axis[0]] <= _FEW
-
-
-def _slices(a: Array, axis: int) -> list[Array]:
-    """A few classes one by one: XLA on CPU adds them faster than it reduces a short or a leading axis (NOTES.md)."""
-    return [lax.slice_in_dim(a, i, i + 1, axis=axis) for i in range(a.shape[axis])]
-
-
-def _by_halves(op: Callable[[Array, Array], Array], parts: list[Array]) -> Array:
-    while len(parts) > 1:
-        half = len(parts) // 2
-        parts = [*map(op, parts[:half], parts[half : 2 * half]), *parts[2 * half :]]
-    return parts[0]
-
-
-def _block_length(x: Array, axis: tuple[int, ...]) -> int:
-    """How many classes a block of a long last axis has; 0 for a short axis or another."""
-    if not x.ndim or axis != (x.ndim - 1,) or x.shape[-1] <= 256:
-        return 0
-    return _SHORT_BLOCK if x.shape[-1] < 4096 else 256
-
-
-def _cut(x: Array, length: int) -> tuple[Array, Array]:
-    """The last axis as blocks, and the tail that they leave over."""
-    split = x.shape[-1] - x.shape[-1] % length
-    return x[..., :split].reshape(*x.shape[:-1], -1, length), x[..., split:]
-
-
-def _pairwise_sum(a: Array) -> Array:
-    """Σ over the last axis by halves: its rounding error grows as log n, where that of a running sum grows as n."""
-    while a.shape[-1] > 1:
-        half = a.shape[-1] // 2
-        a = jnp.concatenate([a[..., :half] + a[..., half : 2 * half], a[..., 2 * half :]], -1)
-    return a
-
-
-def _peak(peak: Array) -> Array:
-    """The maximum, 0 for an empty row, so that −inf − peak is no NaN."""
-    return jnp.where(jnp.isneginf(peak), 0, peak)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def normalize(x: Array, axis: tuple[int, ...]) -> Normalized:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Normalized:
     """l = log p, p and L; x = −inf leaves a class out.
 
     Compiled by itself: rules call it again and again, and JAX keeps its trace.
     """
-    return _normalize(x, axis)
+    return _normalize(x, axis, axis_name)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _normalize(x: Array, axis: tuple[int, ...]) -> Normalized:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Normalized:
     """l = u − log1p(rest), p = e^u/(1 + rest), L = max x + log1p(rest)  (MATH 4.2)."""
-    u, e, rest, peak = centre(x, axis)
+    u, e, rest, peak = centre(x, axis, axis_name)
     empty = rest == -1
     log_total = jnp.log1p(jnp.where(empty, 0, rest))
     # the derivative of l is 0 where a class is left out, under plain autodiff too
@@ -162,11 +48,13 @@ def _normalize(x: Array, axis: tuple[int, ...]) -> Normalized:
 
 
 @_normalize.defjvp
-def _normalize_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Normalized, Normalized]:
+def _normalize_jvp(
+    axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any
+) -> tuple[Normalized, Normalized]:
     """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ  (MATH 1.2 to 1.4)."""
     (x,), (x_dot,) = primals, tangents
-    out = normalize(x, axis)
-    mean = class_sum(out.p * x_dot, axis)
+    out = normalize(x, axis, axis_name)
+    mean = class_sum(out.p * x_dot, axis, axis_name)
     centred = x_dot - mean
     return out, Normalized(where_not(jnp.isneginf(x), centred), out.p * centred, mean)
 
@@ -189,10 +77,12 @@ def weighted_scores(phi: Phi, z: Array, where: Array | None, log_weights: Array 
 
 
 class Arguments(NamedTuple):
-    """Checked: scores of one shape in the accumulation dtype, the axes, the mask, log w, the scores' dtype."""
+    """Checked: scores of one shape in the accumulation dtype, the axes, the name of the axis that shards them, the
+    mask, log w, the scores' dtype."""
 
     scores: tuple[Array, ...]
     axis: tuple[int, ...]
+    axis_name: AxisName
     where: Array | None
     log_weights: Array | None
     dtype: Any
@@ -205,6 +95,7 @@ def check(  # noqa: PLR0917  (as the public functions have them)
     where: Any,
     phi: Any,
     log_weights: Any,
+    axis_name: Any = None,
 ) -> Arguments:
     """The arguments of a public function, checked, promoted and broadcast; `scores` by the names users know."""
     check_phi(function, phi)
@@ -212,31 +103,38 @@ def check(  # noqa: PLR0917  (as the public functions have them)
     shape = _arguments.joint_shape(function, arrays)
     narrow = jnp.result_type(*arrays.values())
     dtype = _arguments.accumulation_dtype(narrow)
+    check_axis_name(function, axis_name)
+    for name, z in arrays.items():
+        check_sharded(function, name, z, axis_name)
     return Arguments(
         tuple(jnp.broadcast_to(z.astype(dtype), shape) for z in arrays.values()),
         _arguments.canonical_axis(function, axis, len(shape)),
+        axis_name,
         _arguments.check_where(function, where, shape),
         _arguments.check_log_weights(function, log_weights, shape, dtype),
         narrow,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("f", "axis"))
+@functools.partial(jax.jit, static_argnames=("f", "axis", "axis_name"))
 def _of_weighted_scores(  # noqa: PLR0917  (as `Arguments` has them)
     f: Callable[..., Array],
     scores: tuple[Array, ...],
     axis: tuple[int, ...],
+    axis_name: AxisName,
     where: Array | None,
     log_weights: Array | None,
     phi: Phi,
     parameters: tuple[Array, ...] = (),
 ) -> Array:
-    return f(*(weighted_scores(phi, z, where, log_weights) for z in scores), *parameters, axis)
+    return f(*(weighted_scores(phi, z, where, log_weights) for z in scores), *parameters, axis, axis_name)
 
 
 def keep_classes(f: Callable[..., Array], arguments: Arguments, phi: Phi, parameters: tuple[Array, ...] = ()) -> Array:
-    """f(x, …, *parameters, axis) of x = ψ(z) + log w, in the scores' dtype. Compiled as one: what f drops is not
-    computed."""
+    """f(x, …, *parameters, axis, axis_name) of x = ψ(z) + log w, in the scores' dtype.
+
+    Compiled as one: what f drops is not computed.
+    """
     *given, dtype = arguments
     return _of_weighted_scores(f, *given, phi, parameters).astype(dtype)
 
@@ -248,7 +146,7 @@ def reduce_classes(
     keepdims: bool = False,
     parameters: tuple[Array, ...] = (),
 ) -> Array:
-    """f(x, …, *parameters, axis) for an f that reduces the classes, in the accumulation dtype."""
+    """f(x, …, *parameters, axis, axis_name) for an f that reduces the classes, in the accumulation dtype."""
     *given, _ = arguments
     result = _of_weighted_scores(f, *given, phi, parameters)
     return result if keepdims else jnp.squeeze(result, arguments.axis)
@@ -273,6 +171,7 @@ def softmax(
     *,
     phi: Phi = exp,
     log_weights: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Probabilities p = w φ(z) / Σ w φ(z); with phi=exp the softmax.
 
@@ -285,6 +184,10 @@ def softmax(
       phi: the positive map φ.
       log_weights: log w, broadcastable to `z`: a prior, a reference measure, a sampling correction; −inf leaves a
         class out. Differentiable.
+      axis_name: the axis of `jax.shard_map` or `jax.vmap(axis_name=…)` over which the classes are sharded: each device
+        gives its own part of `z`, `where` and `log_weights` and gets its part of the result, and devices exchange
+        numbers of rows only (MATH 13.2). Inside shard_map gradients are right with check_vma (its default); without
+        it, and inside vmap, a gradient taken inside is that of the sum over the devices.
     Returns: the shape and dtype of `z`; computed in float32 at least; within |u| + 4 ulp, u = x − max x (MATH 4).
       A class left out, or with a score of −inf, has p = 0 and derivatives 0; so have all classes of an empty row
       (jax.nn gives NaN). A score of +inf or NaN, or one outside φ's domain, makes its row NaN.
@@ -298,7 +201,7 @@ def softmax(
     >>> softmax(jnp.array([0., 1., 2.]), phi=taylor(2))
     Array([0.11764..., 0.29411..., 0.58823...], dtype=float32)
     """
-    return keep_classes(_p, check("softmax", {"z": z}, axis, where, phi, log_weights), phi)
+    return keep_classes(_p, check("softmax", {"z": z}, axis, where, phi, log_weights, axis_name), phi)
 
 
 def log_softmax(
@@ -308,13 +211,14 @@ def log_softmax(
     *,
     phi: Phi = exp,
     log_weights: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Log-probabilities l = log p, small ones and ones near 0 alike to the last digits.
 
     l_k = x_k − L,  x = ψ(z) + log w;   ∂l_i/∂z_j = (δ_ij − p_j) s_j     (MATH 1.4)
 
     Args:
-      z, axis, where, phi, log_weights: as in `softmax`.
+      z, axis, where, phi, log_weights, axis_name: as in `softmax`.
     Returns: the shape and dtype of `z`; within |u| + 4 ulp, u = x − max x (MATH 4).
       −inf, with derivatives 0, for a class left out. A score of +inf or NaN makes its row NaN.
     Raises: as `softmax`.
@@ -323,7 +227,7 @@ def log_softmax(
     >>> log_softmax(jnp.array([0., -20.]))
     Array([-2.06115...e-09, -2.00000...e+01], dtype=float32)
     """
-    return keep_classes(_log_p, check("log_softmax", {"z": z}, axis, where, phi, log_weights), phi)
+    return keep_classes(_log_p, check("log_softmax", {"z": z}, axis, where, phi, log_weights, axis_name), phi)
 
 
 def log_normalizer(
@@ -334,13 +238,14 @@ def log_normalizer(
     phi: Phi = exp,
     log_weights: ArrayLike | None = None,
     keepdims: bool = False,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """The log-normaliser L = log Σ w φ(z); with phi=exp the log-sum-exp, whose derivatives are cumulants.
 
     L = log Σ e^x,  x = ψ(z) + log w;   ∂L/∂z_j = p_j s_j     (MATH 1.3)
 
     Args:
-      z, axis, where, phi, log_weights: as in `softmax`; `axis` is reduced.
+      z, axis, where, phi, log_weights, axis_name: as in `softmax`; `axis` is reduced.
       keepdims: keep the reduced axes with length 1.
     Returns: `[...]` in the dtype of `z`, but float32 for narrower scores (`jax.nn.logsumexp` keeps them narrow);
       within 4 ulp of max(|max x|, |L|) (MATH 4). An empty row: −inf with derivatives 0. A score of +inf: +inf with
@@ -351,17 +256,17 @@ def log_normalizer(
     >>> log_normalizer(jnp.array([0., -20.]))
     Array(2.06115...e-09, dtype=float32)
     """
-    arguments = check("log_normalizer", {"z": z}, axis, where, phi, log_weights)
+    arguments = check("log_normalizer", {"z": z}, axis, where, phi, log_weights, axis_name)
     return reduce_classes(_log_normalizer, arguments, phi, keepdims)
 
 
-def _p(x: Array, axis: tuple[int, ...]) -> Array:
-    return normalize(x, axis).p
+def _p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    return normalize(x, axis, axis_name).p
 
 
-def _log_p(x: Array, axis: tuple[int, ...]) -> Array:
-    return normalize(x, axis).log_p
+def _log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    return normalize(x, axis, axis_name).log_p
 
 
-def _log_normalizer(x: Array, axis: tuple[int, ...]) -> Array:
-    return normalize(x, axis).log_normalizer
+def _log_normalizer(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    return normalize(x, axis, axis_name).log_normalizer

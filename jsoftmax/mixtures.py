@@ -11,7 +11,9 @@ from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, maps
 from jsoftmax._arguments import Axis
-from jsoftmax.maps import class_sum, normalize
+from jsoftmax._collectives import AxisName
+from jsoftmax._sums import class_sum
+from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 
 
@@ -55,7 +57,7 @@ def mixture_log_softmax(
     Array([-0.55361..., -0.85535...], dtype=float32)
     """
     function = "mixture_log_softmax"
-    (scores,), axes, _, _, dtype = maps.check(function, {"z": z}, axis, None, phi, None)
+    (scores,), axes, _, _, _, dtype = maps.check(function, {"z": z}, axis, None, phi, None)
     logits = _arguments.as_scores(function, "mixture_logits", mixture_logits).astype(scores.dtype)
     if len(axes) != 1 or scores.ndim < 2:
         raise ValueError(
@@ -110,8 +112,8 @@ def sink_softmax(
     return maps.keep_classes(_with_sink, arguments, exp, (per_row,))
 
 
-def _with_sink(x: Array, sink: Array, axis: tuple[int, ...]) -> Array:
-    _, p, L = normalize(x, axis)
+def _with_sink(x: Array, sink: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    _, p, L = normalize(x, axis, axis_name)
     empty = jnp.isneginf(L)
     gap = jnp.where(empty, 0, L) - jnp.where(empty, 0, sink)
     return p * lax.logistic(gap)

@@ -240,7 +240,7 @@ def _check_alpha(function: str, alpha: Any, shape: tuple[int, ...], axes: tuple[
 
 
 def _map(function: str, z: Any, alpha: Any, axis: Any, where: Any) -> Array:
-    (scores,), axes, mask, _, dtype = maps.check(function, {"z": z}, axis, where, maps.exp, None)
+    (scores,), axes, _, mask, _, dtype = maps.check(function, {"z": z}, axis, where, maps.exp, None)
     alpha, power = _check_alpha(function, alpha, scores.shape, axes, scores.dtype)
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)

@@ -9,9 +9,9 @@ from jax import lax
 from jax.custom_derivatives import zero_from_primal
 from jaxtyping import Array
 
-from jsoftmax import maps
 from jsoftmax._collectives import all_max, all_sum, shard_index, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
+from jsoftmax._sums import centre
 from jsoftmax.entropy import gap_sum
 from jsoftmax.gumbel import _noise
 from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, first_class, is_label, over_classes
@@ -90,7 +90,7 @@ def initial(head: Head, wanted: Wanted) -> Running:
 def of_block(head: Head, wanted: Wanted, start: Array, x: Array, plan: Plan) -> Running:
     """The statistics of a block with the scores x, about its own peak  (MATH 11.2)."""
     axis = (1,)
-    _, _, rest, peak = maps.centre(x, axis)
+    _, _, rest, peak = centre(x, axis)
     top = jnp.where(rest == -1, -jnp.inf, peak)
     made: dict[str, Any] = {}
     if wanted.entropy:

@@ -13,58 +13,77 @@ from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, _labels, maps
 from jsoftmax._arguments import Axis
+from jsoftmax._collectives import AxisName, all_sum
 from jsoftmax._labels import Labelled
 from jsoftmax._series import expm1_ratio
-from jsoftmax.maps import class_sum, normalize
+from jsoftmax._sums import centre, class_sum
+from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 
 # --- −l_y with its one rule ----------------------------------------------------------------------------------
 
 
-@jax.jit
-def negative_log_p(x: Array, label: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=2)
+def negative_log_p(x: Array, label: Array, axis_name: AxisName = None) -> Array:
     """−l_y over the last axis of `x`, for labels `[..., 1]` in [0, K)."""
-    return _negative_log_p(x, label)
+    return _negative_log_p(x, label, axis_name)
 
 
-@jax.custom_jvp
-def _negative_log_p(x: Array, label: Array) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _negative_log_p(x: Array, label: Array, axis_name: AxisName) -> Array:
     """−l_y = log1p(rest) + (max x − x_y): two terms that are not negative  (MATH 7.1)."""
-    _, _, rest, peak = maps.centre(x, (x.ndim - 1,))
-    return jnp.log1p(jnp.where(rest == -1, 0, rest)) + (peak - jnp.take_along_axis(x, label, -1))
+    _, _, rest, peak = centre(x, (x.ndim - 1,), axis_name)
+    x_y = all_sum(_share_at_label(x, label, axis_name), axis_name)
+    return jnp.log1p(jnp.where(rest == -1, 0, rest)) + (peak - x_y)
 
 
 @_negative_log_p.defjvp
-def _negative_log_p_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _negative_log_p_jvp(axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Σ p ẋ − ẋ_y  (MATH 7.1); one array is kept for the backward pass.
 
     XLA on CPU scatters the label's −1 into the array that is written anyway, where comparing each class with it would
     take 1.6 times as long; for a few classes comparing is faster (benchmarks/NOTES.md).
     """
     (x, label), (x_dot, _) = primals, tangents
-    axis, p = (x.ndim - 1,), normalize(x, (x.ndim - 1,)).p
+    axis = (x.ndim - 1,)
+    p = normalize(x, axis, axis_name).p
     if x.shape[-1] <= 16:
-        return negative_log_p(x, label), class_sum((p - _is_label(x, label)) * x_dot, axis)
-    return negative_log_p(x, label), class_sum(p * x_dot, axis) - jnp.take_along_axis(x_dot, label, -1)
+        rate = class_sum((p - _is_label(x, label, axis_name)) * x_dot, axis)
+    else:
+        rate = class_sum(p * x_dot, axis) - _share_at_label(x_dot, label, axis_name)
+    return negative_log_p(x, label, axis_name), all_sum(rate, axis_name)
 
 
-def _is_label(x: Array, label: Array) -> Array:
+def _is_label(x: Array, label: Array, axis_name: AxisName) -> Array:
     """1_y in the dtype of x; XLA fuses it, and no one-hot array is built."""
-    return (lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) == label).astype(x.dtype)
+    own, inside = _labels.own_label(label, x.shape[-1], axis_name)
+    return ((lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) == own) & inside).astype(x.dtype)
+
+
+def _share_at_label(a: Array, label: Array, axis_name: AxisName) -> Array:
+    """a_y on the shard that has y, 0 on the others."""
+    return _labels.share_at_label(lambda own: jnp.take_along_axis(a, own, -1), label, a.shape[-1], axis_name)
 
 
 # --- cross-entropy and its kin -------------------------------------------------------------------------------
 
 
-def _expected(given: Labelled, x: Array, labels: Array, f: Callable[[Array], Array] = lambda n: n) -> Array:
+def _expected(
+    given: Labelled,
+    x: Array,
+    labels: Array,
+    axis_name: AxisName,
+    f: Callable[[Array], Array] = lambda n: n,
+) -> Array:
     """α_y f(−l_y), NaN for a label out of range, 0 in rows that do not count; for distributions Σ q f(−l), +inf if
     q > 0 on a class left out."""
     if given.by_label:
-        label, valid = _labels.in_range(labels, x.shape[-1])
-        loss = f(negative_log_p(x, label))
+        label, valid = _labels.in_range(labels, x.shape[-1], axis_name)
+        loss = f(negative_log_p(x, label, axis_name))
         weights = jnp.where(valid, 1, jnp.nan).astype(x.dtype)
         if given.class_weights is not None:
-            weights = weights * given.class_weights[label]
+            share = _labels.share_at_label(given.class_weights.__getitem__, label, x.shape[-1], axis_name)
+            weights = weights * all_sum(share, axis_name)
         if given.rows is not None:
             weights = jnp.where(given.rows[..., None], weights, 0)
         if given.class_weights is not None or given.rows is not None:
@@ -72,41 +91,48 @@ def _expected(given: Labelled, x: Array, labels: Array, f: Callable[[Array], Arr
         return weights * loss
     axis, kept = (x.ndim - 1,), ~jnp.isneginf(x)
     impossible = jnp.where(labels == 0, 0, jnp.inf).astype(x.dtype)
-    n = jnp.where(kept, -normalize(x, axis).log_p, 0)
-    return class_sum(jnp.where(kept, labels * f(n), impossible), axis)
+    n = jnp.where(kept, -normalize(x, axis, axis_name).log_p, 0)
+    return class_sum(jnp.where(kept, labels * f(n), impossible), axis, axis_name)
 
 
-@jax.jit
-def _cross_entropy(
-    given: Labelled, phi: Phi, margin: Array | None, smoothing: Array | None, z_loss: Array | None
+@functools.partial(jax.jit, static_argnames="axis_name")
+def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
+    given: Labelled,
+    phi: Phi,
+    margin: Array | None,
+    smoothing: Array | None,
+    z_loss: Array | None,
+    axis_name: AxisName,
 ) -> Array:
     """MATH 7.2; None for what is not asked for, which costs nothing."""
     z, labels = given.counted()
     axis = (z.ndim - 1,)
     if margin is not None:
-        z = z - margin * _is_label(z, _labels.in_range(labels, z.shape[-1])[0])
+        z = z - margin * _is_label(z, _labels.in_range(labels, z.shape[-1], axis_name)[0], axis_name)
     x = maps.weighted_scores(phi, z, given.where, given.log_weights)
-    loss = _expected(given, x, labels)
+    loss = _expected(given, x, labels, axis_name)
     if smoothing is not None:
         kept = ~jnp.isneginf(x)
-        spread = jnp.where(kept, -normalize(x, axis).log_p, 0)
+        spread = jnp.where(kept, -normalize(x, axis, axis_name).log_p, 0)
         if given.class_weights is not None:
             spread = spread * given.class_weights
-        count = jnp.maximum(jnp.sum(kept, -1, keepdims=True), 1).astype(x.dtype)
+        count = jnp.maximum(all_sum(jnp.sum(kept, -1, keepdims=True), axis_name), 1).astype(x.dtype)
         loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
-        loss = (1 - smoothing) * loss + smoothing * class_sum(spread, axis) / count
+        loss = (1 - smoothing) * loss + smoothing * class_sum(spread, axis, axis_name) / count
     if z_loss is not None:
-        L = normalize(x, axis).log_normalizer
+        L = normalize(x, axis, axis_name).log_normalizer
         loss = loss + z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
     return given.keep_rows(loss)
 
 
-@functools.partial(jax.jit, static_argnames="f")
-def _of_log_p(f: Callable[[Array, Array], Array], given: Labelled, phi: Phi, parameter: Array) -> Array:
+@functools.partial(jax.jit, static_argnames=("f", "axis_name"))
+def _of_log_p(
+    f: Callable[[Array, Array], Array], given: Labelled, phi: Phi, parameter: Array, axis_name: AxisName
+) -> Array:
     """α_y f(−l_y), or Σ q f(−l)."""
     z, labels = given.counted()
     x = maps.weighted_scores(phi, z, given.where, given.log_weights)
-    return given.keep_rows(_expected(given, x, labels, lambda n: f(n, parameter)))
+    return given.keep_rows(_expected(given, x, labels, axis_name, lambda n: f(n, parameter)))
 
 
 def _focal(n: Array, gamma: Array) -> Array:
@@ -141,6 +167,7 @@ def cross_entropy(
     class_weights: ArrayLike | None = None,
     ignore_label: int | None = None,
     log_weights: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Cross-entropy of labels under p = w φ(z) / Σ w φ(z), in nats, not reduced.
 
@@ -164,6 +191,9 @@ def cross_entropy(
       class_weights: α, of the class axes' shape. Like `margin`, it goes with integer labels.
       ignore_label: rows with that label have loss 0.
       log_weights: log w, broadcastable to the logits, e.g. log class frequencies for logit adjustment.
+      axis_name: as in `jsoftmax.softmax`, where the classes are sharded: each device gives its part of the logits, of
+        the class weights and of labels that are distributions; integers count over all devices, the first of several
+        class axes being the sharded one.
     Returns: `[...]`, in the logits' dtype, but float32 for narrower ones; without smoothing within |u| + 4 ulp, of the
       loss of a confident right answer too (MATH 4). A label out of range: NaN; one on a class left out: +inf, with
       finite derivatives, but 0 if its weight (of class_weights, or 1 − a) is 0. A class with q = 0 adds 0. A score of
@@ -178,7 +208,7 @@ def cross_entropy(
     """
     function = "cross_entropy"
     options = {"log_weights": log_weights, "class_weights": class_weights, "ignore_label": ignore_label}
-    given = _labels.check(function, logits, labels, axis, where, phi=phi, **options)
+    given = _labels.check(function, logits, labels, axis, where, phi=phi, axis_name=axis_name, **options)
 
     def option(value: ArrayLike, **limits: tuple[float, float]) -> Array | None:
         checked = _labels.check_option(function, value, given.z.dtype, **limits)
@@ -188,7 +218,7 @@ def cross_entropy(
     if not given.by_label:
         _labels.reject_given(function, {"margin": m})
     a = option(label_smoothing, label_smoothing=(0.0, 1.0))
-    return _cross_entropy(given, phi, m, a, option(z_loss, z_loss=(0.0, math.inf)))
+    return _cross_entropy(given, phi, m, a, option(z_loss, z_loss=(0.0, math.inf)), axis_name)
 
 
 def focal_cross_entropy(
@@ -202,13 +232,14 @@ def focal_cross_entropy(
     class_weights: ArrayLike | None = None,
     ignore_label: int | None = None,
     log_weights: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Focal loss: cross-entropy that counts the rows less that are right already.
 
     loss = α_y (1 − p_y)^γ (−l_y);  for distributions Σ q (1 − p)^γ (−l)     (MATH 7.3)
 
     Args:
-      logits, labels, axis, where, phi, ignore_label, log_weights: as in `cross_entropy`.
+      logits, labels, axis, where, phi, ignore_label, log_weights, axis_name: as in `cross_entropy`.
       gamma: γ ≥ 0, one number, may be traced; 0 is cross-entropy.
       class_weights: α, of the class axes' shape, with integer labels. The factor (1 − p_y)^γ knows nothing of them.
     Returns: `[...]`, as `cross_entropy`; 1 − p_y keeps its digits. For 0 < γ < 1 the second derivative is infinite
@@ -221,8 +252,9 @@ def focal_cross_entropy(
     """
     function = "focal_cross_entropy"
     options = {"log_weights": log_weights, "class_weights": class_weights, "ignore_label": ignore_label}
-    given = _labels.check(function, logits, labels, axis, where, phi=phi, **options)
-    return _of_log_p(_focal, given, phi, _labels.check_option(function, gamma, given.z.dtype, gamma=(0.0, math.inf)))
+    given = _labels.check(function, logits, labels, axis, where, phi=phi, axis_name=axis_name, **options)
+    gamma = _labels.check_option(function, gamma, given.z.dtype, gamma=(0.0, math.inf))
+    return _of_log_p(_focal, given, phi, gamma, axis_name)
 
 
 def poly_cross_entropy(
@@ -236,13 +268,14 @@ def poly_cross_entropy(
     class_weights: ArrayLike | None = None,
     ignore_label: int | None = None,
     log_weights: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
     """Poly-1 cross-entropy: the first term of its series in 1 − p has another weight.
 
     loss = α_y (−l_y + ε (1 − p_y));  for distributions Σ q (−l + ε (1 − p))     (MATH 7.4)
 
     Args:
-      logits, labels, axis, where, phi, ignore_label, log_weights: as in `cross_entropy`.
+      logits, labels, axis, where, phi, ignore_label, log_weights, axis_name: as in `cross_entropy`.
       epsilon: ε, one number, may be traced; 0 is cross-entropy.
       class_weights: α, of the class axes' shape, with integer labels; p_y knows nothing of them.
     Returns: `[...]`, as `cross_entropy`; 1 − p_y keeps its digits.
@@ -254,7 +287,6 @@ def poly_cross_entropy(
     """
     function = "poly_cross_entropy"
     options = {"log_weights": log_weights, "class_weights": class_weights, "ignore_label": ignore_label}
-    given = _labels.check(function, logits, labels, axis, where, phi=phi, **options)
-    return _of_log_p(
-        _poly, given, phi, _labels.check_option(function, epsilon, given.z.dtype, epsilon=(-math.inf, math.inf))
-    )
+    given = _labels.check(function, logits, labels, axis, where, phi=phi, axis_name=axis_name, **options)
+    epsilon = _labels.check_option(function, epsilon, given.z.dtype, epsilon=(-math.inf, math.inf))
+    return _of_log_p(_poly, given, phi, epsilon, axis_name)

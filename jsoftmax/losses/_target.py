@@ -12,8 +12,9 @@ from jsoftmax import _labels, maps
 from jsoftmax._arguments import Axis
 from jsoftmax._labels import Labelled
 from jsoftmax._series import excess_ratio
+from jsoftmax._sums import class_sum
 from jsoftmax.entropy import log_ratio
-from jsoftmax.maps import class_sum, normalize
+from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 
 
