@@ -10,7 +10,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Integer, PRNGKeyArray
 
-from jsoftmax import _arguments
+from jsoftmax import _arguments, _labels
+from jsoftmax._collectives import AxisName, all_side_by_side, all_sum, shard_count, shard_index
 from jsoftmax.gumbel import _noise
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
@@ -19,12 +20,13 @@ _TOTAL = float(2**31 - 2**7)  # the largest float32 that int32 holds
 _GOLDEN = 0x9E3779B9  # 2^32 times the golden section
 
 
-def _cumulative(key: Any, x: Array) -> Array:
+def _cumulative(key: Any, x: Array, axis_name: AxisName) -> Array:
     """F, cumulative sums of whole numbers w with mean 2^31 p: those of a class are rounded up or down at random, by an
     offset of the row that steps by the golden section, so that small p are right, too  (MATH 10.2)."""
-    share = normalize(x, (x.ndim - 1,)).p * _TOTAL
+    share = normalize(x, (x.ndim - 1,), axis_name).p * _TOTAL
     whole = jnp.floor(share)
-    steps = jnp.arange(x.shape[-1], dtype=jnp.uint32) * jnp.uint32(_GOLDEN)
+    first = shard_index(axis_name).astype(jnp.uint32) * x.shape[-1]
+    steps = (first + jnp.arange(x.shape[-1], dtype=jnp.uint32)) * jnp.uint32(_GOLDEN)
     offset = (jax.random.bits(key, (*x.shape[:-1], 1), "uint32") + steps) >> 8
     up = share - whole > offset.astype(jnp.int32).astype(x.dtype) * 2.0**-24
     return jnp.cumsum((whole.astype(jnp.int32) + up.astype(jnp.int32)).astype(jnp.uint32), -1)
@@ -37,23 +39,39 @@ def _high_word(a: Array, b: Array) -> Array:
     return a_high * b_high + (middle >> 16) + ((middle & 0xFFFF) + a_low * b_high >> 16)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _draw(key: Any, x: Array, draws: int) -> Array:
-    """`[..., draws]` classes."""
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _draw(key: Any, x: Array, draws: int, axis_name: AxisName) -> Array:
+    """`[..., draws]` classes, counted over all shards."""
     of_rounding, of_draws = jax.random.split(key)
-    F = _cumulative(of_rounding, lax.stop_gradient(x))
-    r = _high_word(jax.random.bits(of_draws, (*x.shape[:-1], draws), "uint32"), F[..., -1:])
+    F = _cumulative(of_rounding, lax.stop_gradient(x), axis_name)
+    bits = jax.random.bits(of_draws, (*x.shape[:-1], draws), "uint32")
+    if axis_name is None:
+        return _search(F, _high_word(bits, F[..., -1:]))
+    totals = all_side_by_side(F[..., -1:], axis_name)
+    before = jnp.where(jnp.arange(totals.shape[-1]) < shard_index(axis_name), totals, 0)
+    r = _high_word(bits, jnp.sum(totals, -1, keepdims=True, dtype=jnp.uint32))
+    own = r - jnp.sum(before, -1, keepdims=True, dtype=jnp.uint32)  # wraps round for an earlier shard's, and is large
+    inside = own < F[..., -1:]
+    drawn = shard_index(axis_name) * x.shape[-1] + _search(F, jnp.where(inside, own, 0))
+    return all_sum(jnp.where(inside, drawn, 0), axis_name)
+
+
+def _search(F: Array, r: Array) -> Array:
+    """The first class of each row with F > r."""
     search = functools.partial(jnp.searchsorted, side="right")
-    for _ in range(x.ndim - 1):
+    for _ in range(F.ndim - 1):
         search = jax.vmap(search)
     return search(F, r).astype(jnp.int32)
 
 
-def _keep_possible(drawn: Array, x: Array) -> Array:
+def _keep_possible(drawn: Array, x: Array, axis_name: AxisName) -> Array:
     """Draws `[..., n]`, −1 where the class is left out or the row is bad."""
-    peak = jnp.max(x, -1, keepdims=True, initial=-jnp.inf)
-    possible = (peak < jnp.inf) & (jnp.take_along_axis(x, drawn, -1) > -jnp.inf)
-    return jnp.where(possible, drawn, -1)
+    bad = ~(jnp.max(x, -1, keepdims=True, initial=-jnp.inf) < jnp.inf)
+    left_out = _labels.share_at_label(
+        lambda own: ~(jnp.take_along_axis(x, own, -1) > -jnp.inf), drawn, x.shape[-1], axis_name
+    )
+    impossible = all_sum(bad.astype(jnp.int32) + left_out.astype(jnp.int32), axis_name) > 0
+    return jnp.where(impossible, -1, drawn)
 
 
 def categorical(  # noqa: PLR0917  (as jax.random has them)
@@ -67,6 +85,7 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
     phi: Phi = exp,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Integer[Array, "..."]:
     """Classes drawn from p = w φ(z) / Σ w φ(z).
 
@@ -84,6 +103,9 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
       replace: False: the draws of one row are distinct, in the order of a draw without replacement (`gumbel_top_k`).
       mode: None, or 'low' or 'high': by `jax.random.categorical` with Gumbel noise of that resolution, with its draws.
       phi, where, log_weights: as in `jsoftmax.softmax`.
+      axis_name: as there, where the classes are sharded; the classes drawn count over all devices. With replacement the
+        draws are those of the whole row, but for the rounding of p; without, each device draws noise of its own. Not
+        with `mode`.
     Returns: int32 of the given shape. Each class is drawn with its p, within the rounding of p or 2^-32, whichever is
       more, and in the mean over keys however small p is: the draws of one call share whole numbers that p was rounded
       to, in steps of 2^-31. A class with p = 0 is never drawn. A row without classes, or with a score of NaN or +inf:
@@ -98,23 +120,25 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
     """
     function = "categorical"
     _noise.check_key(function, key)
-    given = _noise.check(function, z, axis, where, phi, log_weights)
+    given = _noise.check(function, z, axis, where, phi, log_weights, axis_name)
     batch = given.x.shape[:-1]
     prefix = check_shape(function, shape, batch)
     count = math.prod(prefix)
     if mode not in (None, "low", "high"):
         raise ValueError(f"{function}: mode must be None, 'low' or 'high'; got {mode!r}. Leave it out.")
-    check_distinct(function, replace, count, given.x.shape[-1])
+    if mode is not None and axis_name is not None:
+        raise ValueError(f"{function}: mode must be None with axis_name; got {mode!r}. Leave it out.")
+    check_distinct(function, replace, count, given.x.shape[-1] * shard_count(axis_name))
     if not given.x.shape[-1]:
         return jnp.full((*prefix, *batch), -1, jnp.int32)
     if mode is not None:
         drawn = jax.random.categorical(key, given.x, -1, (*prefix, *batch), replace, mode)
         drawn = jnp.moveaxis(drawn.reshape(count, *batch), 0, -1).astype(jnp.int32)
     elif replace:
-        drawn = _draw(key, given.x, count)
+        drawn = _draw(key, given.x, count, axis_name)
     else:
-        _, drawn = _noise.top_k(given.perturbed(key), count)
-    return jnp.moveaxis(_keep_possible(drawn, given.x), -1, 0).reshape(*prefix, *batch)
+        _, drawn = _noise.top_perturbed(key, given.x, count, axis_name)
+    return jnp.moveaxis(_keep_possible(drawn, given.x, axis_name), -1, 0).reshape(*prefix, *batch)
 
 
 def check_distinct(function: str, replace: bool, count: int, classes: int) -> None:

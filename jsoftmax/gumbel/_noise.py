@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import _arguments, maps
+from jsoftmax._collectives import AxisName, all_side_by_side, shard_index
 
 
 def gumbel(key: Any, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -38,10 +39,10 @@ class Scores(NamedTuple):
 
 
 def check(  # noqa: PLR0917  (as the public functions have them)
-    function: str, z: Any, axis: Any, where: Any, phi: Any, log_weights: Any
+    function: str, z: Any, axis: Any, where: Any, phi: Any, log_weights: Any, axis_name: Any = None
 ) -> Scores:
     """The scores of a function with one class axis."""
-    arguments = maps.check(function, {"z": z}, axis, where, phi, log_weights)
+    arguments = maps.check(function, {"z": z}, axis, where, phi, log_weights, axis_name)
     at = _arguments.one_axis(function, axis, arguments.axis)
     x = maps.weighted_scores(phi, arguments.scores[0], arguments.where, arguments.log_weights)
     return Scores(jnp.moveaxis(x, at, -1), at, arguments.dtype)
@@ -117,6 +118,19 @@ def top_k(a: Array, k: int) -> tuple[Array, Array]:
     """
     best, index = lax.top_k(a, k)
     return lax.optimization_barrier(best), lax.optimization_barrier(index)
+
+
+def top_perturbed(key: Any, a: Array, k: int, axis_name: AxisName = None) -> tuple[Array, Array]:
+    """The k largest of a + g and which classes they are, over all shards, each with noise of its own."""
+    if axis_name is None:
+        return top_k(a + gumbel(key, a.shape, a.dtype), k)
+    own = a.shape[-1]
+    g = gumbel(jax.random.fold_in(key, shard_index(axis_name)), a.shape, a.dtype)
+    best, index = top_k(a + g, min(k, own))
+    best = all_side_by_side(best, axis_name)
+    index = all_side_by_side(index + shard_index(axis_name) * own, axis_name)
+    best, at = top_k(best, k)
+    return best, jnp.take_along_axis(index, at, -1)
 
 
 def is_chosen(index: Array, x: Array) -> Array:

@@ -1,6 +1,6 @@
 """Gumbel top-k: k distinct classes, and how likely each was to be among them (MATH 10.3)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from jsoftmax import _arguments
+from jsoftmax._collectives import AxisName, shard_count
 from jsoftmax._series import expm1_ratio
 from jsoftmax.gumbel import _noise
 from jsoftmax.maps import normalize
@@ -34,6 +35,7 @@ def gumbel_top_k(
     phi: Phi = exp,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> TopK:
     """k distinct classes, drawn one after the other without replacement from p = w φ(z) / Σ w φ(z).
 
@@ -47,6 +49,8 @@ def gumbel_top_k(
       k: how many, an int in [1, K].
       axis: int: the classes' axis, in the results that of the k.
       phi, where, log_weights: as in `jsoftmax.softmax`.
+      axis_name: as there, where the classes are sharded; K, and the classes in the result, count over all devices. Each
+        device draws noise of its own, so the sample depends on their number; under plain `jit` it does not.
     Returns: `TopK(indices, perturbed, threshold)`: int32 and float32 at least. `perturbed` and `threshold` are
       differentiable; the noise is a constant. A row with less than k classes: −1 and −inf beyond them; a row with a
       score of NaN or +inf: −1 and NaN.
@@ -59,22 +63,18 @@ def gumbel_top_k(
     """
     function = "gumbel_top_k"
     _noise.check_key(function, key)
-    given = _noise.check(function, z, axis, where, phi, log_weights)
-    count = _noise.check_count(function, k, given.x.shape[-1])
-    best, index = _top_k(key, given.x, count)
+    given = _noise.check(function, z, axis, where, phi, log_weights, axis_name)
+    classes = given.x.shape[-1] * shard_count(axis_name)
+    count = _noise.check_count(function, k, classes)
+    log_p = normalize(given.x, (given.x.ndim - 1,), axis_name).log_p
+    best, index = _noise.top_perturbed(key, log_p, min(count + 1, classes), axis_name)
     index = jnp.where(best > -jnp.inf, index, -1)
     last = jnp.where(jnp.isnan(best[..., 0]), jnp.nan, -jnp.inf).astype(best.dtype)
     return TopK(
         jnp.moveaxis(index[..., :count], -1, given.axis),
         jnp.moveaxis(best[..., :count], -1, given.axis),
-        best[..., count] if count < given.x.shape[-1] else last,
+        best[..., count] if count < classes else last,
     )
-
-
-def _top_k(key: Any, x: Array, k: int) -> tuple[Array, Array]:
-    """The k + 1 largest perturbed log-probabilities, or all K."""
-    log_p = normalize(x, (x.ndim - 1,)).log_p
-    return _noise.top_k(log_p + _noise.gumbel(key, x.shape, x.dtype), min(k + 1, x.shape[-1]))
 
 
 def log_inclusion_probability(log_p: ArrayLike, threshold: ArrayLike) -> Float[Array, "..."]:

@@ -1,0 +1,274 @@
+"""Functions of scores over sharded classes: they equal the whole, inside too, and devices exchange numbers of rows."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jsoftmax as js
+from jsoftmax import gumbel, losses
+from jsoftmax.gumbel._noise import gumbel as noise
+
+DEVICES, ROWS, CLASSES = 4, 5, 24
+WHOLE, PARTS = PartitionSpec(), PartitionSpec(None, "v")
+LABELS = jnp.array([0, 23, 7, 3, 12])
+
+
+def of_scores():
+    """Functions of z and one more array of its shape; those of the second list keep the classes."""
+    return {
+        "log_normalizer": lambda z, w, **o: js.log_normalizer(z, log_weights=w, phi=js.taylor(2), **o),
+        "entropy": lambda z, w, **o: js.entropy(z, log_weights=w, phi=js.taylor(2), **o),
+        "varentropy": lambda z, w, **o: js.varentropy(z, log_weights=w, **o),
+        "tsallis_entropy": lambda z, w, **o: js.tsallis_entropy(z, 1.5, log_weights=w, **o),
+        "renyi_entropy": lambda z, w, **o: js.renyi_entropy(z, 0.5, log_weights=w, **o),
+        "kl_divergence": js.kl_divergence,
+        "entropy_expansion": lambda z, w, **o: js.entropy_expansion(z, w, phi=js.taylor(2), **o),
+        "cross_entropy": lambda z, w, **o: losses.cross_entropy(
+            z, LABELS, log_weights=w, label_smoothing=0.1, z_loss=0.1, margin=0.3, ignore_label=3, **o
+        ),
+        "cross_entropy of distributions": lambda z, w, **o: losses.cross_entropy(z, jnp.exp(w), **o),
+        "focal_cross_entropy": lambda z, w, **o: losses.focal_cross_entropy(
+            z, LABELS, class_weights=jnp.exp(w[0]), **o
+        ),
+        "poly_cross_entropy": lambda z, w, **o: losses.poly_cross_entropy(z + w, LABELS, **o),
+    } | {
+        "softmax": lambda z, w, **o: js.softmax(z, log_weights=w, phi=js.taylor(2), **o),
+        "log_softmax": lambda z, w, **o: js.log_softmax(z, log_weights=w, **o),
+    }
+
+
+NAMES = list(of_scores())
+KEEP = ("softmax", "log_softmax")
+
+
+def mesh(kind=AxisType.Auto):
+    return jax.make_mesh((DEVICES,), ("v",), axis_types=(kind,))
+
+
+def scores(classes=CLASSES):
+    keys = jax.random.split(jax.random.key(0), 2)
+    return tuple(jax.random.normal(key, (ROWS, classes)) for key in keys)
+
+
+def in_shard_map(f, out=WHOLE, **options):
+    return jax.shard_map(f, mesh=mesh(), in_specs=PARTS, out_specs=out, **options)
+
+
+def ways(name):
+    """The function of whole arrays, computed in parts."""
+    f, keeps = of_scores()[name], name in KEEP
+
+    def of_part(z, w):
+        return f(z, w, axis_name="v")
+
+    def mapped(z, w):
+        parts = [jnp.moveaxis(a.reshape(ROWS, DEVICES, -1), 1, 0) for a in (z, w)]
+        result = jax.vmap(of_part, 0, 1 if keeps else None, axis_name="v")(*parts)
+        return result.reshape(ROWS, -1) if keeps else result
+
+    out = PARTS if keeps else WHOLE
+    return {
+        "shard_map": in_shard_map(of_part, out),
+        "shard_map without check_vma": in_shard_map(of_part, out, check_vma=False),
+        "vmap": mapped,
+    }
+
+
+def everything(f):
+    """Value, gradient, forward mode, Hessian product, reverse over reverse."""
+
+    def run(*given):
+        def total(*given):
+            return jnp.sum(jnp.sin(f(*given)))
+
+        dots = tuple(jnp.cos(a) for a in given)
+        gradient = jax.grad(total, (0, 1))
+        twice = jax.grad(lambda *given: sum(jnp.vdot(g, g) for g in gradient(*given)), (0, 1))
+        return f(*given), gradient(*given), jax.jvp(f, given, dots)[1], jax.jvp(gradient, given, dots)[1], twice(*given)
+
+    return jax.jit(run)
+
+
+def assert_close(found, want):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13 * np.max(np.abs(b)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_equal_the_whole(name):
+    with jax.enable_x64(True):
+        given = scores()
+        want = everything(of_scores()[name])(*given)
+        for f in ways(name).values():
+            assert_close(everything(f)(*given), want)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in KEEP])
+def test_differentiated_inside(name):
+    """A gradient and a Hessian product taken by each device: right with check_vma; of the devices' sum without it."""
+    with jax.enable_x64(True):
+        given = scores()
+        f = of_scores()[name]
+
+        def derivatives(z, w, **options):
+            gradient = jax.grad(lambda z: jnp.sum(jnp.sin(f(z, w, **options))))
+            return gradient(z), jax.jvp(gradient, (z,), (w,))[1]
+
+        def of_part(z, w):
+            return derivatives(z, w, axis_name="v")
+
+        want = jax.jit(derivatives)(*given)
+        assert_close(jax.jit(in_shard_map(of_part, PARTS))(*given), want)
+        gradient, _ = jax.jit(in_shard_map(of_part, PARTS, check_vma=False))(*given)
+        assert_close(gradient, DEVICES * want[0])
+
+
+def collectives(f, *given):
+    """Which operations of the compiled program are between devices."""
+    text = jax.jit(f).lower(*given).compile().as_text()
+    return re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
+
+
+COUNTS = {  # value, gradient, Hessian product (MATH 13.2)
+    "log_normalizer": (js.log_normalizer, 2, 2, 3),
+    "softmax": (js.softmax, 2, 3, 4),
+    "log_softmax": (js.log_softmax, 2, 2, 3),
+    "entropy": (js.entropy, 2, 2, 3),
+    "kl_divergence": (lambda z, **o: js.kl_divergence(z, jnp.sin(z), **o), 3, 3, 4),
+    "cross_entropy": (lambda z, **o: losses.cross_entropy(z, LABELS, **o), 2, 2, 3),
+}
+
+
+@pytest.mark.parametrize("way", ["shard_map", "jit"])
+@pytest.mark.parametrize("name", list(COUNTS))
+def test_collectives(name, way):
+    """One maximum and one sum; no array of scores is gathered, by plain jit neither."""
+    function, *counts = COUNTS[name]
+    z = jax.device_put(scores()[0], NamedSharding(mesh(), PARTS))
+    f = function
+    if way == "shard_map":
+        f = in_shard_map(lambda z: function(z, axis_name="v"), PARTS if name in KEEP else WHOLE)
+
+    def gradient(z):
+        value, pull = jax.vjp(f, z)
+        return pull(jnp.cos(z) if name in KEEP else jnp.ones_like(value))[0]
+
+    for g, count in zip((f, gradient, lambda z: jax.jvp(gradient, (z,), (z,))[1]), counts, strict=True):
+        assert collectives(g, z) == ["all-reduce"] * count
+
+
+def test_many_classes():
+    """Classes that are summed in blocks, on each device."""
+    z, w = scores(DEVICES * 700)
+    f = in_shard_map(lambda z, w: js.kl_divergence(z, w, axis_name="v") + js.entropy(z, axis_name="v"))
+    np.testing.assert_allclose(jax.jit(f)(z, w), js.kl_divergence(z, w) + js.entropy(z), rtol=1e-6)
+    z = jax.device_put(z, NamedSharding(mesh(), PARTS))
+    f = in_shard_map(lambda z: js.log_normalizer(z, axis_name="v"))
+    assert collectives(jax.grad(lambda z: jnp.sum(f(z))), z) == ["all-reduce"] * 2
+
+
+def test_edges():
+    """Empty shards and rows, bad scores in one shard, small results, labels that are out of range or left out."""
+    z = jnp.zeros((7, 8)).at[1:3].set(-jnp.inf).at[2, 3].set(0).at[3, 7].set(jnp.nan).at[4, 1].set(jnp.inf)
+    z = z.at[5].set(jnp.array([-20.0, 0, -21, -30, -40, -20, -20, -20])).at[6, 5].set(-jnp.inf)
+    labels = jnp.array([8, 0, 3, 0, 0, 1, 5])
+    for f in (
+        js.softmax,
+        js.log_softmax,
+        js.log_normalizer,
+        js.entropy,
+        js.varentropy,
+        lambda z, **o: js.kl_divergence(z, jnp.roll(z, 1), **o),
+        lambda z, **o: losses.cross_entropy(z, labels, **o),
+    ):
+        want = f(z)
+        out = PARTS if want.ndim == 2 else WHOLE
+        found = jax.jit(in_shard_map(lambda z, f=f: f(z, axis_name="v"), out))(z)
+        np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-30)
+        mean = jax.jit(jax.grad(lambda z, f=f, out=out: jnp.sum(in_shard_map(lambda z: f(z, axis_name="v"), out)(z))))
+        plain = jax.grad(lambda z, f=f: jnp.sum(f(z)))(z)
+        np.testing.assert_allclose(mean(z), plain, rtol=1e-5, atol=1e-7)
+
+
+def test_draws():
+    """With replacement those of the whole row, though one shard is empty and one row is."""
+    key, z = jax.random.key(1), jnp.linspace(-2, 2, 6 * 16).reshape(6, 16).at[2].set(-jnp.inf).at[3, 9].set(jnp.nan)
+    z = z.at[:, 4:8].set(-jnp.inf)
+    want = gumbel.categorical(key, z, shape=(50, 6))
+
+    def draw(z, **options):
+        return gumbel.categorical(key, z, axis_name="v", **options)
+
+    np.testing.assert_array_equal(jax.jit(in_shard_map(lambda z: draw(z, shape=(50, 6))))(z), want)
+    np.testing.assert_array_equal(
+        jax.jit(gumbel.categorical, static_argnames="shape")(
+            key, jax.device_put(z, NamedSharding(mesh(), PARTS)), shape=(50, 6)
+        ),
+        want,
+    )
+    assert len(np.unique(np.asarray(want[:, 0]) // 4)) == 3
+    parts = jnp.moveaxis(z.reshape(6, DEVICES, 4), 1, 0)
+    mapped = jax.vmap(lambda z: draw(z, shape=(50, 6)), out_axes=None, axis_name="v")
+    np.testing.assert_array_equal(mapped(parts), want)
+    distinct = jax.jit(in_shard_map(lambda z: draw(z, shape=(13, 6), replace=False)))(z)
+    assert all(set(np.asarray(distinct[:, i])) == {-1, *range(4), *range(8, 16)} for i in (0, 1, 4, 5))
+    np.testing.assert_array_equal(distinct[:, 2:4], -1)
+
+
+@pytest.mark.parametrize("k", [3, 16])
+def test_top_k(k):
+    """The k largest of log p + g, g of each shard's own; also more than a shard has. Values and derivatives."""
+    key, z = jax.random.key(2), jax.random.normal(jax.random.key(3), (ROWS, 16))
+    g = jnp.concatenate([noise(jax.random.fold_in(key, i), (ROWS, 16 // DEVICES), z.dtype) for i in range(DEVICES)], -1)
+
+    def whole(z):
+        best, index = jax.lax.top_k(js.log_softmax(z) + g, 16)
+        threshold = best[:, k] if k < 16 else jnp.full(ROWS, -jnp.inf)
+        return gumbel.TopK(index[:, :k], best[:, :k], threshold)
+
+    def sample(z):
+        return gumbel.gumbel_top_k(key, z, k, axis_name="v")
+
+    found, want = jax.jit(in_shard_map(sample))(z), whole(z)
+    np.testing.assert_array_equal(found.indices, want.indices)
+    np.testing.assert_allclose(found.perturbed, want.perturbed, rtol=1e-5)
+    np.testing.assert_allclose(found.threshold, want.threshold, rtol=1e-5)
+
+    def gradient(f):
+        return jax.jit(jax.grad(lambda z: jnp.sum(jnp.sin(f(z).perturbed) * jnp.arange(1.0, k + 1))))(z)
+
+    for options in ({}, {"check_vma": False}):
+        np.testing.assert_allclose(gradient(in_shard_map(sample, **options)), gradient(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_explicit_mode():
+    """Axes whose sharding is part of an array's type."""
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        z, w = (jax.device_put(a, PARTS) for a in scores())
+        for name in ("softmax", "entropy", "kl_divergence"):
+            f = of_scores()[name]
+            gradient = jax.grad(lambda z, w, f=f: jnp.sum(jnp.sin(f(z, w))))
+            want = jax.grad(lambda z, w, f=f: jnp.sum(jnp.sin(f(z, w))))(*scores())
+            np.testing.assert_allclose(jax.jit(gradient)(z, w), want, rtol=1e-4, atol=1e-6)
+
+
+def test_wrong_calls():
+    z = jnp.zeros((2, 8))
+    with pytest.raises(ValueError, match="softmax: axis_name must be bound"):
+        js.softmax(z, axis_name="v")
+    with pytest.raises(TypeError, match="entropy: axis_name must be None"):
+        js.entropy(z, axis_name=0)
+    replicated = jax.shard_map(
+        lambda z: losses.cross_entropy(z, jnp.zeros(2, int), axis_name="v"),
+        mesh=mesh(),
+        in_specs=WHOLE,
+        out_specs=WHOLE,
+    )
+    with pytest.raises(ValueError, match="cross_entropy: logits must be sharded over axis_name='v'"):
+        jax.jit(replicated)(z)
+    with pytest.raises(ValueError, match="categorical: mode must be None with axis_name"):
+        jax.vmap(lambda z: gumbel.categorical(jax.random.key(0), z, mode="low", axis_name="v"), axis_name="v")(z)
