@@ -69,9 +69,9 @@ def check_not_explicit(function: str, argument: str, a: Array) -> None:
     spec = jax.typeof(a).sharding.spec  # of axes of type Auto and Manual: None
     if any(part is not None for part in spec):
         raise ValueError(
-            f"{function}: {argument} must not be sharded over mesh axes of type AxisType.Explicit; got sharding {spec}. "
-            "Call the function inside jax.shard_map, with axis_name=… for classes that are sharded, or give it shards=… "
-            "and wrap it: jax.sharding.auto_axes(f, out_sharding=…)."
+            f"{function}: {argument} must not be sharded over mesh axes of type AxisType.Explicit; got sharding "
+            f"{spec}. Call the function inside jax.shard_map, with axis_name=… for classes that are sharded, or give "
+            "it shards=… and wrap it: jax.sharding.auto_axes(f, out_sharding=…)."
         )
 
 

@@ -199,8 +199,8 @@ def test_one_maximum_and_one_sum(name, way):
 
 @pytest.mark.parametrize(("name", "count"), [("linear_cross_entropy", 4), ("linear_statistics", 5)])
 def test_one_sum_over_tokens(name, count):
-    """The weight's gradient and the loss, together; over classes one maximum, two sums and, for the mode, one gather of
-    a class number by a sum: none of them in a loop."""
+    """The weight's gradient and the loss, together; over classes one maximum, two sums and, for the mode, one of
+    class numbers: none of them in a loop."""
     given, labels = arrays()
     parts = (TOKENS_CUT, CLASSES_CUT, CLASSES_CUT, TOKENS_CUT, TOKENS_CUT)
 
