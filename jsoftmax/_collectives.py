@@ -73,6 +73,17 @@ def check_sharded(function: str, argument: str, a: Array, axis_name: AxisName) -
         )
 
 
+def check_not_explicit(function: str, argument: str, a: Array) -> None:
+    """Loops over blocks cannot be traced along an axis that is sharded in an array's type."""
+    spec = jax.typeof(a).sharding.spec  # of axes of type Auto and Manual: None
+    if any(part is not None for part in spec):
+        raise ValueError(
+            f"{function}: {argument} must not be sharded over mesh axes of type AxisType.Explicit; got sharding "
+            f"{spec}. Call the function inside jax.shard_map, with axis_name=… for classes that are sharded, or give "
+            "it shards=… and wrap it: jax.sharding.auto_axes(f, out_sharding=…)."
+        )
+
+
 def _varying(a: Array) -> frozenset[str]:
     """The names of the axes along which `jax.shard_map(check_vma=True)` takes an array to differ."""
     return getattr(getattr(jax.typeof(a), "mat", None), "varying", frozenset())

@@ -4,7 +4,7 @@ import jax
 import jaxtyping
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 4)  # for shard_map
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes
 jaxtyping.install_import_hook("jsoftmax", "beartype.beartype")
 
 

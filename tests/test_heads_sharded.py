@@ -1,10 +1,12 @@
-"""Streaming heads over sharded classes: four ways that equal the whole head, and what the devices exchange."""
+"""Streaming heads over sharded classes: four ways that equal the whole head, and what the devices exchange; meshes of
+tokens × classes, differentiated inside."""
 
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -20,14 +22,13 @@ def arrays():
     return (hidden, weight, jax.random.normal(keys[2], (CLASSES,))), jax.random.randint(keys[3], (TOKENS,), 0, CLASSES)
 
 
-def functions(labels):
-    w = jnp.arange(1.0, TOKENS + 1)
+def functions(labels, w):
     return {
         "linear_cross_entropy": lambda h, W, b, **o: heads.linear_cross_entropy(
             h, W, labels, b, label_smoothing=0.1, z_loss=0.1, ignore_label=3, **o
         ),
         "linear_cross_entropy_sum": lambda h, W, b, **o: heads.linear_cross_entropy_sum(
-            h, W, labels, b, label_smoothing=0.1, token_weights=w, **o
+            h, W, labels, b, label_smoothing=0.1, token_weights=w, ignore_label=3, **o
         ),
         "linear_statistics": lambda h, W, b, **o: jnp.stack(heads.linear_statistics(h, W, labels, b, **o)),
         "linear_log_normalizer": heads.linear_log_normalizer,
@@ -36,16 +37,21 @@ def functions(labels):
     }
 
 
-NAMES = list(functions(None))
+NAMES = list(functions(None, None))
+WEIGHTS = jnp.arange(1.0, TOKENS + 1)
+WHOLE, TOKENS_CUT, CLASSES_CUT = PartitionSpec(), PartitionSpec("t"), PartitionSpec("v")
 
 
 def mesh():
     return jax.make_mesh((DEVICES,), ("v",), axis_types=(AxisType.Auto,))
 
 
+def two_dimensional(kind=AxisType.Auto):
+    return jax.make_mesh((2, DEVICES), ("t", "v"), axis_types=(kind, kind))
+
+
 def ways(f):
     """The function of whole arrays, computed in parts."""
-    whole, parts = PartitionSpec(), PartitionSpec("v")
 
     def of_part(h, W, b):
         return f(h, W, b, axis_name="v", **BLOCKS)
@@ -54,7 +60,7 @@ def ways(f):
         cut = (h, W.reshape(DEVICES, -1, FEATURES), b.reshape(DEVICES, -1))
         return jax.vmap(of_part, (None, 0, 0), None, axis_name="v")(*cut)
 
-    over = {"mesh": mesh(), "in_specs": (whole, parts, parts), "out_specs": whole}
+    over = {"mesh": mesh(), "in_specs": (WHOLE, CLASSES_CUT, CLASSES_CUT), "out_specs": WHOLE}
     return {
         "shard_map": jax.shard_map(of_part, **over),
         "shard_map without check_vma": jax.shard_map(of_part, check_vma=False, **over),
@@ -82,10 +88,68 @@ def everything(f):
 def test_parts_equal_the_whole(name):
     with jax.enable_x64(True):
         given, labels = arrays()
-        f = functions(labels)[name]
+        f = functions(labels, WEIGHTS)[name]
         want = everything(lambda *given: f(*given, **BLOCKS))(*given)
         for g in ways(f).values():
             found = everything(g)(*given)
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12 * np.max(np.abs(b)))
+
+
+def total_and_derivatives(name, *, psum=lambda a: a, **options):
+    """Of the sum over tokens: value, gradient, Hessian product; to be called on devices' parts, too."""
+
+    def run(h, W, b, labels, w):
+        def total(*given):
+            a = functions(labels, w)[name](*given, block_size=(2, 4), **options)
+            return psum(jnp.sum(jnp.sin(a)) if a.ndim else a)
+
+        value, gradient = jax.value_and_grad(total, (0, 1, 2))(h, W, b)
+        dots = tuple(jnp.cos(a) for a in (h, W, b))
+        return value, gradient, jax.jvp(jax.grad(total, (0, 1, 2)), (h, W, b), dots)[1]
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_derivatives_inside_a_mesh_of_tokens_and_classes(name):
+    """A train step's: those by what is the same along an axis are summed over it. Half of the devices ignore all of
+    their tokens."""
+    with jax.enable_x64(True):
+        given, labels = arrays()
+        given = (*given, labels.at[: TOKENS // 2].set(3), WEIGHTS)
+        parts = (TOKENS_CUT, CLASSES_CUT, CLASSES_CUT)
+        of_part = total_and_derivatives(name, psum=lambda a: jax.lax.psum(a, "t"), axis_name="v")
+        over = {"in_specs": (*parts, TOKENS_CUT, TOKENS_CUT), "out_specs": (WHOLE, parts, parts)}
+        found = jax.jit(jax.shard_map(of_part, mesh=two_dimensional(), **over))(*given)
+        want = jax.jit(total_and_derivatives(name))(*given)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12 * np.max(np.abs(b)))
+
+
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_cross_entropy_sum"])
+def test_derivatives_inside_without_check_vma(name):
+    """Too large by the number of devices, as the docstring of `linear_cross_entropy` says; and its remedy."""
+    with jax.enable_x64(True):
+        given, labels = arrays()
+        given = (*given, labels, WEIGHTS)
+
+        def of_part(*given):
+            value, *derivatives = total_and_derivatives(name, axis_name="v")(*given)
+            return value, [(jax.lax.pmean(by_h, "v"), by_W, by_b) for by_h, by_W, by_b in derivatives]
+
+        def mapped(h, W, b, labels, w):
+            cut = (W.reshape(DEVICES, -1, FEATURES), b.reshape(DEVICES, -1))
+            axes, out = (None, 0, 0, None, None), (None, [(None, 0, 0)] * 2)
+            value, found = jax.vmap(of_part, axes, out, axis_name="v")(h, *cut, labels, w)
+            return value, [(by_h, by_W.reshape(W.shape), by_b.reshape(b.shape)) for by_h, by_W, by_b in found]
+
+        specs = (WHOLE, CLASSES_CUT, CLASSES_CUT)
+        over = {"in_specs": (*specs, WHOLE, WHOLE), "out_specs": (WHOLE, [specs] * 2)}
+        value, *derivatives = jax.jit(total_and_derivatives(name))(*given)
+        want = value, [(by_h, DEVICES * by_W, DEVICES * by_b) for by_h, by_W, by_b in derivatives]
+        for f in (jax.shard_map(of_part, mesh=mesh(), check_vma=False, **over), mapped):
+            found = jax.jit(f)(*given)
             for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12 * np.max(np.abs(b)))
 
@@ -100,8 +164,7 @@ def test_the_same_draws(replace):
     def f(h, W, where, **o):
         return heads.linear_categorical(keys[2], h, W, shape=(9, 4), replace=replace, where=where, **o)
 
-    parts = PartitionSpec("v")
-    over = {"mesh": mesh(), "in_specs": (PartitionSpec(), parts, parts), "out_specs": PartitionSpec()}
+    over = {"mesh": mesh(), "in_specs": (WHOLE, CLASSES_CUT, CLASSES_CUT), "out_specs": WHOLE}
     want = f(hidden, weight, where)
     of_part = jax.jit(jax.shard_map(lambda *given: f(*given, axis_name="v"), **over))
     np.testing.assert_array_equal(of_part(hidden, weight, where), want)
@@ -120,9 +183,9 @@ def collectives(f, *given):
 def test_one_maximum_and_one_sum(name, way):
     """And the gradient of the hidden states, once: nothing in the loops, and never a gather."""
     given, labels = arrays()
-    names = (PartitionSpec(), PartitionSpec("v"), PartitionSpec("v"))
-    given = [jax.device_put(a, NamedSharding(mesh(), spec)) for a, spec in zip(given, names, strict=True)]
-    f = ways(functions(labels)[name])[way]
+    specs = (WHOLE, CLASSES_CUT, CLASSES_CUT)
+    given = [jax.device_put(a, NamedSharding(mesh(), spec)) for a, spec in zip(given, specs, strict=True)]
+    f = ways(functions(labels, WEIGHTS)[name])[way]
     gradient = jax.grad(lambda *given: jnp.sum(f(*given)), (0, 1, 2))
 
     def product(*given):
@@ -132,6 +195,94 @@ def test_one_maximum_and_one_sum(name, way):
         found, outside = collectives(g, *given)
         assert set(found) == {"all-reduce"}
         assert outside == len(found) == count
+
+
+@pytest.mark.parametrize(("name", "count"), [("linear_cross_entropy", 4), ("linear_statistics", 5)])
+def test_one_sum_over_tokens(name, count):
+    """The weight's gradient and the loss, together; over classes one maximum, two sums and, for the mode, one of
+    class numbers: none of them in a loop."""
+    given, labels = arrays()
+    parts = (TOKENS_CUT, CLASSES_CUT, CLASSES_CUT, TOKENS_CUT, TOKENS_CUT)
+
+    def of_part(*given):
+        run = total_and_derivatives(name, psum=lambda a: jax.lax.psum(a, "t"), axis_name="v")
+        return run(*given)[:2]
+
+    f = jax.shard_map(of_part, mesh=two_dimensional(), in_specs=parts, out_specs=(WHOLE, parts[:3]))
+    found, outside = collectives(f, *given, labels, WEIGHTS)
+    assert set(found) == {"all-reduce"}
+    assert outside == len(found) == count
+
+
+def stepper(optimizer, head, gradient=lambda f: f, mean=lambda a: a, **options):
+    """One step of a hidden layer with a head."""
+
+    def objective(params, inputs, labels):
+        hidden = jnp.tanh(inputs @ params["layer"])
+        if head is heads.linear_cross_entropy:
+            loss = head(hidden, params["weight"], labels, **options)
+        else:
+            found = head(hidden, params["weight"], labels, **options)
+            loss = -found.log_prob - 0.1 * found.entropy
+        return mean(jnp.mean(loss))
+
+    def step(params, state, inputs, labels):
+        value, by_params = gradient(jax.value_and_grad(objective))(params, inputs, labels)
+        updates, state = optimizer.update(by_params, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return jax.jit(step)
+
+
+@pytest.mark.parametrize("head", [heads.linear_cross_entropy, heads.linear_statistics])
+def test_steps_of_training(head):
+    """Gradients inside, the optimiser outside, where a norm is that of the whole gradient."""
+    with jax.enable_x64(True):
+        (inputs, weight, _), labels = arrays()
+        specs = {"layer": WHOLE, "weight": CLASSES_CUT}
+        over = {"in_specs": (specs, TOKENS_CUT, TOKENS_CUT), "out_specs": (WHOLE, specs)}
+        sharded = {
+            "gradient": lambda f: jax.shard_map(f, mesh=two_dimensional(), **over),
+            "mean": lambda a: jax.lax.pmean(a, "t"),
+            "axis_name": "v",
+        }
+        optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1))
+        found = []
+        for options in (sharded, {}):
+            params = {"layer": jnp.eye(FEATURES) / 2, "weight": weight}
+            step, state, values = stepper(optimizer, head, **options), optimizer.init(params), []
+            for _ in range(3):
+                params, state, value = step(params, state, inputs, labels)
+                values.append(value)
+            found.append((params, values))
+        assert values[2] < values[0]
+        for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_kl"])
+def test_explicit_axes(name):
+    """Inside shard_map, and by auto_axes; elsewhere an error that names both."""
+    with jax.enable_x64(True):
+        given, labels = arrays()
+        want = functions(labels, WEIGHTS)[name](*given)
+        parts = (TOKENS_CUT, CLASSES_CUT, CLASSES_CUT, TOKENS_CUT)
+        with jax.set_mesh(two_dimensional(AxisType.Explicit)):
+            given = [jax.device_put(a, spec) for a, spec in zip((*given, labels), parts, strict=True)]
+
+            def f(h, W, b, labels, **options):
+                return functions(labels, WEIGHTS)[name](h, W, b, block_size=(2, 4), **options)
+
+            inside = jax.shard_map(lambda *given: f(*given, axis_name="v"), in_specs=parts, out_specs=TOKENS_CUT)
+            by_auto_axes = jax.sharding.auto_axes(lambda *given: f(*given, shards=DEVICES), out_sharding=TOKENS_CUT)
+            for g in (inside, by_auto_axes):
+                np.testing.assert_allclose(jax.jit(g)(*given), want, rtol=1e-12)
+            for options in ({}, {"shards": DEVICES}):
+                with pytest.raises(ValueError, match=r"weight.* AxisType.Explicit.*shard_map.*auto_axes"):
+                    jax.jit(lambda *given, options=options: f(*given, **options))(*given)
+            whole = [jax.device_put(a, WHOLE) for a in given[1:3]]
+            with pytest.raises(ValueError, match=r"hidden.* AxisType.Explicit"):
+                f(given[0], *whole, given[3])
 
 
 def test_wrong_calls():
@@ -145,8 +296,7 @@ def test_wrong_calls():
     ):
         with pytest.raises(error, match=f"linear_cross_entropy: .*{message}"):
             f(h, W, labels, b, **options)
-    whole = PartitionSpec()
-    over = {"mesh": mesh(), "in_specs": whole, "out_specs": whole}
+    over = {"mesh": mesh(), "in_specs": WHOLE, "out_specs": WHOLE}
     with pytest.raises(ValueError, match="weight must be sharded over axis_name='v'"):
         jax.jit(jax.shard_map(lambda h, W: f(h, W, labels, axis_name="v"), **over))(h, W)
     with pytest.raises(ValueError, match="got both"):

@@ -68,7 +68,7 @@ def test_residuals(function, phi):
 
 @pytest.mark.parametrize("function", FUNCTIONS + LOSSES + SPARSE_MAPS + OTHERS, ids=str)
 def test_survives_shard_map(function):
-    """Rows sharded over the devices there are, four on CPU: value and gradient as without."""
+    """Rows sharded over the devices there are, eight on CPU: value and gradient as without."""
     devices = jax.devices()
     mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
     z = jnp.stack([jnp.asarray(verify.scores(function, js.exp, seed)) for seed in range(len(devices))])

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import _arguments, _labels, maps
-from jsoftmax._collectives import AxisName, check_axis_name, check_sharded, shard_count, typed_as
+from jsoftmax._collectives import AxisName, check_axis_name, check_not_explicit, check_sharded, shard_count, typed_as
 from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
 from jsoftmax.heads._statistics import Statistics
 
@@ -73,6 +73,7 @@ def check(
     _check_shapes(function, hidden, weight, names)
     axis_name = check_axis_name(function, axis_name)
     check_sharded(function, names[1], weight, axis_name)
+    check_not_explicit(function, names[1], weight)
     shards = _check_shards(function, shards, axis_name, weight)
     classes, batch = weight.shape[0], hidden.shape[:-1]
     dtype = jnp.result_type(hidden, weight)
@@ -121,6 +122,8 @@ def check(
         if head.labels is not None:  # padding: no weight and no label
             counts = (token_weights != 0) | _is_valid(head, plan)
             rows = counts if rows is None else rows & counts
+    if rows is not None or head.hidden.shape[0] > plan.tokens:
+        check_not_explicit(function, names[0], head.hidden)
     return _in_order(head, plan, batch, rows, token_weights)
 
 

@@ -76,9 +76,13 @@ def linear_cross_entropy(
       precision: of the products: a `jax.lax.Precision` or its name.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the classes are sharded: weight, bias,
         where, log_weights and distributions are then this device's part, labels count all classes; hidden is the same
-        on all     (MATH 13.1).
+        on all     (MATH 13.1). Derivatives are right taken outside, and inside with check_vma, which is the default.
+        Inside without it, or in `jax.vmap(axis_name=…)`, they are too large by the number of devices, and that by
+        hidden is this device's share: divide that by weight, and take `jax.lax.pmean` of that by hidden.
       shards: under plain `jit` with a weight whose classes are sharded, over how many devices, or a multiple; it must
-        divide V. Without it XLA gathers the whole weight on every device.
+        divide V. Without it XLA gathers the whole weight on every device. It gathers hidden where blocks cut tokens
+        that are sharded too: for these use axis_name. Axes of type `AxisType.Explicit` are an error outside
+        `jax.shard_map` and `jax.sharding.auto_axes`.
     Returns: `[...]`, float32 at least. Factors of narrower dtypes are multiplied as they are and summed in float32, the
       tangents' too; the weight's gradient is summed in float32 and rounded once. Small losses keep their digits
       (MATH 4.4), but for the rounding of the scores. A label out of range: NaN; one on a class left out: +inf, with
