@@ -51,13 +51,16 @@ def all_max(a: Array, axis_name: AxisName) -> Array:
     return a if axis_name is None else lax.pmax(lax.stop_gradient(a), axis_name)
 
 
-def all_side_by_side(a: Array, axis_name: AxisName) -> Array:
-    """The shards' arrays concatenated along the last axis, by a sum of arrays that are 0 in the others' places: so it
-    is the same on all shards, and derivatives are right with check_vma and without."""
-    if axis_name is None:
-        return a
-    places = (jnp.arange(shard_count(axis_name)) == shard_index(axis_name))[:, None]
-    return all_sum(jnp.where(places, a[..., None, :], 0).reshape(*a.shape[:-1], -1), axis_name)
+def in_slot(a: Array, shards: int, axis_name: AxisName) -> Array:
+    """`[..., k]` in its place among those of all shards, `[..., shards · k]`; 0 elsewhere."""
+    slots = jnp.zeros_like(a, shape=(*a.shape[:-1], shards * a.shape[-1]))
+    return lax.dynamic_update_slice_in_dim(slots, a, shard_index(axis_name) * a.shape[-1], a.ndim - 1)
+
+
+def side_by_side(a: Array, shards: int, axis_name: AxisName) -> Array:
+    """`[..., k]` of each shard one after the other, `[..., shards · k]`: by a sum, so that it is the same on all shards
+    and has its derivatives with check_vma and without."""
+    return a if axis_name is None else all_sum(in_slot(a, shards, axis_name), axis_name)
 
 
 def check_sharded(function: str, argument: str, a: Array, axis_name: AxisName) -> None:

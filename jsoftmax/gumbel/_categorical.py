@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Integer, PRNGKeyArray
 
 from jsoftmax import _arguments, _labels
-from jsoftmax._collectives import AxisName, all_side_by_side, all_sum, shard_count, shard_index
+from jsoftmax._collectives import AxisName, all_sum, shard_count, shard_index, side_by_side
 from jsoftmax.gumbel import _noise
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
@@ -47,7 +47,7 @@ def _draw(key: Any, x: Array, draws: int, axis_name: AxisName) -> Array:
     bits = jax.random.bits(of_draws, (*x.shape[:-1], draws), "uint32")
     if axis_name is None:
         return _search(F, _high_word(bits, F[..., -1:]))
-    totals = all_side_by_side(F[..., -1:], axis_name)
+    totals = side_by_side(F[..., -1:], shard_count(axis_name), axis_name)
     before = jnp.where(jnp.arange(totals.shape[-1]) < shard_index(axis_name), totals, 0)
     r = _high_word(bits, jnp.sum(totals, -1, keepdims=True, dtype=jnp.uint32))
     own = r - jnp.sum(before, -1, keepdims=True, dtype=jnp.uint32)  # wraps round for an earlier shard's, and is large

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import _arguments, maps
-from jsoftmax._collectives import AxisName, all_side_by_side, shard_index
+from jsoftmax._collectives import AxisName, shard_count, shard_index, side_by_side
 
 
 def gumbel(key: Any, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -124,11 +124,11 @@ def top_perturbed(key: Any, a: Array, k: int, axis_name: AxisName = None) -> tup
     """The k largest of a + g and which classes they are, over all shards, each with noise of its own."""
     if axis_name is None:
         return top_k(a + gumbel(key, a.shape, a.dtype), k)
-    own = a.shape[-1]
+    own, shards = a.shape[-1], shard_count(axis_name)
     g = gumbel(jax.random.fold_in(key, shard_index(axis_name)), a.shape, a.dtype)
     best, index = top_k(a + g, min(k, own))
-    best = all_side_by_side(best, axis_name)
-    index = all_side_by_side(index + shard_index(axis_name) * own, axis_name)
+    best = side_by_side(best, shards, axis_name)
+    index = side_by_side(index + shard_index(axis_name) * own, shards, axis_name)
     best, at = top_k(best, k)
     return best, jnp.take_along_axis(index, at, -1)
 

@@ -9,7 +9,7 @@ from jax import lax
 from jax.custom_derivatives import zero_from_primal
 from jaxtyping import Array
 
-from jsoftmax._collectives import all_max, all_sum, shard_index, typed_as
+from jsoftmax._collectives import all_max, all_sum, in_slot, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._sums import centre
 from jsoftmax.entropy import gap_sum
@@ -182,7 +182,7 @@ def over_shards(part: Running, head: Head, plan: Plan) -> Running:
     if part.spread is not None:
         made |= {"spread": _moved_sum(part.spread, part.kept_count, falls), "kept_count": part.kept_count}
     if part.top is not None:
-        made["top"], made["top_class"] = (in_slot(a, plan) for a in (part.top, part.top_class))
+        made["top"], made["top_class"] = (in_slot(a, plan.shards, plan.axis_name) for a in (part.top, part.top_class))
     made = all_sum(made, plan.axis_name)
     if part.top is not None:
         made["top"], places = _top_k(made["top"], part.top.shape[1], plan)
@@ -190,17 +190,6 @@ def over_shards(part: Running, head: Head, plan: Plan) -> Running:
     made["rest"] = made["rest"] + (made.pop("ones") - 1)
     # the maximum over devices may have dropped a NaN
     return Running(jnp.where(jnp.isnan(made["rest"]) & ~jnp.isposinf(peak), jnp.nan, peak), **made)
-
-
-def of_all_shards(a: Array, plan: Plan) -> Array:
-    """`[N, k]` of each shard one after the other, `[N, shards · k]`."""
-    return a if plan.axis_name is None else all_sum(in_slot(a, plan), plan.axis_name)
-
-
-def in_slot(a: Array, plan: Plan) -> Array:
-    """`[N, k]` in its place among those of all shards, `[N, shards · k]`; 0 elsewhere."""
-    slots = jnp.zeros_like(a, shape=(a.shape[0], plan.shards * a.shape[1]))
-    return lax.dynamic_update_slice_in_dim(slots, a, shard_index(plan.axis_name) * a.shape[1], 1)
 
 
 def _top_k(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:

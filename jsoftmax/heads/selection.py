@@ -11,13 +11,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from jsoftmax import _arguments
-from jsoftmax._collectives import AxisName, all_sum, shard_index
+from jsoftmax._collectives import AxisName, all_sum, shard_index, side_by_side
 from jsoftmax.gumbel import _noise, categorical
 from jsoftmax.gumbel._categorical import check_distinct, check_shape
 from jsoftmax.gumbel._estimators import conditional
 from jsoftmax.heads import _check, _head
 from jsoftmax.heads._head import Head, Heads, Plan, in_shards, over_classes
-from jsoftmax.heads._statistics import Wanted, of_all_shards, statistics
+from jsoftmax.heads._statistics import Wanted, statistics
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 
@@ -60,7 +60,7 @@ def _draw(given: tuple[Any, Head], count: int, replace: bool, plan: Plan) -> Arr
     of_chunks, of_classes = jax.random.split(key)
     own, scores_of = _chunk_normalizers(head, plan), _scores_of(head, plan)
     classes, chunks, shard = head.weight.shape[0], own.shape[1], shard_index(plan.axis_name)
-    L = of_all_shards(own, plan)
+    L = side_by_side(own, plan.shards, plan.axis_name)
 
     def here(chunk: Array) -> tuple[Array, Array]:
         """Whether chunks are this shard's, and their numbers in it."""
