@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jsoftmax
@@ -64,8 +65,28 @@ def test_example():
     mean = names["token_mean"](names["hidden"], names["weight"])
     np.testing.assert_allclose(-names["found"].log_prob.sum() / 4, mean, rtol=1e-6)
     assert np.isfinite(names["value_of_step"])
+    check_step(names)
     assert np.all(names["likelihood_of_labels"] < 0)
     np.testing.assert_allclose(names["loss"], jnp.array([2.0611537e-09, 0.3132617]), rtol=1e-6)
+
+
+def check_step(names):
+    """That of the mesh is that of one device."""
+
+    def objective(params, inputs, labels):
+        hidden = jnp.tanh(inputs @ params["layer"])
+        found = heads.linear_statistics(hidden, params["weight"], labels)
+        return jnp.mean(-found.log_prob - 0.01 * found.entropy)
+
+    params = {"layer": jnp.eye(16), "weight": names["weight"]}
+    inputs = jnp.cos(jnp.arange(128.0)).reshape(8, 16)
+    value, by_params = jax.jit(jax.value_and_grad(objective))(params, inputs, jnp.arange(8))
+    np.testing.assert_allclose(names["value_of_mesh"], value, rtol=1e-6)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    updates, _ = optimizer.update(by_params, optimizer.init(params), params)
+    for name, before in params.items():
+        np.testing.assert_allclose(names["trained"][name], before + updates[name], atol=1e-5)
+    assert names["trained"]["weight"].sharding.spec == jax.sharding.PartitionSpec("classes")
 
 
 CITING = {name: getattr(jsoftmax, name) for name in jsoftmax.__all__ if name.islower()}
