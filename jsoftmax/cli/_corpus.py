@@ -34,6 +34,11 @@ class Corpus(NamedTuple):
         """How often each word is in the training text."""
         return np.bincount(self.train, minlength=len(self.words))
 
+    @property
+    def unknown(self) -> float:
+        """The share of the held-out words that the vocabulary does not have."""
+        return float(np.mean(self.held_out == self.words.index(UNKNOWN)))
+
 
 # sections of numpydoc that hold no prose, and those that are tables, of which only the descriptions do
 _NO_PROSE = {"see also", "references", "methods"}

@@ -50,9 +50,10 @@ class Trigram:
             p = share + _look_up(order.contexts, order.rest, key // self.classes, 1.0) * p
         return p
 
-    def perplexity(self, text: np.ndarray) -> float:
-        """exp of the mean of −log p over all words but the first two."""
-        return float(np.exp(-np.mean(np.log(self.probabilities(text[:-2], text[1:-1], text[2:])))))
+    def perplexity(self, text: np.ndarray, end: int) -> float:
+        """exp of the mean of −log p over all words, the first of which follows two ends."""
+        u, v = (np.concatenate([np.full(n, end), text])[: len(text)] for n in (2, 1))
+        return float(np.exp(-np.mean(np.log(self.probabilities(u, v, text)))))
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray, missing: float) -> np.ndarray:
