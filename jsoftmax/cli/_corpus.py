@@ -7,10 +7,10 @@ import pathlib
 import re
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
+from pydoc_data import topics
 from typing import NamedTuple
 
 import numpy as np
-from pydoc_data import topics
 
 PACKAGES = {"numpy": "numpy", "scipy": "scipy", "scikit-learn": "sklearn"}
 """What pip calls them, and what Python does."""

@@ -22,15 +22,22 @@ PHI_CHOICES = [str(phi) for phi in PHIS if phi.domain == (-np.inf, np.inf)]
 """Scores of a linear layer may be any numbers."""
 
 
+class Draw(NamedTuple):
+    """What a head that samples classes needs."""
+
+    key: Array
+    log_frequencies: Array
+
+
 class Head(NamedTuple):
     """What is learned above the network, and its two losses, of hidden `[N, d]` and labels `[N]`."""
 
     initial: Callable[[Array, np.ndarray], Any]
     """(key, counts of the words) ↦ weights."""
     loss: Callable[..., Array] | None
-    """(weights, hidden, labels, key, log-frequencies, phi) ↦ the mean loss; None for the head with its own descent."""
+    """(weights, hidden, labels, φ, draw) ↦ the mean loss; None for the head with its own descent."""
     log_prob: Callable[..., Array]
-    """(weights, hidden, labels, phi) ↦ log p_y `[N]`, with all classes."""
+    """(weights, hidden, labels, φ) ↦ log p_y `[N]`, with all classes."""
     rate: float
     """Of Adam, at first; it falls to 0 along a line."""
     sgd_rate: float = 0.0
@@ -47,7 +54,7 @@ def _cut(key: Array, counts: np.ndarray) -> adaptive.AdaptiveParams:
     return adaptive.init(key, FEATURES, classes, (max(classes // 10, 1), max(classes // 3, 2)))
 
 
-def _dense(weight: Array, hidden: Array, labels: Array, key: Array, log_q: Array, phi: Phi) -> Array:
+def _dense(weight: Array, hidden: Array, labels: Array, phi: Phi, draw: Draw) -> Array:
     return losses.cross_entropy(hidden @ weight.T, labels, phi=phi).mean()
 
 
@@ -55,7 +62,7 @@ def _dense_log_prob(weight: Array, hidden: Array, labels: Array, phi: Phi) -> Ar
     return jnp.take_along_axis(log_softmax(hidden @ weight.T, phi=phi), labels[:, None], -1)[:, 0]
 
 
-def _streaming(weight: Array, hidden: Array, labels: Array, key: Array, log_q: Array, phi: Phi) -> Array:
+def _streaming(weight: Array, hidden: Array, labels: Array, phi: Phi, draw: Draw) -> Array:
     return heads.linear_cross_entropy_sum(hidden, weight, labels, phi=phi) / len(labels)
 
 
@@ -63,7 +70,7 @@ def _streaming_log_prob(weight: Array, hidden: Array, labels: Array, phi: Phi) -
     return -heads.linear_cross_entropy(hidden, weight, labels, phi=phi)
 
 
-def _adaptive(params: Any, hidden: Array, labels: Array, key: Array, log_q: Array, phi: Phi) -> Array:
+def _adaptive(params: Any, hidden: Array, labels: Array, phi: Phi, draw: Draw) -> Array:
     return -adaptive.log_prob(params, hidden, labels, phi=phi).mean()
 
 
@@ -71,7 +78,7 @@ def _adaptive_log_prob(params: Any, hidden: Array, labels: Array, phi: Phi) -> A
     return adaptive.log_prob(params, hidden, labels, phi=phi)
 
 
-def _quadratic(weight: Array, hidden: Array, labels: Array, key: Array, log_q: Array, phi: Phi) -> Array:
+def _quadratic(weight: Array, hidden: Array, labels: Array, phi: Phi, draw: Draw) -> Array:
     return heads.quadratic_cross_entropy(hidden, weight, labels, phi=phi).mean()
 
 
@@ -83,8 +90,10 @@ def _factored_log_prob(state: Any, hidden: Array, labels: Array, phi: Phi) -> Ar
     return -factored.loss(state, hidden, labels, loss=factored.log_loss(phi))
 
 
-def _sampled(weight: Array, hidden: Array, labels: Array, key: Array, log_q: Array, phi: Phi) -> Array:
-    return heads.sampled_cross_entropy(key, hidden, weight, labels, SAMPLES, log_proposal=log_q, phi=phi).mean()
+def _sampled(weight: Array, hidden: Array, labels: Array, phi: Phi, draw: Draw) -> Array:
+    return heads.sampled_cross_entropy(
+        draw.key, hidden, weight, labels, SAMPLES, log_proposal=draw.log_frequencies, phi=phi
+    ).mean()
 
 
 HEADS = {
@@ -132,12 +141,12 @@ class Trainer:
 
             def loss(learned: tuple[Network, Any]) -> Array:
                 h = network.hidden(learned[0], contexts, key)
-                return of_head(learned[1], h, labels, jax.random.fold_in(key, 1), log_q, phi)
+                return of_head(learned[1], h, labels, phi, Draw(jax.random.fold_in(key, 1), log_q))
 
             value, gradient = jax.value_and_grad(loss)((below, above))
             updates, moments = adam.update(gradient, moments)
-            below, above = optax.apply_updates((below, above), updates)
-            return (below, above, moments), value
+            learned: Any = optax.apply_updates((below, above), updates)
+            return (*learned, moments), value
 
         def factored_step(state: Any, contexts: Array, labels: Array, key: Array) -> tuple[Any, Array]:
             below, above, moments = state
@@ -168,4 +177,3 @@ class Trainer:
         for context, label, counted in zip(contexts, labels, counts, strict=True):
             total += np.sum(np.asarray(self._log_prob(self.state, context, label), np.float64), where=counted)
         return float(np.exp(-total / len(text)))
-

@@ -1,0 +1,24 @@
+"""The learning rates of `python -m jsoftmax lm`: each head with several, on a part of the text and another split."""
+
+import itertools
+
+from jsoftmax.cli import _corpus, lm
+from jsoftmax.cli._lm_heads import HEADS
+
+HELD_OUT = "scikit-learn"
+"""Not the package that `lm` holds out: that one has no say."""
+TRAIN, TEST = 200_000, 50_000
+ADAM = (3e-3, 6e-3, 1e-2)
+SGD = (1.0, 3.0, 10.0)
+
+
+def run() -> None:
+    whole = _corpus.of_packages(HELD_OUT)
+    corpus = whole._replace(train=whole.train[:TRAIN], held_out=whole.held_out[:TEST])
+    print(f"{corpus.description}; {TRAIN:,} words to train, {lm.EPOCHS} times, {TEST:,} held out")
+    for name in HEADS:
+        if name == "streaming":  # the loss of the dense head
+            continue
+        for rates in itertools.product(ADAM[:2], SGD) if name == "factored" else [(rate, 0.0) for rate in ADAM]:
+            row = lm.train(lm.Job(name, None, rates, corpus))
+            print(f"{name:10} {row['rates']!s:14} perplexity {row['perplexity']:8.1f}", flush=True)
