@@ -125,7 +125,7 @@ class Trainer:
 
     def __init__(self, name: str, phi: Phi, corpus: Corpus, steps: int, rates: tuple[float, float]) -> None:
         head = HEADS[name]
-        of_head = head.loss
+        of_head: Any = head.loss
         keys = jax.random.split(jax.random.key(0), 3)
         counts = corpus.counts
         self._dropout = keys[2]
@@ -137,8 +137,6 @@ class Trainer:
 
         def together(state: Any, contexts: Array, labels: Array, key: Array) -> tuple[Any, Array]:
             below, above, moments = state
-            assert of_head is not None
-
             def loss(learned: tuple[Network, Any]) -> Array:
                 h = network.hidden(learned[0], contexts, key)
                 return of_head(learned[1], h, labels, phi, Draw(jax.random.fold_in(key, 1), log_q))
