@@ -34,7 +34,7 @@ class Head(NamedTuple):
 
     initial: Callable[[Array, np.ndarray], Any]
     """(key, counts of the words) ↦ weights."""
-    loss: Callable[..., Array] | None
+    loss: Any
     """(weights, hidden, labels, φ, draw) ↦ the mean loss; None for the head with its own descent."""
     log_prob: Callable[..., Array]
     """(weights, hidden, labels, φ) ↦ log p_y `[N]`, with all classes."""
@@ -125,7 +125,7 @@ class Trainer:
 
     def __init__(self, name: str, phi: Phi, corpus: Corpus, steps: int, rates: tuple[float, float]) -> None:
         head = HEADS[name]
-        of_head: Any = head.loss
+        own_descent = head.loss is None
         keys = jax.random.split(jax.random.key(0), 3)
         counts = corpus.counts
         self._dropout = keys[2]
@@ -133,13 +133,14 @@ class Trainer:
         rate, sgd_rate = (optax.linear_schedule(rate, 0.0, steps) for rate in rates)
         adam = optax.adam(rate)
         below, above = network.initial(keys[0], len(counts)), head.initial(keys[1], counts)
-        self.state = (below, above, adam.init(below if of_head is None else (below, above)))
+        self.state = (below, above, adam.init(below if own_descent else (below, above)))
 
         def together(state: Any, contexts: Array, labels: Array, key: Array) -> tuple[Any, Array]:
             below, above, moments = state
+
             def loss(learned: tuple[Network, Any]) -> Array:
                 h = network.hidden(learned[0], contexts, key)
-                return of_head(learned[1], h, labels, phi, Draw(jax.random.fold_in(key, 1), log_q))
+                return head.loss(learned[1], h, labels, phi, Draw(jax.random.fold_in(key, 1), log_q))
 
             value, gradient = jax.value_and_grad(loss)((below, above))
             updates, moments = adam.update(gradient, moments)
@@ -156,7 +157,7 @@ class Trainer:
 
         def step(state: Any, contexts: Array, labels: Array, turn: Array) -> tuple[Any, Array]:
             key = jax.random.fold_in(self._dropout, turn)
-            return (factored_step if of_head is None else together)(state, contexts, labels.reshape(-1), key)
+            return (factored_step if own_descent else together)(state, contexts, labels.reshape(-1), key)
 
         def log_prob(state: Any, contexts: Array, labels: Array) -> Array:
             h = network.hidden(state[0], contexts)

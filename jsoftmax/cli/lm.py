@@ -211,14 +211,22 @@ def peak_mebibytes() -> float:
 def environment() -> dict[str, str]:
     """What the numbers depend on."""
     packages = {name: version(name) for name in ("jax", "optax", "numpy")}
-    device = jax.devices()[0].device_kind
     return {
         "jsoftmax": jsoftmax.__version__,
         **packages,
         "python": platform.python_version(),
-        "device": device,
+        "device": jax.devices()[0].device_kind,
+        "processor": _processor(),
         "cores": str(os.cpu_count()),
     }
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
 
 
 def _write(path: pathlib.Path, about: dict[str, str], corpus: Corpus, rows: list[dict[str, Any]]) -> None:
