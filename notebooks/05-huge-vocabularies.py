@@ -191,7 +191,7 @@ plt.show()
 # The table of `python -m jsoftmax lm --head all`, read from `benchmarks/results/lm-jax-0.10.json`: a small recurrent
 # network under each head, on the docstrings of installed packages, one of which is held out as a whole.
 #
-# Reference pattern, on other texts and larger networks: Grave et al. 2017 report for text8, 44,000 words, perplexity 144
+# Reference pattern, on other texts and larger networks: Grave et al. 2017 report for text8, 44,000 words, 144
 # in 83 minutes for the full softmax, 166 in 41 for sampling and 147 in 30 for the adaptive softmax; de Brébisson &
 # Vincent 2016 for Penn Treebank 126.7, 147.2 and 149.2 for log-softmax, log-Taylor and log-spherical softmax.
 
