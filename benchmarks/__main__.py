@@ -1,4 +1,4 @@
-"""`python -m benchmarks family | losses | gumbel | heads [--output FILE] | xla | startup`, or `--render` alone."""
+"""`python -m benchmarks family | losses | gumbel | heads [--output FILE] | lm | xla | startup`, or `--render` alone."""
 
 import argparse
 import importlib
@@ -8,7 +8,10 @@ import pathlib
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Timings beside peers, in one process.")
     parser.add_argument(
-        "name", nargs="?", choices=["family", "losses", "gumbel", "heads", "xla", "startup"], help="what to measure"
+        "name",
+        nargs="?",
+        choices=["family", "losses", "gumbel", "heads", "lm", "xla", "startup"],
+        help="what to measure",
     )
     parser.add_argument("--output", type=pathlib.Path, help="the JSON to write, in benchmarks/results by default")
     parser.add_argument(

@@ -41,6 +41,21 @@ def _cell(row: dict[str, Any]) -> str:
     return text + (f"; {shown}" if shown else "")
 
 
+def models() -> str:
+    """The language models of `python -m jsoftmax lm --head all`: a line each, of one run."""
+    (run,) = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("lm*.json"))]
+    title = f"jax {run['jax']}, {run['processor']}, {run['cores']} cores"
+    lines = [f"| {title} | φ | perplexity | words/s | minutes | MiB | temporaries, MiB |", "|---|---|" + "---:|" * 5]
+    for row in run["rows"]:
+        numbers = [f"{row['perplexity']:.1f}"]
+        if row["head"] != "trigram":
+            minutes, memory = f"{row['seconds'] / 60:.1f}", (row["peak_MiB"], row["temporaries_MiB"])
+            numbers += [f"{row['tokens_per_second']:,.0f}", minutes, *(f"{n:,.0f}" for n in memory)]
+        numbers += [""] * (5 - len(numbers))
+        lines.append("| " + " | ".join((row["head"], row.get("phi", ""), *numbers)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def picture(runs: list[dict[str, Any]]) -> None:
     """Ratios as dots with their quartiles, on a log axis; left of 1 ours is faster."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (an extra)
@@ -77,9 +92,9 @@ def picture(runs: list[dict[str, Any]]) -> None:
 
 def render() -> None:
     text = README.read_text()
-    for name in ("family", "losses", "gumbel", "heads"):
+    tables = {name: table(load(name)) for name in ("family", "losses", "gumbel", "heads")} | {"lm": models()}
+    for name, made in tables.items():
         between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-        made = table(load(name))
         text = between.sub(lambda found, made=made: found[1] + made + found[2], text)
     README.write_text(text)
     picture(load("family"))

@@ -1,4 +1,4 @@
-"""`python -m jsoftmax verify | train`."""
+"""`python -m jsoftmax verify | train | lm`."""
 
 import sys
 
