@@ -97,12 +97,12 @@ def _sampled(weight: Array, hidden: Array, labels: Array, phi: Phi, draw: Draw) 
 
 
 HEADS = {
-    "dense": Head(_weight, _dense, _dense_log_prob, 3e-3),
-    "streaming": Head(_weight, _streaming, _streaming_log_prob, 3e-3),
-    "adaptive": Head(_cut, _adaptive, _adaptive_log_prob, 3e-3),
-    "quadratic": Head(_weight, _quadratic, _quadratic_log_prob, 3e-3),
-    "factored": Head(lambda *given: factored.init(_weight(*given)), None, _factored_log_prob, 3e-3, 1.0),
-    "sampled": Head(_weight, _sampled, _streaming_log_prob, 3e-3),
+    "dense": Head(_weight, _dense, _dense_log_prob, 6e-3),
+    "streaming": Head(_weight, _streaming, _streaming_log_prob, 6e-3),
+    "adaptive": Head(_cut, _adaptive, _adaptive_log_prob, 6e-3),
+    "quadratic": Head(_weight, _quadratic, _quadratic_log_prob, 12e-3),
+    "factored": Head(lambda *given: factored.init(_weight(*given)), None, _factored_log_prob, 3e-3, 30.0),
+    "sampled": Head(_weight, _sampled, _streaming_log_prob, 6e-3),
 }
 
 
