@@ -96,12 +96,14 @@ def _sampled(weight: Array, hidden: Array, labels: Array, phi: Phi, draw: Draw) 
     ).mean()
 
 
+# The rates are the best of `python -m benchmarks lm`, which raises them until the perplexity rises, on 200,000 words of
+# numpy and scipy, with scikit-learn held out: numpy, the test, has no say. Streaming is the same loss as dense.
 HEADS = {
     "dense": Head(_weight, _dense, _dense_log_prob, 6e-3),
     "streaming": Head(_weight, _streaming, _streaming_log_prob, 6e-3),
     "adaptive": Head(_cut, _adaptive, _adaptive_log_prob, 6e-3),
-    "quadratic": Head(_weight, _quadratic, _quadratic_log_prob, 12e-3),
-    "factored": Head(lambda *given: factored.init(_weight(*given)), None, _factored_log_prob, 3e-3, 30.0),
+    "quadratic": Head(_weight, _quadratic, _quadratic_log_prob, 1.2e-2),
+    "factored": Head(lambda *given: factored.init(_weight(*given)), None, _factored_log_prob, 6e-3, 100.0),
     "sampled": Head(_weight, _sampled, _streaming_log_prob, 6e-3),
 }
 
