@@ -95,8 +95,9 @@ def seconds(assumed: Assumed, classes: int, mesh: Mesh) -> float:
 
 
 def held(assumed: Assumed, classes: int, mesh: Mesh) -> float:
-    """Bytes of weights, gradients and the optimiser's state on each device."""
-    return assumed.weight_bytes * classes * assumed.features / mesh.classes
+    """Bytes on each device of the weight with its gradient and optimiser, and of gathered hidden states with theirs."""
+    gathered = 2 * NUMBER * assumed.tokens / mesh.tokens * assumed.features if mesh.classes > 1 else 0
+    return assumed.weight_bytes * classes * assumed.features / mesh.classes + gathered
 
 
 def best(assumed: Assumed, classes: int, devices: int) -> Mesh | None:
@@ -228,8 +229,8 @@ def render(runs: list[dict[str, Any]]) -> str:
 
 
 NETWORKS = {
-    "tree": "halving and doubling: 2 log₂ n hops for an all-reduce, log₂ n for a gather or scatter over n devices",
-    "ring": "a ring: 2 (n − 1) hops for an all-reduce, n − 1 for a gather or scatter over n devices",
+    "tree": "halving and doubling, 2 log₂ n hops for an all-reduce, log₂ n for a gather or scatter over n devices",
+    "ring": "a ring, 2 (n − 1) hops for an all-reduce, n − 1 for a gather or scatter over n devices",
 }
 
 
@@ -312,11 +313,17 @@ assumed links.
 - **Sharding tokens**: a device holds all of the weight, whose gradient [V, d] is summed over devices.
 - **A mesh** of both, tokens × classes, sums the gradient of a part of the weight over fewer devices.
 
-Assumed: each link has a latency of <LATENCY> and sends <BANDWIDTH>, the same between any two devices, none in
-another's way; collectives go by <NETWORK>, and do not overlap with computing. An accelerator does <FLOPS> in the
-head's products, 8 flops for each token × class × feature, and holds <MEMORY>. Weight, gradient and Adam's state take
-<BYTES> bytes an entry. Before it measures, the script compares the bytes with the collectives of programs compiled
-for 8 devices on three meshes, and stops where they differ.
+Assumed:
+
+- a link has a latency of <LATENCY> and sends <BANDWIDTH>, the same between any two devices, none in another's way;
+- collectives go by <NETWORK>;
+  they do not overlap with computing;
+- an accelerator does <FLOPS> in the head's products, 8 flops for each token × class × feature, and holds <MEMORY>;
+- weight, gradient and Adam's state take <BYTES> bytes an entry; gathered hidden states and their gradient are held,
+  too.
+
+Before it measures, the script compares the bytes with the collectives of programs compiled for 8 devices on three
+meshes, and stops where they differ.
 
 <PLAN>
 "Best" is the mesh of powers of two that fits in memory and takes the links the least time. All meshes compute as
@@ -328,9 +335,9 @@ What it says:
   bandwidth: one sends 8 V d bytes, the other 8 N d and 44 N. And its weight must fit: up to V = <FIT> here.
 - What sharding classes sends does not grow with V, and hardly with devices. Computing takes longer than the links
   while a device has more classes than flop/s by bytes/s, <RULE> here: so 4,096 devices are too many for 10^6 classes,
-  not for 10^9.
-- A mesh sends less than either: its two sums are of [N/T, d] and [V/C, d], and the best T is near √(N n / V), within
-  what memory allows.
+  not for 10^9, unless tokens are cut as well.
+- A mesh sends less than either: its two sums are of [N/T, d] and [V/C, d], and the best T is near √(N n / V), where
+  that is more than 1 and memory allows it.
 
 The vocabulary for which both take the links the same time, latency counted; below it shard tokens:
 
