@@ -76,7 +76,7 @@ def linear_cross_entropy(
       precision: of the products: a `jax.lax.Precision` or its name.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the classes are sharded: weight, bias,
         where, log_weights and distributions are then this device's part, labels count all classes; hidden is the same
-        on all     (MATH 13.1). Derivatives are right taken outside, and inside with check_vma, which is the default.
+        on all     (MATH 13.1). Derivatives are right taken outside, and inside with check_vma, the default (MATH 13.3).
         Inside without it, or in `jax.vmap(axis_name=…)`, they are too large by the number of devices, and that by
         hidden is this device's share: divide that by weight, and take `jax.lax.pmean` of that by hidden.
       shards: under plain `jit` with a weight whose classes are sharded, over how many devices, or a multiple; it must
