@@ -92,8 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(_table(rows))
     console.print(
         "Perplexity of the held-out words over the whole vocabulary. Words/s of training, compilation and evaluation "
-        "left out. MiB: by how much the process of each head has grown at its peak during training; temporaries: of "
-        "the compiled step."
+        "left out. MiB: by how much the process of each head grew at its peak while it compiled and trained; step MiB: "
+        "the temporaries of the compiled step."
     )
     if arguments.output:
         console.print(f"written to {arguments.output}")
@@ -242,7 +242,7 @@ def _write(path: pathlib.Path, about: dict[str, str], corpus: Corpus, rows: list
     path.write_text(json.dumps({**about, **text, "rows": rows}, indent=1) + "\n")
 
 
-_COLUMNS = ("head", "φ", "rate", "perplexity", "words/s", "minutes", "MiB", "temporaries")
+_COLUMNS = ("head", "φ", "rate", "perplexity", "words/s", "minutes", "MiB", "step MiB")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
