@@ -198,6 +198,7 @@ def test_command(text, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "held out its last tenth" in out
     assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
     found = json.loads((tmp_path / "lm.json").read_text())
     assert [row["head"] for row in found["rows"]] == ["trigram", "factored"]
     trigram, row = found["rows"]
