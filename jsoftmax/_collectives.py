@@ -15,10 +15,10 @@ def check_axis_name(function: str, axis_name: Any) -> AxisName:
     if axis_name is None:
         return None
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if not names or not all(isinstance(name, str) for name in names):
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise TypeError(
-            f"{function}: axis_name must be None, the name of a mesh axis or a tuple of names; got {axis_name!r}. "
-            "It is that of the mesh of jax.shard_map, or of jax.vmap(axis_name=…)."
+            f"{function}: axis_name must be None, the name of a mesh axis or a tuple of different names; got "
+            f"{axis_name!r}. It is that of the mesh of jax.shard_map, or of jax.vmap(axis_name=…)."
         )
     try:
         lax.axis_size(axis_name)
@@ -73,6 +73,19 @@ def check_sharded(function: str, argument: str, a: Array, axis_name: AxisName) -
             f"{function}: {argument} must be sharded over axis_name={axis_name!r}, each device with its own classes; "
             f"got one that is the same along {sorted(missing)}. Shard it by in_specs of jax.shard_map, or leave "
             "axis_name out."
+        )
+
+
+def check_same(function: str, argument: str, a: Array, axis_name: AxisName) -> None:
+    """An array that `jax.shard_map` knows to differ from device to device, where all must take the same."""
+    if axis_name is None:
+        return
+    different = _varying(lax.axis_index(axis_name)) & _varying(a)
+    if different:
+        raise ValueError(
+            f"{function}: {argument} must be the same on all devices along axis_name={axis_name!r}; got one that "
+            f"differs along {sorted(different)}. Take it from outside jax.shard_map, by in_specs of PartitionSpec(), "
+            "and do not fold in the device's number."
         )
 
 

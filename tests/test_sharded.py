@@ -259,8 +259,21 @@ def test_explicit_mode():
             np.testing.assert_allclose(jax.jit(gradient)(z, w), want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("draw", [gumbel.categorical, lambda key, z, **o: gumbel.gumbel_top_k(key, z, 2, **o).indices])
+def test_keys_that_differ(draw):
+    """A key with the device's number in it would draw classes that do not exist."""
+
+    def of_part(z):
+        return draw(jax.random.fold_in(jax.random.key(0), jax.lax.axis_index("v")), z, axis_name="v")
+
+    with pytest.raises(ValueError, match="key must be the same on all devices"):
+        jax.jit(in_shard_map(of_part))(scores()[0])
+
+
 def test_wrong_calls():
     z = jnp.zeros((2, 8))
+    with pytest.raises(TypeError, match="entropy: axis_name must be None"):
+        js.entropy(z, axis_name=("v", "v"))
     with pytest.raises(ValueError, match="softmax: axis_name must be bound"):
         js.softmax(z, axis_name="v")
     with pytest.raises(TypeError, match="entropy: axis_name must be None"):

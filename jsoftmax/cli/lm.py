@@ -70,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         for name in names:
             choose_phi(name, arguments.phi)
         rates = {name: _rates(name, arguments.learning_rate) for name in names}
+        if arguments.output and not arguments.output.parent.is_dir():
+            raise ValueError(f"lm: --output must be in a folder that exists; got {arguments.output}. Make it first.")
         corpus = _read(arguments)
     except (ValueError, OSError) as wrong:
         print(wrong if str(wrong).startswith("lm:") else f"lm: --text cannot be read: {wrong}.")

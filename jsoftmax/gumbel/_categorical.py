@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Integer, PRNGKeyArray
 
 from jsoftmax import _arguments, _labels
-from jsoftmax._collectives import AxisName, all_sum, shard_count, shard_index, side_by_side
+from jsoftmax._collectives import AxisName, all_sum, check_same, shard_count, shard_index, side_by_side
 from jsoftmax.gumbel import _noise
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
@@ -104,8 +104,8 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
       mode: None, or 'low' or 'high': by `jax.random.categorical` with Gumbel noise of that resolution, with its draws.
       phi, where, log_weights: as in `jsoftmax.softmax`.
       axis_name: as there, where the classes are sharded; the classes drawn count over all devices. With replacement the
-        draws are those of the whole row, but for the rounding of p; without, each device draws noise of its own. Not
-        with `mode`.
+        draws are those of the whole row, but for the rounding of p; without, the device's number is folded into the
+        key, which is the same on all. Not with `mode`.
     Returns: int32 of the given shape. Each class is drawn with its p, within the rounding of p or 2^-32, whichever is
       more, and in the mean over keys however small p is: the draws of one call share whole numbers that p was rounded
       to, in steps of 2^-31. A class with p = 0 is never drawn. A row without classes, or with a score of NaN or +inf:
@@ -126,6 +126,7 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
     count = math.prod(prefix)
     if mode not in (None, "low", "high"):
         raise ValueError(f"{function}: mode must be None, 'low' or 'high'; got {mode!r}. Leave it out.")
+    check_same(function, "key", key, axis_name)
     if mode is not None and axis_name is not None:
         raise ValueError(f"{function}: mode must be None with axis_name; got {mode!r}. Leave it out.")
     check_distinct(function, replace, count, given.x.shape[-1] * shard_count(axis_name))

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from jsoftmax import _arguments
-from jsoftmax._collectives import AxisName, shard_count
+from jsoftmax._collectives import AxisName, check_same, shard_count
 from jsoftmax._series import expm1_ratio
 from jsoftmax.gumbel import _noise
 from jsoftmax.maps import normalize
@@ -49,8 +49,8 @@ def gumbel_top_k(
       k: how many, an int in [1, K].
       axis: int: the classes' axis, in the results that of the k.
       phi, where, log_weights: as in `jsoftmax.softmax`.
-      axis_name: as there, where the classes are sharded; K, and the classes in the result, count over all devices. Each
-        device draws noise of its own, so the sample depends on their number; under plain `jit` it does not.
+      axis_name: as there, where the classes are sharded; K, and the classes in the result, count over all devices. The
+        key is the same on all; the device's number is folded into it, so the sample depends on how many there are.
     Returns: `TopK(indices, perturbed, threshold)`: int32 and float32 at least. `perturbed` and `threshold` are
       differentiable; the noise is a constant. A row with less than k classes: −1 and −inf beyond them; a row with a
       score of NaN or +inf: −1 and NaN.
@@ -64,6 +64,7 @@ def gumbel_top_k(
     function = "gumbel_top_k"
     _noise.check_key(function, key)
     given = _noise.check(function, z, axis, where, phi, log_weights, axis_name)
+    check_same(function, "key", key, axis_name)
     classes = given.x.shape[-1] * shard_count(axis_name)
     count = _noise.check_count(function, k, classes)
     log_p = normalize(given.x, (given.x.ndim - 1,), axis_name).log_p
