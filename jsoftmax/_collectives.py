@@ -76,7 +76,7 @@ def check_sharded(function: str, argument: str, a: Array, axis_name: AxisName) -
         )
 
 
-def check_same(function: str, argument: str, a: Array, axis_name: AxisName) -> None:
+def check_same(function: str, argument: str, a: Any, axis_name: AxisName) -> None:
     """An array that `jax.shard_map` knows to differ from device to device, where all must take the same."""
     if axis_name is None:
         return
@@ -100,7 +100,7 @@ def check_not_explicit(function: str, argument: str, a: Array) -> None:
         )
 
 
-def _varying(a: Array) -> frozenset[str]:
+def _varying(a: Any) -> frozenset[str]:
     """The names of the axes along which `jax.shard_map(check_vma=True)` takes an array to differ."""
     return getattr(getattr(jax.typeof(a), "mat", None), "varying", frozenset())
 

@@ -217,6 +217,7 @@ def test_command(text, tmp_path, capsys, monkeypatch):
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--text", "{short}"], "at least 100 words"),
         (["--quick", "--learning-rate", "-1"], "must be one or two numbers > 0"),
+        (["--quick", "--output", "nowhere/x.json"], "folder that exists"),
     ],
 )
 def test_wrong_arguments(options, said, tmp_path, capsys):
