@@ -67,10 +67,12 @@ def _search(F: Array, r: Array) -> Array:
 def _keep_possible(drawn: Array, x: Array, axis_name: AxisName) -> Array:
     """Draws `[..., n]`, −1 where the class is left out or the row is bad."""
     bad = ~(jnp.max(x, -1, keepdims=True, initial=-jnp.inf) < jnp.inf)
-    left_out = _labels.share_at_label(
-        lambda own: ~(jnp.take_along_axis(x, own, -1) > -jnp.inf), drawn, x.shape[-1], axis_name
-    )
-    impossible = all_sum(bad.astype(jnp.int32) + left_out.astype(jnp.int32), axis_name) > 0
+
+    def left_out(own: Array) -> Array:
+        return (~(jnp.take_along_axis(x, own, -1) > -jnp.inf)).astype(jnp.int32)
+
+    out = _labels.share_at_label(left_out, drawn, x.shape[-1], axis_name)
+    impossible = all_sum(bad.astype(jnp.int32) + out, axis_name) > 0
     return jnp.where(impossible, -1, drawn)
 
 
