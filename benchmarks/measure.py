@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 import jsoftmax
+from jsoftmax.cli._machine import processor
 
 F = Callable[..., Any]
 
@@ -104,7 +105,7 @@ def about() -> dict[str, str]:
     return {
         "device": device.device_kind,
         "platform": device.platform,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
         "jax": jax.__version__,
@@ -123,11 +124,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()

@@ -2,7 +2,6 @@
 tokens × classes, differentiated inside."""
 
 import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from sharding import DEVICES, assert_close, collectives, mesh
 
 from jsoftmax import heads
 
-DEVICES, TOKENS, FEATURES, CLASSES = 4, 6, 3, 32
+TOKENS, FEATURES, CLASSES = 6, 3, 32
 BLOCKS = {"block_size": (3, 4)}
 
 
@@ -41,10 +41,6 @@ def functions(labels, w):
 NAMES = list(functions(None, None))
 WEIGHTS = jnp.arange(1.0, TOKENS + 1)
 WHOLE, TOKENS_CUT, CLASSES_CUT = PartitionSpec(), PartitionSpec("t"), PartitionSpec("v")
-
-
-def mesh():
-    return jax.make_mesh((DEVICES,), ("v",), axis_types=(AxisType.Auto,))
 
 
 def two_dimensional(kind=AxisType.Auto):
@@ -93,8 +89,7 @@ def test_parts_equal_the_whole(name):
         want = everything(lambda *given: f(*given, **BLOCKS))(*given)
         for g in ways(f).values():
             found = everything(g)(*given)
-            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12 * np.max(np.abs(b)))
+            assert_close(found, want, 1e-10)
 
 
 def total_and_derivatives(name, *, psum=lambda a: a, **options):
@@ -124,8 +119,7 @@ def test_derivatives_inside_a_mesh_of_tokens_and_classes(name):
         over = {"in_specs": (*parts, TOKENS_CUT, TOKENS_CUT), "out_specs": (WHOLE, parts, parts)}
         found = jax.jit(jax.shard_map(of_part, mesh=two_dimensional(), **over))(*given)
         want = jax.jit(total_and_derivatives(name))(*given)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12 * np.max(np.abs(b)))
+        assert_close(found, want, 1e-10)
 
 
 def test_tokens_and_classes_over_one_axis():
@@ -150,8 +144,7 @@ def test_tokens_and_classes_over_one_axis():
             return jnp.sum(jnp.sin(heads.linear_cross_entropy(hidden, weight, labels, bias)))
 
         want = jax.value_and_grad(total, (0, 1, 2))(hidden, weight, bias)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12 * np.max(np.abs(b)))
+        assert_close(found, want, 1e-10)
 
 
 @pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_cross_entropy_sum"])
@@ -177,8 +170,7 @@ def test_derivatives_inside_without_check_vma(name):
         want = value, [(by_h, DEVICES * by_W, DEVICES * by_b) for by_h, by_W, by_b in derivatives]
         for f in (jax.shard_map(of_part, mesh=mesh(), check_vma=False, **over), mapped):
             found = jax.jit(f)(*given)
-            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12 * np.max(np.abs(b)))
+            assert_close(found, want, 1e-10)
 
 
 @pytest.mark.parametrize("replace", [True, False])
@@ -196,13 +188,6 @@ def test_the_same_draws(replace):
     of_part = jax.jit(jax.shard_map(lambda *given: f(*given, axis_name="v"), **over))
     np.testing.assert_array_equal(of_part(hidden, weight, where), want)
     np.testing.assert_array_equal(f(hidden, weight, where, shards=DEVICES), want)
-
-
-def collectives(f, *given):
-    text = jax.jit(f).lower(*given).compile().as_text()
-    entry = text[text.index("\nENTRY ") :]
-    found = re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
-    return found, len(re.findall(r" all-reduce(?:-start)?\(", entry))
 
 
 COUNTS = {

@@ -23,6 +23,7 @@ import jsoftmax
 from jsoftmax.cli import _corpus, _lm_network
 from jsoftmax.cli._corpus import END, Corpus
 from jsoftmax.cli._lm_heads import HEADS, PHI_CHOICES, Trainer, choose_phi
+from jsoftmax.cli._machine import processor
 from jsoftmax.cli._trigram import Trigram
 
 EPOCHS, BATCH = 2, 32
@@ -218,17 +219,9 @@ def environment() -> dict[str, str]:
         **packages,
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": str(os.cpu_count()),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def _write(path: pathlib.Path, about: dict[str, str], corpus: Corpus, rows: list[dict[str, Any]]) -> None:
