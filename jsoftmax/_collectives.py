@@ -1,10 +1,12 @@
 """Sums and maxima over classes that are sharded over a named axis of `jax.shard_map` or `jax.vmap` (MATH 13)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 AxisName = str | tuple[str, ...] | None
@@ -53,8 +55,8 @@ def all_max(a: Array, axis_name: AxisName) -> Array:
 
 def in_slot(a: Array, shards: int, axis_name: AxisName) -> Array:
     """`[..., k]` in its place among those of all shards, `[..., shards · k]`; 0 elsewhere."""
-    slots = jnp.zeros_like(a, shape=(*a.shape[:-1], shards * a.shape[-1]))
-    return lax.dynamic_update_slice_in_dim(slots, a, shard_index(axis_name) * a.shape[-1], a.ndim - 1)
+    own = jnp.arange(shards)[:, None] == shard_index(axis_name)
+    return jnp.where(own, a[..., None, :], 0).reshape(*a.shape[:-1], shards * a.shape[-1])
 
 
 def side_by_side(a: Array, shards: int, axis_name: AxisName) -> Array:
@@ -91,13 +93,36 @@ def check_same(function: str, argument: str, a: Any, axis_name: AxisName) -> Non
 
 def check_not_explicit(function: str, argument: str, a: Array) -> None:
     """Loops over blocks cannot be traced along an axis that is sharded in an array's type."""
-    spec = jax.typeof(a).sharding.spec  # of axes of type Auto and Manual: None
-    if any(part is not None for part in spec):
+    if in_type(a):
         raise ValueError(
             f"{function}: {argument} must not be sharded over mesh axes of type AxisType.Explicit; got sharding "
-            f"{spec}. Call the function inside jax.shard_map, with axis_name=… for classes that are sharded, or give "
-            "it shards=… and wrap it: jax.sharding.auto_axes(f, out_sharding=…)."
+            f"{jax.typeof(a).sharding.spec}. Call the function inside jax.shard_map, with axis_name=… for classes that "
+            "are sharded, or give it shards=… and wrap it: jax.sharding.auto_axes(f, out_sharding=…)."
         )
+
+
+def in_type(a: Array) -> bool:
+    """Whether an array is sharded over mesh axes of type `AxisType.Explicit`, and not of type Auto or Manual only."""
+    return any(part is not None for part in jax.typeof(a).sharding.spec)
+
+
+def by_rows(f: Callable[..., Any], a: Array, *others: Any, axis_name: AxisName = None) -> Any:
+    """f(a, …) of rows `[..., K]`, whose results `[..., k]` are sharded as the rows are, and k is not.
+
+    Along an axis that is sharded in an array's type JAX neither gathers nor reshapes without being told; its
+    partitioner does. With an `axis_name` the classes are whole on each device.
+    """
+    if axis_name is not None or not in_type(a):
+        return f(a, *others)
+    kind = jax.typeof(a).sharding
+    axes = tuple(n for n, t in zip(kind.mesh.axis_names, kind.mesh.axis_types, strict=True) if t == AxisType.Explicit)
+    out = NamedSharding(kind.mesh, PartitionSpec(*kind.spec[:-1]))
+    return jax.sharding.auto_axes(f, axes=axes, out_sharding=out)(a, *others)
+
+
+def pick(a: Array, index: Array) -> Array:
+    """`jnp.take_along_axis(a, index, -1)`, of rows that may be sharded."""
+    return by_rows(lambda a, index: jnp.take_along_axis(a, index, -1), a, index)
 
 
 def _varying(a: Any) -> frozenset[str]:

@@ -1,5 +1,6 @@
 """Sums over classes to the last digits, and where they are sharded, over all shards (MATH 4.1, 13.2)."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,9 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax._collectives import AxisName, all_max, all_sum
+from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows, in_type
 
-_SHORT_BLOCK, _FEW = 64, 16
+_FEW, _MANY = 16, 4096
 
 
 class Centred(NamedTuple):
@@ -36,7 +37,7 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Centr
     Right under plain autodiff too: the maximum carries no derivative, and counting has none.
     Of sharded classes one maximum is taken over all devices and one sum of both parts, so nothing is lost there either.
     """
-    length = _block_length(x, axis)
+    length = _length(x, axis)
     if not length:
         parts = _slices(x, axis[0]) if _has_few(x, axis) else [x]
         top = [jnp.max(lax.stop_gradient(part), axis, keepdims=True, initial=-jnp.inf) for part in parts]
@@ -48,6 +49,9 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Centr
         small, count = all_sum((small, count), axis_name)
         u = x - lax.optimization_barrier(peak)
         return Centred(u, jnp.exp(u), small + (count - 1), peak)
+    if in_type(x):
+        rest, peak = by_rows(lambda x: centre(x, axis, axis_name)[2:], x)
+        return Centred(x - peak, jnp.exp(x - peak), rest, peak)
     cut, tail = _cut(x, length)
     blocks = cut.shape[-2]
     block_peak = lax.optimization_barrier(jnp.max(lax.stop_gradient(cut), -1))
@@ -55,31 +59,36 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Centr
     peak = _peak(jnp.maximum(jnp.max(block_peak, -1, keepdims=True), tail_peak), axis_name)
     e_cut, e_tail = jnp.exp(cut - peak[..., None]), jnp.exp(tail - peak)
     block_sum = lax.optimization_barrier(jnp.sum(e_cut, -1))
-    total = _pairwise_sum(jnp.concatenate([block_sum, e_tail], -1))
+    total = _sum_over_blocks(block_sum) + _pairwise_sum(e_tail)
     # the block of the maximum; any, where the tail has it
     best = jnp.min(jnp.where(block_peak == peak, jnp.arange(blocks), blocks - 1), -1, keepdims=True)
     others = jnp.where(jnp.arange(blocks) == best, 0, block_sum)
     block = jnp.take_along_axis(cut, best[..., None], -2)[..., 0, :]
     e = jnp.exp(jnp.concatenate([block, tail], -1) - peak)
-    small = _pairwise_sum(lax.optimization_barrier(jnp.concatenate([e - jnp.floor(e), others], -1)))
+    e, others = lax.optimization_barrier((e - jnp.floor(e), others))
+    small = _pairwise_sum(e) + _sum_over_blocks(others)
     ones = jnp.round(total - small)  # an integer: exact until an error of 1 is below rounding
     small, ones = all_sum((small, ones), axis_name)
     u = x - peak
-    shared = jnp.concatenate([e_cut.reshape(*x.shape[:-1], -1), e_tail], -1)
-    return Centred(u, shared if length == _SHORT_BLOCK else jnp.exp(u), small + (ones - 1), peak)
+    shared = e_cut.reshape(*x.shape[:-1], -1)
+    if e_tail.shape[-1]:
+        shared = jnp.concatenate([shared, e_tail], -1)
+    return Centred(u, shared if x.shape[-1] < _MANY else jnp.exp(u), small + (ones - 1), peak)
 
 
 def careful_sum(
     f: Callable[[Array], Array], x: Array, peak: Array, axis: tuple[int, ...], axis_name: AxisName = None
 ) -> Array:
     """Σ f(x − peak), over a long axis by blocks and halves."""
-    length = _block_length(x, axis)
+    length = _length(x, axis)
     if not length:
         return class_sum(f(x - peak), axis, axis_name)
+    if in_type(x):
+        return by_rows(lambda x, peak: careful_sum(f, x, peak, axis, axis_name), x, peak)
     cut, tail = _cut(x, length)
     peak = lax.optimization_barrier(peak)  # else XLA writes the e^u that `centre` computes too, for both to read
     block_sum = lax.optimization_barrier(jnp.sum(f(cut - peak[..., None]), -1))
-    return all_sum(_pairwise_sum(jnp.concatenate([block_sum, f(tail - peak)], -1)), axis_name)
+    return all_sum(_sum_over_blocks(block_sum) + _pairwise_sum(f(tail - peak)), axis_name)
 
 
 def class_sum(a: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
@@ -105,11 +114,26 @@ def _by_halves(op: Callable[[Array, Array], Array], parts: list[Array]) -> Array
     return parts[0]
 
 
-def _block_length(x: Array, axis: tuple[int, ...]) -> int:
-    """How many classes a block of a long last axis has; 0 for a short axis or another."""
-    if not x.ndim or axis != (x.ndim - 1,) or x.shape[-1] <= 256:
+def block_length(classes: int) -> int:
+    """How many classes a block of a long axis has, about 64 or 256; 0 for a short axis.
+
+    Few or no classes are left over (XLA on CPU is slow with them), and the number of blocks has a factor of 8 or 16
+    where that of classes has: an axis that is sharded over as many devices is then cut within each, and not across.
+    """
+    if classes <= 256:
         return 0
-    return _SHORT_BLOCK if x.shape[-1] < 4096 else 256
+    usual = 64 if classes < _MANY else 256
+    even = [length for length in range(3 * usual // 4, 8 * usual) if classes % (8 * length) == 0]
+
+    def fitness(length: int) -> tuple[int, float]:
+        return math.gcd(classes // length, 16), -max(length / usual, usual / length)
+
+    return max(even, key=fitness, default=usual)
+
+
+def _length(x: Array, axis: tuple[int, ...]) -> int:
+    """Of the blocks that a sum over the axis is cut into; 0: it is not."""
+    return block_length(x.shape[-1]) if x.ndim and axis == (x.ndim - 1,) else 0
 
 
 def _cut(x: Array, length: int) -> tuple[Array, Array]:
@@ -118,8 +142,17 @@ def _cut(x: Array, length: int) -> tuple[Array, Array]:
     return x[..., :split].reshape(*x.shape[:-1], -1, length), x[..., split:]
 
 
+def _sum_over_blocks(a: Array) -> Array:
+    """Σ over the last axis, one number a block: by halves within each of 2^i parts, so that parts which are on
+    different devices under plain `jit` are added once."""
+    parts = math.gcd(a.shape[-1], 64)
+    return jnp.sum(_pairwise_sum(a.reshape(*a.shape[:-1], parts, -1)), -2)
+
+
 def _pairwise_sum(a: Array) -> Array:
     """Σ over the last axis by halves: its rounding error grows as log n, where that of a running sum grows as n."""
+    if not a.shape[-1]:
+        return jnp.zeros_like(a, shape=(*a.shape[:-1], 1))
     while a.shape[-1] > 1:
         half = a.shape[-1] // 2
         a = jnp.concatenate([a[..., :half] + a[..., half : 2 * half], a[..., 2 * half :]], -1)

@@ -1,5 +1,6 @@
 """What the tests of sharded functions share."""
 
+import math
 import re
 
 import jax
@@ -19,9 +20,23 @@ def assert_close(found, want, rtol):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol / 100 * np.max(np.abs(b)))
 
 
+KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+
+
 def collectives(f, *given):
     """Which operations of the compiled program are between devices, and how many all-reduces are in no loop."""
     text = jax.jit(f).lower(*given).compile().as_text()
     entry = text[text.index("\nENTRY ") :]
-    found = re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
+    found = re.findall(rf" ({KINDS})(?:-start)?\(", text)
     return found, len(re.findall(r" all-reduce(?:-start)?\(", entry))
+
+
+def exchanged(f, *given):
+    """The operations of the compiled program between devices, each with the length of the longest array it hands on."""
+    text = jax.jit(f).lower(*given).compile().as_text()
+    found = re.findall(rf"= ([^=\n]*?) ({KINDS})(?:-start)?\(", text)
+
+    def longest(out):
+        return max(math.prod(map(int, re.findall(r"\d+", shape))) for shape in re.findall(r"\[([\d,]*)\]", out))
+
+    return [(kind, longest(out)) for out, kind in found]

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from sharding import DEVICES, assert_close, collectives, mesh
+from sharding import DEVICES, assert_close, collectives, exchanged, mesh
 
 import jsoftmax as js
 from jsoftmax import gumbel, losses
+from jsoftmax._sums import block_length
 from jsoftmax.gumbel._noise import gumbel as noise
 
 ROWS, CLASSES = 5, 24
@@ -128,24 +129,55 @@ COUNTS = {  # value, gradient, Hessian product (MATH 13.2)
 }
 
 
-@pytest.mark.parametrize("way", ["shard_map", "jit"])
-@pytest.mark.parametrize("name", list(COUNTS))
-def test_collectives(name, way):
-    """One maximum and one sum, and never a gather; by plain jit the partitioner may split a sum."""
-    function, *counts = COUNTS[name]
-    z = jax.device_put(scores()[0], NamedSharding(mesh(), PARTS))
-    f = function
-    if way == "shard_map":
-        f = in_shard_map(lambda z: function(z, axis_name="v"), PARTS if name in KEEP else WHOLE)
+def of_each_order(f):
+    """Value, gradient and Hessian product."""
 
     def gradient(z):
         value, pull = jax.vjp(f, z)
-        return pull(jnp.cos(z) if name in KEEP else jnp.ones_like(value))[0]
+        return pull(jnp.cos(z) if value.shape == z.shape else jnp.ones_like(value))[0]
 
-    for g, count in zip((f, gradient, lambda z: jax.jvp(gradient, (z,), (z,))[1]), counts, strict=True):
-        found, _ = collectives(g, z)
-        assert set(found) == {"all-reduce"}
-        assert len(found) == count or way == "jit"
+    return f, gradient, lambda z: jax.jvp(gradient, (z,), (z,))[1]
+
+
+def sharded_scores(classes=CLASSES):
+    return jax.device_put(scores(classes)[0], NamedSharding(mesh(), PARTS))
+
+
+@pytest.mark.parametrize("name", list(COUNTS))
+def test_collectives(name):
+    """One maximum and one sum, and never a gather."""
+    function, *counts = COUNTS[name]
+    f = in_shard_map(lambda z: function(z, axis_name="v"), PARTS if name in KEEP else WHOLE)
+    for g, count in zip(of_each_order(f), counts, strict=True):
+        assert collectives(g, sharded_scores())[0] == ["all-reduce"] * count
+
+
+@pytest.mark.parametrize("classes", [CLASSES, 1000])
+@pytest.mark.parametrize("name", list(COUNTS))
+def test_plain_jit(name, classes):
+    """Numbers of rows are summed, and at most one block of each; never a gather."""
+    length = block_length(classes)
+    for g in of_each_order(COUNTS[name][0]):
+        for kind, longest in exchanged(g, sharded_scores(classes)):
+            assert kind == "all-reduce"
+            assert longest in (ROWS, ROWS * length)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda z: gumbel.categorical(jax.random.key(0), z),
+        lambda z: gumbel.categorical(jax.random.key(0), z, shape=(1000, ROWS)),
+        lambda z: gumbel.categorical(jax.random.key(0), z, shape=(2, ROWS), replace=False),
+        lambda z: gumbel.gumbel_top_k(jax.random.key(0), z, 2).perturbed,
+        jax.grad(lambda z: jnp.sum(gumbel.gumbel_top_k(jax.random.key(0), z, 2).perturbed)),
+    ],
+)
+def test_draws_by_plain_jit(draw):
+    """Those of one device, and no exchange of more than a draw each or a few blocks, 256 of 32768 classes."""
+    z = sharded_scores(32768)
+    np.testing.assert_allclose(jax.jit(draw)(z), draw(np.asarray(z)), rtol=1e-6, atol=1e-6)
+    assert max(longest for _, longest in exchanged(draw, z)) <= ROWS * 1000
 
 
 def test_many_classes():
@@ -232,15 +264,31 @@ def test_top_k(k):
         np.testing.assert_allclose(gradient(in_shard_map(sample, **options)), gradient(whole), rtol=1e-4, atol=1e-5)
 
 
-def test_explicit_mode():
-    """Axes whose sharding is part of an array's type."""
-    with jax.set_mesh(mesh(AxisType.Explicit)):
-        z, w = (jax.device_put(a, PARTS) for a in scores())
-        for name in ("softmax", "entropy", "kl_divergence"):
-            f = of_scores()[name]
-            gradient = jax.grad(lambda z, w, f=f: jnp.sum(jnp.sin(f(z, w))))
-            want = jax.grad(lambda z, w, f=f: jnp.sum(jnp.sin(f(z, w))))(*scores())
-            np.testing.assert_allclose(jax.jit(gradient)(z, w), want, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("classes", [CLASSES, 1000])
+def test_explicit_mode(classes):
+    """Axes whose sharding is part of an array's type: results are sharded as their rows are."""
+    explicit = mesh(AxisType.Explicit)
+    for name, f in of_scores().items():
+        if name not in CORE:
+            continue
+        gradient = jax.grad(lambda z, w, f=f: jnp.sum(jnp.sin(f(z, w))))
+        want = gradient(*scores(classes))
+        given = (jax.device_put(a, NamedSharding(explicit, PARTS)) for a in scores(classes))
+        with jax.set_mesh(explicit):
+            np.testing.assert_allclose(jax.jit(gradient)(*given), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [CLASSES, 1000])
+def test_draws_in_explicit_mode(classes):
+    explicit, z = mesh(AxisType.Explicit), scores(classes)[0][:DEVICES]
+    for draw in (
+        lambda z: gumbel.categorical(jax.random.key(0), z, shape=(3, DEVICES)),
+        lambda z: gumbel.gumbel_top_k(jax.random.key(0), z, 2).indices,
+    ):
+        for spec in (PARTS, PartitionSpec("v")):
+            given = jax.device_put(z, NamedSharding(explicit, spec))
+            with jax.set_mesh(explicit):
+                np.testing.assert_array_equal(jax.jit(draw)(given), draw(z))
 
 
 @pytest.mark.parametrize("draw", [gumbel.categorical, lambda key, z, **o: gumbel.gumbel_top_k(key, z, 2, **o).indices])

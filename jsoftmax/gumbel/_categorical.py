@@ -11,25 +11,26 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Integer, PRNGKeyArray
 
 from jsoftmax import _arguments, _labels
-from jsoftmax._collectives import AxisName, all_sum, check_same, shard_count, shard_index, side_by_side
+from jsoftmax._collectives import AxisName, all_sum, by_rows, check_same, pick, shard_count, shard_index, side_by_side
 from jsoftmax.gumbel import _noise
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 
 _TOTAL = float(2**31 - 2**7)  # the largest float32 that int32 holds
+_GROUPS = 16
 _GOLDEN = 0x9E3779B9  # 2^32 times the golden section
 
 
-def _cumulative(key: Any, x: Array, axis_name: AxisName) -> Array:
-    """F, cumulative sums of whole numbers w with mean 2^31 p: those of a class are rounded up or down at random, by an
-    offset of the row that steps by the golden section, so that small p are right, too  (MATH 10.2)."""
+def _whole_numbers(key: Any, x: Array, axis_name: AxisName) -> Array:
+    """w `[..., K]`, whole numbers with mean 2^31 p: those of a class are rounded up or down at random, by an offset of
+    the row that steps by the golden section, so that small p are right, too  (MATH 10.2)."""
     share = normalize(x, (x.ndim - 1,), axis_name).p * _TOTAL
     whole = jnp.floor(share)
     first = shard_index(axis_name).astype(jnp.uint32) * x.shape[-1]
     steps = (first + jnp.arange(x.shape[-1], dtype=jnp.uint32)) * jnp.uint32(_GOLDEN)
     offset = (jax.random.bits(key, (*x.shape[:-1], 1), "uint32") + steps) >> 8
     up = share - whole > offset.astype(jnp.int32).astype(x.dtype) * 2.0**-24
-    return jnp.cumsum((whole.astype(jnp.int32) + up.astype(jnp.int32)).astype(jnp.uint32), -1)
+    return (whole.astype(jnp.int32) + up.astype(jnp.int32)).astype(jnp.uint32)
 
 
 def _high_word(a: Array, b: Array) -> Array:
@@ -41,19 +42,29 @@ def _high_word(a: Array, b: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _draw(key: Any, x: Array, draws: int, axis_name: AxisName) -> Array:
-    """`[..., draws]` classes, counted over all shards."""
+    """`[..., draws]` classes, counted over all shards.
+
+    Each shard adds up its own w, in groups, so that classes sharded under plain `jit` are not gathered, either, and
+    finds the draws that fall to it.
+    """
     of_rounding, of_draws = jax.random.split(key)
-    F = _cumulative(of_rounding, lax.stop_gradient(x), axis_name)
-    bits = jax.random.bits(of_draws, (*x.shape[:-1], draws), "uint32")
-    if axis_name is None:
-        return _search(F, _high_word(bits, F[..., -1:]))
-    totals = side_by_side(F[..., -1:], shard_count(axis_name), axis_name)
-    before = jnp.where(jnp.arange(totals.shape[-1]) < shard_index(axis_name), totals, 0)
-    r = _high_word(bits, jnp.sum(totals, -1, keepdims=True, dtype=jnp.uint32))
-    own = r - jnp.sum(before, -1, keepdims=True, dtype=jnp.uint32)  # wraps round for an earlier shard's, and is large
+    w = _whole_numbers(of_rounding, lax.stop_gradient(x), axis_name)
+    # XLA on CPU adds up 16 by 16, and is slow where a length is no multiple of it
+    groups = math.gcd(x.shape[-1] if x.shape[-1] % 16 else x.shape[-1] // 16, _GROUPS)
+    F = jnp.cumsum(w.reshape(*x.shape[:-1], groups, -1), -1)
+    totals = side_by_side(F[..., -1], shard_count(axis_name), axis_name)
+    ends = jnp.cumsum(totals, -1)
+    before = lax.dynamic_slice_in_dim(ends - totals, shard_index(axis_name) * groups, groups, -1)
+    if draws * _GROUPS > x.shape[-1]:  # to search every group would take longer than to add them up
+        F, groups = (F + (before - before[..., :1])[..., None]).reshape(*x.shape[:-1], 1, -1), 1
+        before = before[..., :1]
+    r = _high_word(jax.random.bits(of_draws, (*x.shape[:-1], draws), "uint32"), ends[..., -1:])
+    own = r[..., None, :] - before[..., None]  # wraps round for an earlier group's, and is large
     inside = own < F[..., -1:]
-    drawn = shard_index(axis_name) * x.shape[-1] + _search(F, jnp.where(inside, own, 0))
-    return all_sum(jnp.where(inside, drawn, 0), axis_name)
+    length = F.shape[-1]
+    first = shard_index(axis_name) * x.shape[-1] + length * jnp.arange(groups, dtype=jnp.int32)
+    drawn = first[:, None] + _search(F, jnp.where(inside, own, 0))
+    return all_sum(jnp.sum(jnp.where(inside, drawn, 0), -2), axis_name)
 
 
 def _search(F: Array, r: Array) -> Array:
@@ -66,10 +77,10 @@ def _search(F: Array, r: Array) -> Array:
 
 def _keep_possible(drawn: Array, x: Array, axis_name: AxisName) -> Array:
     """Draws `[..., n]`, −1 where the class is left out or the row is bad."""
-    bad = ~(jnp.max(x, -1, keepdims=True, initial=-jnp.inf) < jnp.inf)
+    bad = jnp.any(~(x < jnp.inf), -1, keepdims=True)  # a maximum over devices may lose a NaN
 
     def left_out(own: Array) -> Array:
-        return (~(jnp.take_along_axis(x, own, -1) > -jnp.inf)).astype(jnp.int32)
+        return (~(pick(x, own) > -jnp.inf)).astype(jnp.int32)
 
     out = _labels.share_at_label(left_out, drawn, x.shape[-1], axis_name)
     impossible = all_sum(bad.astype(jnp.int32) + out, axis_name) > 0
@@ -138,7 +149,11 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
         drawn = jax.random.categorical(key, given.x, -1, (*prefix, *batch), replace, mode)
         drawn = jnp.moveaxis(drawn.reshape(count, *batch), 0, -1).astype(jnp.int32)
     elif replace:
-        drawn = _draw(key, given.x, count, axis_name)
+        drawn = (
+            _draw(key, given.x, count, axis_name)
+            if axis_name
+            else by_rows(lambda x: _draw(key, x, count, None), given.x)
+        )
     else:
         _, drawn = _noise.top_perturbed(key, given.x, count, axis_name)
     return jnp.moveaxis(_keep_possible(drawn, given.x, axis_name), -1, 0).reshape(*prefix, *batch)

@@ -9,7 +9,8 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import _arguments, maps
-from jsoftmax._collectives import AxisName, shard_count, shard_index, side_by_side
+from jsoftmax._collectives import AxisName, by_rows, shard_count, shard_index, side_by_side
+from jsoftmax._sums import block_length
 
 
 def gumbel(key: Any, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -120,13 +121,25 @@ def top_k(a: Array, k: int) -> tuple[Array, Array]:
     return lax.optimization_barrier(best), lax.optimization_barrier(index)
 
 
+def _top_k_of_many(a: Array, k: int) -> tuple[Array, Array]:
+    """As `top_k`: the k largest are in the k blocks with the largest maxima, so no sharded row is gathered for them."""
+    length = block_length(a.shape[-1])
+    if not length or a.shape[-1] % length or 4 * k * length > a.shape[-1]:
+        return top_k(a, k)
+    blocks = a.reshape(*a.shape[:-1], -1, length)
+    _, chosen = top_k(jnp.max(lax.stop_gradient(blocks), -1), k)
+    chosen = jnp.sort(chosen, -1)  # so that of equal scores the first comes first
+    best, at = top_k(jnp.take_along_axis(blocks, chosen[..., None], -2).reshape(*a.shape[:-1], -1), k)
+    return best, jnp.take_along_axis(chosen, at // length, -1) * length + at % length
+
+
 def top_perturbed(key: Any, a: Array, k: int, axis_name: AxisName = None) -> tuple[Array, Array]:
     """The k largest of a + g and which classes they are, over all shards, each with noise of its own."""
     if axis_name is None:
-        return top_k(a + gumbel(key, a.shape, a.dtype), k)
+        return by_rows(lambda a: _top_k_of_many(a + gumbel(key, a.shape, a.dtype), k), a)
     own, shards = a.shape[-1], shard_count(axis_name)
     g = gumbel(jax.random.fold_in(key, shard_index(axis_name)), a.shape, a.dtype)
-    best, index = top_k(a + g, min(k, own))
+    best, index = _top_k_of_many(a + g, min(k, own))
     best = side_by_side(best, shards, axis_name)
     index = side_by_side(index + shard_index(axis_name) * own, shards, axis_name)
     best, at = top_k(best, k)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, _labels, maps
 from jsoftmax._arguments import Axis
-from jsoftmax._collectives import AxisName, all_sum
+from jsoftmax._collectives import AxisName, all_sum, pick
 from jsoftmax._labels import Labelled
 from jsoftmax._series import expm1_ratio
 from jsoftmax._sums import centre, class_sum
@@ -62,7 +62,7 @@ def _is_label(x: Array, label: Array, axis_name: AxisName) -> Array:
 
 def _share_at_label(a: Array, label: Array, axis_name: AxisName) -> Array:
     """a_y on the shard that has y, 0 on the others."""
-    return _labels.share_at_label(lambda own: jnp.take_along_axis(a, own, -1), label, a.shape[-1], axis_name)
+    return _labels.share_at_label(lambda own: pick(a, own), label, a.shape[-1], axis_name)
 
 
 # --- cross-entropy and its kin -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _labels
 from jsoftmax._arguments import Axis
+from jsoftmax._collectives import pick
 from jsoftmax._labels import Labelled
 from jsoftmax._series import log1p_exp
 
@@ -51,8 +52,8 @@ def _z_loss(given: Labelled, scale: Array, shift: Array) -> Array:
     label, valid = _labels.in_range(labels, z.shape[-1])
     kept = ~jnp.isneginf(z) if given.where is None else given.where & ~jnp.isneginf(z)
     t, _ = _standardized(jnp.where(kept, z, 0), kept)
-    out = ~jnp.take_along_axis(kept, label, -1)
-    loss = log1p_exp(scale * (shift - jnp.take_along_axis(t, label, -1))) / scale
+    out = ~pick(kept, label)
+    loss = log1p_exp(scale * (shift - pick(t, label))) / scale
     return given.keep_rows(jnp.where(valid, 1, jnp.nan).astype(z.dtype) * jnp.where(out, jnp.inf, loss))
 
 
