@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -25,9 +26,11 @@ def check_axis_name(function: str, axis_name: Any) -> AxisName:
     try:
         lax.axis_size(axis_name)
     except NameError:
+        bound = jax.sharding.get_abstract_mesh().manual_axes
+        names = f"; jax.shard_map has bound {', '.join(map(repr, bound))} here" if bound else ""
         raise ValueError(
-            f"{function}: axis_name must be bound where the function is called; got {axis_name!r}. Call it inside "
-            "jax.shard_map over a mesh with that axis, or jax.vmap(axis_name=…); elsewhere leave axis_name out."
+            f"{function}: axis_name must be bound where the function is called; got {axis_name!r}{names}. Call it "
+            "inside jax.shard_map over a mesh with that axis, or jax.vmap(axis_name=…); elsewhere leave axis_name out."
         ) from None
     return axis_name
 
@@ -76,6 +79,22 @@ def check_sharded(function: str, argument: str, a: Array, axis_name: AxisName) -
             f"got one that is the same along {sorted(missing)}. Shard it by in_specs of jax.shard_map, or leave "
             "axis_name out."
         )
+
+
+def check_parts(
+    function: str, shape: tuple[int, ...], axis: tuple[int, ...], axis_name: AxisName, **arrays: Any
+) -> None:
+    """Masks, weights and distributions that have the classes of all devices, beside scores that have one device's."""
+    for name, a in arrays.items() if shard_count(axis_name) > 1 else ():
+        got = np.shape(a)
+        for i in range(max(0, len(shape) - len(got)), len(shape)):
+            length = got[i - len(shape)]
+            if i in axis and length != shape[i] and length == shape[i] * shard_count(axis_name):
+                raise ValueError(
+                    f"{function}: {name} must have this device's classes, {shape[i]} in each; got shape {got}, with "
+                    f"those of all devices along axis_name={axis_name!r}. Shard it along that axis, too, by in_specs "
+                    "of jax.shard_map."
+                )
 
 
 def check_same(function: str, argument: str, a: Any, axis_name: AxisName) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jsoftmax import _arguments, maps
-from jsoftmax._collectives import AxisName, check_axis_name, check_sharded, shard_count, shard_index
+from jsoftmax._collectives import AxisName, check_axis_name, check_parts, check_sharded, shard_count, shard_index
 from jsoftmax.phi import exp
 
 
@@ -69,6 +69,9 @@ def check(
     axes = _arguments.canonical_axis(function, axis, z.ndim)
     batch = tuple(length for i, length in enumerate(z.shape) if i not in axes)
     of_classes = tuple(z.shape[i] for i in axes)
+    by_class = {"where": where, "log_weights": log_weights, names[1]: labels}
+    check_parts(function, z.shape, axes, axis_name, **{n: a for n, a in by_class.items() if np.ndim(a) == z.ndim})
+    check_parts(function, of_classes, tuple(range(len(axes))), axis_name, class_weights=class_weights)
     labels = _check_labels(function, names[1], labels, z, batch, axes)
     check_ignore_label(function, ignore_label, "mask their rows: where=….")
     classes, rows = check_mask(function, where, z.shape, batch)

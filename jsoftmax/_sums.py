@@ -1,5 +1,6 @@
 """Sums over classes to the last digits, and where they are sharded, over all shards (MATH 4.1, 13.2)."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -59,20 +60,20 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Centr
     peak = _peak(jnp.maximum(jnp.max(block_peak, -1, keepdims=True), tail_peak), axis_name)
     e_cut, e_tail = jnp.exp(cut - peak[..., None]), jnp.exp(tail - peak)
     block_sum = lax.optimization_barrier(jnp.sum(e_cut, -1))
-    total = _sum_over_blocks(block_sum) + _pairwise_sum(e_tail)
+    even = not tail.shape[-1]
+    total = _sum_by_halves(block_sum, e_tail, even=even)
     # the block of the maximum; any, where the tail has it
     best = jnp.min(jnp.where(block_peak == peak, jnp.arange(blocks), blocks - 1), -1, keepdims=True)
     others = jnp.where(jnp.arange(blocks) == best, 0, block_sum)
     block = jnp.take_along_axis(cut, best[..., None], -2)[..., 0, :]
     e = jnp.exp(jnp.concatenate([block, tail], -1) - peak)
     e, others = lax.optimization_barrier((e - jnp.floor(e), others))
-    small = _pairwise_sum(e) + _sum_over_blocks(others)
+    small = _sum_by_halves(e, others, even=even)
     ones = jnp.round(total - small)  # an integer: exact until an error of 1 is below rounding
     small, ones = all_sum((small, ones), axis_name)
     u = x - peak
     shared = e_cut.reshape(*x.shape[:-1], -1)
-    if e_tail.shape[-1]:
-        shared = jnp.concatenate([shared, e_tail], -1)
+    shared = shared if even else jnp.concatenate([shared, e_tail], -1)
     return Centred(u, shared if x.shape[-1] < _MANY else jnp.exp(u), small + (ones - 1), peak)
 
 
@@ -88,7 +89,7 @@ def careful_sum(
     cut, tail = _cut(x, length)
     peak = lax.optimization_barrier(peak)  # else XLA writes the e^u that `centre` computes too, for both to read
     block_sum = lax.optimization_barrier(jnp.sum(f(cut - peak[..., None]), -1))
-    return all_sum(_sum_over_blocks(block_sum) + _pairwise_sum(f(tail - peak)), axis_name)
+    return all_sum(_sum_by_halves(block_sum, f(tail - peak), even=not tail.shape[-1]), axis_name)
 
 
 def class_sum(a: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
@@ -142,17 +143,19 @@ def _cut(x: Array, length: int) -> tuple[Array, Array]:
     return x[..., :split].reshape(*x.shape[:-1], -1, length), x[..., split:]
 
 
-def _sum_over_blocks(a: Array) -> Array:
-    """Σ over the last axis, one number a block: by halves within each of 2^i parts, so that parts which are on
-    different devices under plain `jit` are added once."""
-    parts = math.gcd(a.shape[-1], 64)
-    return jnp.sum(_pairwise_sum(a.reshape(*a.shape[:-1], parts, -1)), -2)
+def _sum_by_halves(*given: Array, even: bool) -> Array:
+    """Σ over the last axis of all given, by halves: the rounding error grows as log n, that of a running sum as n.
+
+    Of even blocks, without a tail, each array by halves within 2^i parts, so that under plain `jit` each device adds up
+    its own blocks, and the devices' sums are added once.
+    """
+    if not even:
+        return _pairwise_sum(jnp.concatenate(given, -1))
+    split = [a.reshape(*a.shape[:-1], math.gcd(a.shape[-1], 16), -1) for a in given if a.shape[-1]]
+    return functools.reduce(jnp.add, (jnp.sum(_pairwise_sum(a), -2) for a in split))
 
 
 def _pairwise_sum(a: Array) -> Array:
-    """Σ over the last axis by halves: its rounding error grows as log n, where that of a running sum grows as n."""
-    if not a.shape[-1]:
-        return jnp.zeros_like(a, shape=(*a.shape[:-1], 1))
     while a.shape[-1] > 1:
         half = a.shape[-1] // 2
         a = jnp.concatenate([a[..., :half] + a[..., half : 2 * half], a[..., 2 * half :]], -1)

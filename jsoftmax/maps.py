@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments
 from jsoftmax._arguments import Axis
-from jsoftmax._collectives import AxisName, check_axis_name, check_sharded
+from jsoftmax._collectives import AxisName, check_axis_name, check_parts, check_sharded
 from jsoftmax._sums import centre, class_sum
 from jsoftmax.phi import Phi, exp, log_phi
 
@@ -106,9 +106,11 @@ def check(  # noqa: PLR0917  (as the public functions have them)
     check_axis_name(function, axis_name)
     for name, z in arrays.items():
         check_sharded(function, name, z, axis_name)
+    axes = _arguments.canonical_axis(function, axis, len(shape))
+    check_parts(function, shape, axes, axis_name, where=where, log_weights=log_weights)
     return Arguments(
         tuple(jnp.broadcast_to(z.astype(dtype), shape) for z in arrays.values()),
-        _arguments.canonical_axis(function, axis, len(shape)),
+        axes,
         axis_name,
         _arguments.check_where(function, where, shape),
         _arguments.check_log_weights(function, log_weights, shape, dtype),

@@ -326,5 +326,11 @@ def test_wrong_calls():
     over = {"mesh": mesh(), "in_specs": WHOLE, "out_specs": WHOLE}
     with pytest.raises(ValueError, match="weight must be sharded over axis_name='v'"):
         jax.jit(jax.shard_map(lambda h, W: f(h, W, labels, axis_name="v"), **over))(h, W)
+    of_part = {"mesh": mesh(), "in_specs": (WHOLE, PartitionSpec("v")), "out_specs": WHOLE}
+    for argument, whole in (("bias", b), ("where", b > 0), ("log_weights", b), ("labels", jnp.ones((len(h), len(W))))):
+        options = {"labels": labels, argument: whole}
+        g = jax.shard_map(lambda h, W, o=options: f(h, W, axis_name="v", **o), **of_part)
+        with pytest.raises(ValueError, match=f"linear_cross_entropy: {argument} must have this device's classes"):
+            jax.jit(g)(h, W)
     with pytest.raises(ValueError, match="got both"):
         jax.vmap(lambda h, W: f(h, W, labels, axis_name="v", shards=2), (None, 0), axis_name="v")(h, W[None])

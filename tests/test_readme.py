@@ -66,6 +66,10 @@ def test_example():
     np.testing.assert_allclose(-names["found"].log_prob.sum() / 4, mean, rtol=1e-6)
     assert np.isfinite(names["value_of_step"])
     check_step(names)
+    labels = jnp.array([3, 1023, 500, 0])
+    whole = jsoftmax.losses.cross_entropy(np.asarray(names["z_sharded"]), labels)
+    np.testing.assert_allclose(names["loss_of_rows"], whole, rtol=1e-6)
+    assert names["drawn_of_rows"].shape == (4,)
     assert np.all(names["likelihood_of_labels"] < 0)
     np.testing.assert_allclose(names["loss"], jnp.array([2.0611537e-09, 0.3132617]), rtol=1e-6)
 

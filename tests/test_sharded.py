@@ -190,6 +190,19 @@ def test_many_classes():
     assert collectives(jax.grad(lambda z: jnp.sum(f(z))), z)[0] == ["all-reduce"] * 2
 
 
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_two_axes(names):
+    """The first name counts slowest, as in a PartitionSpec."""
+    f = jax.shard_map(
+        lambda z: losses.cross_entropy(z, LABELS, axis_name=names),
+        mesh=jax.make_mesh((2, DEVICES // 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2),
+        in_specs=PartitionSpec(None, names),
+        out_specs=WHOLE,
+    )
+    z, _ = scores()
+    np.testing.assert_allclose(jax.jit(f)(z), losses.cross_entropy(z, LABELS), rtol=1e-6)
+
+
 def test_edges():
     """Empty shards and rows, bad scores in one shard, small results, labels that are out of range or left out."""
     z = jnp.zeros((7, 8)).at[1:3].set(-jnp.inf).at[2, 3].set(0).at[3, 7].set(jnp.nan).at[4, 1].set(jnp.inf)
@@ -310,6 +323,16 @@ def test_wrong_calls():
         js.softmax(z, axis_name="v")
     with pytest.raises(TypeError, match="entropy: axis_name must be None"):
         js.entropy(z, axis_name=())
+    for shape in ((2, 8), (8,)):
+        for argument in ({"where": jnp.ones(shape, bool)}, {"log_weights": jnp.ones(shape)}):
+            with pytest.raises(ValueError, match=f"entropy: {next(iter(argument))} must have this device's classes, 2"):
+                in_shard_map(lambda z, a=argument: js.entropy(z, axis_name="v", **a))(z)
+    for labels, option in ((jnp.ones((2, 8)), "labels"), (jnp.zeros(2, int), "class_weights")):
+        options = {} if option == "labels" else {option: jnp.ones(8)}
+        with pytest.raises(ValueError, match=f"cross_entropy: {option} must have this device's classes, 2"):
+            in_shard_map(lambda z, y=labels, o=options: losses.cross_entropy(z, y, axis_name="v", **o))(z)
+    with pytest.raises(ValueError, match=r"got 'w'; jax\.shard_map has bound 'v' here"):
+        in_shard_map(lambda z: js.entropy(z, axis_name="w"))(z)
     replicated = jax.shard_map(
         lambda z: losses.cross_entropy(z, jnp.zeros(2, int), axis_name="v"),
         mesh=mesh(),

@@ -10,7 +10,15 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import _arguments, _labels, maps
-from jsoftmax._collectives import AxisName, check_axis_name, check_not_explicit, check_sharded, shard_count, typed_as
+from jsoftmax._collectives import (
+    AxisName,
+    check_axis_name,
+    check_not_explicit,
+    check_parts,
+    check_sharded,
+    shard_count,
+    typed_as,
+)
 from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
 from jsoftmax.heads._statistics import Statistics
 
@@ -78,6 +86,8 @@ def check(
     classes, batch = weight.shape[0], hidden.shape[:-1]
     dtype = jnp.result_type(hidden, weight)
     wide = _arguments.accumulation_dtype(dtype)
+    of_one = {names[2]: bias, "where": where, "log_weights": log_weights}
+    check_parts(function, (classes,), (0,), axis_name, **of_one)
     if bias is not None:
         bias = _arguments.as_scores(function, names[2], bias)
         if bias.shape != (classes,):
@@ -107,6 +117,8 @@ def check(
     tokens, of_classes = _block_sizes(function, block_size, head, whole_rows, classes=of_shard, chunk=chunk)
     plan = Plan(tokens, of_classes, dtype, _check_precision(function, precision), axis_name, shards)
     if labels is not NO_LABELS:
+        if np.ndim(labels) > len(batch):
+            check_parts(function, (*batch, classes), (len(batch),), axis_name, labels=labels)
         labels = _check_labels(function, labels, batch, classes, wide)
         _labels.check_ignore_label(function, ignore_label, "give them all one number: jnp.where(…, ignored, labels).")
         if jnp.issubdtype(labels.dtype, jnp.integer):
