@@ -58,7 +58,7 @@ def all_max(a: Array, axis_name: AxisName) -> Array:
 
 def in_slot(a: Array, shards: int, axis_name: AxisName) -> Array:
     """`[..., k]` in its place among those of all shards, `[..., shards · k]`; 0 elsewhere."""
-    own = jnp.arange(shards)[:, None] == shard_index(axis_name)
+    own = jnp.arange(shards, dtype=jnp.int32)[:, None] == shard_index(axis_name)
     return jnp.where(own, a[..., None, :], 0).reshape(*a.shape[:-1], shards * a.shape[-1])
 
 

@@ -64,6 +64,7 @@ def test_draws_with_64_bits(dtype):
         for row in range(2):
             assert_frequencies(np.bincount(draws[:, row], minlength=3), js.softmax(z)[row])
             assert_frequencies(np.asarray(values[:, row]).sum(0), js.softmax(z)[row])
+        assert draws.dtype == jnp.int32
         assert np.abs(np.corrcoef(draws.T)[0, 1]) < 5 / 200_000**0.5
 
 

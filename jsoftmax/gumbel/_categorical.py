@@ -64,7 +64,7 @@ def _draw(key: Any, x: Array, draws: int, axis_name: AxisName) -> Array:
     length = F.shape[-1]
     first = shard_index(axis_name) * x.shape[-1] + length * jnp.arange(groups, dtype=jnp.int32)
     drawn = first[:, None] + _search(F, jnp.where(inside, own, 0))
-    return all_sum(jnp.sum(jnp.where(inside, drawn, 0), -2), axis_name)
+    return all_sum(jnp.sum(jnp.where(inside, drawn, 0), -2, dtype=jnp.int32), axis_name)
 
 
 def _search(F: Array, r: Array) -> Array:
