@@ -49,7 +49,10 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Centr
         count = _by_halves(jnp.add, [jnp.sum(part, axis, keepdims=True) for part in ones])
         small, count = all_sum((small, count), axis_name)
         u = x - lax.optimization_barrier(peak)
-        return Centred(u, jnp.exp(u), small + (count - 1), peak)
+        rest = small + (count - 1)
+        if len(parts) > 1:  # else XLA writes e^u of each slice, for rest and all that is made of it (jax 0.12)
+            rest = lax.optimization_barrier(rest)
+        return Centred(u, jnp.exp(u), rest, peak)
     if in_type(x):
         rest, peak = by_rows(lambda x: centre(x, axis, axis_name)[2:], x)
         return Centred(x - peak, jnp.exp(x - peak), rest, peak)
