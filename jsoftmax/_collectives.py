@@ -85,7 +85,9 @@ def check_parts(
     function: str, shape: tuple[int, ...], axis: tuple[int, ...], axis_name: AxisName, **arrays: Any
 ) -> None:
     """Masks, weights and distributions that have the classes of all devices, beside scores that have one device's."""
-    for name, a in arrays.items() if shard_count(axis_name) > 1 else ():
+    if shard_count(axis_name) == 1:
+        return
+    for name, a in arrays.items():
         got = np.shape(a)
         for i in range(max(0, len(shape) - len(got)), len(shape)):
             length = got[i - len(shape)]
@@ -111,12 +113,12 @@ def check_same(function: str, argument: str, a: Any, axis_name: AxisName) -> Non
 
 
 def check_not_explicit(function: str, argument: str, a: Array) -> None:
-    """Loops over blocks cannot be traced along an axis that is sharded in an array's type."""
+    """Loops over blocks, and reshapes, cannot be traced along an axis that is sharded in an array's type."""
     if in_type(a):
         raise ValueError(
             f"{function}: {argument} must not be sharded over mesh axes of type AxisType.Explicit; got sharding "
             f"{jax.typeof(a).sharding.spec}. Call the function inside jax.shard_map, with axis_name=… for classes that "
-            "are sharded, or give it shards=… and wrap it: jax.sharding.auto_axes(f, out_sharding=…)."
+            "are sharded, or wrap it, a head with shards=…: jax.sharding.auto_axes(f, out_sharding=…)."
         )
 
 
@@ -131,12 +133,18 @@ def by_rows(f: Callable[..., Any], a: Array, *others: Any, axis_name: AxisName =
     Along an axis that is sharded in an array's type JAX neither gathers nor reshapes without being told; its
     partitioner does. With an `axis_name` the classes are whole on each device.
     """
-    if axis_name is not None or not in_type(a):
+    typed = [b for b in (a, *others) if in_type(b)]
+    if axis_name is not None or not typed:
         return f(a, *others)
-    kind = jax.typeof(a).sharding
-    axes = tuple(n for n, t in zip(kind.mesh.axis_names, kind.mesh.axis_types, strict=True) if t == AxisType.Explicit)
-    out = NamedSharding(kind.mesh, PartitionSpec(*kind.spec[:-1]))
+    mesh = jax.typeof(typed[0]).sharding.mesh
+    axes = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
+    out = NamedSharding(mesh, PartitionSpec(*jax.typeof(a).sharding.spec[:-1]))
     return jax.sharding.auto_axes(f, axes=axes, out_sharding=out)(a, *others)
+
+
+def sharded_as(a: Array, like: Array) -> Array:
+    """The same numbers, sharded in their type as those of `like` are, which has the same shape."""
+    return jax.sharding.reshard(a, jax.typeof(like).sharding) if in_type(like) else a
 
 
 def pick(a: Array, index: Array) -> Array:

@@ -9,7 +9,16 @@ import numpy as np
 from jaxtyping import Array
 
 from jsoftmax import _arguments, maps
-from jsoftmax._collectives import AxisName, check_axis_name, check_parts, check_sharded, shard_count, shard_index
+from jsoftmax._collectives import (
+    AxisName,
+    check_axis_name,
+    check_not_explicit,
+    check_parts,
+    check_sharded,
+    shard_count,
+    shard_index,
+    sharded_as,
+)
 from jsoftmax.phi import exp
 
 
@@ -69,10 +78,13 @@ def check(
     axes = _arguments.canonical_axis(function, axis, z.ndim)
     batch = tuple(length for i, length in enumerate(z.shape) if i not in axes)
     of_classes = tuple(z.shape[i] for i in axes)
-    by_class = {"where": where, "log_weights": log_weights, names[1]: labels}
-    check_parts(function, z.shape, axes, axis_name, **{n: a for n, a in by_class.items() if np.ndim(a) == z.ndim})
-    check_parts(function, of_classes, tuple(range(len(axes))), axis_name, class_weights=class_weights)
-    labels = _check_labels(function, names[1], labels, z, batch, axes)
+    if len(axes) > 1:
+        check_not_explicit(function, names[0], z)
+    if axis_name is not None:
+        by_class = {n: a for n, a in (("where", where), (names[1], labels)) if np.ndim(a) == z.ndim}
+        check_parts(function, z.shape, axes, axis_name, log_weights=log_weights, **by_class)
+        check_parts(function, of_classes, tuple(range(len(axes))), axis_name, class_weights=class_weights)
+    labels = _check_labels(function, names[1], labels, z, batch, axes, axis_name)
     check_ignore_label(function, ignore_label, "mask their rows: where=….")
     classes, rows = check_mask(function, where, z.shape, batch)
     log_weights = _arguments.check_log_weights(function, log_weights, z.shape, z.dtype)
@@ -85,7 +97,7 @@ def check(
 
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         reject_given(function, {"class_weights": class_weights, "ignore_label": ignore_label})
-        labels = last(labels)
+        labels = last(sharded_as(labels, z))
     elif ignore_label is not None:
         known = labels != ignore_label
         rows = known if rows is None else rows & known
@@ -159,7 +171,13 @@ def share_at_label(pick: Callable[[Array], Array], label: Array, classes: int, a
 
 
 def _check_labels(  # noqa: PLR0917
-    function: str, argument: str, labels: Any, z: Array, batch: tuple[int, ...], axes: tuple[int, ...]
+    function: str,
+    argument: str,
+    labels: Any,
+    z: Array,
+    batch: tuple[int, ...],
+    axes: tuple[int, ...],
+    axis_name: AxisName,
 ) -> Array:
     """Labels as an array of the right shape."""
     array = _arguments.as_array(function, argument, labels)
@@ -167,6 +185,10 @@ def _check_labels(  # noqa: PLR0917
         if array.shape != batch:
             if array.shape == z.shape:
                 way_out = f"One-hot vectors and distributions are floating: {argument}.astype(float)."
+            elif array.size * shard_count(axis_name) == math.prod(batch) and axis_name is not None:
+                way_out = (
+                    f"They are the same on all devices along axis_name={axis_name!r}: leave it out of their in_specs."
+                )
             elif math.prod(array.shape) == math.prod(batch):
                 way_out = f"Write {argument}.reshape{batch}."
             else:

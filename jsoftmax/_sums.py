@@ -75,7 +75,7 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Centr
     ones = jnp.round(total - small)  # an integer: exact until an error of 1 is below rounding
     small, ones = all_sum((small, ones), axis_name)
     u = x - peak
-    shared = e_cut.reshape(*x.shape[:-1], -1)
+    shared = e_cut.reshape(*x.shape[:-1], blocks * length)
     shared = shared if even else jnp.concatenate([shared, e_tail], -1)
     return Centred(u, shared if x.shape[-1] < _MANY else jnp.exp(u), small + (ones - 1), peak)
 
@@ -121,41 +121,51 @@ def _by_halves(op: Callable[[Array, Array], Array], parts: list[Array]) -> Array
 def block_length(classes: int) -> int:
     """How many classes a block of a long axis has, about 64 or 256; 0 for a short axis.
 
-    Few or no classes are left over (XLA on CPU is slow with them), and the number of blocks has a factor of 8 or 16
-    where that of classes has: an axis that is sharded over as many devices is then cut within each, and not across.
+    Few or no classes are left over: XLA on CPU is slow with them.
     """
     if classes <= 256:
         return 0
     usual = 64 if classes < _MANY else 256
-    even = [length for length in range(3 * usual // 4, 8 * usual) if classes % (8 * length) == 0]
+    return even_length(classes, usual) or usual
+
+
+def even_length(classes: int, usual: int) -> int:
+    """About the usual length, one that leaves no class over and a number of blocks with a factor of 8 or 16, so that an
+    axis that is sharded over as many devices is cut within each, and not across; 0 where there is none."""
+    lengths = range(max(1, 3 * usual // 4), 8 * usual)
+    even = [length for length in lengths if classes % (8 * length) == 0]
 
     def fitness(length: int) -> tuple[int, float]:
         return math.gcd(classes // length, 16), -max(length / usual, usual / length)
 
-    return max(even, key=fitness, default=usual)
+    return max(even, key=fitness, default=0)
 
 
 def _length(x: Array, axis: tuple[int, ...]) -> int:
-    """Of the blocks that a sum over the axis is cut into; 0: it is not."""
+    """The length of the blocks that a sum over an axis is cut into, 0 where it is not."""
     return block_length(x.shape[-1]) if x.ndim and axis == (x.ndim - 1,) else 0
 
 
 def _cut(x: Array, length: int) -> tuple[Array, Array]:
     """The last axis as blocks, and the tail that they leave over."""
-    split = x.shape[-1] - x.shape[-1] % length
-    return x[..., :split].reshape(*x.shape[:-1], -1, length), x[..., split:]
+    blocks = x.shape[-1] // length
+    return x[..., : blocks * length].reshape(*x.shape[:-1], blocks, length), x[..., blocks * length :]
 
 
 def _sum_by_halves(*given: Array, even: bool) -> Array:
     """Σ over the last axis of all given, by halves: the rounding error grows as log n, that of a running sum as n.
 
-    Of even blocks, without a tail, each array by halves within 2^i parts, so that under plain `jit` each device adds up
-    its own blocks, and the devices' sums are added once.
+    Of even blocks, without a tail, each array by halves within up to 16 parts, which are added one after the other: so
+    under plain `jit` each device adds up its own blocks, and the devices' sums are added once.
     """
     if not even:
         return _pairwise_sum(jnp.concatenate(given, -1))
-    split = [a.reshape(*a.shape[:-1], math.gcd(a.shape[-1], 16), -1) for a in given if a.shape[-1]]
-    return functools.reduce(jnp.add, (jnp.sum(_pairwise_sum(a), -2) for a in split))
+
+    def in_parts(a: Array) -> Array:
+        parts = math.gcd(a.shape[-1], 16)
+        return jnp.sum(_pairwise_sum(a.reshape(*a.shape[:-1], parts, a.shape[-1] // parts)), -2)
+
+    return functools.reduce(jnp.add, (in_parts(a) for a in given if a.shape[-1]))
 
 
 def _pairwise_sum(a: Array) -> Array:

@@ -100,12 +100,14 @@ def check(  # noqa: PLR0917  (as the public functions have them)
     """The arguments of a public function, checked, promoted and broadcast; `scores` by the names users know."""
     check_phi(function, phi)
     arrays = {name: _arguments.as_scores(function, name, z) for name, z in scores.items()}
-    shape = _arguments.joint_shape(function, arrays)
-    narrow = jnp.result_type(*arrays.values())
-    dtype = _arguments.accumulation_dtype(narrow)
     check_axis_name(function, axis_name)
     for name, z in arrays.items():
         check_sharded(function, name, z, axis_name)
+        if z.ndim == max(a.ndim for a in arrays.values()):
+            check_parts(function, z.shape, _arguments.canonical_axis(function, axis, z.ndim), axis_name, **arrays)
+    shape = _arguments.joint_shape(function, arrays)
+    narrow = jnp.result_type(*arrays.values())
+    dtype = _arguments.accumulation_dtype(narrow)
     axes = _arguments.canonical_axis(function, axis, len(shape))
     check_parts(function, shape, axes, axis_name, where=where, log_weights=log_weights)
     return Arguments(

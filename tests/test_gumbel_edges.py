@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jsoftmax as js
 from jsoftmax import gumbel
+from jsoftmax.gumbel._noise import _top_k_of_many
 
 KEY = jax.random.key(0)
 Z = jnp.array([[0.3, -1.2, 2.0, 0.7], [-0.5, 0.1, -2.0, 1.5]])
@@ -108,6 +110,27 @@ def test_edges_of_densities():
     masked = gumbel.binary_concrete_log_density(jnp.array([0.5, 0.2]), Z[0, :2], 0.5, where=jnp.array([False, True]))
     assert masked[0] == 0
     assert np.isfinite(masked[1])
+
+
+@pytest.mark.parametrize(("classes", "k"), [(32, 1), (1000, 7), (1024, 3), (1024, 60), (257, 2)])
+def test_largest_by_blocks(classes, k):
+    """Those of `jax.lax.top_k`, the first of equal ones first, also in rows with few classes; and their gradient."""
+    a = jnp.round(4 * jax.random.normal(KEY, (6, classes)))
+    a = a.at[0].set(-jnp.inf).at[1, 3:].set(-jnp.inf).at[2].set(jnp.nan).at[3].set(0)
+    for f in (lambda top: top(a, k), lambda top: jax.grad(lambda a: jnp.sum(jnp.sin(top(a, k)[0][3:])))(a)):
+        for found, want in zip(jax.tree.leaves(f(_top_k_of_many)), jax.tree.leaves(f(jax.lax.top_k)), strict=True):
+            np.testing.assert_array_equal(found, want)
+
+
+def test_no_rows():
+    """Any number of classes, in blocks or not."""
+    for classes in (24, 1000):
+        z = jnp.zeros((0, classes))
+        assert js.entropy(z).shape == js.log_normalizer(z).shape == (0,)
+        assert jax.grad(lambda z: js.softmax(z).sum())(z).shape == z.shape
+        assert gumbel.categorical(KEY, z, shape=(500, 0)).shape == (500, 0)
+        assert gumbel.categorical(KEY, z, shape=(2, 0), replace=False).shape == (2, 0)
+        assert gumbel.gumbel_top_k(KEY, z, 2).indices.shape == (0, 2)
 
 
 def test_dtypes_under_strict_promotion():

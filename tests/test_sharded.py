@@ -163,22 +163,25 @@ def test_plain_jit(name, classes):
             assert longest in (ROWS, ROWS * length)
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda z: gumbel.categorical(jax.random.key(0), z),
-        lambda z: gumbel.categorical(jax.random.key(0), z, shape=(1000, ROWS)),
-        lambda z: gumbel.categorical(jax.random.key(0), z, shape=(2, ROWS), replace=False),
-        lambda z: gumbel.gumbel_top_k(jax.random.key(0), z, 2).perturbed,
-        jax.grad(lambda z: jnp.sum(gumbel.gumbel_top_k(jax.random.key(0), z, 2).perturbed)),
-    ],
-)
-def test_draws_by_plain_jit(draw):
-    """Those of one device but for the rounding of p, and no exchange of more than a number a draw or a few blocks."""
-    z = sharded_scores(32768)
+KEY = jax.random.key(0)
+DRAWS = {  # and at most how many numbers a row are exchanged at once, of 8 · 1999 = 15992 classes or 32768
+    "one": (lambda z: gumbel.categorical(KEY, z), 2100),
+    "few": (lambda z: gumbel.categorical(KEY, z, shape=(100, len(z))), 2100),
+    "many": (lambda z: gumbel.categorical(KEY, z, shape=(3000, len(z))), 3000),
+    "distinct": (lambda z: gumbel.categorical(KEY, z, shape=(2, len(z)), replace=False), 4000),
+    "top_k": (lambda z: gumbel.gumbel_top_k(KEY, z, 2).perturbed, 6000),
+    "gradient": (jax.grad(lambda z: jnp.sum(gumbel.gumbel_top_k(KEY, z, 2).perturbed)), 6000),
+}
+
+
+@pytest.mark.parametrize("name", list(DRAWS))
+@pytest.mark.parametrize("classes", [15992, 32768])
+def test_draws_by_plain_jit(name, classes):
+    """Those of one device but for the rounding of p; a number a draw or a few blocks are exchanged, no rows."""
+    (draw, limit), z = DRAWS[name], sharded_scores(classes)
     found, want = np.asarray(jax.jit(draw)(z)), np.asarray(draw(np.asarray(z)))
     assert np.mean(np.abs(found - want) > 1e-5) < 1e-3
-    assert max(longest for _, longest in exchanged(draw, z)) <= ROWS * 1000
+    assert max(longest for _, longest in exchanged(draw, z)) <= ROWS * limit
 
 
 def test_many_classes():
@@ -278,12 +281,12 @@ def test_top_k(k):
         np.testing.assert_allclose(gradient(in_shard_map(sample, **options)), gradient(whole), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("classes", [CLASSES, 1000])
+@pytest.mark.parametrize("classes", [CLASSES, 1000, 1004])
 def test_explicit_mode(classes):
-    """Axes whose sharding is part of an array's type: results are sharded as their rows are."""
+    """Axes whose sharding is part of an array's type; the last number of classes leaves a tail."""
     explicit = mesh(AxisType.Explicit)
     for name, f in of_scores().items():
-        if name not in CORE:
+        if classes != CLASSES and name not in (CORE if classes == 1000 else ("entropy",)):
             continue
         gradient = jax.grad(lambda z, w, f=f: jnp.sum(jnp.sin(f(z, w))))
         want = gradient(*scores(classes))
@@ -292,17 +295,29 @@ def test_explicit_mode(classes):
             np.testing.assert_allclose(jax.jit(gradient)(*given), want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("spec", [PARTS, PartitionSpec("v")], ids=["classes", "rows"])
 @pytest.mark.parametrize("classes", [CLASSES, 1000])
-def test_draws_in_explicit_mode(classes):
-    explicit, z = mesh(AxisType.Explicit), scores(classes)[0][:DEVICES]
-    for draw in (
-        lambda z: gumbel.categorical(jax.random.key(0), z, shape=(3, DEVICES)),
-        lambda z: gumbel.gumbel_top_k(jax.random.key(0), z, 2).indices,
+def test_rows_in_explicit_mode(spec, classes):
+    """Results are sharded as their rows are; draws are those of one device, with the key from outside."""
+    explicit, z, labels = mesh(AxisType.Explicit), scores(classes)[0][:DEVICES], LABELS[:DEVICES]
+    weights = jnp.cos(jnp.arange(classes))
+    rows = PartitionSpec(*spec[:1])
+    for f in (
+        lambda z, labels, key: js.entropy(z),
+        lambda z, labels, key: losses.cross_entropy(z, labels, class_weights=weights),
+        lambda z, labels, key: losses.cross_entropy(z, jnp.exp(weights) * jnp.ones(z.shape)),
+        lambda z, labels, key: gumbel.categorical(key, z),
+        lambda z, labels, key: gumbel.gumbel_top_k(key, z, 2).indices,
     ):
-        for spec in (PARTS, PartitionSpec("v")):
-            given = jax.device_put(z, NamedSharding(explicit, spec))
-            with jax.set_mesh(explicit):
-                np.testing.assert_array_equal(jax.jit(draw)(given), draw(z))
+        want = f(z, labels, jax.random.key(0))
+        given = [jax.device_put(a, NamedSharding(explicit, s)) for a, s in ((z, spec), (labels, rows))]
+        with jax.set_mesh(explicit):
+            key = jax.random.key(0)
+            for found in (f(*given, key), jax.jit(f)(*given, key)):
+                np.testing.assert_allclose(found, want, rtol=1e-5)
+                assert jax.typeof(found).sharding.spec[0] == (rows[0] if rows else None)
+    with jax.set_mesh(explicit), pytest.raises(ValueError, match="cross_entropy: logits must not be sharded over"):
+        losses.cross_entropy(given[0], jnp.array(3), axis=None)
 
 
 @pytest.mark.parametrize("draw", [gumbel.categorical, lambda key, z, **o: gumbel.gumbel_top_k(key, z, 2, **o).indices])
@@ -326,8 +341,16 @@ def test_wrong_calls():
         js.entropy(z, axis_name=())
     for shape in ((2, 8), (8,)):
         for argument in ({"where": jnp.ones(shape, bool)}, {"log_weights": jnp.ones(shape)}):
-            with pytest.raises(ValueError, match=f"entropy: {next(iter(argument))} must have this device's classes, 2"):
-                in_shard_map(lambda z, a=argument: js.entropy(z, axis_name="v", **a))(z)
+            for f in (js.entropy, lambda z, **o: losses.cross_entropy(z, jnp.zeros(2, int), **o)):
+                if f is not js.entropy and shape == (8,) and "where" in argument:
+                    continue  # a mask of rows, and a wrong one
+                with pytest.raises(ValueError, match=f"{next(iter(argument))} must have this device's classes, 2"):
+                    in_shard_map(lambda z, a=argument, f=f: f(z, axis_name="v", **a))(z)
+    gathered = functools.partial(jax.lax.all_gather, axis_name="v", axis=1, tiled=True)
+    with pytest.raises(ValueError, match="kl_divergence: z_q must have this device's classes, 2"):
+        in_shard_map(lambda z: js.kl_divergence(z, gathered(z), axis_name="v"))(z)
+    with pytest.raises(ValueError, match="the same on all devices along axis_name='v': leave it out of their in_specs"):
+        in_shard_map(lambda z: losses.cross_entropy(jnp.ones((8, 2)) * z[:1], jnp.zeros(2, int), axis_name="v"))(z)
     for labels, option in ((jnp.ones((2, 8)), "labels"), (jnp.zeros(2, int), "class_weights")):
         options = {} if option == "labels" else {option: jnp.ones(8)}
         with pytest.raises(ValueError, match=f"cross_entropy: {option} must have this device's classes, 2"):

@@ -33,6 +33,16 @@ def _whole_numbers(key: Any, x: Array, axis_name: AxisName) -> Array:
     return (whole.astype(jnp.int32) + up.astype(jnp.int32)).astype(jnp.uint32)
 
 
+def _cumulative(w: Array) -> Array:
+    """Cumulative sums over the last axis, few by few: XLA on CPU adds 16 by 16, slowly where that leaves some over."""
+    length = w.shape[-1]
+    few = max(n for n in range(1, 17) if length % n == 0)
+    F = jnp.cumsum(w.reshape(*w.shape[:-1], length // few, few), -1)
+    totals = F[..., -1]
+    before = jnp.cumsum(totals, -1) - totals
+    return (F + before[..., None]).reshape(w.shape)
+
+
 def _high_word(a: Array, b: Array) -> Array:
     """⌊a b / 2^32⌋ for 32-bit a and b, by halves of 16 bits."""
     (a_high, a_low), (b_high, b_low) = ((c >> 16, c & 0xFFFF) for c in (a, b))
@@ -49,14 +59,13 @@ def _draw(key: Any, x: Array, draws: int, axis_name: AxisName) -> Array:
     """
     of_rounding, of_draws = jax.random.split(key)
     w = _whole_numbers(of_rounding, lax.stop_gradient(x), axis_name)
-    # XLA on CPU adds up 16 by 16, and is slow where a length is no multiple of it
-    groups = math.gcd(x.shape[-1] if x.shape[-1] % 16 else x.shape[-1] // 16, _GROUPS)
-    F = jnp.cumsum(w.reshape(*x.shape[:-1], groups, -1), -1)
+    groups = math.gcd(x.shape[-1], _GROUPS)
+    F = _cumulative(w.reshape(*x.shape[:-1], groups, x.shape[-1] // groups))
     totals = side_by_side(F[..., -1], shard_count(axis_name), axis_name)
     ends = jnp.cumsum(totals, -1)
     before = lax.dynamic_slice_in_dim(ends - totals, shard_index(axis_name) * groups, groups, -1)
     if draws * _GROUPS > x.shape[-1]:  # to search every group would take longer than to add them up
-        F, groups = (F + (before - before[..., :1])[..., None]).reshape(*x.shape[:-1], 1, -1), 1
+        F, groups = (F + (before - before[..., :1])[..., None]).reshape(*x.shape[:-1], 1, x.shape[-1]), 1
         before = before[..., :1]
     r = _high_word(jax.random.bits(of_draws, (*x.shape[:-1], draws), "uint32"), ends[..., -1:])
     own = r[..., None, :] - before[..., None]  # wraps round for an earlier group's, and is large
@@ -149,11 +158,7 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
         drawn = jax.random.categorical(key, given.x, -1, (*prefix, *batch), replace, mode)
         drawn = jnp.moveaxis(drawn.reshape(count, *batch), 0, -1).astype(jnp.int32)
     elif replace:
-        drawn = (
-            _draw(key, given.x, count, axis_name)
-            if axis_name
-            else by_rows(lambda x: _draw(key, x, count, None), given.x)
-        )
+        drawn = by_rows(lambda x, key: _draw(key, x, count, axis_name), given.x, key, axis_name=axis_name)
     else:
         _, drawn = _noise.top_perturbed(key, given.x, count, axis_name)
     return jnp.moveaxis(_keep_possible(drawn, given.x, axis_name), -1, 0).reshape(*prefix, *batch)

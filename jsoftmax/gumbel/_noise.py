@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jsoftmax import _arguments, maps
 from jsoftmax._collectives import AxisName, by_rows, shard_count, shard_index, side_by_side
-from jsoftmax._sums import block_length
+from jsoftmax._sums import even_length
 
 
 def gumbel(key: Any, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -87,6 +87,8 @@ def check_count(function: str, k: Any, classes: int) -> int:
     """How many of the classes, an int in [1, K]."""
     if _arguments.is_int(k) and 1 <= k <= classes:
         return int(k)
+    if not classes:
+        raise ValueError(f"{function}: there must be at least one class; got none, and k={k!r}. Leave the call out.")
     is_int = _arguments.is_int(k)
     way_out = (
         "Ask for one to all of the classes." if is_int else "It shapes the result: pass a Python int, static in jit."
@@ -122,21 +124,26 @@ def top_k(a: Array, k: int) -> tuple[Array, Array]:
 
 
 def _top_k_of_many(a: Array, k: int) -> tuple[Array, Array]:
-    """As `top_k`: the k largest are in the k blocks with the largest maxima, so no sharded row is gathered for them."""
-    length = block_length(a.shape[-1])
-    if not length or a.shape[-1] % length or 4 * k * length > a.shape[-1]:
+    """As `top_k`, of rows without NaN or of NaN only.
+
+    The k largest are in the k blocks with the largest maxima, so no sharded row is gathered for them.
+    """
+    classes = a.shape[-1]
+    length = even_length(classes, math.isqrt(classes // max(k, 1))) or even_length(classes, 256)
+    if not length or 2 * (classes // length + k * length) > classes:
         return top_k(a, k)
-    blocks = a.reshape(*a.shape[:-1], -1, length)
+    blocks = a.reshape(*a.shape[:-1], classes // length, length)
     _, chosen = top_k(jnp.max(lax.stop_gradient(blocks), -1), k)
     chosen = jnp.sort(chosen, -1)  # so that of equal scores the first comes first
-    best, at = top_k(jnp.take_along_axis(blocks, chosen[..., None], -2).reshape(*a.shape[:-1], -1), k)
+    candidates = jnp.take_along_axis(blocks, chosen[..., None], -2).reshape(*a.shape[:-1], k * length)
+    best, at = top_k(candidates, k)
     return best, jnp.take_along_axis(chosen, at // length, -1) * length + at % length
 
 
 def top_perturbed(key: Any, a: Array, k: int, axis_name: AxisName = None) -> tuple[Array, Array]:
     """The k largest of a + g and which classes they are, over all shards, each with noise of its own."""
     if axis_name is None:
-        return by_rows(lambda a: _top_k_of_many(a + gumbel(key, a.shape, a.dtype), k), a)
+        return by_rows(lambda a, key: _top_k_of_many(a + gumbel(key, a.shape, a.dtype), k), a, key)
     own, shards = a.shape[-1], shard_count(axis_name)
     g = gumbel(jax.random.fold_in(key, shard_index(axis_name)), a.shape, a.dtype)
     best, index = _top_k_of_many(a + g, min(k, own))

@@ -117,7 +117,7 @@ def check(
     tokens, of_classes = _block_sizes(function, block_size, head, whole_rows, classes=of_shard, chunk=chunk)
     plan = Plan(tokens, of_classes, dtype, _check_precision(function, precision), axis_name, shards)
     if labels is not NO_LABELS:
-        if np.ndim(labels) > len(batch):
+        if axis_name is not None and np.ndim(labels) > len(batch):
             check_parts(function, (*batch, classes), (len(batch),), axis_name, labels=labels)
         labels = _check_labels(function, labels, batch, classes, wide)
         _labels.check_ignore_label(function, ignore_label, "give them all one number: jnp.where(…, ignored, labels).")

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, _labels, maps
 from jsoftmax._arguments import Axis
-from jsoftmax._collectives import AxisName, all_sum, pick
+from jsoftmax._collectives import AxisName, all_sum, by_rows, pick
 from jsoftmax._labels import Labelled
 from jsoftmax._series import expm1_ratio
 from jsoftmax._sums import centre, class_sum
@@ -82,7 +82,11 @@ def _expected(
         loss = f(negative_log_p(x, label, axis_name))
         weights = jnp.where(valid, 1, jnp.nan).astype(x.dtype)
         if given.class_weights is not None:
-            share = _labels.share_at_label(given.class_weights.__getitem__, label, x.shape[-1], axis_name)
+
+            def of_label(own: Array) -> Array:
+                return by_rows(lambda own, weights: weights[own], own, given.class_weights, axis_name=axis_name)
+
+            share = _labels.share_at_label(of_label, label, x.shape[-1], axis_name)
             weights = weights * all_sum(share, axis_name)
         if given.rows is not None:
             weights = jnp.where(given.rows[..., None], weights, 0)
