@@ -163,6 +163,12 @@ def test_plain_jit(name, classes):
             assert longest in (ROWS, ROWS * length)
 
 
+def test_blocks_fit_devices():
+    """The numbers of classes that the README names: each of 8 devices has whole blocks, or not."""
+    fits = {classes: classes % (8 * block_length(classes)) == 0 for classes in (1000, 32000, 50304, 151936, 50264)}
+    assert fits == {1000: True, 32000: True, 50304: True, 151936: True, 50264: False}
+
+
 KEY = jax.random.key(0)
 DRAWS = {  # and at most how many numbers a row are exchanged at once, of 8 · 1999 = 15992 classes or 32768
     "one": (lambda z: gumbel.categorical(KEY, z), 2100),
