@@ -85,13 +85,14 @@ def check_parts(
     function: str, shape: tuple[int, ...], axis: tuple[int, ...], axis_name: AxisName, **arrays: Any
 ) -> None:
     """Masks, weights and distributions that have the classes of all devices, beside scores that have one device's."""
-    if shard_count(axis_name) == 1:
+    shards = shard_count(axis_name)
+    if shards == 1:
         return
     for name, a in arrays.items():
         got = np.shape(a)
         for i in range(max(0, len(shape) - len(got)), len(shape)):
             length = got[i - len(shape)]
-            if i in axis and length != shape[i] and length == shape[i] * shard_count(axis_name):
+            if i in axis and length != shape[i] and length == shape[i] * shards:
                 raise ValueError(
                     f"{function}: {name} must have this device's classes, {shape[i]} in each; got shape {got}, with "
                     f"those of all devices along axis_name={axis_name!r}. Shard it along that axis, too, by in_specs "

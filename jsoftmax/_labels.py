@@ -84,7 +84,7 @@ def check(
         by_class = {n: a for n, a in (("where", where), (names[1], labels)) if np.ndim(a) == z.ndim}
         check_parts(function, z.shape, axes, axis_name, log_weights=log_weights, **by_class)
         check_parts(function, of_classes, tuple(range(len(axes))), axis_name, class_weights=class_weights)
-    labels = _check_labels(function, names[1], labels, z, batch, axes, axis_name)
+    labels = _check_labels(function, names[1], labels, z, batch=batch, axes=axes, axis_name=axis_name)
     check_ignore_label(function, ignore_label, "mask their rows: where=….")
     classes, rows = check_mask(function, where, z.shape, batch)
     log_weights = _arguments.check_log_weights(function, log_weights, z.shape, z.dtype)
@@ -170,11 +170,12 @@ def share_at_label(pick: Callable[[Array], Array], label: Array, classes: int, a
     return jnp.where(inside, pick(own), 0)
 
 
-def _check_labels(  # noqa: PLR0917
+def _check_labels(
     function: str,
     argument: str,
     labels: Any,
     z: Array,
+    *,
     batch: tuple[int, ...],
     axes: tuple[int, ...],
     axis_name: AxisName,
@@ -185,7 +186,7 @@ def _check_labels(  # noqa: PLR0917
         if array.shape != batch:
             if array.shape == z.shape:
                 way_out = f"One-hot vectors and distributions are floating: {argument}.astype(float)."
-            elif array.size * shard_count(axis_name) == math.prod(batch) and axis_name is not None:
+            elif axis_name is not None and array.size * shard_count(axis_name) == math.prod(batch):
                 way_out = (
                     f"They are the same on all devices along axis_name={axis_name!r}: leave it out of their in_specs."
                 )

@@ -129,6 +129,7 @@ def block_length(classes: int) -> int:
     return even_length(classes, usual) or usual
 
 
+@functools.cache
 def even_length(classes: int, usual: int) -> int:
     """About the usual length, one that leaves no class over and a number of blocks with a factor of 8 or 16, so that an
     axis that is sharded over as many devices is cut within each, and not across; 0 where there is none."""

@@ -23,9 +23,14 @@ def assert_close(found, want, rtol):
 KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 
 
+def program(f, *given):
+    """The compiled program, as XLA prints it."""
+    return jax.jit(f).lower(*given).compile().as_text()
+
+
 def collectives(f, *given):
     """Which operations of the compiled program are between devices, and how many all-reduces are in no loop."""
-    text = jax.jit(f).lower(*given).compile().as_text()
+    text = program(f, *given)
     entry = text[text.index("\nENTRY ") :]
     found = re.findall(rf" ({KINDS})(?:-start)?\(", text)
     return found, len(re.findall(r" all-reduce(?:-start)?\(", entry))
@@ -33,8 +38,7 @@ def collectives(f, *given):
 
 def exchanged(f, *given):
     """The operations of the compiled program between devices, each with the length of the longest array it hands on."""
-    text = jax.jit(f).lower(*given).compile().as_text()
-    found = re.findall(rf"= ([^=\n]*?) ({KINDS})(?:-start)?\(", text)
+    found = re.findall(rf"= ([^=\n]*?) ({KINDS})(?:-start)?\(", program(f, *given))
 
     def longest(out):
         return max(math.prod(map(int, re.findall(r"\d+", shape))) for shape in re.findall(r"\[([\d,]*)\]", out))
