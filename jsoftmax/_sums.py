@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,7 +11,10 @@ from jaxtyping import Array
 
 from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows, in_type
 
-_FEW, _MANY = 16, 4096
+_SHORT, _MANY = 256, 4096
+
+Form = Literal["lean", "shared", "whole"]
+"""How `centre` sums: lean where e^u is not wanted, shared where it is the result, whole within rules (NOTES.md)."""
 
 
 class Centred(NamedTuple):
@@ -22,49 +25,70 @@ class Centred(NamedTuple):
     e: Array
     """e^u."""
     rest: Array
-    """Σ e^u − 1 without cancellation: −1 for an empty row."""
+    """Σ e^u − 1 without cancellation, 0 for an empty row."""
     peak: Array
-    """max x, 0 for an empty row."""
+    """max x, the least finite number for an empty row."""
+    empty: Array
+    """Whether a row has no class."""
 
 
-def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Centred:
+def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = "whole") -> Centred:
     """u = x − max x, e^u, and Σ e^u − 1 without cancellation (MATH 4.1).
 
-    Ones are counted apart from what is smaller than one, so no small term is lost beside a 1. That takes a second sum,
-    which is slow on CPU over many classes; so a long axis is cut into blocks, and only the block that holds the
-    maximum, and what the blocks leave over, are summed with that care. The barriers keep XLA from fusing that block's
-    gather and sums into the pass over all classes, which it would then not vectorise. Where e^u would not stay in a
-    cache it is computed twice rather than written and read (benchmarks/NOTES.md).
-    Right under plain autodiff too: the maximum carries no derivative, and counting has none.
-    Of sharded classes one maximum is taken over all devices and one sum of both parts, so nothing is lost there either.
+    Ones are counted apart from what is smaller than one, so no small term is lost beside a 1. The form says how, each
+    the fastest for its use: e^u is written once, for both sums and the result to read, or, lean, a long axis is cut
+    into blocks, and few classes into slices. Right under plain autodiff too: the maximum carries no derivative, and
+    counting has none. Of sharded classes one maximum is taken over all devices and one sum of both parts, so nothing is
+    lost there either.
     """
-    length = _length(x, axis)
-    if not length:
-        parts = _slices(x, axis[0]) if _has_few(x, axis) else [x]
-        top = [jnp.max(lax.stop_gradient(part), axis, keepdims=True, initial=-jnp.inf) for part in parts]
-        peak = _peak(_by_halves(jnp.maximum, top), axis_name)
-        e = [jnp.exp(part - peak) for part in parts]
-        ones = [jnp.floor(part) for part in e]
-        small = _by_halves(jnp.add, [jnp.sum(a - b, axis, keepdims=True) for a, b in zip(e, ones, strict=True)])
+    length = _length(x, axis) if form == "lean" else 0
+    if length:
+        rest, peak, empty = by_rows(lambda x: _by_blocks(x, length, axis_name), x)
+        return Centred(x - peak, jnp.exp(x - peak), rest, peak, empty)
+    parts = _slices(x, axis[0]) if _by_slices(x, axis, form) else [x]
+    short = len(parts) > 1 or (axis == (x.ndim - 1,) and x.shape[-1] <= _SHORT)
+    top = all_max(_maximum(parts, axis, short), axis_name)
+    peak = jnp.maximum(top, jnp.finfo(x.dtype).min) if short else top
+    e = [jnp.exp(part - peak) for part in parts]
+    ones = [jnp.floor(part) for part in e]
+    small = _by_halves(jnp.add, [jnp.sum(a - b, axis, keepdims=True) for a, b in zip(e, ones, strict=True)])
+    if short:
         count = _by_halves(jnp.add, [jnp.sum(part, axis, keepdims=True) for part in ones])
-        small, count = all_sum((small, count), axis_name)
-        u = x - lax.optimization_barrier(peak)
-        rest = small + (count - 1)
-        if len(parts) > 1:  # else XLA writes e^u of each slice, for rest and all that is made of it (jax 0.12)
-            rest = lax.optimization_barrier(rest)
-        return Centred(u, jnp.exp(u), rest, peak)
-    if in_type(x):
-        rest, peak = by_rows(lambda x: centre(x, axis, axis_name)[2:], x)
-        return Centred(x - peak, jnp.exp(x - peak), rest, peak)
+    else:  # XLA would write the ones, for two sums to read them
+        count = jnp.round(jnp.sum(e[0], axis, keepdims=True) - small)
+    small, count = all_sum((small, count), axis_name)
+    empty = jnp.isneginf(top) if short else count == 0  # of a short row, XLA would write the ones for a second use
+    rest = small + (jnp.maximum(count, 1) - 1)
+    if len(parts) == 1:
+        return Centred(x - peak, e[0], rest, peak, empty)
+    # Else XLA writes e^u of each slice, for rest and all that is made of it, on jax 0.12 without a barrier, on 0.10
+    # without a select.
+    rest = lax.optimization_barrier(jnp.where(empty, 0, rest))
+    u = x - lax.optimization_barrier(peak)
+    return Centred(u, jnp.exp(u), rest, peak, empty)
+
+
+def rule_form(form: Form, x: Array, axis: tuple[int, ...]) -> Form:
+    """The form within the rule of a function that has this one: e^u is wanted there, but not written where it would not
+    stay in a cache."""
+    return form if axis == (x.ndim - 1,) and x.shape[-1] >= _MANY else "whole"
+
+
+def _by_blocks(x: Array, length: int, axis_name: AxisName) -> tuple[Array, Array, Array]:
+    """Σ e^u − 1, max x and whether there is no class, over the last axis, in blocks.
+
+    The barriers keep XLA from fusing the careful block's gather and sums into the pass over all classes, which it would
+    then not vectorise.
+    """
     cut, tail = _cut(x, length)
     blocks = cut.shape[-2]
     block_peak = lax.optimization_barrier(jnp.max(lax.stop_gradient(cut), -1))
     tail_peak = jnp.max(lax.stop_gradient(tail), -1, keepdims=True, initial=-jnp.inf)
-    peak = _peak(jnp.maximum(jnp.max(block_peak, -1, keepdims=True), tail_peak), axis_name)
-    e_cut, e_tail = jnp.exp(cut - peak[..., None]), jnp.exp(tail - peak)
-    block_sum = lax.optimization_barrier(jnp.sum(e_cut, -1))
+    peak = jnp.maximum(jnp.max(block_peak, -1, keepdims=True), tail_peak)
+    peak = all_max(jnp.maximum(peak, jnp.finfo(x.dtype).min), axis_name)
+    block_sum = lax.optimization_barrier(jnp.sum(jnp.exp(cut - peak[..., None]), -1))
     even = not tail.shape[-1]
-    total = _sum_by_halves(block_sum, e_tail, even=even)
+    total = _sum_by_halves(block_sum, jnp.exp(tail - peak), even=even)
     # the block of the maximum; any, where the tail has it
     best = jnp.min(jnp.where(block_peak == peak, jnp.arange(blocks), blocks - 1), -1, keepdims=True)
     others = jnp.where(jnp.arange(blocks) == best, 0, block_sum)
@@ -74,10 +98,7 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Centr
     small = _sum_by_halves(e, others, even=even)
     ones = jnp.round(total - small)  # an integer: exact until an error of 1 is below rounding
     small, ones = all_sum((small, ones), axis_name)
-    u = x - peak
-    shared = e_cut.reshape(*x.shape[:-1], blocks * length)
-    shared = shared if even else jnp.concatenate([shared, e_tail], -1)
-    return Centred(u, shared if x.shape[-1] < _MANY else jnp.exp(u), small + (ones - 1), peak)
+    return small + (jnp.maximum(ones, 1) - 1), peak, ones == 0
 
 
 def careful_sum(
@@ -97,17 +118,21 @@ def careful_sum(
 
 def class_sum(a: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """Σ over the classes, whose axes keep length 1."""
-    if _has_few(a, axis) and axis[0] < a.ndim - 1:
-        return all_sum(_by_halves(jnp.add, _slices(a, axis[0])), axis_name)
     return all_sum(jnp.sum(a, axis, keepdims=True), axis_name)
 
 
-def _has_few(a: Array, axis: tuple[int, ...]) -> bool:
-    return len(axis) == 1 and 1 < a.shape[axis[0]] <= _FEW
+def _by_slices(x: Array, axis: tuple[int, ...], form: Form) -> bool:
+    """Where XLA on CPU adds a few slices faster than it reduces an axis (NOTES.md): the first one, on jax 0.10, and
+    the last one, where the sums are all there is."""
+    if len(axis) != 1 or x.shape[axis[0]] < 2:
+        return False
+    if axis[0] < x.ndim - 1:
+        return axis[0] == 0 and x.shape[0] <= 16
+    return form != "whole" and x.shape[-1] <= 8
 
 
 def _slices(a: Array, axis: int) -> list[Array]:
-    """A few classes one by one: XLA on CPU adds them faster than it reduces a short or a leading axis (NOTES.md)."""
+    """A few classes one by one."""
     return [lax.slice_in_dim(a, i, i + 1, axis=axis) for i in range(a.shape[axis])]
 
 
@@ -123,10 +148,9 @@ def block_length(classes: int) -> int:
 
     Few or no classes are left over: XLA on CPU is slow with them.
     """
-    if classes <= 256:
+    if classes <= _SHORT:
         return 0
-    usual = 64 if classes < _MANY else 256
-    return even_length(classes, usual) or usual
+    return even_length(classes, 64) if classes < _MANY else even_length(classes, 256) or 256
 
 
 @functools.cache
@@ -176,7 +200,11 @@ def _pairwise_sum(a: Array) -> Array:
     return a
 
 
-def _peak(own: Array, axis_name: AxisName) -> Array:
-    """The maximum, 0 for an empty row, so that −inf − peak is no NaN."""
-    peak = all_max(own, axis_name)
-    return jnp.where(jnp.isneginf(peak), 0, peak)
+def _maximum(parts: list[Array], axis: tuple[int, ...], short: bool) -> Array:
+    """The maximum; of a long axis the least finite number for an empty row, in one step, for XLA does not fuse the e^u
+    of a long axis with two."""
+    parts = [lax.stop_gradient(part) for part in parts]
+    if short:
+        return _by_halves(jnp.maximum, [jnp.max(part, axis, keepdims=True, initial=-jnp.inf) for part in parts])
+    least = jnp.array(jnp.finfo(parts[0].dtype).min, parts[0].dtype)
+    return jnp.expand_dims(lax.reduce(parts[0], least, lax.max, axis), axis)

@@ -14,23 +14,26 @@ from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName
 from jsoftmax._orders import renyi, tsallis
 from jsoftmax._series import excess_ratio
-from jsoftmax._sums import careful_sum, centre, class_sum
+from jsoftmax._sums import Form, careful_sum, centre, class_sum, rule_form
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def centred_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> tuple[Array, Array]:
-    """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes."""
-    return _centred_log_p(x, axis, axis_name)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def centred_log_p(
+    x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = "whole"
+) -> tuple[Array, Array]:
+    """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes. Lean where c is not used (`_sums.centre`)."""
+    return _centred_log_p(x, axis, axis_name, form)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _centred_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> tuple[Array, Array]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _centred_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> tuple[Array, Array]:
     """c = u + Σ p (−u) and H = log1p(rest) + Σ p (−u)  (MATH 4.3)."""
-    u, e, rest, peak = centre(x, axis, axis_name)
-    rest = jnp.where(rest == -1, 0, rest)  # an empty row has H = 0
-    spread = gap_sum(x, peak, axis, axis_name) / (1 + rest)
+    u, e, rest, peak, _ = centre(x, axis, axis_name, form)
+    lean = form == "lean"
+    gaps = gap_sum(x, peak, axis, axis_name) if lean else class_sum(e * _finite_gap(u), axis, axis_name)
+    spread = gaps / (1 + rest)
     return jnp.where(e == 0, 0, u + spread), jnp.log1p(rest) + spread
 
 
@@ -41,15 +44,22 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...], axis_name: AxisName = 
 
 def _gap(u: Array) -> Array:
     """e^u (−u), and 0 · log 0 = 0, its derivatives too."""
-    return jnp.exp(u) * -jnp.maximum(u, jnp.finfo(u.dtype).min)
+    return jnp.exp(u) * _finite_gap(u)
+
+
+def _finite_gap(u: Array) -> Array:
+    return -jnp.maximum(u, jnp.finfo(u.dtype).min)
 
 
 @_centred_log_p.defjvp
-def _centred_log_p_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _centred_log_p_jvp(
+    axis: tuple[int, ...], axis_name: AxisName, form: Form, primals: Any, tangents: Any
+) -> tuple[Any, Any]:
     """Ḣ = −Σ p c ẋ, ċ = ẋ − Σ p ẋ + Ḣ  (MATH 1.5)."""
     (x,), (x_dot,) = primals, tangents
-    c, H = centred_log_p(x, axis, axis_name)
-    p = normalize(x, axis, axis_name).p
+    form = rule_form(form, x, axis)
+    c, H = centred_log_p(x, axis, axis_name, form)
+    p = normalize(x, axis, axis_name, form).p
     H_dot = -class_sum(p * c * x_dot, axis, axis_name)
     return (c, H), (x_dot - class_sum(p * x_dot, axis, axis_name) + H_dot, H_dot)
 
@@ -136,7 +146,7 @@ def _expansion(  # noqa: PLR0917  (as `maps.Arguments` has them)
 
 
 def _entropy(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    return centred_log_p(x, axis, axis_name)[1]
+    return centred_log_p(x, axis, axis_name, "lean")[1]
 
 
 def entropy(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import _arguments
 from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName, check_axis_name, check_parts, check_sharded
-from jsoftmax._sums import centre, class_sum
+from jsoftmax._sums import Form, centre, class_sum, rule_form
 from jsoftmax.phi import Phi, exp, log_phi
 
 
@@ -25,35 +25,36 @@ class Normalized(NamedTuple):
     log_normalizer: Array
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Normalized:
-    """l = log p, p and L; x = −inf leaves a class out.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = "shared") -> Normalized:
+    """l = log p, p and L; x = −inf leaves a class out. form: lean where p is not used (`_sums.centre`).
 
     Compiled by itself: rules call it again and again, and JAX keeps its trace.
     """
-    return _normalize(x, axis, axis_name)
+    return _normalize(x, axis, axis_name, form)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Normalized:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> Normalized:
     """l = u − log1p(rest), p = e^u/(1 + rest), L = max x + log1p(rest)  (MATH 4.2)."""
-    u, e, rest, peak = centre(x, axis, axis_name)
-    empty = rest == -1
-    log_total = jnp.log1p(jnp.where(empty, 0, rest))
-    # the derivative of l is 0 where a class is left out, under plain autodiff too
-    log_p = u - jnp.where(jnp.isneginf(x), lax.stop_gradient(log_total), log_total)
+    u, e, rest, peak, empty = centre(x, axis, axis_name, form)
+    log_total = jnp.log1p(rest)
     infinite = jnp.where(empty, -jnp.inf, jnp.inf)
     L = jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total)
-    return Normalized(log_p, e / jnp.where(empty, 1, 1 + rest), L)
+    log_p = u - log_total
+    if form == rule_form(form, x, axis):
+        # within a rule JAX may differentiate this, not apply the rule again: 0 where a class is left out
+        log_p = jnp.where(jnp.isneginf(x), lax.stop_gradient(log_p), log_p)
+    return Normalized(log_p, e / (1 + rest), L)
 
 
 @_normalize.defjvp
 def _normalize_jvp(
-    axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any
+    axis: tuple[int, ...], axis_name: AxisName, form: Form, primals: Any, tangents: Any
 ) -> tuple[Normalized, Normalized]:
     """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ  (MATH 1.2 to 1.4)."""
     (x,), (x_dot,) = primals, tangents
-    out = normalize(x, axis, axis_name)
+    out = normalize(x, axis, axis_name, rule_form(form, x, axis))
     mean = class_sum(out.p * x_dot, axis, axis_name)
     centred = x_dot - mean
     return out, Normalized(where_not(jnp.isneginf(x), centred), out.p * centred, mean)
@@ -270,8 +271,8 @@ def _p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
 
 
 def _log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    return normalize(x, axis, axis_name).log_p
+    return normalize(x, axis, axis_name, "lean").log_p
 
 
 def _log_normalizer(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    return normalize(x, axis, axis_name).log_normalizer
+    return normalize(x, axis, axis_name, "lean").log_normalizer

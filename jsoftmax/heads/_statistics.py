@@ -90,8 +90,8 @@ def initial(head: Head, wanted: Wanted) -> Running:
 def of_block(head: Head, wanted: Wanted, start: Array, x: Array, plan: Plan) -> Running:
     """The statistics of a block with the scores x, about its own peak  (MATH 11.2)."""
     axis = (1,)
-    _, _, rest, peak = centre(x, axis)
-    top = jnp.where(rest == -1, -jnp.inf, peak)
+    _, _, rest, peak, empty = centre(x, axis, form="lean")
+    top, rest = jnp.where(empty, -jnp.inf, peak), jnp.where(empty, -1, rest)
     made: dict[str, Any] = {}
     if wanted.entropy:
         made["gap"] = gap_sum(x, peak, axis)[:, 0]

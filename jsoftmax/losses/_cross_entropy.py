@@ -16,29 +16,29 @@ from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName, all_sum, by_rows, pick
 from jsoftmax._labels import Labelled
 from jsoftmax._series import expm1_ratio
-from jsoftmax._sums import centre, class_sum
+from jsoftmax._sums import Form, centre, class_sum, rule_form
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 
 # --- −l_y with its one rule ----------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def negative_log_p(x: Array, label: Array, axis_name: AxisName = None) -> Array:
-    """−l_y over the last axis of `x`, for labels `[..., 1]` in [0, K)."""
-    return _negative_log_p(x, label, axis_name)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def negative_log_p(x: Array, label: Array, axis_name: AxisName = None, form: Form = "lean") -> Array:
+    """−l_y over the last axis of `x`, for labels `[..., 1]` in [0, K); form: `_sums.centre`."""
+    return _negative_log_p(x, label, axis_name, form)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _negative_log_p(x: Array, label: Array, axis_name: AxisName) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _negative_log_p(x: Array, label: Array, axis_name: AxisName, form: Form) -> Array:
     """−l_y = log1p(rest) + (max x − x_y): two terms that are not negative  (MATH 7.1)."""
-    _, _, rest, peak = centre(x, (x.ndim - 1,), axis_name)
+    _, _, rest, peak, _ = centre(x, (x.ndim - 1,), axis_name, form)
     x_y = all_sum(_share_at_label(x, label, axis_name), axis_name)
-    return jnp.log1p(jnp.where(rest == -1, 0, rest)) + (peak - x_y)
+    return jnp.log1p(rest) + (peak - x_y)
 
 
 @_negative_log_p.defjvp
-def _negative_log_p_jvp(axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _negative_log_p_jvp(axis_name: AxisName, form: Form, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Σ p ẋ − ẋ_y  (MATH 7.1); one array is kept for the backward pass.
 
     XLA on CPU scatters the label's −1 into the array that is written anyway, where comparing each class with it would
@@ -46,12 +46,13 @@ def _negative_log_p_jvp(axis_name: AxisName, primals: Any, tangents: Any) -> tup
     """
     (x, label), (x_dot, _) = primals, tangents
     axis = (x.ndim - 1,)
-    p = normalize(x, axis, axis_name).p
+    form = rule_form(form, x, axis)
+    p = normalize(x, axis, axis_name, form).p
     if x.shape[-1] <= 16:
         rate = class_sum((p - _is_label(x, label, axis_name)) * x_dot, axis)
     else:
         rate = class_sum(p * x_dot, axis) - _share_at_label(x_dot, label, axis_name)
-    return negative_log_p(x, label, axis_name), all_sum(rate, axis_name)
+    return negative_log_p(x, label, axis_name, form), all_sum(rate, axis_name)
 
 
 def _is_label(x: Array, label: Array, axis_name: AxisName) -> Array:

@@ -221,11 +221,11 @@ def predict(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> Int
 def _entropy(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
     def block(h: Array) -> Array:
         x = _head_scores(params, phi, h)
-        H = centred_log_p(x, _last(x))[1][:, 0]
+        H = centred_log_p(x, _last(x), form="lean")[1][:, 0]
         p = normalize(x, _last(x)).p[:, params.cutoffs[0] :]
         for i, tail in enumerate(params.tails):
             x = _tail_scores(tail, phi, h)
-            H = H + p[:, i] * centred_log_p(x, _last(x))[1][:, 0]
+            H = H + p[:, i] * centred_log_p(x, _last(x), form="lean")[1][:, 0]
         return H
 
     return _in_blocks(block, hidden)
