@@ -9,7 +9,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jsoftmax._collectives import AxisName
-from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
+from jsoftmax._series import excess_series, expm1_ratio, log1p_deficit
 from jsoftmax._sums import class_sum
 from jsoftmax.maps import normalize
 
@@ -75,6 +75,6 @@ def _renyi_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangent
     if not isinstance(x_dot, SymbolicZero):
         R_dot = class_sum(alpha * jnp.where(near, -p * d * expm1_ratio(y_near), (r - p) / gap) * x_dot, axis, axis_name)
     if not isinstance(alpha_dot, SymbolicZero):
-        divergence = jnp.where(near, r * d**2 * excess_ratio(y_near), (p - r + r * y) / gap**2)
+        divergence = jnp.where(near, r * d**2 * excess_series(y_near), (p - r + r * y) / gap**2)
         R_dot = R_dot - class_sum(divergence, axis, axis_name) * alpha_dot
     return R, R_dot

@@ -38,10 +38,14 @@ def expm1_ratio(y: Array) -> Array:
     return jnp.where(near, series, jnp.expm1(y_far) / y_far)
 
 
+def excess_series(r: Array) -> Array:
+    """(e^−r − 1 + r)/r² for |r| ≤ 1/2: 1/2 (1 − r/3 (1 − r/4 (…)))."""
+    counted = range(_terms(r, 9, 16), 2, -1)
+    return functools.reduce(lambda total, k: 1 - r / k * total, counted, jnp.ones_like(r)) / 2
+
+
 def excess_ratio(r: Array) -> Array:
-    """(e^−r − 1 + r)/r², 1/2 at 0; its series 1/2 (1 − r/3 (1 − r/4 (…))) where |r| < 1/2."""
+    """(e^−r − 1 + r)/r², 1/2 at 0; its series where |r| < 1/2."""
     near = jnp.abs(r) < 0.5
     r_near, r_far = jnp.where(near, r, 0), jnp.where(near, 1, r)
-    counted = range(_terms(r, 9, 16), 2, -1)
-    series = functools.reduce(lambda total, k: 1 - r_near / k * total, counted, jnp.ones_like(r))
-    return jnp.where(near, series / 2, (jnp.expm1(-r_far) + r_far) / r_far**2)
+    return jnp.where(near, excess_series(r_near), (jnp.expm1(-r_far) + r_far) / r_far**2)

@@ -13,7 +13,7 @@ from jsoftmax import _arguments, maps
 from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName
 from jsoftmax._orders import renyi, tsallis
-from jsoftmax._series import excess_ratio
+from jsoftmax._series import excess_series
 from jsoftmax._sums import Form, careful_sum, centre, class_sum, rule_form
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
@@ -93,7 +93,7 @@ def kl_terms(log_p: Array, p: Array, log_q: Array, q: Array) -> tuple[Array, Arr
     r, both = log_ratio(log_p, p, log_q)
     near = both & (jnp.abs(r) < 0.5)
     r_near = jnp.where(near, r, 0)
-    return jnp.where(near, p * r_near**2 * excess_ratio(r_near), p * r - p + q), r
+    return jnp.where(near, p * r_near**2 * excess_series(r_near), p * r - p + q), r
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import _labels, maps
 from jsoftmax._arguments import Axis
 from jsoftmax._labels import Labelled
-from jsoftmax._series import excess_ratio
+from jsoftmax._series import excess_series
 from jsoftmax._sums import class_sum
 from jsoftmax.entropy import log_ratio
 from jsoftmax.maps import normalize
@@ -25,7 +25,7 @@ def _kl_to_target(x: Array, q: Array, axis: tuple[int, ...]) -> Array:
     r, both = log_ratio(_log(q), q, log_p)
     near = both & (jnp.abs(r) < 0.5)
     r_near = jnp.where(near, r, 0)
-    terms = jnp.where(near, q * r_near**2 * excess_ratio(r_near), jnp.where(q == 0, p, q * r - q + p))
+    terms = jnp.where(near, q * r_near**2 * excess_series(r_near), jnp.where(q == 0, p, q * r - q + p))
     D = class_sum(terms, axis) + (class_sum(q, axis) - jnp.where(jnp.isneginf(L), 0, 1))
     impossible = jnp.any(jnp.isneginf(x) & (q > 0), axis, keepdims=True)
     return jnp.where(impossible & ~jnp.isnan(D), jnp.inf, D)
