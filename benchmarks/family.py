@@ -53,7 +53,7 @@ MAPS: dict[str, tuple[F, F]] = {
 
 def map_cases() -> list[Case]:
     cases = []
-    for shape in ((1024, 1024), (256, 32768), (1_000_000, 8)):
+    for shape in ((1024, 1024), (256, 32768), (1_000_000, 8), (16384, 64), (4096, 1000)):
         for name, (ours, peer) in MAPS.items():
             z, v = normal(0, shape), normal(2, shape)
             g = normal(1, jax.eval_shape(ours, z).shape)
