@@ -101,3 +101,20 @@ def test_import_brings_only_the_core():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(eval(done.stdout)) <= {"jsoftmax", "jax"}, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        *(
+            (f, s)
+            for f in (js.softmax, js.log_softmax, js.log_normalizer, js.entropy)
+            for s in ((4096, 64), (16, 8192))
+        ),
+        *((f, (4096, 300)) for f in (js.softmax, js.log_softmax, js.entropy)),
+    ],
+)
+def test_no_array_of_the_scores_size_beside_the_result(function, shape):
+    z = jnp.zeros(shape, jnp.float32)
+    temporaries = jax.jit(function).lower(z).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries <= z.nbytes / 4
