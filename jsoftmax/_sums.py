@@ -13,8 +13,9 @@ from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows, in_type
 
 _SHORT, _MANY = 256, 4096
 
-Form = Literal["lean", "shared", "whole"]
-"""How `centre` sums: lean where e^u is not wanted, shared where it is the result, whole within rules (NOTES.md)."""
+Form = Literal["lean", "shared", "first", "whole"]
+"""How `centre` sums, each the fastest for its use (benchmarks/NOTES.md): lean where e^u is not wanted, shared where it is
+the result, first and whole within rules of the first and of higher orders."""
 
 
 class Centred(NamedTuple):
@@ -35,11 +36,10 @@ class Centred(NamedTuple):
 def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = "whole") -> Centred:
     """u = x − max x, e^u, and Σ e^u − 1 without cancellation (MATH 4.1).
 
-    Ones are counted apart from what is smaller than one, so no small term is lost beside a 1. The form says how, each
-    the fastest for its use: e^u is written once, for both sums and the result to read, or, lean, a long axis is cut
-    into blocks, and few classes into slices. Right under plain autodiff too: the maximum carries no derivative, and
-    counting has none. Of sharded classes one maximum is taken over all devices and one sum of both parts, so nothing is
-    lost there either.
+    Ones are counted apart from what is smaller than one, so no small term is lost beside a 1. Both sums and the result
+    read one e^u, but, lean, a long axis is cut into blocks, and if not whole, few classes are cut into slices.
+    Right under plain autodiff too: the maximum carries no derivative, and counting has none. Of sharded classes one
+    maximum is taken over all devices and one sum of both parts, so nothing is lost there either.
     """
     length = _length(x, axis) if form == "lean" else 0
     if length:
@@ -69,9 +69,11 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Fo
 
 
 def rule_form(form: Form, x: Array, axis: tuple[int, ...]) -> Form:
-    """The form within the rule of a function that has this one: e^u is wanted there, but not written where it would not
-    stay in a cache."""
-    return form if axis == (x.ndim - 1,) and x.shape[-1] >= _MANY else "whole"
+    """The form within the rule of a function that has this one. e^u is wanted there, but is computed again where, once
+    written, it would not stay in a cache."""
+    if axis == (x.ndim - 1,) and x.shape[-1] >= _MANY:
+        return form
+    return "first" if form in ("lean", "shared") else "whole"
 
 
 def _by_blocks(x: Array, length: int, axis_name: AxisName) -> tuple[Array, Array, Array]:
@@ -122,8 +124,8 @@ def class_sum(a: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Ar
 
 
 def _by_slices(x: Array, axis: tuple[int, ...], form: Form) -> bool:
-    """Where XLA on CPU adds a few slices faster than it reduces an axis (NOTES.md): the first one, on jax 0.10, and
-    the last one, where the sums are all there is."""
+    """Where XLA on CPU adds a few slices faster than it reduces an axis (NOTES.md): the first axis, on jax 0.10, and the
+    last one, up to rules of the first order."""
     if len(axis) != 1 or x.shape[axis[0]] < 2:
         return False
     if axis[0] < x.ndim - 1:

@@ -27,7 +27,7 @@ class Normalized(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = "shared") -> Normalized:
-    """l = log p, p and L; x = −inf leaves a class out. form: lean where p is not used (`_sums.centre`).
+    """l = log p, p and L; x = −inf leaves a class out. form: `_sums.Form`; lean where p is not used.
 
     Compiled by itself: rules call it again and again, and JAX keeps its trace.
     """
@@ -42,7 +42,7 @@ def _normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form)
     infinite = jnp.where(empty, -jnp.inf, jnp.inf)
     L = jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total)
     log_p = u - log_total
-    if form == rule_form(form, x, axis):
+    if form in ("first", "whole") or form == rule_form(form, x, axis):
         # within a rule JAX may differentiate this, not apply the rule again: 0 where a class is left out
         log_p = jnp.where(jnp.isneginf(x), lax.stop_gradient(log_p), log_p)
     return Normalized(log_p, e / (1 + rest), L)

@@ -25,7 +25,7 @@ from jsoftmax.phi import Phi, exp
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def negative_log_p(x: Array, label: Array, axis_name: AxisName = None, form: Form = "lean") -> Array:
-    """−l_y over the last axis of `x`, for labels `[..., 1]` in [0, K); form: `_sums.centre`."""
+    """−l_y over the last axis of `x`, for labels `[..., 1]` in [0, K); form: `_sums.Form`."""
     return _negative_log_p(x, label, axis_name, form)
 
 
