@@ -14,8 +14,8 @@ from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows, in_type
 _SHORT, _MANY = 256, 4096
 
 Form = Literal["lean", "shared", "first", "whole"]
-"""How `centre` sums, each the fastest for its use (benchmarks/NOTES.md): lean where e^u is not wanted, shared where it is
-the result, first and whole within rules of the first and of higher orders."""
+"""How `centre` sums, each the fastest for its use (benchmarks/NOTES.md): lean where e^u is not wanted, shared where it
+is the result, first and whole within rules of the first and of higher orders."""
 
 
 class Centred(NamedTuple):
@@ -124,8 +124,8 @@ def class_sum(a: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Ar
 
 
 def _by_slices(x: Array, axis: tuple[int, ...], form: Form) -> bool:
-    """Where XLA on CPU adds a few slices faster than it reduces an axis (NOTES.md): the first axis, on jax 0.10, and the
-    last one, up to rules of the first order."""
+    """Where XLA on CPU adds a few slices faster than it reduces an axis (NOTES.md): the first axis, on jax 0.10, and
+    the last one, up to rules of the first order."""
     if len(axis) != 1 or x.shape[axis[0]] < 2:
         return False
     if axis[0] < x.ndim - 1:

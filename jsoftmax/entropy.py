@@ -23,7 +23,7 @@ from jsoftmax.phi import Phi, curvature, exp, slope
 def centred_log_p(
     x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = "whole"
 ) -> tuple[Array, Array]:
-    """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes. form: `_sums.Form`; lean where c is not used."""
+    """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes. form: `_sums.Form`; lean: c is not used."""
     return _centred_log_p(x, axis, axis_name, form)
 
 
