@@ -15,7 +15,10 @@ _SHORT, _MANY = 256, 4096
 
 Form = Literal["lean", "shared", "first", "whole"]
 """How `centre` sums, each the fastest for its use (benchmarks/NOTES.md): lean where e^u is not wanted, shared where it
-is the result, first and whole within rules of the first and of higher orders."""
+is; within rules first, for those of the first order, and whole, but of long rows lean and shared there, too."""
+
+FAR = 1e4
+"""e^−FAR is 0, in float64 too; for products with e^u in which a larger −u would be 0 · ∞."""
 
 
 class Centred(NamedTuple):
@@ -33,11 +36,11 @@ class Centred(NamedTuple):
     """Whether a row has no class."""
 
 
-def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = "whole") -> Centred:
+def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> Centred:
     """u = x − max x, e^u, and Σ e^u − 1 without cancellation (MATH 4.1).
 
     Ones are counted apart from what is smaller than one, so no small term is lost beside a 1. Both sums and the result
-    read one e^u, but, lean, a long axis is cut into blocks, and if not whole, few classes are cut into slices.
+    read one e^u, but, lean, a long axis is cut into blocks; few classes are cut into slices.
     Right under plain autodiff too: the maximum carries no derivative, and counting has none. Of sharded classes one
     maximum is taken over all devices and one sum of both parts, so nothing is lost there either.
     """
@@ -57,8 +60,9 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Fo
     else:  # XLA would write the ones, for two sums to read them
         count = jnp.round(jnp.sum(e[0], axis, keepdims=True) - small)
     small, count = all_sum((small, count), axis_name)
-    empty = jnp.isneginf(top) if short else count == 0  # of a short row, XLA would write the ones for a second use
     rest = small + (jnp.maximum(count, 1) - 1)
+    # of a short row, XLA would write the ones for a second use; rest tells NaN, which a maximum over devices may lose
+    empty = (jnp.isneginf(top) if short else count == 0) & (rest == 0)
     if len(parts) == 1:
         return Centred(x - peak, e[0], rest, peak, empty)
     # Else XLA writes e^u of each slice, for rest and all that is made of it, on jax 0.12 without a barrier, on 0.10
@@ -66,6 +70,11 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Fo
     rest = lax.optimization_barrier(jnp.where(empty, 0, rest))
     u = x - lax.optimization_barrier(peak)
     return Centred(u, jnp.exp(u), rest, peak, empty)
+
+
+def within_rules(form: Form, x: Array, axis: tuple[int, ...]) -> bool:
+    """Whether rules use this form, too: there JAX may differentiate what has it, not apply the rule again."""
+    return form != "lean" or rule_form(form, x, axis) == form
 
 
 def rule_form(form: Form, x: Array, axis: tuple[int, ...]) -> Form:
@@ -98,9 +107,9 @@ def _by_blocks(x: Array, length: int, axis_name: AxisName) -> tuple[Array, Array
     e = jnp.exp(jnp.concatenate([block, tail], -1) - peak)
     e, others = lax.optimization_barrier((e - jnp.floor(e), others))
     small = _sum_by_halves(e, others, even=even)
-    ones = jnp.round(total - small)  # an integer: exact until an error of 1 is below rounding
+    ones = jnp.round(total - small)  # an integer, exact until an error of 1 is below rounding
     small, ones = all_sum((small, ones), axis_name)
-    return small + (jnp.maximum(ones, 1) - 1), peak, ones == 0
+    return small + (jnp.maximum(ones, 1) - 1), peak, (ones == 0) & (small == 0)
 
 
 def careful_sum(

@@ -14,16 +14,16 @@ from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName
 from jsoftmax._orders import renyi, tsallis
 from jsoftmax._series import excess_series
-from jsoftmax._sums import Form, careful_sum, centre, class_sum, rule_form
+from jsoftmax._sums import FAR, Form, careful_sum, centre, class_sum, rule_form
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def centred_log_p(
-    x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = "whole"
+    x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = "shared"
 ) -> tuple[Array, Array]:
-    """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes. form: `_sums.Form`; lean: c is not used."""
+    """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes. form: `_sums.Form`, lean for H alone."""
     return _centred_log_p(x, axis, axis_name, form)
 
 
@@ -48,7 +48,7 @@ def _gap(u: Array) -> Array:
 
 
 def _finite_gap(u: Array) -> Array:
-    return -jnp.maximum(u, jnp.finfo(u.dtype).min)
+    return -jnp.maximum(u, -FAR)
 
 
 @_centred_log_p.defjvp

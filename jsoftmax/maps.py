@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import _arguments
 from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName, check_axis_name, check_parts, check_sharded
-from jsoftmax._sums import Form, centre, class_sum, rule_form
+from jsoftmax._sums import Form, centre, class_sum, rule_form, within_rules
 from jsoftmax.phi import Phi, exp, log_phi
 
 
@@ -42,8 +42,7 @@ def _normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form)
     infinite = jnp.where(empty, -jnp.inf, jnp.inf)
     L = jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total)
     log_p = u - log_total
-    if form in ("first", "whole") or form == rule_form(form, x, axis):
-        # within a rule JAX may differentiate this, not apply the rule again: 0 where a class is left out
+    if within_rules(form, x, axis):  # the derivative is 0 where a class is left out
         log_p = jnp.where(jnp.isneginf(x), lax.stop_gradient(log_p), log_p)
     return Normalized(log_p, e / (1 + rest), L)
 

@@ -95,6 +95,39 @@ def test_rows(function, phi):
         assert np.all(np.isfinite(result))
 
 
+@pytest.mark.parametrize("classes", [60, 300, 1000, 4500])
+@pytest.mark.parametrize("function", [f for f in FUNCTIONS if f.scores == 1], ids=str)
+def test_rows_with_many_classes_left_out(function, classes):
+    """As the short rows, whatever way a row of that length is summed."""
+    table = rows(function)
+    short = [jnp.asarray(np.stack(column)) for column in zip(*table.values(), strict=True)]
+    pads = (-inf, 0, True, 0)
+    long = [jnp.pad(a, ((0, 0), (0, classes - 5)), constant_values=b) for a, b in zip(short, pads, strict=True)]
+    f = jax.jit(jax.vmap(functools.partial(value_and_derivatives, function, js.exp)))
+    keeps = function.name in ("softmax", "log_softmax")
+    for i, (got, want) in enumerate(zip(*(f((z,), where, w) for z, _, where, w in (long, short)), strict=True)):
+        cut = got[:, :5] if keeps or i else got
+        np.testing.assert_allclose(cut, want, rtol=2e-5, atol=2e-6, err_msg=str(i))
+
+
+@pytest.mark.parametrize("classes", [5, 16, 300])
+@pytest.mark.parametrize("function", [f for f in FUNCTIONS if f.scores == 1], ids=str)
+def test_rows_along_other_axes(function, classes):
+    table = rows(function)
+    scores, _, where, log_weights = (jnp.asarray(np.stack(column)) for column in zip(*table.values(), strict=True))
+    scores, where, log_weights = (
+        jnp.pad(a, ((0, 0), (0, classes - 5)), constant_values=b)
+        for a, b in ((scores, -inf), (where, True), (log_weights, 0))
+    )
+    want = function.ours(scores, where=where, log_weights=log_weights)
+    first = function.ours(scores.T, axis=0, where=where.T, log_weights=log_weights.T)
+    np.testing.assert_allclose(first.T if first.ndim == 2 else first, want, rtol=2e-5, atol=2e-6)
+    if classes != 5:
+        parts = [a.reshape(len(table), 2, -1) for a in (scores, where, log_weights)]
+        several = function.ours(parts[0], axis=(1, 2), where=parts[1], log_weights=parts[2])
+        np.testing.assert_allclose(several.reshape(want.shape), want, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("phi", [js.exp, js.spherical(0.1)], ids=str)
 @pytest.mark.parametrize("function", FUNCTIONS, ids=str)
 def test_arguments_not_given(function, phi):

@@ -103,6 +103,10 @@ def test_import_brings_only_the_core():
     assert set(eval(done.stdout)) <= {"jsoftmax", "jax"}, done.stdout
 
 
+def _with_z_loss(z):
+    return js.losses.cross_entropy(z, jnp.zeros(z.shape[0], int), z_loss=0.1)
+
+
 @pytest.mark.parametrize(
     ("function", "shape"),
     [
@@ -112,6 +116,7 @@ def test_import_brings_only_the_core():
             for s in ((4096, 64), (16, 8192))
         ),
         *((f, (4096, 300)) for f in (js.softmax, js.log_softmax, js.entropy)),
+        (_with_z_loss, (16, 8192)),
     ],
 )
 def test_no_array_of_the_scores_size_beside_the_result(function, shape):

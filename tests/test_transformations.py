@@ -104,7 +104,7 @@ def test_survives(function, phi):
 
 
 def test_long_rows_in_a_scan():
-    """Rows of several blocks, at order 2 inside a scan."""
+    """At order 2 inside a scan."""
     with jax.enable_x64(True):
         z = jnp.asarray(np.random.default_rng(6).normal(0, 2, (2, 300)))
         v = jnp.cos(z)
@@ -141,3 +141,29 @@ def test_checkpointed_bodies_keep_rules_at_order_two_in_a_scan():
 
     x = jnp.float32(0.7)
     np.testing.assert_allclose(jax.jvp(jax.grad(h), (x,), (1.0,))[1] / jnp.sin(x), 49, rtol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [3, 60, 300, 1000, 4500])
+def test_left_out_in_a_scan(classes):
+    """A class with a score of −inf at order 2, where JAX may differentiate functions' bodies: as without the scan."""
+    with jax.enable_x64(True):
+        z = jnp.asarray(np.random.default_rng(7).normal(0, 2, (2, classes))).at[:, 1].set(-jnp.inf)
+        v = jnp.cos(jnp.arange(z.size)).reshape(z.shape)
+
+        def total(row):
+            log_p = jnp.where(jnp.isneginf(row), 0, jsoftmax.log_softmax(row))
+            return 3 * jsoftmax.entropy(row) + jsoftmax.log_normalizer(row) + weighted(jsoftmax.softmax(row) + log_p)
+
+        def scanned(z):
+            return jax.lax.scan(lambda carry, row: (carry + total(row), None), 0.0, z)[0]
+
+        def second(f):
+            gradient = jax.grad(f)
+            return jax.jvp(gradient, (z,), (v,))[1], jax.grad(lambda z: jnp.sum(v * gradient(z)))(z)
+
+        ours, wanted = (
+            verify.jit_formulas(functools.partial(second, f))() for f in (scanned, lambda z: total(z[0]) + total(z[1]))
+        )
+        for a, b in zip(ours, wanted, strict=True):
+            np.testing.assert_array_equal(b[:, 1], 0)
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * np.max(np.abs(b)))

@@ -26,7 +26,7 @@ def conditional(key: Any, x: Array, index: Array, maximum: Array | None) -> Arra
     noise = _noise.gumbel(key, x.shape, x.dtype)
     chosen = _noise.is_chosen(index, x)
     if maximum is None:
-        L = normalize(lax.stop_gradient(x), (x.ndim - 1,)).log_normalizer
+        L = normalize(lax.stop_gradient(x), (x.ndim - 1,), form="lean").log_normalizer
         top = L + jnp.sum(jnp.where(chosen, noise, 0), -1, keepdims=True)
     else:
         top = lax.stop_gradient(maximum)

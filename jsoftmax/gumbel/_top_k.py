@@ -67,7 +67,7 @@ def gumbel_top_k(
     check_same(function, "key", key, axis_name)
     classes = given.x.shape[-1] * shard_count(axis_name)
     count = _noise.check_count(function, k, classes)
-    log_p = normalize(given.x, (given.x.ndim - 1,), axis_name).log_p
+    log_p = normalize(given.x, (given.x.ndim - 1,), axis_name, "lean").log_p
     best, index = _noise.top_perturbed(key, log_p, min(count + 1, classes), axis_name)
     index = jnp.where(best > -jnp.inf, index, -1)
     last = jnp.where(jnp.isnan(best[..., 0]), jnp.nan, -jnp.inf).astype(best.dtype)

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jsoftmax._collectives import all_max, all_sum, in_slot, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
-from jsoftmax._sums import centre
+from jsoftmax._sums import FAR, centre
 from jsoftmax.entropy import gap_sum
 from jsoftmax.gumbel import _noise
 from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, first_class, is_label, over_classes
@@ -90,7 +90,7 @@ def initial(head: Head, wanted: Wanted) -> Running:
 def of_block(head: Head, wanted: Wanted, start: Array, x: Array, plan: Plan) -> Running:
     """The statistics of a block with the scores x, about its own peak  (MATH 11.2)."""
     axis = (1,)
-    _, _, rest, peak, empty = centre(x, axis, form="lean")
+    _, _, rest, peak, empty = centre(x, axis, None, "lean")
     top, rest = jnp.where(empty, -jnp.inf, peak), jnp.where(empty, -1, rest)
     made: dict[str, Any] = {}
     if wanted.entropy:
@@ -153,7 +153,7 @@ def merged(a: Running, b: Running, plan: Plan | None = None) -> Running:
 
 
 def _moved_gap(part: Any, fall: Array) -> Array:
-    return jnp.exp(-fall) * (part.gap + (1 + part.rest) * jnp.minimum(fall, _FAR))
+    return jnp.exp(-fall) * (part.gap + (1 + part.rest) * jnp.minimum(fall, FAR))
 
 
 def _moved_sum(total: Any, weight: Any, fall: Array) -> Array:
@@ -217,9 +217,6 @@ def _largest(x: Array, k: int, plan: Plan) -> tuple[Array, Array]:
     best = jnp.sort(best, 1)
     values, places = _top_k(jnp.take_along_axis(parts, best[:, :, None], 1).reshape(x.shape[0], -1), k, plan)
     return values, jnp.take_along_axis(best, places // length, 1) * length + places % length
-
-
-_FAR = 1e4  # e^−fall is 0 long before, and 0 · ∞ would be NaN
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))

@@ -232,4 +232,8 @@ def _check(  # noqa: PLR0917  (as the public functions have them)
     if rows is not None:
         labels = jnp.where(rows, labels, 0)
     bias = arrays["bias"].astype(dtype) if bias is not None else None
-    return _Given(hidden, W.astype(dtype), bias, labels, rows, normalize(log_q, (0,)).log_p), draws, y.shape
+    return (
+        _Given(hidden, W.astype(dtype), bias, labels, rows, normalize(log_q, (0,), form="lean").log_p),
+        draws,
+        y.shape,
+    )

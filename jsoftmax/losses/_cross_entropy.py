@@ -96,7 +96,7 @@ def _expected(
         return weights * loss
     axis, kept = (x.ndim - 1,), ~jnp.isneginf(x)
     impossible = jnp.where(labels == 0, 0, jnp.inf).astype(x.dtype)
-    n = jnp.where(kept, -normalize(x, axis, axis_name).log_p, 0)
+    n = jnp.where(kept, -normalize(x, axis, axis_name, "lean").log_p, 0)
     return class_sum(jnp.where(kept, labels * f(n), impossible), axis, axis_name)
 
 
@@ -118,14 +118,14 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
     loss = _expected(given, x, labels, axis_name)
     if smoothing is not None:
         kept = ~jnp.isneginf(x)
-        spread = jnp.where(kept, -normalize(x, axis, axis_name).log_p, 0)
+        spread = jnp.where(kept, -normalize(x, axis, axis_name, "lean").log_p, 0)
         if given.class_weights is not None:
             spread = spread * given.class_weights
         count = jnp.maximum(all_sum(jnp.sum(kept, -1, keepdims=True), axis_name), 1).astype(x.dtype)
         loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
         loss = (1 - smoothing) * loss + smoothing * class_sum(spread, axis, axis_name) / count
     if z_loss is not None:
-        L = normalize(x, axis, axis_name).log_normalizer
+        L = normalize(x, axis, axis_name, "lean").log_normalizer
         loss = loss + z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
     return given.keep_rows(loss)
 

@@ -28,7 +28,7 @@ def _plackett_luce(x: Array, order: Array) -> Array:
     ordered = jnp.sort(order, -1)
     valid = jnp.all(inside, -1) & jnp.all(ordered[..., 1:] != ordered[..., :-1], -1) & ~jnp.any(x == jnp.inf, -1)
     chosen = jnp.put_along_axis(jnp.zeros(x.shape, bool), index, True, -1, inplace=False)
-    never = normalize(jnp.where(chosen, -jnp.inf, x), (x.ndim - 1,)).log_normalizer
+    never = normalize(jnp.where(chosen, -jnp.inf, x), (x.ndim - 1,), form="lean").log_normalizer
     y = jnp.take_along_axis(x, index, -1)
     R = lax.associative_scan(_log_add, jnp.concatenate([y, never], -1), reverse=True, axis=y.ndim - 1)[..., 1:]
     out, last = jnp.isneginf(y), jnp.isneginf(R)
