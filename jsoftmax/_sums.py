@@ -33,7 +33,7 @@ class Centred(NamedTuple):
     peak: Array
     """max x, the least finite number for an empty row."""
     empty: Array
-    """Whether a row has no class."""
+    """Whether a row has no class, provided that its rest is 0: not NaN, nor so large that the count of ones is lost."""
 
 
 def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> Centred:
@@ -61,13 +61,12 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> 
         count = jnp.round(jnp.sum(e[0], axis, keepdims=True) - small)
     small, count = all_sum((small, count), axis_name)
     rest = small + (jnp.maximum(count, 1) - 1)
-    # of a short row, XLA would write the ones for a second use; rest tells NaN, which a maximum over devices may lose
-    empty = (jnp.isneginf(top) if short else count == 0) & (rest == 0)
+    empty = jnp.isneginf(top) if short else count == 0  # of a short row, XLA would write the ones for a second use
     if len(parts) == 1:
         return Centred(x - peak, e[0], rest, peak, empty)
     # Else XLA writes e^u of each slice, for rest and all that is made of it, on jax 0.12 without a barrier, on 0.10
-    # without a select.
-    rest = lax.optimization_barrier(jnp.where(empty, 0, rest))
+    # without a select, which changes nothing.
+    rest = lax.optimization_barrier(jnp.where(small >= 0, rest, jnp.nan))
     u = x - lax.optimization_barrier(peak)
     return Centred(u, jnp.exp(u), rest, peak, empty)
 
@@ -109,7 +108,7 @@ def _by_blocks(x: Array, length: int, axis_name: AxisName) -> tuple[Array, Array
     small = _sum_by_halves(e, others, even=even)
     ones = jnp.round(total - small)  # an integer, exact until an error of 1 is below rounding
     small, ones = all_sum((small, ones), axis_name)
-    return small + (jnp.maximum(ones, 1) - 1), peak, (ones == 0) & (small == 0)
+    return small + (jnp.maximum(ones, 1) - 1), peak, ones == 0
 
 
 def careful_sum(

@@ -40,7 +40,7 @@ def _normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form)
     u, e, rest, peak, empty = centre(x, axis, axis_name, form)
     log_total = jnp.log1p(rest)
     infinite = jnp.where(empty, -jnp.inf, jnp.inf)
-    L = jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total)
+    L = jnp.where((empty & (log_total == 0)) | jnp.isposinf(peak), infinite, peak + log_total)
     log_p = u - log_total
     if within_rules(form, x, axis):  # the derivative is 0 where a class is left out
         log_p = jnp.where(jnp.isneginf(x), lax.stop_gradient(log_p), log_p)

@@ -91,6 +91,7 @@ def of_block(head: Head, wanted: Wanted, start: Array, x: Array, plan: Plan) -> 
     """The statistics of a block with the scores x, about its own peak  (MATH 11.2)."""
     axis = (1,)
     _, _, rest, peak, empty = centre(x, axis, None, "lean")
+    empty &= rest == 0
     top, rest = jnp.where(empty, -jnp.inf, peak), jnp.where(empty, -1, rest)
     made: dict[str, Any] = {}
     if wanted.entropy:
