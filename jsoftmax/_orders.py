@@ -50,7 +50,7 @@ def renyi(x: Array, alpha: Array, axis: tuple[int, ...], axis_name: AxisName) ->
     S = tsallis(x, alpha, axis, axis_name)
     a = (1 - alpha) * S
     near = jnp.abs(a) <= 0.5
-    far = normalize(_times(alpha, log_p), axis, axis_name, "lean").log_normalizer / jnp.where(near, 1, 1 - alpha)
+    far = normalize(_times(alpha, log_p), axis, axis_name).log_normalizer / jnp.where(near, 1, 1 - alpha)
     return jnp.where(jnp.isneginf(L), 0, jnp.where(near, S * (1 - log1p_deficit(jnp.where(near, a, 0))), far))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows, in_type
+from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows
 
 _SHORT, _MANY = 256, 4096
 
@@ -73,15 +73,19 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> 
 
 def within_rules(form: Form, x: Array, axis: tuple[int, ...]) -> bool:
     """Whether rules use this form, too: there JAX may differentiate what has it, not apply the rule again."""
-    return form != "lean" or rule_form(form, x, axis) == form
+    return form != "lean" or _is_long(x, axis)
 
 
 def rule_form(form: Form, x: Array, axis: tuple[int, ...]) -> Form:
     """The form within the rule of a function that has this one. e^u is wanted there, but is computed again where, once
     written, it would not stay in a cache."""
-    if axis == (x.ndim - 1,) and x.shape[-1] >= _MANY:
+    if _is_long(x, axis):
         return form
     return "first" if form in ("lean", "shared") else "whole"
+
+
+def _is_long(x: Array, axis: tuple[int, ...]) -> bool:
+    return axis == (x.ndim - 1,) and x.shape[-1] >= _MANY
 
 
 def _by_blocks(x: Array, length: int, axis_name: AxisName) -> tuple[Array, Array, Array]:
@@ -118,12 +122,14 @@ def careful_sum(
     length = _length(x, axis)
     if not length:
         return class_sum(f(x - peak), axis, axis_name)
-    if in_type(x):
-        return by_rows(lambda x, peak: careful_sum(f, x, peak, axis, axis_name), x, peak)
-    cut, tail = _cut(x, length)
-    peak = lax.optimization_barrier(peak)  # else XLA writes the e^u that `centre` computes too, for both to read
-    block_sum = lax.optimization_barrier(jnp.sum(f(cut - peak[..., None]), -1))
-    return all_sum(_sum_by_halves(block_sum, f(tail - peak), even=not tail.shape[-1]), axis_name)
+
+    def of_rows(x: Array, peak: Array) -> Array:
+        cut, tail = _cut(x, length)
+        peak = lax.optimization_barrier(peak)  # else XLA writes the e^u that `centre` computes too, for both to read
+        block_sum = lax.optimization_barrier(jnp.sum(f(cut - peak[..., None]), -1))
+        return all_sum(_sum_by_halves(block_sum, f(tail - peak), even=not tail.shape[-1]), axis_name)
+
+    return by_rows(of_rows, x, peak)
 
 
 def class_sum(a: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:

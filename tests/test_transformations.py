@@ -103,10 +103,11 @@ def test_survives(function, phi):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * (np.max(np.abs(b)) or 1), err_msg=name)
 
 
-def test_long_rows_in_a_scan():
-    """At order 2 inside a scan."""
+@pytest.mark.parametrize("classes", [300, 1000])
+def test_long_rows_in_a_scan(classes):
+    """Rows of one sum and of several blocks, at order 2 inside a scan."""
     with jax.enable_x64(True):
-        z = jnp.asarray(np.random.default_rng(6).normal(0, 2, (2, 300)))
+        z = jnp.asarray(np.random.default_rng(6).normal(0, 2, (2, classes)))
         v = jnp.cos(z)
 
         def of(functions):

@@ -227,13 +227,10 @@ def _check(  # noqa: PLR0917  (as the public functions have them)
     if rows is not None:
         hidden = maps.where_not(~rows[:, None], hidden)  # they may hold anything
     log_q = lax.stop_gradient(log_q).astype(dtype)
+    log_p = normalize(log_q, (0,), form="lean").log_p
     draws = categorical(key, log_q, shape=(int(num_samples),))
     labels = y.reshape(-1)
     if rows is not None:
         labels = jnp.where(rows, labels, 0)
     bias = arrays["bias"].astype(dtype) if bias is not None else None
-    return (
-        _Given(hidden, W.astype(dtype), bias, labels, rows, normalize(log_q, (0,), form="lean").log_p),
-        draws,
-        y.shape,
-    )
+    return _Given(hidden, W.astype(dtype), bias, labels, rows, log_p), draws, y.shape

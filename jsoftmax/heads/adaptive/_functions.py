@@ -221,7 +221,7 @@ def predict(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> Int
 def _entropy(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
     def block(h: Array) -> Array:
         x = _head_scores(params, phi, h)
-        H = centred_log_p(x, _last(x), form="lean")[1][:, 0]
+        H = centred_log_p(x, _last(x))[1][:, 0]  # of the sums that p is made of
         p = normalize(x, _last(x)).p[:, params.cutoffs[0] :]
         for i, tail in enumerate(params.tails):
             x = _tail_scores(tail, phi, h)
