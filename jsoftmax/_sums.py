@@ -13,9 +13,21 @@ from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows
 
 _SHORT, _MANY = 256, 4096
 
-Form = Literal["lean", "shared", "first", "whole"]
-"""How `centre` sums, each the fastest for its use (benchmarks/NOTES.md): lean where e^u is not wanted, shared where it
-is; within rules first, for those of the first order, and whole, but of long rows lean and shared there, too."""
+
+class Form(NamedTuple):
+    """How `centre` sums, the fastest for each use (benchmarks/NOTES.md)."""
+
+    result: Literal["L", "H", "l", "p"]
+    """What is wanted: L, or −l_y; H; l = log p; p."""
+    order: int = 0
+    """0 for the value, 1 in its rule, 2 in rules of higher order."""
+
+    def of_rule(self) -> "Form":
+        """The form within the rule of a function that has this one."""
+        return Form(self.result, min(self.order + 1, 2))
+
+
+OF_P, OF_LOG_P, OF_H, OF_L = Form("p"), Form("l"), Form("H"), Form("L")
 
 FAR = 1e4
 """e^−FAR is 0, in float64 too; for products with e^u in which a larger −u would be 0 · ∞."""
@@ -30,6 +42,8 @@ class Centred(NamedTuple):
     """e^u."""
     rest: Array
     """Σ e^u − 1 without cancellation, 0 for an empty row."""
+    total: Array
+    """Σ e^u, not 0 for an empty row, for what divides by it: in rules of L and l without `rest`."""
     peak: Array
     """max x, the least finite number for an empty row."""
     empty: Array
@@ -44,10 +58,10 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> 
     Right under plain autodiff too: the maximum carries no derivative, and counting has none. Of sharded classes one
     maximum is taken over all devices and one sum of both parts, so nothing is lost there either.
     """
-    length = _length(x, axis) if form == "lean" else 0
+    length = _length(x, axis) if in_blocks(x, axis, form) else 0
     if length:
         rest, peak, empty = by_rows(lambda x: _by_blocks(x, length, axis_name), x)
-        return Centred(x - peak, jnp.exp(x - peak), rest, peak, empty)
+        return Centred(x - peak, jnp.exp(x - peak), rest, 1 + rest, peak, empty)
     parts = _slices(x, axis[0]) if _by_slices(x, axis, form) else [x]
     short = len(parts) > 1 or (axis == (x.ndim - 1,) and x.shape[-1] <= _SHORT)
     top = all_max(_maximum(parts, axis, short), axis_name)
@@ -55,33 +69,34 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> 
     e = [jnp.exp(part - peak) for part in parts]
     ones = [jnp.floor(part) for part in e]
     small = _by_halves(jnp.add, [jnp.sum(a - b, axis, keepdims=True) for a, b in zip(e, ones, strict=True)])
-    if short:
-        count = _by_halves(jnp.add, [jnp.sum(part, axis, keepdims=True) for part in ones])
-    else:  # XLA would write the ones, for two sums to read them
-        count = jnp.round(jnp.sum(e[0], axis, keepdims=True) - small)
-    small, count = all_sum((small, count), axis_name)
+    rates = form.result in ("L", "l") and form.order > 0 and len(parts) == 1
+    counted = short and not rates  # else XLA would write the ones, for two sums to read them
+    summed = _by_halves(jnp.add, [jnp.sum(part, axis, keepdims=True) for part in (ones if counted else e)])
+    small, summed = all_sum((small, summed), axis_name)
+    count = summed if counted else jnp.round(summed - small)
     rest = small + (jnp.maximum(count, 1) - 1)
     empty = jnp.isneginf(top) if short else count == 0  # of a short row, XLA would write the ones for a second use
     if len(parts) == 1:
-        return Centred(x - peak, e[0], rest, peak, empty)
-    # Else XLA writes e^u of each slice, for rest and all that is made of it, on jax 0.12 without a barrier, on 0.10
-    # without a select, which changes nothing.
-    rest = lax.optimization_barrier(jnp.where(small >= 0, rest, jnp.nan))
+        # of no class 1/2, between all that it can be else, so that the maximum halves no derivative
+        total = jnp.maximum(summed, 0.5) if rates else 1 + rest
+        return Centred(x - peak, e[0], rest, total, peak, empty)
+    # By way of a logarithm, which XLA does not take twice: else it writes e^u of each slice, for rest and for total.
+    total = jnp.exp(jnp.log1p(rest))
     u = x - lax.optimization_barrier(peak)
-    return Centred(u, jnp.exp(u), rest, peak, empty)
+    return Centred(u, jnp.exp(u), rest, total, peak, empty)
+
+
+def in_blocks(x: Array, axis: tuple[int, ...], form: Form) -> bool:
+    """Whether e^u is not wanted, or is computed again since, once written, it would not stay in a cache; but of many
+    rows XLA on CPU makes one kernel of all of log p."""
+    rows = x.size // max(1, math.prod(x.shape[a] for a in axis))
+    in_one = form.result == "l" and rows >= _MANY
+    return form.result != "p" and not in_one and (form.order == 0 or _is_long(x, axis))
 
 
 def within_rules(form: Form, x: Array, axis: tuple[int, ...]) -> bool:
     """Whether rules use this form, too: there JAX may differentiate what has it, not apply the rule again."""
-    return form != "lean" or _is_long(x, axis)
-
-
-def rule_form(form: Form, x: Array, axis: tuple[int, ...]) -> Form:
-    """The form within the rule of a function that has this one. e^u is wanted there, but is computed again where, once
-    written, it would not stay in a cache."""
-    if _is_long(x, axis):
-        return form
-    return "first" if form in ("lean", "shared") else "whole"
+    return form.result == "p" or form.order > 0 or _is_long(x, axis)
 
 
 def _is_long(x: Array, axis: tuple[int, ...]) -> bool:
@@ -110,8 +125,8 @@ def _by_blocks(x: Array, length: int, axis_name: AxisName) -> tuple[Array, Array
     e = jnp.exp(jnp.concatenate([block, tail], -1) - peak)
     e, others = lax.optimization_barrier((e - jnp.floor(e), others))
     small = _sum_by_halves(e, others, even=even)
+    small, total = all_sum((small, total), axis_name)
     ones = jnp.round(total - small)  # an integer, exact until an error of 1 is below rounding
-    small, ones = all_sum((small, ones), axis_name)
     return small + (jnp.maximum(ones, 1) - 1), peak, ones == 0
 
 
@@ -137,6 +152,14 @@ def class_sum(a: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Ar
     return all_sum(jnp.sum(a, axis, keepdims=True), axis_name)
 
 
+def spread(a: Array, x: Array, axis: tuple[int, ...], form: Form) -> Array:
+    """What is the same for all classes, one after the other where there are few, so that its transpose adds slices."""
+    if axis == (x.ndim - 1,) and _by_slices(x, axis, form):
+        a = jnp.where(jnp.isnan(x[..., :1]), jnp.nan, a)
+        return jnp.concatenate([a] * x.shape[-1], -1)
+    return a
+
+
 def _by_slices(x: Array, axis: tuple[int, ...], form: Form) -> bool:
     """Where XLA on CPU adds a few slices faster than it reduces an axis (NOTES.md): the first axis, on jax 0.10, and
     the last one, up to rules of the first order."""
@@ -144,7 +167,7 @@ def _by_slices(x: Array, axis: tuple[int, ...], form: Form) -> bool:
         return False
     if axis[0] < x.ndim - 1:
         return axis[0] == 0 and x.shape[0] <= 16
-    return form != "whole" and x.shape[-1] <= 8
+    return form.order < 2 and x.shape[-1] <= 8
 
 
 def _slices(a: Array, axis: int) -> list[Array]:

@@ -14,26 +14,26 @@ from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName
 from jsoftmax._orders import renyi, tsallis
 from jsoftmax._series import excess_series
-from jsoftmax._sums import FAR, Form, careful_sum, centre, class_sum, rule_form
+from jsoftmax._sums import FAR, OF_H, OF_P, Form, careful_sum, centre, class_sum, in_blocks
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def centred_log_p(
-    x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = "shared"
+    x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = OF_P
 ) -> tuple[Array, Array]:
-    """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes. form: `_sums.Form`, lean for H alone."""
+    """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes. form: OF_H for H alone."""
     return _centred_log_p(x, axis, axis_name, form)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _centred_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> tuple[Array, Array]:
     """c = u + Σ p (−u) and H = log1p(rest) + Σ p (−u)  (MATH 4.3)."""
-    u, e, rest, peak, _ = centre(x, axis, axis_name, form)
-    lean = form == "lean"
-    gaps = gap_sum(x, peak, axis, axis_name) if lean else class_sum(e * _finite_gap(u), axis, axis_name)
-    spread = gaps / (1 + rest)
+    u, e, rest, total, peak, _ = centre(x, axis, axis_name, form)
+    again = in_blocks(x, axis, form)
+    gaps = gap_sum(x, peak, axis, axis_name) if again else class_sum(e * _finite_gap(u), axis, axis_name)
+    spread = gaps / total
     return jnp.where(e == 0, 0, u + spread), jnp.log1p(rest) + spread
 
 
@@ -57,7 +57,7 @@ def _centred_log_p_jvp(
 ) -> tuple[Any, Any]:
     """Ḣ = −Σ p c ẋ, ċ = ẋ − Σ p ẋ + Ḣ  (MATH 1.5)."""
     (x,), (x_dot,) = primals, tangents
-    form = rule_form(form, x, axis)
+    form = form.of_rule()
     c, H = centred_log_p(x, axis, axis_name, form)
     p = normalize(x, axis, axis_name, form).p
     H_dot = -class_sum(p * c * x_dot, axis, axis_name)
@@ -145,8 +145,9 @@ def _expansion(  # noqa: PLR0917  (as `maps.Arguments` has them)
     return H - class_sum(change, axis, axis_name)
 
 
-def _entropy(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    return centred_log_p(x, axis, axis_name, "lean")[1]
+def shannon(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+    """H alone, which keeps the reduced axes."""
+    return centred_log_p(x, axis, axis_name, OF_H)[1]
 
 
 def entropy(
@@ -186,7 +187,7 @@ def entropy(
     Array([-0., -0.], dtype=float32)
     """
     arguments = maps.check("entropy", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return maps.reduce_classes(_entropy, arguments, phi, keepdims)
+    return maps.reduce_classes(shannon, arguments, phi, keepdims)
 
 
 def varentropy(

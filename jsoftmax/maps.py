@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import _arguments
 from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName, check_axis_name, check_parts, check_sharded
-from jsoftmax._sums import Form, centre, class_sum, rule_form, within_rules
+from jsoftmax._sums import OF_L, OF_LOG_P, OF_P, Form, centre, class_sum, spread, within_rules
 from jsoftmax.phi import Phi, exp, log_phi
 
 
@@ -26,8 +26,8 @@ class Normalized(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = "shared") -> Normalized:
-    """l = log p, p and L; x = −inf leaves a class out. form: `_sums.Form`; lean where p is not used.
+def normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = OF_P) -> Normalized:
+    """l = log p, p and L; x = −inf leaves a class out. form: what is wanted of them.
 
     Compiled by itself: rules call it again and again, and JAX keeps its trace.
     """
@@ -36,15 +36,15 @@ def normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> Normalized:
-    """l = u − log1p(rest), p = e^u/(1 + rest), L = max x + log1p(rest)  (MATH 4.2)."""
-    u, e, rest, peak, empty = centre(x, axis, axis_name, form)
+    """l = u − log1p(rest), p = e^u / Σ e^u, L = max x + log1p(rest)  (MATH 4.2)."""
+    u, e, rest, total, peak, empty = centre(x, axis, axis_name, form)
     log_total = jnp.log1p(rest)
     infinite = jnp.where(empty, -jnp.inf, jnp.inf)
     L = jnp.where((empty & (log_total == 0)) | jnp.isposinf(peak), infinite, peak + log_total)
     log_p = u - log_total
     if within_rules(form, x, axis):  # the derivative is 0 where a class is left out
         log_p = jnp.where(jnp.isneginf(x), lax.stop_gradient(log_p), log_p)
-    return Normalized(log_p, e / (1 + rest), L)
+    return Normalized(log_p, e / total, L)
 
 
 @_normalize.defjvp
@@ -53,9 +53,9 @@ def _normalize_jvp(
 ) -> tuple[Normalized, Normalized]:
     """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ  (MATH 1.2 to 1.4)."""
     (x,), (x_dot,) = primals, tangents
-    out = normalize(x, axis, axis_name, rule_form(form, x, axis))
+    out = normalize(x, axis, axis_name, form.of_rule())
     mean = class_sum(out.p * x_dot, axis, axis_name)
-    centred = x_dot - mean
+    centred = x_dot - spread(mean, x, axis, form)
     return out, Normalized(where_not(jnp.isneginf(x), centred), out.p * centred, mean)
 
 
@@ -232,7 +232,7 @@ def log_softmax(
     >>> log_softmax(jnp.array([0., -20.]))
     Array([-2.06115...e-09, -2.00000...e+01], dtype=float32)
     """
-    return keep_classes(_log_p, check("log_softmax", {"z": z}, axis, where, phi, log_weights, axis_name), phi)
+    return keep_classes(log_p, check("log_softmax", {"z": z}, axis, where, phi, log_weights, axis_name), phi)
 
 
 def log_normalizer(
@@ -262,16 +262,18 @@ def log_normalizer(
     Array(2.06115...e-09, dtype=float32)
     """
     arguments = check("log_normalizer", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return reduce_classes(_log_normalizer, arguments, phi, keepdims)
+    return reduce_classes(log_sum, arguments, phi, keepdims)
 
 
 def _p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
     return normalize(x, axis, axis_name).p
 
 
-def _log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    return normalize(x, axis, axis_name, "lean").log_p
+def log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+    """log p alone."""
+    return normalize(x, axis, axis_name, OF_LOG_P).log_p
 
 
-def _log_normalizer(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    return normalize(x, axis, axis_name, "lean").log_normalizer
+def log_sum(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+    """L alone, which keeps the reduced axes."""
+    return normalize(x, axis, axis_name, OF_L).log_normalizer

@@ -20,7 +20,7 @@ from jsoftmax.phi import Phi, exp
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _mix(log_p: Array, log_weights: Array, axis: tuple[int, ...]) -> Array:
     """log Σ π p over the components; as log1p(Σ π (p − 1)) where it is near 0, which keeps its digits  (MATH 9.1)."""
-    far = normalize(log_p + log_weights, axis, form="lean").log_normalizer
+    far = maps.log_sum(log_p + log_weights, axis)
     near = far > -0.5
     deficit = class_sum(jnp.exp(log_weights) * jnp.expm1(log_p), axis)
     return jnp.where(near, jnp.log1p(jnp.where(near, deficit, 0)), far)
@@ -77,8 +77,8 @@ def mixture_log_softmax(
 
 @jax.jit
 def _mixture(z: Array, logits: Array, phi: Phi) -> Array:
-    log_p = normalize(maps.weighted_scores(phi, z, None, None), (z.ndim - 1,), form="lean").log_p
-    log_weights = normalize(logits, (logits.ndim - 1,), form="lean").log_p[..., None]
+    log_p = maps.log_p(maps.weighted_scores(phi, z, None, None), (z.ndim - 1,))
+    log_weights = maps.log_p(logits, (logits.ndim - 1,))[..., None]
     return _mix(log_p, log_weights, (z.ndim - 2,))[..., 0, :]
 
 

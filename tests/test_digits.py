@@ -106,6 +106,23 @@ def test_very_long_rows():
                 assert worst <= 4, (name, len(z), worst)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("classes", [60, 256, 300, 1000, 2048, 4500])
+def test_what_a_running_sum_loses_beside_a_one(dtype, classes):
+    """Each e^u but one is less than half an ulp of 1: MATH 4.5."""
+    rng = np.random.default_rng(classes)
+    stack = np.log(np.finfo(dtype).eps / 2) - rng.uniform(0, 0.5, (4, classes))
+    stack[range(4), rng.integers(classes, size=4)] = 0
+    stack = (np.floor(256 * stack) / 256).astype(dtype)
+    with jax.enable_x64(dtype == np.float64):
+        results = [np.asarray(f(stack)) for f in (jsoftmax.softmax, jsoftmax.log_softmax, entropy_gradient)]
+    for z, p, log_p, gradient in zip(stack, *results, strict=True):
+        want = exact(z)
+        assert max(errors(p, want["p"], dtype)) <= 8
+        assert max(errors(log_p, want["l"], dtype)) <= 8
+        assert max(errors(gradient, want["gradient"], dtype, max(abs(want["gradient"])))) <= 8
+
+
 def test_these_rows_are_hard():
     """The plain forms fail the bounds on these rows, by far."""
     worst = 0.0

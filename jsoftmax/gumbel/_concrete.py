@@ -156,7 +156,7 @@ def _subset(perturbed: Array, temperature: Array, k: int) -> Array:
         x, axis = _divide(a, temperature), (a.ndim - 1,)
         log_p, p, L = normalize(x, axis)
         top = jnp.arange(a.shape[-1]) == jnp.argmax(x, -1, keepdims=True)
-        of_others = normalize(jnp.where(top, -jnp.inf, x), axis, form="lean").log_normalizer
+        of_others = maps.log_sum(jnp.where(top, -jnp.inf, x), axis)
         out, alone = jnp.isneginf(x), jnp.isneginf(of_others)
         of_rest = jnp.log(-jnp.expm1(jnp.where(out | top, -1, log_p)))
         log_rest = jnp.where(top, jnp.where(alone, 0, of_others) - jnp.where(alone, 0, L), of_rest)
@@ -176,7 +176,7 @@ def _log_density(log_x: Array, x: Array, temperature: Array) -> Array:
     vanished = jnp.any(kept & jnp.isneginf(log_x), -1)
     stray = jnp.any(~kept & (log_x > -jnp.inf), -1)
     d = jnp.where(kept, x, 0) - temperature * jnp.where(jnp.isneginf(log_x) | ~kept, 0, log_x)
-    log_p = normalize(jnp.where(kept, d, -jnp.inf), (x.ndim - 1,), form="lean").log_p
+    log_p = maps.log_p(jnp.where(kept, d, -jnp.inf), (x.ndim - 1,))
     sums = jnp.sum(jnp.where(kept, log_p, 0), -1)
     count = jnp.maximum(count, 1)
     log_factorial = jnp.where(count > 2, lax.lgamma(count), 0)  # XLA's lgamma(1) is 5e-7

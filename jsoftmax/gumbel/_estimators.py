@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from jsoftmax import _arguments
+from jsoftmax import _arguments, maps
 from jsoftmax.gumbel import _noise
 from jsoftmax.gumbel._categorical import categorical
 from jsoftmax.gumbel._concrete import relaxed, straight_through
@@ -26,7 +26,7 @@ def conditional(key: Any, x: Array, index: Array, maximum: Array | None) -> Arra
     noise = _noise.gumbel(key, x.shape, x.dtype)
     chosen = _noise.is_chosen(index, x)
     if maximum is None:
-        L = normalize(lax.stop_gradient(x), (x.ndim - 1,), form="lean").log_normalizer
+        L = maps.log_sum(lax.stop_gradient(x), (x.ndim - 1,))
         top = L + jnp.sum(jnp.where(chosen, noise, 0), -1, keepdims=True)
     else:
         top = lax.stop_gradient(maximum)

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from jsoftmax import _arguments
+from jsoftmax import _arguments, maps
 from jsoftmax._collectives import AxisName, check_same, shard_count
 from jsoftmax._series import expm1_ratio
 from jsoftmax.gumbel import _noise
-from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 
 
@@ -67,7 +66,7 @@ def gumbel_top_k(
     check_same(function, "key", key, axis_name)
     classes = given.x.shape[-1] * shard_count(axis_name)
     count = _noise.check_count(function, k, classes)
-    log_p = normalize(given.x, (given.x.ndim - 1,), axis_name, "lean").log_p
+    log_p = maps.log_p(given.x, (given.x.ndim - 1,), axis_name)
     best, index = _noise.top_perturbed(key, log_p, min(count + 1, classes), axis_name)
     index = jnp.where(best > -jnp.inf, index, -1)
     last = jnp.where(jnp.isnan(best[..., 0]), jnp.nan, -jnp.inf).astype(best.dtype)

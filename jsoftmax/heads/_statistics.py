@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jsoftmax._collectives import all_max, all_sum, in_slot, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
-from jsoftmax._sums import FAR, centre
+from jsoftmax._sums import FAR, OF_L, centre
 from jsoftmax.entropy import gap_sum
 from jsoftmax.gumbel import _noise
 from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, first_class, is_label, over_classes
@@ -90,7 +90,7 @@ def initial(head: Head, wanted: Wanted) -> Running:
 def of_block(head: Head, wanted: Wanted, start: Array, x: Array, plan: Plan) -> Running:
     """The statistics of a block with the scores x, about its own peak  (MATH 11.2)."""
     axis = (1,)
-    _, _, rest, peak, empty = centre(x, axis, None, "lean")
+    _, _, rest, _, peak, empty = centre(x, axis, None, OF_L)
     empty &= rest == 0
     top, rest = jnp.where(empty, -jnp.inf, peak), jnp.where(empty, -1, rest)
     made: dict[str, Any] = {}

@@ -19,7 +19,6 @@ from jsoftmax.gumbel import categorical
 from jsoftmax.gumbel._noise import check_key
 from jsoftmax.heads._linear import check_labels
 from jsoftmax.losses._cross_entropy import negative_log_p
-from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp, log_phi
 
 
@@ -227,7 +226,7 @@ def _check(  # noqa: PLR0917  (as the public functions have them)
     if rows is not None:
         hidden = maps.where_not(~rows[:, None], hidden)  # they may hold anything
     log_q = lax.stop_gradient(log_q).astype(dtype)
-    log_p = normalize(log_q, (0,), form="lean").log_p
+    log_p = maps.log_p(log_q, (0,))
     draws = categorical(key, log_q, shape=(int(num_samples),))
     labels = y.reshape(-1)
     if rows is not None:

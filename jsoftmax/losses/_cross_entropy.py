@@ -16,7 +16,7 @@ from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName, all_sum, by_rows, pick
 from jsoftmax._labels import Labelled
 from jsoftmax._series import expm1_ratio
-from jsoftmax._sums import Form, centre, class_sum, rule_form
+from jsoftmax._sums import OF_L, Form, centre, class_sum
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 
@@ -24,15 +24,15 @@ from jsoftmax.phi import Phi, exp
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def negative_log_p(x: Array, label: Array, axis_name: AxisName = None, form: Form = "lean") -> Array:
-    """−l_y over the last axis of `x`, for labels `[..., 1]` in [0, K); form: `_sums.Form`."""
+def negative_log_p(x: Array, label: Array, axis_name: AxisName = None, form: Form = OF_L) -> Array:
+    """−l_y over the last axis of `x`, for labels `[..., 1]` in [0, K)."""
     return _negative_log_p(x, label, axis_name, form)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _negative_log_p(x: Array, label: Array, axis_name: AxisName, form: Form) -> Array:
     """−l_y = log1p(rest) + (max x − x_y): two terms that are not negative  (MATH 7.1)."""
-    _, _, rest, peak, _ = centre(x, (x.ndim - 1,), axis_name, form)
+    _, _, rest, _, peak, _ = centre(x, (x.ndim - 1,), axis_name, form)
     x_y = all_sum(_share_at_label(x, label, axis_name), axis_name)
     return jnp.log1p(rest) + (peak - x_y)
 
@@ -46,7 +46,7 @@ def _negative_log_p_jvp(axis_name: AxisName, form: Form, primals: Any, tangents:
     """
     (x, label), (x_dot, _) = primals, tangents
     axis = (x.ndim - 1,)
-    form = rule_form(form, x, axis)
+    form = form.of_rule()
     p = normalize(x, axis, axis_name, form).p
     if x.shape[-1] <= 16:
         rate = class_sum((p - _is_label(x, label, axis_name)) * x_dot, axis)
@@ -96,7 +96,7 @@ def _expected(
         return weights * loss
     axis, kept = (x.ndim - 1,), ~jnp.isneginf(x)
     impossible = jnp.where(labels == 0, 0, jnp.inf).astype(x.dtype)
-    n = jnp.where(kept, -normalize(x, axis, axis_name, "lean").log_p, 0)
+    n = jnp.where(kept, -maps.log_p(x, axis, axis_name), 0)
     return class_sum(jnp.where(kept, labels * f(n), impossible), axis, axis_name)
 
 
@@ -118,14 +118,14 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
     loss = _expected(given, x, labels, axis_name)
     if smoothing is not None:
         kept = ~jnp.isneginf(x)
-        spread = jnp.where(kept, -normalize(x, axis, axis_name, "lean").log_p, 0)
+        spread = jnp.where(kept, -maps.log_p(x, axis, axis_name), 0)
         if given.class_weights is not None:
             spread = spread * given.class_weights
         count = jnp.maximum(all_sum(jnp.sum(kept, -1, keepdims=True), axis_name), 1).astype(x.dtype)
         loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
         loss = (1 - smoothing) * loss + smoothing * class_sum(spread, axis, axis_name) / count
     if z_loss is not None:
-        L = normalize(x, axis, axis_name, "lean").log_normalizer
+        L = maps.log_sum(x, axis, axis_name)
         loss = loss + z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
     return given.keep_rows(loss)
 

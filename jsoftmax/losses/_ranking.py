@@ -8,7 +8,6 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jsoftmax import _arguments, _labels, maps
 from jsoftmax._series import log1p_exp
-from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 
 
@@ -28,7 +27,7 @@ def _plackett_luce(x: Array, order: Array) -> Array:
     ordered = jnp.sort(order, -1)
     valid = jnp.all(inside, -1) & jnp.all(ordered[..., 1:] != ordered[..., :-1], -1) & ~jnp.any(x == jnp.inf, -1)
     chosen = jnp.put_along_axis(jnp.zeros(x.shape, bool), index, True, -1, inplace=False)
-    never = normalize(jnp.where(chosen, -jnp.inf, x), (x.ndim - 1,), form="lean").log_normalizer
+    never = maps.log_sum(jnp.where(chosen, -jnp.inf, x), (x.ndim - 1,))
     y = jnp.take_along_axis(x, index, -1)
     R = lax.associative_scan(_log_add, jnp.concatenate([y, never], -1), reverse=True, axis=y.ndim - 1)[..., 1:]
     out, last = jnp.isneginf(y), jnp.isneginf(R)

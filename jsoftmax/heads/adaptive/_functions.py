@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from jsoftmax import _arguments, maps
-from jsoftmax.entropy import centred_log_p
+from jsoftmax.entropy import centred_log_p, shannon
 from jsoftmax.heads._head import cut
 from jsoftmax.heads._linear import check_labels
 from jsoftmax.heads.adaptive import _blocks
@@ -134,11 +134,11 @@ def log_prob(
 @jax.jit
 def _log_probs(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
     x = _head_scores(params, phi, hidden)
-    head, first = normalize(x, _last(x), form="lean").log_p, params.cutoffs[0]
+    head, first = maps.log_p(x, _last(x)), params.cutoffs[0]
     parts = [head[:, :first]]
     for i, tail in enumerate(params.tails):
         x = _tail_scores(tail, phi, hidden)
-        parts.append(head[:, first + i, None] + normalize(x, _last(x), form="lean").log_p)
+        parts.append(head[:, first + i, None] + maps.log_p(x, _last(x)))
     return jnp.concatenate(parts, -1)
 
 
@@ -175,7 +175,7 @@ def _predict(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
 
     def block(h: Array) -> Array:
         x = _head_scores(params, phi, h)
-        head = normalize(x, _last(x), form="lean").log_p
+        head = maps.log_p(x, _last(x))
         best, index = jnp.max(head[:, :first], -1), jnp.argmax(head[:, :first], -1).astype(jnp.int32)
         shortlist = best
         for i, tail in enumerate(params.tails):
@@ -183,7 +183,7 @@ def _predict(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
 
             def search(best: Array, index: Array, i: int = i, tail: Tail = tail, above: Array = above) -> Any:
                 x = _tail_scores(tail, phi, h)
-                log_p = above[:, None] + normalize(x, _last(x), form="lean").log_p
+                log_p = above[:, None] + maps.log_p(x, _last(x))
                 top, at = jnp.max(log_p, -1), jnp.argmax(log_p, -1).astype(jnp.int32)
                 better = ~(top <= best)  # a NaN is
                 return jnp.where(better, top, best), jnp.where(better, params.cutoffs[i] + at, index)
@@ -225,7 +225,7 @@ def _entropy(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
         p = normalize(x, _last(x)).p[:, params.cutoffs[0] :]
         for i, tail in enumerate(params.tails):
             x = _tail_scores(tail, phi, h)
-            H = H + p[:, i] * centred_log_p(x, _last(x), form="lean")[1][:, 0]
+            H = H + p[:, i] * shannon(x, _last(x))[:, 0]
         return H
 
     return _in_blocks(block, hidden)
