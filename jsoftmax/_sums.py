@@ -79,11 +79,22 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> 
     if len(parts) == 1:
         # of no class 1/2, between all that it can be else, so that the maximum halves no derivative
         total = jnp.maximum(summed, 0.5) if rates else 1 + rest
-        return Centred(x - peak, e[0], rest, total, peak, empty)
+        u = x - (_apart(peak, 1) if form.result == "H" and form.order else peak)
+        return Centred(u, e[0], rest, total, peak, empty)
     # By way of a logarithm, which XLA does not take twice: else it writes e^u of each slice, for rest and for total.
     total = jnp.exp(jnp.log1p(rest))
     u = x - lax.optimization_barrier(peak)
     return Centred(u, jnp.exp(u), rest, total, peak, empty)
+
+
+def _apart(peak: Array, number: float) -> Array:
+    """The same array, which XLA does not know: it would write x − peak where two kernels read it."""
+    return jnp.where(peak == number, number, peak)
+
+
+def _behind_select(a: Array) -> Array:
+    """The same array; at a select XLA on CPU ends a kernel, which it would not vectorise with what follows."""
+    return jnp.where(jnp.isnan(a), jnp.nan, a)
 
 
 def in_blocks(x: Array, axis: tuple[int, ...], form: Form) -> bool:
@@ -130,18 +141,22 @@ def _by_blocks(x: Array, length: int, axis_name: AxisName) -> tuple[Array, Array
     return small + (jnp.maximum(ones, 1) - 1), peak, ones == 0
 
 
-def careful_sum(
-    f: Callable[[Array], Array], x: Array, peak: Array, axis: tuple[int, ...], axis_name: AxisName = None
+def careful_sum(  # noqa: PLR0917  (as `centre` has them)
+    f: Callable[[Array], Array], x: Array, peak: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form
 ) -> Array:
-    """Σ f(x − peak), over a long axis by blocks and halves."""
-    length = _length(x, axis)
+    """Σ f(x − peak), summed as `centre` sums e^u in that form."""
+    length = _length(x, axis) if in_blocks(x, axis, form) else 0
+    if _by_slices(x, axis, form):
+        return all_sum(_by_halves(jnp.add, [f(part - peak) for part in _slices(x, axis[0])]), axis_name)
     if not length:
-        return class_sum(f(x - peak), axis, axis_name)
+        if not form.order:
+            return class_sum(f(x - peak), axis, axis_name)
+        return _behind_select(class_sum(f(x - _apart(peak, 2)), axis, axis_name))
 
     def of_rows(x: Array, peak: Array) -> Array:
         cut, tail = _cut(x, length)
         peak = lax.optimization_barrier(peak)  # else XLA writes the e^u that `centre` computes too, for both to read
-        block_sum = lax.optimization_barrier(jnp.sum(f(cut - peak[..., None]), -1))
+        block_sum = _behind_select(jnp.sum(f(cut - peak[..., None]), -1))
         return all_sum(_sum_by_halves(block_sum, f(tail - peak), even=not tail.shape[-1]), axis_name)
 
     return by_rows(of_rows, x, peak)

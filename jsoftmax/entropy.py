@@ -14,7 +14,7 @@ from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName
 from jsoftmax._orders import renyi, tsallis
 from jsoftmax._series import excess_series
-from jsoftmax._sums import FAR, OF_H, OF_P, Form, careful_sum, centre, class_sum, in_blocks
+from jsoftmax._sums import FAR, OF_H, OF_P, Form, careful_sum, centre, class_sum
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
 
@@ -31,24 +31,18 @@ def centred_log_p(
 def _centred_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> tuple[Array, Array]:
     """c = u + Σ p (−u) and H = log1p(rest) + Σ p (−u)  (MATH 4.3)."""
     u, e, rest, total, peak, _ = centre(x, axis, axis_name, form)
-    again = in_blocks(x, axis, form)
-    gaps = gap_sum(x, peak, axis, axis_name) if again else class_sum(e * _finite_gap(u), axis, axis_name)
-    spread = gaps / total
+    spread = gap_sum(x, peak, axis, axis_name, form) / total
     return jnp.where(e == 0, 0, u + spread), jnp.log1p(rest) + spread
 
 
-def gap_sum(x: Array, peak: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+def gap_sum(x: Array, peak: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = OF_H) -> Array:
     """Σ e^u (−u), u = x − peak."""
-    return careful_sum(_gap, x, peak, axis, axis_name)
+    return careful_sum(_gap, x, peak, axis, axis_name, form)
 
 
 def _gap(u: Array) -> Array:
     """e^u (−u), and 0 · log 0 = 0, its derivatives too."""
-    return jnp.exp(u) * _finite_gap(u)
-
-
-def _finite_gap(u: Array) -> Array:
-    return -jnp.maximum(u, -FAR)
+    return jnp.exp(u) * -jnp.maximum(u, -FAR)
 
 
 @_centred_log_p.defjvp
