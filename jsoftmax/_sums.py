@@ -54,7 +54,7 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> 
     """u = x − max x, e^u, and Σ e^u − 1 without cancellation (MATH 4.1).
 
     Ones are counted apart from what is smaller than one, so no small term is lost beside a 1. Both sums and the result
-    read one e^u, but, lean, a long axis is cut into blocks; few classes are cut into slices.
+    read one e^u, but where that is not wanted a long axis is cut into blocks; few classes are cut into slices.
     Right under plain autodiff too: the maximum carries no derivative, and counting has none. Of sharded classes one
     maximum is taken over all devices and one sum of both parts, so nothing is lost there either.
     """
@@ -79,7 +79,7 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> 
     if len(parts) == 1:
         # of no class 1/2, between all that it can be else, so that the maximum halves no derivative
         total = jnp.maximum(summed, 0.5) if rates else 1 + rest
-        u = x - (_apart(peak, 1) if form.result == "H" and form.order else peak)
+        u = x - (_apart(peak, 1) if form.result in ("H", "l") and form.order else peak)
         return Centred(u, e[0], rest, total, peak, empty)
     # By way of a logarithm, which XLA does not take twice: else it writes e^u of each slice, for rest and for total.
     total = jnp.exp(jnp.log1p(rest))
@@ -87,14 +87,14 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> 
     return Centred(u, jnp.exp(u), rest, total, peak, empty)
 
 
-def _apart(peak: Array, number: float) -> Array:
+def _apart(peak: Array, number: int) -> Array:
     """The same array, which XLA does not know: it would write x − peak where two kernels read it."""
     return jnp.where(peak == number, number, peak)
 
 
 def _behind_select(a: Array) -> Array:
     """The same array; at a select XLA on CPU ends a kernel, which it would not vectorise with what follows."""
-    return jnp.where(jnp.isnan(a), jnp.nan, a)
+    return jnp.where(jnp.isnan(a), -lax.stop_gradient(a), a)  # a constant NaN would stop jax_debug_nans
 
 
 def in_blocks(x: Array, axis: tuple[int, ...], form: Form) -> bool:
@@ -168,10 +168,11 @@ def class_sum(a: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Ar
 
 
 def spread(a: Array, x: Array, axis: tuple[int, ...], form: Form) -> Array:
-    """What is the same for all classes, one after the other where there are few, so that its transpose adds slices."""
+    """A linear function's number a row, as something that is subtracted from each class of x: copies beside each other
+    where the classes are few, so that the transpose adds slices, and behind a select, which ends their kernel."""
     if axis == (x.ndim - 1,) and _by_slices(x, axis, form):
-        a = jnp.where(jnp.isnan(x[..., :1]), jnp.nan, a)
-        return jnp.concatenate([a] * x.shape[-1], -1)
+        first = lax.stop_gradient(x[..., :1])
+        return jnp.concatenate([jnp.where(jnp.isnan(first), first, a)] * x.shape[-1], -1)
     return a
 
 
