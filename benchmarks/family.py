@@ -13,11 +13,15 @@ from benchmarks.measure import Case, F, normal
 
 
 def vjp(f: F) -> F:
-    def value_and_vjp(z: jax.Array, g: jax.Array) -> Any:
+    return lambda z, g: jax.vjp(f, z)[1](g)[0]
+
+
+def value_and_vjp(f: F) -> F:
+    def both(z: jax.Array, g: jax.Array) -> Any:
         value, pull = jax.vjp(f, z)
         return value, pull(g)
 
-    return value_and_vjp
+    return both
 
 
 def hvp(f: F) -> F:
@@ -57,8 +61,13 @@ def map_cases() -> list[Case]:
         for name, (ours, peer) in MAPS.items():
             z, v = normal(0, shape), normal(2, shape)
             g = normal(1, jax.eval_shape(ours, z).shape)
-            forms = ((name, lambda f: f, (z,)), (f"{name}, vjp", vjp, (z, g)), (f"{name}, HVP", hvp, (z, g, v)))
-            for label, form, arguments in forms:
+            forms = {
+                name: (lambda f: f, (z,)),
+                f"{name}, vjp": (vjp, (z, g)),
+                f"{name}, value and vjp": (value_and_vjp, (z, g)),
+                f"{name}, HVP": (hvp, (z, g, v)),
+            }
+            for label, (form, arguments) in forms.items():
                 cases.append(Case("maps", label, shape, {"ours": form(ours), "jax.nn": form(peer)}, arguments))
     z = normal(0, (1024, 1024))
     for name, (ours, peer) in MAPS.items():
@@ -77,7 +86,7 @@ def entropy_cases() -> list[Case]:
     if peer := distrax_entropy():
         candidates["distrax"] = peer
     cases = []
-    for shape in ((1024, 1024), (256, 32768)):
+    for shape in ((1024, 1024), (256, 32768), (1_000_000, 8), (4096, 1000)):
         z = normal(0, shape)
         cases.append(Case("entropy", "entropy", shape, candidates, (z,)))
         both = {name: jax.value_and_grad(total(f)) for name, f in candidates.items()}

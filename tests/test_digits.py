@@ -44,6 +44,7 @@ def rows(dtype, exact_differences, lengths=(2, 3, 8, 60, 257, 300, 1000, 2048, 2
         yield np.stack(made).astype(dtype)
 
 
+log_normalizer_gradient = jax.jit(jax.grad(lambda z: jsoftmax.log_normalizer(z).sum()))
 entropy_gradient = jax.jit(jax.grad(lambda z: jsoftmax.entropy(z).sum()))
 
 
@@ -109,16 +110,18 @@ def test_very_long_rows():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("classes", [60, 256, 300, 1000, 2048, 4500])
 def test_what_a_running_sum_loses_beside_a_one(dtype, classes):
-    """Each e^u but one is less than half an ulp of 1: MATH 4.5."""
+    """Each e^u but one is less than half an ulp of 1, so a running sum loses up to K ulp: MATH 4.4."""
     rng = np.random.default_rng(classes)
     stack = np.log(np.finfo(dtype).eps / 2) - rng.uniform(0, 0.5, (4, classes))
     stack[range(4), rng.integers(classes, size=4)] = 0
     stack = (np.floor(256 * stack) / 256).astype(dtype)
     with jax.enable_x64(dtype == np.float64):
-        results = [np.asarray(f(stack)) for f in (jsoftmax.softmax, jsoftmax.log_softmax, entropy_gradient)]
-    for z, p, log_p, gradient in zip(stack, *results, strict=True):
+        functions = (jsoftmax.softmax, log_normalizer_gradient, jsoftmax.log_softmax, entropy_gradient)
+        results = [np.asarray(f(stack)) for f in functions]
+    for z, p, p_of_rule, log_p, gradient in zip(stack, *results, strict=True):
         want = exact(z)
         assert max(errors(p, want["p"], dtype)) <= 8
+        assert max(errors(p_of_rule, want["p"], dtype)) <= 8
         assert max(errors(log_p, want["l"], dtype)) <= 8
         assert max(errors(gradient, want["gradient"], dtype, max(abs(want["gradient"])))) <= 8
 
