@@ -9,9 +9,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows
+from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows, in_type
 
-_SHORT, _MANY = 256, 4096
+_SHORT, _LONG = 256, 4096
+"""Of more classes than the one, an axis is summed in other ways; of as many as the other, e^u is computed again."""
+
+_MANY_ROWS = 4096
+"""From here on XLA on CPU makes one kernel of a whole softmax."""
+
+_MANY_SCORES = 4096
+"""Of fewer, XLA on CPU adds 32 and 32, one after the other, and loses what is small beside a 1."""
 
 
 class Form(NamedTuple):
@@ -58,38 +65,52 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> 
     Right under plain autodiff too: the maximum carries no derivative, and counting has none. Of sharded classes one
     maximum is taken over all devices and one sum of both parts, so nothing is lost there either.
     """
-    length = _length(x, axis) if in_blocks(x, axis, form) else 0
+    if _by_slices(x, axis, form):
+        return _of_slices(x, axis, axis_name, form)
+    length = _block_length(x, axis, form)
     if length:
         rest, peak, empty = by_rows(lambda x: _by_blocks(x, length, axis_name), x)
         return Centred(x - peak, jnp.exp(x - peak), rest, 1 + rest, peak, empty)
-    parts = _slices(x, axis[0]) if _by_slices(x, axis, form) else [x]
-    short = len(parts) > 1 or (axis == (x.ndim - 1,) and x.shape[-1] <= _SHORT)
-    top = all_max(_maximum(parts, axis, short), axis_name)
+    short = axis == (x.ndim - 1,) and x.shape[-1] <= _SHORT
+    top = all_max(_maximum(x, axis, short), axis_name)
     peak = jnp.maximum(top, jnp.finfo(x.dtype).min) if short else top
-    e = [jnp.exp(part - peak) for part in parts]
-    ones = [jnp.floor(part) for part in e]
-    small = _by_halves(jnp.add, [jnp.sum(a - b, axis, keepdims=True) for a, b in zip(e, ones, strict=True)])
-    # p of a rule by one sum; of fewer scores XLA on CPU adds 32 and 32, one after the other, and loses what is small
-    rates = form.result in ("L", "l") and form.order > 0 and len(parts) == 1 and x.size >= _MANY
-    counted = short and not rates  # else XLA would write the ones, for two sums to read them
-    summed = _by_halves(jnp.add, [jnp.sum(part, axis, keepdims=True) for part in (ones if counted else e)])
+    e = jnp.exp(x - peak)
+    ones = jnp.floor(e)
+    # rules of L and l divide by Σ e^u itself, a sum less where the value is not wanted
+    by_one_sum = form.result in ("L", "l") and form.order > 0 and x.size >= _MANY_SCORES
+    counted = short and not by_one_sum  # else XLA would write the ones, for two sums to read them
+    small, summed = class_sum(e - ones, axis), class_sum(ones if counted else e, axis)
     small, summed = all_sum((small, summed), axis_name)
     count = summed if counted else jnp.round(summed - small)
     rest = small + (jnp.maximum(count, 1) - 1)
     empty = jnp.isneginf(top) if short else count == 0  # of a short row, XLA would write the ones for a second use
-    if len(parts) == 1:
-        # of no class 1/2, between all that it can be else, so that the maximum halves no derivative
-        total = jnp.maximum(summed, 0.5) if rates else 1 + rest
-        u = x - (_apart(peak, 1) if form.result in ("H", "l") and form.order else peak)
-        return Centred(u, e[0], rest, total, peak, empty)
-    # By way of a logarithm, which XLA does not take twice: else it writes e^u of each slice, for rest and for total.
-    total = jnp.exp(jnp.log1p(rest))
+    # of no class not 0, by a step that changes no sum from 1 on; a maximum would drop a NaN there
+    total = summed + float(jnp.finfo(x.dtype).eps) / 4 if by_one_sum else 1 + rest
+    # rules of l and H read u and e^u in different kernels, those of L no u, and p as a result is one kernel
+    u = x - (_apart(peak, 1) if form.result in ("H", "l") and form.order else peak)
+    return Centred(u, e, rest, total, peak, empty)
+
+
+def _of_slices(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> Centred:
+    """`centre` of few classes, one by one."""
+    parts = _slices(x, axis[0])
+    top = all_max(_by_halves(jnp.maximum, [lax.stop_gradient(part) for part in parts]), axis_name)
+    peak = jnp.maximum(top, jnp.finfo(x.dtype).min)
+    e = [jnp.exp(part - peak) for part in parts]
+    ones = [jnp.floor(part) for part in e]
+    small = _by_halves(jnp.add, [a - b for a, b in zip(e, ones, strict=True)])
+    small, count = all_sum((small, _by_halves(jnp.add, ones)), axis_name)
+    rest = small + (jnp.maximum(count, 1) - 1)
+    # XLA writes e^u of each slice for two readers of rest, unless a select is between them or, in rules of L and l, a
+    # logarithm, which it does not take twice
+    total = jnp.exp(jnp.log1p(rest)) if form.result in ("L", "l") and form.order else 1 + _behind_select(rest)
     u = x - lax.optimization_barrier(peak)
-    return Centred(u, jnp.exp(u), rest, total, peak, empty)
+    return Centred(u, jnp.exp(u), rest, total, peak, jnp.isneginf(top))
 
 
 def _apart(peak: Array, number: int) -> Array:
-    """The same array, which XLA does not know: it would write x − peak where two kernels read it."""
+    """The same array, which XLA does not know, another for each number: it would write x − peak where two kernels read
+    it."""
     return jnp.where(peak == number, number, peak)
 
 
@@ -98,21 +119,21 @@ def _behind_select(a: Array) -> Array:
     return jnp.where(jnp.isnan(a), -lax.stop_gradient(a), a)  # a constant NaN would stop jax_debug_nans
 
 
-def in_blocks(x: Array, axis: tuple[int, ...], form: Form) -> bool:
-    """Whether e^u is not wanted, or is computed again since, once written, it would not stay in a cache; but of many
-    rows XLA on CPU makes one kernel of all of log p."""
-    rows = x.size // max(1, math.prod(x.shape[a] for a in axis))
-    in_one = form.result == "l" and rows >= _MANY
-    return form.result != "p" and not in_one and (form.order == 0 or _is_long(x, axis))
+def _block_length(x: Array, axis: tuple[int, ...], form: Form) -> int:
+    """The length of the blocks that the last axis is cut into, 0 where it is not.
+
+    It is where e^u is not wanted, or would not stay in a cache once it is written. log p of many rows is one kernel.
+    """
+    if form.result == "p" or axis != (x.ndim - 1,) or (form.order and x.shape[-1] < _LONG):
+        return 0
+    if form.result == "l" and math.prod(x.shape[:-1]) >= _MANY_ROWS:
+        return 0
+    return block_length(x.shape[-1])
 
 
-def within_rules(form: Form, x: Array, axis: tuple[int, ...]) -> bool:
+def within_rules(form: Form) -> bool:
     """Whether rules use this form, too: there JAX may differentiate what has it, not apply the rule again."""
-    return form.result == "p" or form.order > 0 or _is_long(x, axis)
-
-
-def _is_long(x: Array, axis: tuple[int, ...]) -> bool:
-    return axis == (x.ndim - 1,) and x.shape[-1] >= _MANY
+    return form.result == "p" or form.order > 0
 
 
 def _by_blocks(x: Array, length: int, axis_name: AxisName) -> tuple[Array, Array, Array]:
@@ -146,9 +167,9 @@ def careful_sum(  # noqa: PLR0917  (as `centre` has them)
     f: Callable[[Array], Array], x: Array, peak: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form
 ) -> Array:
     """Σ f(x − peak), summed as `centre` sums e^u in that form."""
-    length = _length(x, axis) if in_blocks(x, axis, form) else 0
     if _by_slices(x, axis, form):
         return all_sum(_by_halves(jnp.add, [f(part - peak) for part in _slices(x, axis[0])]), axis_name)
+    length = _block_length(x, axis, form)
     if not length:
         if not form.order:
             return class_sum(f(x - peak), axis, axis_name)
@@ -168,19 +189,18 @@ def class_sum(a: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Ar
     return all_sum(jnp.sum(a, axis, keepdims=True), axis_name)
 
 
-def spread(a: Array, x: Array, axis: tuple[int, ...], form: Form) -> Array:
-    """A linear function's number a row, as something that is subtracted from each class of x: copies beside each other
-    where the classes are few, so that the transpose adds slices, and behind a select, which ends their kernel."""
+def beside_classes(a: Array, x: Array, axis: tuple[int, ...], form: Form) -> Array:
+    """One number a row, for what has one a class: where those are few, copies beside each other, so that the transpose
+    adds slices, and behind a select of −a for NaN, at which XLA ends their kernel."""
     if axis == (x.ndim - 1,) and _by_slices(x, axis, form):
-        first = lax.stop_gradient(x[..., :1])
-        return jnp.concatenate([jnp.where(jnp.isnan(first), first, a)] * x.shape[-1], -1)
+        return jnp.concatenate([jnp.where(jnp.isnan(x[..., :1]), -a, a)] * x.shape[-1], -1)
     return a
 
 
 def _by_slices(x: Array, axis: tuple[int, ...], form: Form) -> bool:
     """Where XLA on CPU adds a few slices faster than it reduces an axis (NOTES.md): the first axis, on jax 0.10, and
     the last one, up to rules of the first order."""
-    if len(axis) != 1 or x.shape[axis[0]] < 2:
+    if len(axis) != 1 or x.shape[axis[0]] < 2 or in_type(x):
         return False
     if axis[0] < x.ndim - 1:
         return axis[0] == 0 and x.shape[0] <= 16
@@ -206,7 +226,7 @@ def block_length(classes: int) -> int:
     """
     if classes <= _SHORT:
         return 0
-    return even_length(classes, 64) if classes < _MANY else even_length(classes, 256) or 256
+    return even_length(classes, 64) if classes < _LONG else even_length(classes, 256) or 256
 
 
 @functools.cache
@@ -220,11 +240,6 @@ def even_length(classes: int, usual: int) -> int:
         return math.gcd(classes // length, 16), -max(length / usual, usual / length)
 
     return max(even, key=fitness, default=0)
-
-
-def _length(x: Array, axis: tuple[int, ...]) -> int:
-    """The length of the blocks that a sum over an axis is cut into, 0 where it is not."""
-    return block_length(x.shape[-1]) if x.ndim and axis == (x.ndim - 1,) else 0
 
 
 def _cut(x: Array, length: int) -> tuple[Array, Array]:
@@ -256,11 +271,11 @@ def _pairwise_sum(a: Array) -> Array:
     return a
 
 
-def _maximum(parts: list[Array], axis: tuple[int, ...], short: bool) -> Array:
+def _maximum(x: Array, axis: tuple[int, ...], short: bool) -> Array:
     """The maximum; of a long axis the least finite number for an empty row, in one step, for XLA does not fuse the e^u
     of a long axis with two."""
-    parts = [lax.stop_gradient(part) for part in parts]
+    x = lax.stop_gradient(x)
     if short:
-        return _by_halves(jnp.maximum, [jnp.max(part, axis, keepdims=True, initial=-jnp.inf) for part in parts])
-    least = jnp.array(jnp.finfo(parts[0].dtype).min, parts[0].dtype)
-    return jnp.expand_dims(lax.reduce(parts[0], least, lax.max, axis), axis)
+        return jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
+    least = jnp.array(jnp.finfo(x.dtype).min, x.dtype)
+    return jnp.expand_dims(lax.reduce(x, least, lax.max, axis), axis)

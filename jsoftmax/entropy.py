@@ -23,16 +23,16 @@ from jsoftmax.phi import Phi, curvature, exp, slope
 def centred_log_p(
     x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = OF_P
 ) -> tuple[Array, Array]:
-    """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes. form: OF_H for H alone."""
+    """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes. form: what is wanted."""
     return _centred_log_p(x, axis, axis_name, form)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _centred_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> tuple[Array, Array]:
-    """c = u + Σ p (−u) and H = log1p(rest) + Σ p (−u)  (MATH 4.3)."""
+    """c = u + m and H = log1p(rest) + m, m = Σ p (−u)  (MATH 4.3)."""
     u, e, rest, total, peak, _ = centre(x, axis, axis_name, form)
-    spread = gap_sum(x, peak, axis, axis_name, form) / total
-    return jnp.where(e == 0, 0, u + spread), jnp.log1p(rest) + spread
+    m = gap_sum(x, peak, axis, axis_name, form) / total
+    return jnp.where(e == 0, 0, u + m), jnp.log1p(rest) + m
 
 
 def gap_sum(x: Array, peak: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = OF_H) -> Array:

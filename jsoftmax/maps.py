@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import _arguments
 from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName, check_axis_name, check_parts, check_sharded
-from jsoftmax._sums import OF_L, OF_LOG_P, OF_P, Form, centre, class_sum, spread, within_rules
+from jsoftmax._sums import OF_L, OF_LOG_P, OF_P, Form, beside_classes, centre, class_sum, within_rules
 from jsoftmax.phi import Phi, exp, log_phi
 
 
@@ -41,10 +41,10 @@ def _normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form)
     log_total = jnp.log1p(rest)
     infinite = jnp.where(empty, -jnp.inf, jnp.inf)
     L = jnp.where((empty & (log_total == 0)) | jnp.isposinf(peak), infinite, peak + log_total)
-    log_p = u - log_total
-    if within_rules(form, x, axis):  # the derivative is 0 where a class is left out
-        log_p = jnp.where(jnp.isneginf(x), lax.stop_gradient(log_p), log_p)
-    return Normalized(log_p, e / total, L)
+    of_classes = u - log_total
+    if within_rules(form):  # the derivative is 0 where a class is left out
+        of_classes = jnp.where(jnp.isneginf(x), lax.stop_gradient(of_classes), of_classes)
+    return Normalized(of_classes, e / total, L)
 
 
 @_normalize.defjvp
@@ -55,7 +55,7 @@ def _normalize_jvp(
     (x,), (x_dot,) = primals, tangents
     out = normalize(x, axis, axis_name, form.of_rule())
     mean = class_sum(out.p * x_dot, axis, axis_name)
-    centred = x_dot - spread(mean, x, axis, form)
+    centred = x_dot - beside_classes(mean, x, axis, form)
     return out, Normalized(where_not(jnp.isneginf(x), centred), out.p * centred, mean)
 
 

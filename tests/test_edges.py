@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jsoftmax as js
+from jsoftmax.losses import cross_entropy
 from jsoftmax.verify import FUNCTIONS, PHIS
 
 inf, nan = np.inf, np.nan
@@ -15,6 +16,10 @@ FINE, OTHER = np.array([0.5, -1.0, 1.0, 0.3, -0.2]), np.array([-0.7, 0.9, 0.1, -
 KEEP = np.array([True, False, True, True, False])
 WEIGHTS = np.array([0.3, 1.0, -0.7, 0.2, 1.0])
 LEFT_OUT = np.where(KEEP, 0, -inf)
+
+
+def of_class_1(z):
+    return cross_entropy(z, jnp.ones(z.shape[:-1], int))
 
 
 def row(scores=FINE, other=OTHER, where=True, log_weights=0.0):
@@ -93,6 +98,26 @@ def test_rows(function, phi):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
     for result in results["fine"]:
         assert np.all(np.isfinite(result))
+
+
+@pytest.mark.parametrize("classes", [3, 60, 300])
+@pytest.mark.parametrize("f", [js.log_normalizer, js.log_softmax, js.entropy, js.softmax, of_class_1])
+def test_a_bad_score_among_many_rows(f, classes):
+    """XLA on CPU makes one kernel of many rows, in which a maximum of NaN and a number is the number."""
+    z = np.zeros((4096, classes), np.float32)
+    z[0, 0], z[1, 0], z[2, -1] = nan, inf, nan
+    weights = np.arange(1, 1 + classes, dtype=np.float32)
+    gradient = jax.grad(lambda z: (f(z) * (weights if f(z).ndim == 2 else 1)).sum())
+    for derivative in (gradient, jax.grad(lambda z: (gradient(z) * weights).sum())):
+        result = jax.jit(derivative)(z)
+        assert np.all(np.isnan(result[:3])), f
+        assert np.all(np.isfinite(result[3:])), f
+
+
+def test_second_forward_derivative_of_a_bad_score():
+    z, v = jnp.array([nan, 0.0, 1.0]), jnp.arange(3.0)
+    rate = functools.partial(jax.jvp, tangents=(v,))
+    assert np.all(np.isnan(rate(lambda z: rate(js.log_softmax, (z,))[1], (z,))[1]))
 
 
 @pytest.mark.parametrize("classes", [60, 300, 1000, 4500])
