@@ -33,6 +33,11 @@ class Form(NamedTuple):
         """The form within the rule of a function that has this one."""
         return Form(self.result, min(self.order + 1, 2))
 
+    @property
+    def in_rule_of_sum(self) -> bool:
+        """Whether this is a rule of L or l, whose p is no result and has no digits to keep."""
+        return self.result in ("L", "l") and self.order > 0
+
 
 OF_P, OF_LOG_P, OF_H, OF_L = Form("p"), Form("l"), Form("H"), Form("L")
 
@@ -77,12 +82,12 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> 
     e = jnp.exp(x - peak)
     ones = jnp.floor(e)
     # rules of L and l divide by Σ e^u itself, a sum less where the value is not wanted
-    by_one_sum = form.result in ("L", "l") and form.order > 0 and x.size >= _MANY_SCORES
+    by_one_sum = form.in_rule_of_sum and x.size >= _MANY_SCORES
     counted = short and not by_one_sum  # else XLA would write the ones, for two sums to read them
     small, summed = class_sum(e - ones, axis), class_sum(ones if counted else e, axis)
     small, summed = all_sum((small, summed), axis_name)
     count = summed if counted else jnp.round(summed - small)
-    rest = small + (jnp.maximum(count, 1) - 1)
+    rest = _rest(small, count)
     empty = jnp.isneginf(top) if short else count == 0  # of a short row, XLA would write the ones for a second use
     # of no class not 0, by a step that changes no sum from 1 on; a maximum would drop a NaN there
     total = summed + float(jnp.finfo(x.dtype).eps) / 4 if by_one_sum else 1 + rest
@@ -100,12 +105,17 @@ def _of_slices(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form)
     ones = [jnp.floor(part) for part in e]
     small = _by_halves(jnp.add, [a - b for a, b in zip(e, ones, strict=True)])
     small, count = all_sum((small, _by_halves(jnp.add, ones)), axis_name)
-    rest = small + (jnp.maximum(count, 1) - 1)
+    rest = _rest(small, count)
     # XLA writes e^u of each slice for two readers of rest, unless a select is between them or, in rules of L and l, a
     # logarithm, which it does not take twice
-    total = jnp.exp(jnp.log1p(rest)) if form.result in ("L", "l") and form.order else 1 + _behind_select(rest)
+    total = jnp.exp(jnp.log1p(rest)) if form.in_rule_of_sum else 1 + _behind_select(rest)
     u = x - lax.optimization_barrier(peak)
     return Centred(u, jnp.exp(u), rest, total, peak, jnp.isneginf(top))
+
+
+def _rest(small: Array, count: Array) -> Array:
+    """Σ e^u − 1 of what is smaller than one and of the count of ones; 0 of no class, with no derivative halved."""
+    return small + (jnp.maximum(count, 1) - 1)
 
 
 def _apart(peak: Array, number: int) -> Array:
@@ -160,7 +170,7 @@ def _by_blocks(x: Array, length: int, axis_name: AxisName) -> tuple[Array, Array
     small = _sum_by_halves(e, others, even=even)
     small, total = all_sum((small, total), axis_name)
     ones = jnp.round(total - small)  # an integer, exact until an error of 1 is below rounding
-    return small + (jnp.maximum(ones, 1) - 1), peak, ones == 0
+    return _rest(small, ones), peak, ones == 0
 
 
 def careful_sum(  # noqa: PLR0917  (as `centre` has them)

@@ -32,9 +32,9 @@ def negative_log_p(x: Array, label: Array, axis_name: AxisName = None, form: For
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _negative_log_p(x: Array, label: Array, axis_name: AxisName, form: Form) -> Array:
     """−l_y = log1p(rest) + (max x − x_y): two terms that are not negative  (MATH 7.1)."""
-    _, _, rest, _, peak, _ = centre(x, (x.ndim - 1,), axis_name, form)
+    sums = centre(x, (x.ndim - 1,), axis_name, form)
     x_y = all_sum(_share_at_label(x, label, axis_name), axis_name)
-    return jnp.log1p(rest) + (peak - x_y)
+    return jnp.log1p(sums.rest) + (sums.peak - x_y)
 
 
 @_negative_log_p.defjvp
