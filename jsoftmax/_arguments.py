@@ -18,6 +18,11 @@ def accumulation_dtype(dtype: Any) -> Any:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
+def widened(a: jax.Array) -> jax.Array:
+    """The same numbers in the accumulation dtype."""
+    return a.astype(accumulation_dtype(a.dtype))
+
+
 def as_scores(function: str, argument: str, z: Any) -> jax.Array:
     """`z` as a floating-point array; integers and booleans promote as in `jax.nn.softmax`."""
     array = as_array(function, argument, z)

@@ -23,10 +23,11 @@ from jsoftmax.phi import exp
 
 
 class Labelled(NamedTuple):
-    """Checked and in the accumulation dtype, the class axes as one, the last; None for what is not given."""
+    """Checked, in the accumulation dtype but for the scores, the class axes as one, the last; None for what is not
+    given."""
 
-    z: Array
-    """Scores `[..., K]`."""
+    logits: Array
+    """Scores `[..., K]`, in their own dtype."""
     labels: Array
     """Integers `[...]` or distributions `[..., K]`."""
     rows: Array | None
@@ -43,13 +44,20 @@ class Labelled(NamedTuple):
         """Whether the labels are integers."""
         return jnp.issubdtype(self.labels.dtype, jnp.integer)
 
+    @property
+    def dtype(self) -> Any:
+        """The accumulation dtype."""
+        return _arguments.accumulation_dtype(self.logits.dtype)
+
     def counted(self) -> tuple[Array, Array]:
-        """Scores and labels, 0 in rows that do not count, which may hold anything: 0 · NaN would be NaN backwards."""
+        """Scores, widened, and labels, 0 in rows that do not count, which may hold anything: 0 · NaN would be NaN
+        backwards."""
+        z = self.logits.astype(self.dtype)
         if self.rows is None:
-            return self.z, self.labels
+            return z, self.labels
         out = ~self.rows
         labels = jnp.where(out, 0, self.labels) if self.by_label else maps.where_not(out[..., None], self.labels)
-        return maps.where_not(out[..., None], self.z), labels
+        return maps.where_not(out[..., None], z), labels
 
     def keep_rows(self, loss: Array) -> Array:
         """The loss `[..., 1]` as `[...]`, 0 in rows that do not count."""
@@ -74,7 +82,7 @@ def check(
     maps.check_phi(function, phi)
     z = check_logits(function, names[0], logits)
     check_sharded(function, names[0], z, check_axis_name(function, axis_name))
-    z = z.astype(_arguments.accumulation_dtype(z.dtype))
+    dtype = _arguments.accumulation_dtype(z.dtype)
     axes = _arguments.canonical_axis(function, axis, z.ndim)
     batch = tuple(length for i, length in enumerate(z.shape) if i not in axes)
     of_classes = tuple(z.shape[i] for i in axes)
@@ -87,7 +95,7 @@ def check(
     labels = _check_labels(function, names[1], labels, z, batch=batch, axes=axes, axis_name=axis_name)
     check_ignore_label(function, ignore_label, "mask their rows: where=….")
     classes, rows = check_mask(function, where, z.shape, batch)
-    log_weights = _arguments.check_log_weights(function, log_weights, z.shape, z.dtype)
+    log_weights = _arguments.check_log_weights(function, log_weights, z.shape, dtype)
 
     def last(a: Array | None) -> Any:
         if a is None:
@@ -101,7 +109,7 @@ def check(
     elif ignore_label is not None:
         known = labels != ignore_label
         rows = known if rows is None else rows & known
-    weights = _check_class_weights(function, class_weights, of_classes, z.dtype)
+    weights = _check_class_weights(function, class_weights, of_classes, dtype)
     return Labelled(last(z), labels, rows, last(classes), last(log_weights), weights)
 
 
@@ -212,7 +220,7 @@ def _check_labels(
             f"{function}: {argument} that are distributions must have the logits' shape {z.shape}; got shape "
             f"{array.shape}. {way_out}"
         )
-    return array.astype(z.dtype)
+    return array.astype(_arguments.accumulation_dtype(z.dtype))
 
 
 def check_mask(

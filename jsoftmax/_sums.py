@@ -3,8 +3,9 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -28,10 +29,12 @@ class Form(NamedTuple):
     """What is wanted: L, or −l_y; H; l = log p; p."""
     order: int = 0
     """0 for the value, 1 in its rule, 2 in rules of higher order."""
+    bfloat16: bool = False
+    """Whether bfloat16 holds every x, which is then read as such: XLA on CPU would write a wider array first."""
 
     def of_rule(self) -> "Form":
         """The form within the rule of a function that has this one."""
-        return Form(self.result, min(self.order + 1, 2))
+        return self._replace(order=min(self.order + 1, 2))
 
     @property
     def in_rule_of_sum(self) -> bool:
@@ -74,7 +77,7 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> 
         return _of_slices(x, axis, axis_name, form)
     length = _block_length(x, axis, form)
     if length:
-        rest, peak, empty = by_rows(lambda x: _by_blocks(x, length, axis_name), x)
+        rest, peak, empty = by_rows(lambda x: _by_blocks(x, length, axis_name, form), x)
         return Centred(x - peak, jnp.exp(x - peak), rest, 1 + rest, peak, empty)
     short = axis == (x.ndim - 1,) and x.shape[-1] <= _SHORT
     top = all_max(_maximum(x, axis, short), axis_name)
@@ -132,13 +135,20 @@ def _behind_select(a: Array) -> Array:
 def _block_length(x: Array, axis: tuple[int, ...], form: Form) -> int:
     """The length of the blocks that the last axis is cut into, 0 where it is not.
 
-    It is where e^u is not wanted, or would not stay in a cache once it is written. log p of many rows is one kernel.
+    It is where e^u is not wanted, or would not stay in a cache once it is written, or would be written wide for a
+    narrow p. p and log p of many rows are one kernel.
     """
-    if form.result == "p" or axis != (x.ndim - 1,) or (form.order and x.shape[-1] < _LONG):
+    long = is_long(x, axis)
+    if axis != (x.ndim - 1,) or (form.order and not long) or (form.result == "p" and not (form.bfloat16 and long)):
         return 0
-    if form.result == "l" and math.prod(x.shape[:-1]) >= _MANY_ROWS:
+    if form.result in ("p", "l") and math.prod(x.shape[:-1]) >= _MANY_ROWS:
         return 0
     return block_length(x.shape[-1])
+
+
+def is_long(x: Array, axis: tuple[int, ...]) -> bool:
+    """Whether the classes are the last axis, and too many for a row to stay in a cache."""
+    return axis == (x.ndim - 1,) and x.shape[-1] >= _LONG
 
 
 def within_rules(form: Form) -> bool:
@@ -146,15 +156,19 @@ def within_rules(form: Form) -> bool:
     return form.result == "p" or form.order > 0
 
 
-def _by_blocks(x: Array, length: int, axis_name: AxisName) -> tuple[Array, Array, Array]:
+def _by_blocks(x: Array, length: int, axis_name: AxisName, form: Form) -> tuple[Array, Array, Array]:
     """Σ e^u − 1, max x and whether there is no class, over the last axis, in blocks.
 
     The barriers keep XLA from fusing the careful block's gather and sums into the pass over all classes, which it would
     then not vectorise.
     """
     cut, tail = _cut(x, length)
+    still = lax.stop_gradient(cut)
+    if form.bfloat16:
+        still = _in_bfloat16(x, length)
+        cut = _widened(cut, still)
     blocks = cut.shape[-2]
-    block_peak = lax.optimization_barrier(jnp.max(lax.stop_gradient(cut), -1))
+    block_peak = lax.optimization_barrier(jnp.max(still, -1).astype(x.dtype))
     tail_peak = jnp.max(lax.stop_gradient(tail), -1, keepdims=True, initial=-jnp.inf)
     peak = jnp.maximum(jnp.max(block_peak, -1, keepdims=True), tail_peak)
     peak = all_max(jnp.maximum(peak, jnp.finfo(x.dtype).min), axis_name)
@@ -164,7 +178,10 @@ def _by_blocks(x: Array, length: int, axis_name: AxisName) -> tuple[Array, Array
     # the block of the maximum; any, where the tail has it
     best = jnp.min(jnp.where(block_peak == peak, jnp.arange(blocks), blocks - 1), -1, keepdims=True)
     others = jnp.where(jnp.arange(blocks) == best, 0, block_sum)
-    block = jnp.take_along_axis(cut, best[..., None], -2)[..., 0, :]
+    if form.bfloat16:  # from x itself, or both would read one wider array
+        block = jnp.take_along_axis(x, best * length + jnp.arange(length), -1)
+    else:
+        block = jnp.take_along_axis(cut, best[..., None], -2)[..., 0, :]
     e = jnp.exp(jnp.concatenate([block, tail], -1) - peak)
     e, others = lax.optimization_barrier((e - jnp.floor(e), others))
     small = _sum_by_halves(e, others, even=even)
@@ -256,6 +273,29 @@ def _cut(x: Array, length: int) -> tuple[Array, Array]:
     """The last axis as blocks, and the tail that they leave over."""
     blocks = x.shape[-1] // length
     return x[..., : blocks * length].reshape(*x.shape[:-1], blocks, length), x[..., blocks * length :]
+
+
+def _in_bfloat16(x: Array, length: int) -> Array:
+    """The blocks of an x that bfloat16 holds, in bfloat16; cut as integers, for jax 0.10 would widen what it cuts."""
+    bits = lax.bitcast_convert_type(lax.stop_gradient(x).astype(jnp.bfloat16), jnp.uint16)
+    return lax.bitcast_convert_type(_cut(bits, length)[0], jnp.bfloat16)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _widened(a: Array, narrow: Array) -> Array:
+    """a, read from the same numbers in bfloat16. Checkpointed, for in a scan jax 0.10 would differentiate the body, and
+    there is no derivative of integers."""
+    return _as_read(a, narrow)
+
+
+@jax.custom_jvp
+def _as_read(a: Array, narrow: Array) -> Array:
+    return narrow.astype(a.dtype)
+
+
+@_as_read.defjvp
+def _as_read_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _widened(*primals), tangents[0]
 
 
 def _sum_by_halves(*given: Array, even: bool) -> Array:

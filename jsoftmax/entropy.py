@@ -113,7 +113,7 @@ def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: 
 @functools.partial(jax.jit, static_argnames=("axis", "axis_name", "order"))
 @functools.partial(jax.checkpoint, static_argnums=(1, 2, 6), prevent_cse=False)
 def _expansion(  # noqa: PLR0917  (as `maps.Arguments` has them)
-    scores: tuple[Array, Array],
+    scores: tuple[Array, ...],
     axis: tuple[int, ...],
     axis_name: AxisName,
     where: Array | None,
@@ -347,5 +347,5 @@ def entropy_expansion(
             "For higher orders differentiate entropy itself, e.g. with nested jax.jvp."
         )
     arguments = maps.check("entropy_expansion", {"z": z, "dz": dz}, axis, where, phi, log_weights, axis_name)
-    result = _expansion((arguments.scores[0], arguments.scores[1]), *arguments[1:5], phi, int(order))
+    result = _expansion(arguments.scores, *arguments[1:], phi, int(order))
     return jnp.squeeze(result, arguments.axis)

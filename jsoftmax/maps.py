@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import _arguments
 from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName, check_axis_name, check_parts, check_sharded
-from jsoftmax._sums import OF_L, OF_LOG_P, OF_P, Form, beside_classes, centre, class_sum, within_rules
-from jsoftmax.phi import Phi, exp, log_phi
+from jsoftmax._sums import OF_L, OF_LOG_P, OF_P, Form, beside_classes, centre, class_sum, is_long, within_rules
+from jsoftmax.phi import Exponential, Phi, exp, log_phi
 
 
 class Normalized(NamedTuple):
@@ -54,9 +54,12 @@ def _normalize_jvp(
     """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ  (MATH 1.2 to 1.4)."""
     (x,), (x_dot,) = primals, tangents
     out = normalize(x, axis, axis_name, form.of_rule())
-    mean = class_sum(out.p * x_dot, axis, axis_name)
+    p_x_dot = out.p * x_dot
+    mean = class_sum(p_x_dot, axis, axis_name)
     centred = x_dot - beside_classes(mean, x, axis, form)
-    return out, Normalized(where_not(jnp.isneginf(x), centred), out.p * centred, mean)
+    # pulled back p (g − Σ p g), or p g − p Σ p g, for which XLA writes p g, but which is faster where that stays in a cache
+    p_dot = p_x_dot - out.p * mean if is_long(x, axis) else out.p * centred
+    return out, Normalized(where_not(jnp.isneginf(x), centred), p_dot, mean)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -77,15 +80,24 @@ def weighted_scores(phi: Phi, z: Array, where: Array | None, log_weights: Array 
 
 
 class Arguments(NamedTuple):
-    """Checked: scores of one shape in the accumulation dtype, the axes, the name of the axis that shards them, the
-    mask, log w, the scores' dtype."""
+    """Checked."""
 
-    scores: tuple[Array, ...]
+    given: tuple[Array, ...]
+    """Scores of one shape, in their joint dtype."""
     axis: tuple[int, ...]
     axis_name: AxisName
     where: Array | None
     log_weights: Array | None
-    dtype: Any
+
+    @property
+    def dtype(self) -> Any:
+        """The scores' dtype."""
+        return self.given[0].dtype
+
+    @property
+    def scores(self) -> tuple[Array, ...]:
+        """The scores in the accumulation dtype."""
+        return tuple(_arguments.widened(z) for z in self.given)
 
 
 def check(  # noqa: PLR0917  (as the public functions have them)
@@ -107,52 +119,64 @@ def check(  # noqa: PLR0917  (as the public functions have them)
             check_parts(function, z.shape, _arguments.canonical_axis(function, axis, z.ndim), axis_name, **arrays)
     shape = _arguments.joint_shape(function, arrays)
     narrow = jnp.result_type(*arrays.values())
-    dtype = _arguments.accumulation_dtype(narrow)
     axes = _arguments.canonical_axis(function, axis, len(shape))
     check_parts(function, shape, axes, axis_name, where=where, log_weights=log_weights)
     return Arguments(
-        tuple(jnp.broadcast_to(z.astype(dtype), shape) for z in arrays.values()),
+        tuple(jnp.broadcast_to(z.astype(narrow), shape) for z in arrays.values()),
         axes,
         axis_name,
         _arguments.check_where(function, where, shape),
-        _arguments.check_log_weights(function, log_weights, shape, dtype),
-        narrow,
+        _arguments.check_log_weights(function, log_weights, shape, _arguments.accumulation_dtype(narrow)),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("f", "axis", "axis_name"))
+def form_for(form: Form, z: Array, phi: Phi, log_weights: Array | None) -> Form:
+    """The form in which x of such scores are summed."""
+    held = z.dtype == jnp.bfloat16 and isinstance(phi, Exponential) and log_weights is None
+    return form._replace(bfloat16=held)
+
+
+@functools.partial(jax.jit, static_argnames=("f", "axis", "axis_name", "form"))
 def _of_weighted_scores(  # noqa: PLR0917  (as `Arguments` has them)
     f: Callable[..., Array],
-    scores: tuple[Array, ...],
+    given: tuple[Array, ...],
     axis: tuple[int, ...],
     axis_name: AxisName,
     where: Array | None,
     log_weights: Array | None,
     phi: Phi,
-    parameters: tuple[Array, ...] = (),
+    parameters: tuple[Array, ...],
+    form: Form | None,
 ) -> Array:
-    return f(*(weighted_scores(phi, z, where, log_weights) for z in scores), *parameters, axis, axis_name)
+    x = [weighted_scores(phi, _arguments.widened(z), where, log_weights) for z in given]
+    forms = () if form is None else (form_for(form, given[0], phi, log_weights),)
+    return f(*x, *parameters, axis, axis_name, *forms)
 
 
-def keep_classes(f: Callable[..., Array], arguments: Arguments, phi: Phi, parameters: tuple[Array, ...] = ()) -> Array:
-    """f(x, …, *parameters, axis, axis_name) of x = ψ(z) + log w, in the scores' dtype.
+def keep_classes(
+    f: Callable[..., Array],
+    arguments: Arguments,
+    phi: Phi,
+    parameters: tuple[Array, ...] = (),
+    form: Form | None = None,
+) -> Array:
+    """f(x, …, *parameters, axis, axis_name, form) of x = ψ(z) + log w, in the scores' dtype; without form if None.
 
-    Compiled as one: what f drops is not computed.
+    Compiled as one: what f drops is not computed, and narrow scores need not be written wide.
     """
-    *given, dtype = arguments
-    return _of_weighted_scores(f, *given, phi, parameters).astype(dtype)
+    return _of_weighted_scores(f, *arguments, phi, parameters, form).astype(arguments.dtype)
 
 
-def reduce_classes(
+def reduce_classes(  # noqa: PLR0917  (as `keep_classes`, and keepdims)
     f: Callable[..., Array],
     arguments: Arguments,
     phi: Phi,
     keepdims: bool = False,
     parameters: tuple[Array, ...] = (),
+    form: Form | None = None,
 ) -> Array:
-    """f(x, …, *parameters, axis, axis_name) for an f that reduces the classes, in the accumulation dtype."""
-    *given, _ = arguments
-    result = _of_weighted_scores(f, *given, phi, parameters)
+    """The same for an f that reduces the classes, in the accumulation dtype."""
+    result = _of_weighted_scores(f, *arguments, phi, parameters, form)
     return result if keepdims else jnp.squeeze(result, arguments.axis)
 
 
@@ -206,7 +230,7 @@ def softmax(
     >>> softmax(jnp.array([0., 1., 2.]), phi=taylor(2))
     Array([0.11764..., 0.29411..., 0.58823...], dtype=float32)
     """
-    return keep_classes(_p, check("softmax", {"z": z}, axis, where, phi, log_weights, axis_name), phi)
+    return keep_classes(_p, check("softmax", {"z": z}, axis, where, phi, log_weights, axis_name), phi, form=OF_P)
 
 
 def log_softmax(
@@ -232,7 +256,8 @@ def log_softmax(
     >>> log_softmax(jnp.array([0., -20.]))
     Array([-2.06115...e-09, -2.00000...e+01], dtype=float32)
     """
-    return keep_classes(log_p, check("log_softmax", {"z": z}, axis, where, phi, log_weights, axis_name), phi)
+    arguments = check("log_softmax", {"z": z}, axis, where, phi, log_weights, axis_name)
+    return keep_classes(log_p, arguments, phi, form=OF_LOG_P)
 
 
 def log_normalizer(
@@ -262,18 +287,18 @@ def log_normalizer(
     Array(2.06115...e-09, dtype=float32)
     """
     arguments = check("log_normalizer", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return reduce_classes(log_sum, arguments, phi, keepdims)
+    return reduce_classes(log_sum, arguments, phi, keepdims, form=OF_L)
 
 
-def _p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    return normalize(x, axis, axis_name).p
+def _p(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> Array:
+    return normalize(x, axis, axis_name, form).p
 
 
-def log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+def log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = OF_LOG_P) -> Array:
     """log p alone."""
-    return normalize(x, axis, axis_name, OF_LOG_P).log_p
+    return normalize(x, axis, axis_name, form).log_p
 
 
-def log_sum(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+def log_sum(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = OF_L) -> Array:
     """L alone, which keeps the reduced axes."""
-    return normalize(x, axis, axis_name, OF_L).log_normalizer
+    return normalize(x, axis, axis_name, form).log_normalizer

@@ -57,7 +57,8 @@ def mixture_log_softmax(
     Array([-0.55361..., -0.85535...], dtype=float32)
     """
     function = "mixture_log_softmax"
-    (scores,), axes, _, _, _, dtype = maps.check(function, {"z": z}, axis, None, phi, None)
+    arguments = maps.check(function, {"z": z}, axis, None, phi, None)
+    (scores,), axes = arguments.scores, arguments.axis
     logits = _arguments.as_scores(function, "mixture_logits", mixture_logits).astype(scores.dtype)
     if len(axes) != 1 or scores.ndim < 2:
         raise ValueError(
@@ -72,7 +73,7 @@ def mixture_log_softmax(
             f"{function}: mixture_logits must broadcast to the shape of z without its classes, {moved.shape[:-1]}; got "
             f"shape {logits.shape}. Add axes of length 1, e.g. mixture_logits[..., None, :]."
         ) from None
-    return jnp.moveaxis(_mixture(moved, logits, phi), -1, min(axes[0], moved.ndim - 2)).astype(dtype)
+    return jnp.moveaxis(_mixture(moved, logits, phi), -1, min(axes[0], moved.ndim - 2)).astype(arguments.dtype)
 
 
 @jax.jit

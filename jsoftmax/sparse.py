@@ -240,14 +240,15 @@ def _check_alpha(function: str, alpha: Any, shape: tuple[int, ...], axes: tuple[
 
 
 def _map(function: str, z: Any, alpha: Any, axis: Any, where: Any) -> Array:
-    (scores,), axes, _, mask, _, dtype = maps.check(function, {"z": z}, axis, where, maps.exp, None)
+    arguments = maps.check(function, {"z": z}, axis, where, maps.exp, None)
+    (scores,), axes, mask = arguments.scores, arguments.axis, arguments.where
     alpha, power = _check_alpha(function, alpha, scores.shape, axes, scores.dtype)
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     moved = jnp.moveaxis(scores, axes, range(-len(axes), 0))
     flat = moved.reshape(*alpha.shape[:-1], -1)
     p = _entmax(flat, alpha, power).reshape(moved.shape)
-    return jnp.moveaxis(p, range(-len(axes), 0), axes).astype(dtype)
+    return jnp.moveaxis(p, range(-len(axes), 0), axes).astype(arguments.dtype)
 
 
 def sparsemax(z: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None) -> Float[Array, "..."]:
@@ -344,7 +345,7 @@ def fenchel_young_loss(
     given = _labels.check(function, logits, labels, axis, where, ignore_label=ignore_label)
     shape = jnp.shape(logits)
     axes = _arguments.canonical_axis(function, axis, len(shape))
-    alpha, power = _check_alpha(function, alpha, shape, axes, given.z.dtype)
+    alpha, power = _check_alpha(function, alpha, shape, axes, given.dtype)
     return _loss(given, alpha, power)
 
 

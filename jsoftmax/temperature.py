@@ -125,7 +125,8 @@ def temperature_for_entropy(
     (Array(0.96648..., dtype=float32), Array(0.5, dtype=float32))
     """
     function = "temperature_for_entropy"
-    (scores,), axes, _, mask, _, _ = maps.check(function, {"z": z}, axis, where, phi, None)
+    arguments = maps.check(function, {"z": z}, axis, where, phi, None)
+    (scores,), axes, mask = arguments.scores, arguments.axis, arguments.where
     batch = tuple(length for i, length in enumerate(scores.shape) if i not in axes)
     wanted = _arguments.broadcast_number(function, "target", target, batch, "the scores without their classes,")
     wanted = wanted.astype(scores.dtype)

@@ -42,13 +42,14 @@ def _negative_log_p_jvp(axis_name: AxisName, form: Form, primals: Any, tangents:
     """Σ p ẋ − ẋ_y  (MATH 7.1); one array is kept for the backward pass.
 
     XLA on CPU scatters the label's −1 into the array that is written anyway, where comparing each class with it would
-    take 1.6 times as long; for a few classes comparing is faster (benchmarks/NOTES.md).
+    take 1.6 times as long; for a few classes, or where that array would be narrowed afterwards, comparing is faster
+    (benchmarks/NOTES.md).
     """
     (x, label), (x_dot, _) = primals, tangents
     axis = (x.ndim - 1,)
     form = form.of_rule()
     p = normalize(x, axis, axis_name, form).p
-    if x.shape[-1] <= 16:
+    if x.shape[-1] <= 16 or form.bfloat16:
         rate = class_sum((p - _is_label(x, label, axis_name)) * x_dot, axis)
     else:
         rate = class_sum(p * x_dot, axis) - _share_at_label(x_dot, label, axis_name)
@@ -69,18 +70,19 @@ def _share_at_label(a: Array, label: Array, axis_name: AxisName) -> Array:
 # --- cross-entropy and its kin -------------------------------------------------------------------------------
 
 
-def _expected(
+def _expected(  # noqa: PLR0917  (as its callers have them)
     given: Labelled,
     x: Array,
     labels: Array,
     axis_name: AxisName,
+    form: Form,
     f: Callable[[Array], Array] = lambda n: n,
 ) -> Array:
     """α_y f(−l_y), NaN for a label out of range, 0 in rows that do not count; for distributions Σ q f(−l), +inf if
     q > 0 on a class left out."""
     if given.by_label:
         label, valid = _labels.in_range(labels, x.shape[-1], axis_name)
-        loss = f(negative_log_p(x, label, axis_name))
+        loss = f(negative_log_p(x, label, axis_name, form))
         weights = jnp.where(valid, 1, jnp.nan).astype(x.dtype)
         if given.class_weights is not None:
 
@@ -112,10 +114,13 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
     """MATH 7.2; None for what is not asked for, which costs nothing."""
     z, labels = given.counted()
     axis = (z.ndim - 1,)
-    if margin is not None:
+    form = OF_L
+    if margin is None:
+        form = maps.form_for(OF_L, given.logits, phi, given.log_weights)
+    else:
         z = z - margin * _is_label(z, _labels.in_range(labels, z.shape[-1], axis_name)[0], axis_name)
     x = maps.weighted_scores(phi, z, given.where, given.log_weights)
-    loss = _expected(given, x, labels, axis_name)
+    loss = _expected(given, x, labels, axis_name, form)
     if smoothing is not None:
         kept = ~jnp.isneginf(x)
         spread = jnp.where(kept, -maps.log_p(x, axis, axis_name), 0)
@@ -125,7 +130,7 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
         loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
         loss = (1 - smoothing) * loss + smoothing * class_sum(spread, axis, axis_name) / count
     if z_loss is not None:
-        L = maps.log_sum(x, axis, axis_name)
+        L = maps.log_sum(x, axis, axis_name, form)
         loss = loss + z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
     return given.keep_rows(loss)
 
@@ -137,7 +142,8 @@ def _of_log_p(
     """α_y f(−l_y), or Σ q f(−l)."""
     z, labels = given.counted()
     x = maps.weighted_scores(phi, z, given.where, given.log_weights)
-    return given.keep_rows(_expected(given, x, labels, axis_name, lambda n: f(n, parameter)))
+    form = maps.form_for(OF_L, given.logits, phi, given.log_weights)
+    return given.keep_rows(_expected(given, x, labels, axis_name, form, lambda n: f(n, parameter)))
 
 
 def _focal(n: Array, gamma: Array) -> Array:
@@ -216,7 +222,7 @@ def cross_entropy(
     given = _labels.check(function, logits, labels, axis, where, phi=phi, axis_name=axis_name, **options)
 
     def option(value: ArrayLike, **limits: tuple[float, float]) -> Array | None:
-        checked = _labels.check_option(function, value, given.z.dtype, **limits)
+        checked = _labels.check_option(function, value, given.dtype, **limits)
         return None if _arguments.is_concrete_number(value) and value == 0 else checked
 
     m = option(margin, margin=(-math.inf, math.inf))
@@ -258,7 +264,7 @@ def focal_cross_entropy(
     function = "focal_cross_entropy"
     options = {"log_weights": log_weights, "class_weights": class_weights, "ignore_label": ignore_label}
     given = _labels.check(function, logits, labels, axis, where, phi=phi, axis_name=axis_name, **options)
-    gamma = _labels.check_option(function, gamma, given.z.dtype, gamma=(0.0, math.inf))
+    gamma = _labels.check_option(function, gamma, given.dtype, gamma=(0.0, math.inf))
     return _of_log_p(_focal, given, phi, gamma, axis_name)
 
 
@@ -293,5 +299,5 @@ def poly_cross_entropy(
     function = "poly_cross_entropy"
     options = {"log_weights": log_weights, "class_weights": class_weights, "ignore_label": ignore_label}
     given = _labels.check(function, logits, labels, axis, where, phi=phi, axis_name=axis_name, **options)
-    epsilon = _labels.check_option(function, epsilon, given.z.dtype, epsilon=(-math.inf, math.inf))
+    epsilon = _labels.check_option(function, epsilon, given.dtype, epsilon=(-math.inf, math.inf))
     return _of_log_p(_poly, given, phi, epsilon, axis_name)

@@ -92,6 +92,6 @@ def spherical_z_loss(
             f"{function}: labels must be integers; got dtype {given.labels.dtype}. Of a distribution take its mode: "
             "jnp.argmax(labels, axis)."
         )
-    tiny = float(jnp.finfo(given.z.dtype).tiny)
-    a = _labels.check_option(function, scale, given.z.dtype, scale=(tiny, math.inf))
-    return _z_loss(given, a, _labels.check_option(function, shift, given.z.dtype, shift=(-math.inf, math.inf)))
+    tiny = float(jnp.finfo(given.dtype).tiny)
+    a = _labels.check_option(function, scale, given.dtype, scale=(tiny, math.inf))
+    return _z_loss(given, a, _labels.check_option(function, shift, given.dtype, shift=(-math.inf, math.inf)))

@@ -1,0 +1,182 @@
+"""Scores in bfloat16, which are read as such: what float32 gives for the same numbers, and no wide array of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from sharding import DEVICES, exchanged, mesh
+
+import jsoftmax as js
+from jsoftmax import losses
+from jsoftmax._sums import block_length
+
+ROWS = 8
+LABELS = jnp.arange(ROWS) % 3
+FUNCTIONS = {
+    "softmax": js.softmax,
+    "log_softmax": js.log_softmax,
+    "log_normalizer": js.log_normalizer,
+    "cross_entropy": lambda z, **o: losses.cross_entropy(z, LABELS, z_loss=0.01, **o),
+    "focal": lambda z, **o: losses.focal_cross_entropy(z, LABELS, ignore_label=2, **o),
+}
+KEEP = ("softmax", "log_softmax")
+# few classes, blocks in values alone, blocks, blocks that leave a tail, none that fit
+LENGTHS = (60, 1000, 4500, 8192, 4099)
+
+
+def scores(classes, rows=ROWS, scale=3):
+    """Rows whose largest score stands above the others by nothing, little and much."""
+    z = scale * jax.random.normal(jax.random.key(classes), (rows, classes))
+    return z.at[jnp.arange(rows), 7].add(5 * jnp.arange(rows)).astype(jnp.bfloat16)
+
+
+def wide(f, z):
+    """f of the same numbers in float32."""
+    return f(z.astype(jnp.float32))
+
+
+def assert_as_wide(found, want, *, scale=None):
+    """Equal but for the last rounding of what is in bfloat16, of a derivative's largest number."""
+    tolerance, scale = 1e-6, np.abs(want) if scale is None else scale
+    if found.dtype == jnp.bfloat16:
+        tolerance = float(jnp.finfo(found.dtype).eps)
+    assert np.all(np.abs(np.float32(found) - want) <= tolerance * np.maximum(scale, 1e-30))
+
+
+def derivatives(f):
+    """Value, gradient, forward mode, forward over reverse, reverse over reverse, along 1, 0, −1, …, which both dtypes
+    hold."""
+
+    def run(z):
+        along = (jnp.arange(z.size).reshape(z.shape) % 3 - 1).astype(z.dtype)
+        gradient = jax.grad(lambda z: jnp.sum(jnp.sin(f(z).astype(jnp.float32))))
+        twice = jax.grad(lambda z: jnp.vdot(gradient(z).astype(jnp.float32), along.astype(jnp.float32)))
+        return f(z), gradient(z), jax.jvp(f, (z,), (along,))[1], jax.jvp(gradient, (z,), (along,))[1], twice(z)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("classes", LENGTHS)
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_as_in_float32(name, classes):
+    z, f = scores(classes), derivatives(FUNCTIONS[name])
+    value, gradient, forward, *second = f(z)
+    assert value.dtype == (jnp.bfloat16 if name in KEEP else jnp.float32)
+    assert gradient.dtype == jnp.bfloat16
+    want = wide(f, z)
+    assert_as_wide(value, want[0])
+    if name not in KEEP:  # of those the sine is taken of another number
+        assert_as_wide(gradient, want[1], scale=np.max(np.abs(want[1]), -1, keepdims=True))
+        assert_as_wide(forward, want[2], scale=np.max(np.abs(want[2])))
+        for found, wanted in zip(second, want[3:], strict=True):
+            np.testing.assert_allclose(np.float32(found), wanted, rtol=0.02, atol=0.02 * np.max(np.abs(wanted)))
+
+
+@pytest.mark.parametrize("classes", [4500, 8192])
+@pytest.mark.parametrize("name", list(KEEP))
+def test_derivatives_of_what_keeps_the_classes(name, classes):
+    z, f = scores(classes, scale=1), FUNCTIONS[name]
+    g = jnp.cos(jnp.arange(classes)).astype(jnp.bfloat16) * jnp.ones_like(z)
+
+    def pull(z, g):
+        return jax.vjp(f, z)[1](g.astype(z.dtype))[0]
+
+    along = jnp.sign(g)
+    want = pull(z.astype(jnp.float32), g)
+    assert_as_wide(jax.jit(pull)(z, g), want, scale=np.max(np.abs(want), -1, keepdims=True))
+    found = jax.jvp(lambda z: pull(z, g), (z,), (along,))[1]
+    given = (z.astype(jnp.float32),), (along.astype(jnp.float32),)
+    want = jax.jvp(lambda z: pull(z, g), *given)[1]
+    np.testing.assert_allclose(np.float32(found), want, atol=0.02 * np.max(np.abs(want)))
+
+
+@pytest.mark.parametrize("classes", [300, 4500, 8192])
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_edges(name, classes):
+    """Classes left out, by score and by mask, empty rows, bad scores: as in float32, derivatives too."""
+    f = FUNCTIONS[name]
+    z = scores(classes).at[1].set(-jnp.inf).at[2, 5].set(jnp.nan).at[3, 9].set(jnp.inf).at[4, 10:].set(-jnp.inf)
+    z = z.at[5].set(1e-9).at[6].set(-3e38)
+    kept = jnp.arange(classes) % 5 > 0
+    for g in (f, lambda z: f(z, where=kept)) if name in KEEP or name == "log_normalizer" else (f,):
+        np.testing.assert_allclose(np.float32(g(z)), wide(g, z), rtol=0.01, atol=1e-30)
+
+        def gradient(z, g=g):
+            weights = jnp.sign(jnp.cos(jnp.arange(g(z).size))).reshape(g(z).shape)
+            return jax.grad(lambda z: jnp.sum(g(z).astype(jnp.float32) * weights))(z)
+
+        found, want = np.float32(gradient(z)), np.asarray(wide(gradient, z))
+        np.testing.assert_allclose(found, want, rtol=0.02, atol=0.01 * np.max(np.abs(want[np.isfinite(want)])))
+
+
+def test_what_bfloat16_does_not_hold():
+    """x = ψ(z) + log w − m 1_y in float32."""
+    z, w = scores(4500), jnp.log(1 + jnp.arange(4500.0))
+    for f in (
+        lambda z: js.log_normalizer(z, log_weights=w),
+        lambda z: js.log_normalizer(z, phi=js.spherical(0.3)),
+        lambda z: losses.cross_entropy(z, LABELS, log_weights=w, margin=0.3, label_smoothing=0.1),
+    ):
+        np.testing.assert_allclose(f(z), wide(f, z), rtol=1e-6)
+
+
+def test_small_losses_keep_their_digits():
+    z = jnp.zeros((2, 8192), jnp.bfloat16).at[0, 3].set(40).at[1].set(-30).at[1, 8000].set(0)
+    L = float(np.log1p(8191 * np.exp(-40.0)))
+    np.testing.assert_allclose(
+        losses.cross_entropy(z, jnp.array([3, 8000])), [L, np.log1p(8191 * np.exp(-30.0))], rtol=1e-6
+    )
+    np.testing.assert_allclose(js.log_normalizer(z), [40, np.log1p(8191 * np.exp(-30.0))], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["log_normalizer", "cross_entropy"])
+def test_at_order_two_in_a_scan(name):
+    """There JAX may differentiate the bodies of functions, and integers have no derivative. Along 1 the derivative of
+    Σ e^u is what counts: H 1 = 0."""
+    z = (scores(8192, scale=1) / 8).astype(jnp.bfloat16) + 4
+
+    def scanned(z):
+        """Σ z f(z), f of the carry."""
+        done, _ = jax.lax.scan(lambda z, _: (z * FUNCTIONS[name](z)[:, None].astype(z.dtype), None), z, None, length=1)
+        return jnp.sum(done.astype(jnp.float32))
+
+    @jax.jit
+    def product(z):
+        return jax.jvp(jax.grad(scanned), (z,), (jnp.ones_like(z),))[1]
+
+    want = product(z.astype(jnp.float32))
+    np.testing.assert_allclose(np.float32(product(z)), want, atol=0.02 * np.max(np.abs(want)))
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_no_wide_array(name):
+    """Beside the result nothing of the scores' size, in values; in a gradient of sums, too."""
+    f, z = FUNCTIONS[name], jnp.zeros((ROWS, 32768), jnp.bfloat16)
+    candidates = [f] if name in KEEP else [f, jax.grad(lambda z: jnp.sum(f(z)))]
+    if name == "focal":  # rows that do not count are written as zeros first, in bfloat16
+        candidates = candidates[1:]
+    for g in candidates:
+        assert jax.jit(g).lower(z).compile().memory_analysis().temp_size_in_bytes <= z.nbytes / 4
+
+
+@pytest.mark.parametrize("classes", [DEVICES * 700, 8192])
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_sharded_classes(name, classes):
+    """By shard_map, by plain jit and on Explicit axes; devices exchange numbers of rows and one block at most."""
+    f, z, spec = FUNCTIONS[name], scores(classes), PartitionSpec(None, "v")
+    out = spec if name in KEEP else PartitionSpec()
+    want = wide(f, z)
+    parts = jax.device_put(z, NamedSharding(mesh(), spec))
+    mapped = jax.shard_map(lambda z: f(z, axis_name="v"), mesh=mesh(), in_specs=spec, out_specs=out)
+    gradient = jax.grad(lambda z: jnp.sum(jnp.sin(f(z).astype(jnp.float32))))
+    assert_as_wide(jax.jit(mapped)(z), want)
+    assert_as_wide(jax.jit(f)(parts), want)
+    np.testing.assert_allclose(np.float32(jax.jit(gradient)(parts)), np.float32(gradient(z)), atol=0.02)
+    for g in (f, gradient):
+        for kind, longest in exchanged(g, parts):
+            assert kind == "all-reduce"
+            assert longest in (ROWS, ROWS * block_length(classes))
+    explicit = mesh(jax.sharding.AxisType.Explicit)
+    with jax.set_mesh(explicit):
+        assert_as_wide(jax.jit(f)(jax.device_put(z, NamedSharding(explicit, spec))), want)
