@@ -15,8 +15,17 @@ from benchmarks.measure import Case, F, normal
 from jsoftmax import losses
 
 
+def mean(f: F) -> F:
+    return lambda z, labels: jnp.mean(f(z, labels))
+
+
 def mean_and_gradient(f: F) -> F:
-    return jax.value_and_grad(lambda z, labels: jnp.mean(f(z, labels)))
+    return jax.value_and_grad(mean(f))
+
+
+def in_float32(f: F) -> F:
+    """The loss of widened logits, as a trainer writes it for a peer that sums in the logits' dtype."""
+    return lambda z, labels: f(z.astype(jnp.float32), labels)
 
 
 def loss_cases() -> list[Case]:
@@ -26,6 +35,11 @@ def loss_cases() -> list[Case]:
         pair = {"ours": losses.cross_entropy, "optax": optax.softmax_cross_entropy_with_integer_labels}
         both = {name: mean_and_gradient(f) for name, f in pair.items()}
         cases.append(Case("losses", "cross_entropy, value and gradient", shape, both, (z, labels)))
+    z, labels = normal(0, (1024, 32768), "bfloat16"), jax.random.randint(jax.random.key(1), (1024,), 0, 32768)
+    narrow = {**pair, "optax, float32": in_float32(optax.softmax_cross_entropy_with_integer_labels)}
+    for name, form in (("value", mean), ("value and gradient", mean_and_gradient)):
+        candidates = {peer: form(f) for peer, f in narrow.items()}
+        cases.append(Case("losses", f"cross_entropy, {name}", z.shape, candidates, (z, labels), "bfloat16"))
     return cases
 
 

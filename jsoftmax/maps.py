@@ -57,7 +57,7 @@ def _normalize_jvp(
     p_x_dot = out.p * x_dot
     mean = class_sum(p_x_dot, axis, axis_name)
     centred = x_dot - beside_classes(mean, x, axis, form)
-    # pulled back p (g − Σ p g), or p g − p Σ p g, for which XLA writes p g, but which is faster where that stays in a cache
+    # pulled back p (g − Σ p g), or p g − p Σ p g, whose p g XLA writes, but which is faster where that is in a cache
     p_dot = p_x_dot - out.p * mean if is_long(x, axis) else out.p * centred
     return out, Normalized(where_not(jnp.isneginf(x), centred), p_dot, mean)
 
