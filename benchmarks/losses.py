@@ -40,6 +40,15 @@ def loss_cases() -> list[Case]:
     for name, form in (("value", mean), ("value and gradient", mean_and_gradient)):
         candidates = {peer: form(f) for peer, f in narrow.items()}
         cases.append(Case("losses", f"cross_entropy, {name}", z.shape, candidates, (z, labels), "bfloat16"))
+    z = normal(0, (1024, 32768))
+    smoothed = {
+        "ours": lambda z, labels: losses.cross_entropy(z, labels, label_smoothing=0.1),
+        "optax": lambda z, labels: optax.softmax_cross_entropy(
+            z, optax.smooth_labels(jax.nn.one_hot(labels, 32768), 0.1)
+        ),
+    }
+    both = {name: mean_and_gradient(f) for name, f in smoothed.items()}
+    cases.append(Case("losses", "cross_entropy, smoothing, value and gradient", z.shape, both, (z, labels)))
     return cases
 
 

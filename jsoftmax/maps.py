@@ -58,7 +58,8 @@ def _normalize_jvp(
     mean = class_sum(p_x_dot, axis, axis_name)
     centred = x_dot - beside_classes(mean, x, axis, form)
     # pulled back p (g − Σ p g), or p g − p Σ p g, whose p g XLA writes, but which is faster where that is in a cache
-    p_dot = p_x_dot - out.p * mean if is_long(x, axis) else out.p * centred
+    in_one_kernel = form.result == "p" and is_long(x, axis)
+    p_dot = p_x_dot - out.p * mean if in_one_kernel else out.p * centred
     return out, Normalized(where_not(jnp.isneginf(x), centred), p_dot, mean)
 
 

@@ -107,6 +107,11 @@ def _with_z_loss(z):
     return js.losses.cross_entropy(z, jnp.zeros(z.shape[0], int), z_loss=0.1)
 
 
+def _gradient_with_smoothing(z):
+    labels = jnp.zeros(z.shape[0], int)
+    return jax.grad(lambda z: js.losses.cross_entropy(z, labels, label_smoothing=0.1).sum())(z)
+
+
 @pytest.mark.parametrize(
     ("function", "shape"),
     [
@@ -117,6 +122,7 @@ def _with_z_loss(z):
         ),
         *((f, (4096, 300)) for f in (js.softmax, js.log_softmax, js.entropy)),
         (_with_z_loss, (16, 8192)),
+        (_gradient_with_smoothing, (16, 8192)),
     ],
 )
 def test_no_array_of_the_scores_size_beside_the_result(function, shape):

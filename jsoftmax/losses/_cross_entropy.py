@@ -67,6 +67,40 @@ def _share_at_label(a: Array, label: Array, axis_name: AxisName) -> Array:
     return _labels.share_at_label(lambda own: pick(a, own), label, a.shape[-1], axis_name)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _mean_negative_log_p(x: Array, axis_name: AxisName, form: Form) -> Array:
+    """The mean of −l over the last axis, over the classes that are kept; 0 of none."""
+    return _of_mean(x, axis_name, form)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _of_mean(x: Array, axis_name: AxisName, form: Form) -> Array:
+    """log1p(rest) + (1/K) Σ (max x − x), two terms that are not negative  (MATH 7.2)."""
+    axis = (x.ndim - 1,)
+    sums = centre(x, axis, axis_name, form)
+    return jnp.log1p(sums.rest) + _mean_of_kept(sums.peak - x, x, axis_name)
+
+
+@_of_mean.defjvp
+def _of_mean_jvp(axis_name: AxisName, form: Form, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """Σ p ẋ − (1/K) Σ ẋ  (MATH 7.2)."""
+    (x,), (x_dot,) = primals, tangents
+    axis = (x.ndim - 1,)
+    form = form.of_rule()
+    rate = class_sum(normalize(x, axis, axis_name, form).p * x_dot, axis, axis_name)
+    return _mean_negative_log_p(x, axis_name, form), rate - _mean_of_kept(x_dot, x, axis_name)
+
+
+def _mean_of_kept(a: Array, x: Array, axis_name: AxisName) -> Array:
+    kept, axis = ~jnp.isneginf(x), (x.ndim - 1,)
+    total, count = all_sum((class_sum(jnp.where(kept, a, 0), axis), _count(kept, x.dtype)), axis_name)
+    return total / jnp.maximum(count, 1)
+
+
+def _count(kept: Array, dtype: Any) -> Array:
+    return jnp.sum(kept, -1, keepdims=True).astype(dtype)
+
+
 # --- cross-entropy and its kin -------------------------------------------------------------------------------
 
 
@@ -122,13 +156,12 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
     x = maps.weighted_scores(phi, z, given.where, given.log_weights)
     loss = _expected(given, x, labels, axis_name, form)
     if smoothing is not None:
-        kept = ~jnp.isneginf(x)
-        spread = jnp.where(kept, -maps.log_p(x, axis, axis_name), 0)
-        if given.class_weights is not None:
-            spread = spread * given.class_weights
-        count = jnp.maximum(all_sum(jnp.sum(kept, -1, keepdims=True), axis_name), 1).astype(x.dtype)
+        if given.class_weights is None:
+            spread = _mean_negative_log_p(x, axis_name, form)
+        else:
+            spread = _mean_of_kept(-maps.log_p(x, axis, axis_name) * given.class_weights, x, axis_name)
         loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
-        loss = (1 - smoothing) * loss + smoothing * class_sum(spread, axis, axis_name) / count
+        loss = (1 - smoothing) * loss + smoothing * spread
     if z_loss is not None:
         L = maps.log_sum(x, axis, axis_name, form)
         loss = loss + z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
@@ -189,7 +222,8 @@ def cross_entropy(
     margin the soft-margin softmax's, and with margin and phi=taylor(n) SM-Taylor's. A temperature is logits / T.
 
     Args:
-      logits: scores `[..., K]`, of a floating dtype.
+      logits: scores `[..., K]`, of a floating dtype. Of many classes in bfloat16 no wider copy is made, with phi=exp
+        and neither margin nor log_weights.
       labels: integers `[...]`, the class y; or, if floating, distributions q `[..., K]`: then −l_y is −Σ q l, and
         q takes part in the derivatives. Over several class axes an integer is a flat index, as in optax.
       axis: int, tuple or None (all): the classes' axis.
