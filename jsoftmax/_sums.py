@@ -78,7 +78,8 @@ def centre(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> 
     length = _block_length(x, axis, form)
     if length:
         rest, peak, empty = by_rows(lambda x: _by_blocks(x, length, axis_name, form), x)
-        return Centred(x - peak, jnp.exp(x - peak), rest, 1 + rest, peak, empty)
+        total = 1 + (_behind_select(rest) if form.bfloat16 else rest)  # many rows' kernel would want x widened
+        return Centred(x - peak, jnp.exp(x - peak), rest, total, peak, empty)
     short = axis == (x.ndim - 1,) and x.shape[-1] <= _SHORT
     top = all_max(_maximum(x, axis, short), axis_name)
     peak = jnp.maximum(top, jnp.finfo(x.dtype).min) if short else top

@@ -160,6 +160,14 @@ def test_no_wide_array(name):
         assert jax.jit(g).lower(z).compile().memory_analysis().temp_size_in_bytes <= z.nbytes / 4
 
 
+def test_no_wide_array_in_gradients_of_many_rows():
+    """XLA on CPU makes other kernels from 4096 rows on."""
+    z = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    for f in (js.log_normalizer, lambda z: losses.cross_entropy(z, jnp.zeros(4096, int))):
+        for g in (jax.grad(lambda z, f=f: jnp.sum(f(z))), jax.value_and_grad(lambda z, f=f: jnp.mean(f(z)))):
+            assert jax.jit(g).lower(z).compile().memory_analysis().temp_size_in_bytes <= 4096 * 4096 / 2
+
+
 @pytest.mark.parametrize("classes", [DEVICES * 700, 8192])
 @pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_sharded_classes(name, classes):
