@@ -46,6 +46,21 @@ def shard_index(axis_name: AxisName) -> Array:
     return jnp.zeros((), jnp.int32) if axis_name is None else lax.axis_index(axis_name)
 
 
+def own_label(label: Array, classes: int, axis_name: AxisName) -> tuple[Array, Array]:
+    """Where a label `[..., 1]` is among this shard's classes, 0 if it is another's, and whether it is there."""
+    if axis_name is None:
+        return label, jnp.ones((), bool)
+    own = label - shard_index(axis_name).astype(label.dtype) * classes
+    inside = (own >= 0) & (own < classes)
+    return jnp.where(inside, own, 0), inside
+
+
+def share_at_label(pick: Callable[[Array], Array], label: Array, classes: int, axis_name: AxisName) -> Array:
+    """pick(label) on the shard that has the label, 0 on the others."""
+    own, inside = own_label(label, classes, axis_name)
+    return jnp.where(inside, pick(own), 0)
+
+
 def all_sum(tree: Any, axis_name: AxisName) -> Any:
     """Σ over the shards, of all leaves in one collective."""
     return tree if axis_name is None else lax.psum(tree, axis_name)

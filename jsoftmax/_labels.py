@@ -1,7 +1,6 @@
 """Labels beside scores: what every loss asks of its arguments, and which rows count."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,13 +10,15 @@ from jaxtyping import Array
 from jsoftmax import _arguments, maps
 from jsoftmax._collectives import (
     AxisName,
+    all_sum,
     check_axis_name,
     check_not_explicit,
     check_parts,
     check_sharded,
+    pick,
     shard_count,
-    shard_index,
     sharded_as,
+    share_at_label,
 )
 from jsoftmax.phi import exp
 
@@ -49,19 +50,42 @@ class Labelled(NamedTuple):
         """The accumulation dtype."""
         return _arguments.accumulation_dtype(self.logits.dtype)
 
-    def counted(self) -> tuple[Array, Array]:
-        """Scores, widened, and labels, 0 in rows that do not count, which may hold anything: 0 · NaN would be NaN
-        backwards."""
-        z = self.logits.astype(self.dtype)
-        if self.rows is None:
-            return z, self.labels
-        out = ~self.rows
-        labels = jnp.where(out, 0, self.labels) if self.by_label else maps.where_not(out[..., None], self.labels)
-        return maps.where_not(out[..., None], z), labels
+    @property
+    def classes(self) -> int:
+        """How many classes there are, of this shard."""
+        return self.logits.shape[-1]
 
-    def keep_rows(self, loss: Array) -> Array:
-        """The loss `[..., 1]` as `[...]`, 0 in rows that do not count."""
-        return loss[..., 0] if self.rows is None else jnp.where(self.rows, loss[..., 0], 0)
+    def scores(self) -> Array:
+        """The scores, 0 in rows that do not count, which may hold anything: 0 · NaN would be NaN backwards."""
+        return self.logits if self.rows is None else maps.where_not(~self.rows[..., None], self.logits)
+
+    def targets(self) -> Array:
+        """The distributions, 0 in rows that do not count and on classes that the mask leaves out."""
+        q = self.labels if self.rows is None else maps.where_not(~self.rows[..., None], self.labels)
+        return q if self.where is None else maps.where_not(~self.where, q)
+
+    def label(self, axis_name: AxisName = None) -> tuple[Array, Array]:
+        """Labels `[..., 1]` in range, and where they were; of distributions 0 and True."""
+        if not self.by_label:
+            rows = self.labels.shape[:-1]
+            return jnp.zeros((*rows, 1), jnp.int32), jnp.ones((*rows, 1), bool)
+        labels = self.labels if self.rows is None else jnp.where(self.rows, self.labels, 0)
+        return in_range(labels, self.classes, axis_name)
+
+    def keeps(self, label: Array, axis_name: AxisName = None) -> Array:
+        """Whether the mask keeps the class of a label."""
+        where: Any = self.where
+
+        def kept(own: Array) -> Array:
+            return pick(where, own).astype(jnp.int32)
+
+        return all_sum(share_at_label(kept, label, self.classes, axis_name), axis_name) > 0
+
+    def finish(self, loss: Array, valid: Array) -> Array:
+        """The loss `[..., 1]` as `[...]`: 0 in rows that do not count, NaN for a label out of range, whose derivatives
+        are 0, so that a caller may mask the row afterwards."""
+        loss = jnp.where(valid, loss, jnp.nan)[..., 0]
+        return loss if self.rows is None else jnp.where(self.rows, loss, 0)
 
 
 def check(
@@ -161,21 +185,6 @@ def in_range(labels: Array, classes: int, axis_name: AxisName = None) -> tuple[A
     """Labels `[..., 1]`, 0 where one is out of range, and where that is not so; of `classes` on each shard."""
     valid = ((labels >= 0) & (labels < classes * shard_count(axis_name)))[..., None]
     return jnp.where(valid, labels[..., None], 0), valid
-
-
-def own_label(label: Array, classes: int, axis_name: AxisName) -> tuple[Array, Array]:
-    """Where a label `[..., 1]` is among this shard's classes, 0 if it is another's, and whether it is there."""
-    if axis_name is None:
-        return label, jnp.ones((), bool)
-    own = label - shard_index(axis_name).astype(label.dtype) * classes
-    inside = (own >= 0) & (own < classes)
-    return jnp.where(inside, own, 0), inside
-
-
-def share_at_label(pick: Callable[[Array], Array], label: Array, classes: int, axis_name: AxisName) -> Array:
-    """pick(label) on the shard that has the label, 0 on the others."""
-    own, inside = own_label(label, classes, axis_name)
-    return jnp.where(inside, pick(own), 0)
 
 
 def _check_labels(

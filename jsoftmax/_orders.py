@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
+from jsoftmax._arguments import widened
 from jsoftmax._collectives import AxisName
 from jsoftmax._series import excess_series, expm1_ratio, log1p_deficit
-from jsoftmax._sums import class_sum
 from jsoftmax.maps import normalize
+from jsoftmax.sums import class_sum
 
 
 def _surprise(log_p: Array, p: Array, alpha: Array) -> Array:
@@ -37,7 +38,7 @@ def _tsallis_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tange
     b, S = _surprise(log_p, p, alpha), tsallis(x, alpha, axis, axis_name)
     S_dot = jnp.zeros_like(S)
     if not isinstance(x_dot, SymbolicZero):
-        S_dot = class_sum(alpha * (b - p * S) * x_dot, axis, axis_name)
+        S_dot = class_sum(alpha * (b - p * S) * widened(x_dot), axis, axis_name)
     if not isinstance(alpha_dot, SymbolicZero):
         S_dot = S_dot + class_sum(jax.jvp(lambda a: _surprise(log_p, p, a), (alpha,), (alpha_dot,))[1], axis, axis_name)
     return S, S_dot
@@ -73,7 +74,9 @@ def _renyi_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangent
     y_near, gap = jnp.where(near, y, 0), jnp.where(near, 1, 1 - alpha)
     R_dot = jnp.zeros_like(R)
     if not isinstance(x_dot, SymbolicZero):
-        R_dot = class_sum(alpha * jnp.where(near, -p * d * expm1_ratio(y_near), (r - p) / gap) * x_dot, axis, axis_name)
+        R_dot = class_sum(
+            alpha * jnp.where(near, -p * d * expm1_ratio(y_near), (r - p) / gap) * widened(x_dot), axis, axis_name
+        )
     if not isinstance(alpha_dot, SymbolicZero):
         divergence = jnp.where(near, r * d**2 * excess_series(y_near), (p - r + r * y) / gap**2)
         R_dot = R_dot - class_sum(divergence, axis, axis_name) * alpha_dot

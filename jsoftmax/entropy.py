@@ -9,51 +9,38 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _arguments, maps
+from jsoftmax import _arguments, maps, sums
 from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName
 from jsoftmax._orders import renyi, tsallis
 from jsoftmax._series import excess_series
-from jsoftmax._sums import FAR, OF_H, OF_P, Form, careful_sum, centre, class_sum
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
+from jsoftmax.sums import Want, class_sum
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def centred_log_p(
-    x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = OF_P
+    x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
 ) -> tuple[Array, Array]:
-    """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes. form: what is wanted."""
-    return _centred_log_p(x, axis, axis_name, form)
+    """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes. want, order: as in `maps.normalize`."""
+    return _centred_log_p(x, axis, axis_name, want, order)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def _centred_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> tuple[Array, Array]:
-    """c = u + m and H = log1p(rest) + m, m = Σ p (−u)  (MATH 4.3)."""
-    u, e, rest, total, peak, _ = centre(x, axis, axis_name, form)
-    m = gap_sum(x, peak, axis, axis_name, form) / total
-    return jnp.where(e == 0, 0, u + m), jnp.log1p(rest) + m
-
-
-def gap_sum(x: Array, peak: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = OF_H) -> Array:
-    """Σ e^u (−u), u = x − peak."""
-    return careful_sum(_gap, x, peak, axis, axis_name, form)
-
-
-def _gap(u: Array) -> Array:
-    """e^u (−u), and 0 · log 0 = 0, its derivatives too."""
-    return jnp.exp(u) * -jnp.maximum(u, -FAR)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
+def _centred_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> tuple[Array, Array]:
+    return sums.centred(x, axis, axis_name, want, order)
 
 
 @_centred_log_p.defjvp
-def _centred_log_p_jvp(
-    axis: tuple[int, ...], axis_name: AxisName, form: Form, primals: Any, tangents: Any
+def _centred_log_p_jvp(  # noqa: PLR0917  (a rule has no keywords)
+    axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int, primals: Any, tangents: Any
 ) -> tuple[Any, Any]:
     """Ḣ = −Σ p c ẋ, ċ = ẋ − Σ p ẋ + Ḣ  (MATH 1.5)."""
     (x,), (x_dot,) = primals, tangents
-    form = form.of_rule()
-    c, H = centred_log_p(x, axis, axis_name, form)
-    p = normalize(x, axis, axis_name, form).p
+    x_dot = _arguments.widened(x_dot)
+    c, H = centred_log_p(x, axis, axis_name, want, order + 1)
+    p = normalize(x, axis, axis_name, want, order + 1).p
     H_dot = -class_sum(p * c * x_dot, axis, axis_name)
     return (c, H), (x_dot - class_sum(p * x_dot, axis, axis_name) + H_dot, H_dot)
 
@@ -69,6 +56,7 @@ def _varentropy(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
 def _varentropy_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """V̇ = Σ p (c² + 2c − V) ẋ  (MATH 6.2)."""
     (x,), (x_dot,) = primals, tangents
+    x_dot = _arguments.widened(x_dot)
     (c, _), p, V = centred_log_p(x, axis, axis_name), normalize(x, axis, axis_name).p, _varentropy(x, axis, axis_name)
     return V, class_sum(p * (c**2 + 2 * c - V) * x_dot, axis, axis_name)
 
@@ -102,11 +90,15 @@ def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> A
 @_kl.defjvp
 def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4); finite where D is not: those classes have r = 0."""
-    (x_p, x_q), (x_p_dot, x_q_dot) = primals, tangents
+    (x_p, x_q), (x_p_dot, x_q_dot) = primals, [_arguments.widened(dot) for dot in tangents]
     (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis, axis_name), normalize(x_q, axis, axis_name)
     r, _ = log_ratio(log_p, p, log_q)
-    by_q = jnp.where(jnp.isneginf(x_q) | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q - p)
-    rate = p * (r - class_sum(p * r, axis, axis_name)) * x_p_dot + by_q * x_q_dot
+    by_p = p * sums.minus_mean(r, p, -jnp.expm1(log_p), axis, axis_name)[0]
+    # q − p where both are above ½ by 1 − p and 1 − q, which have the digits
+    both = (p > 0.5) & (q > 0.5)
+    q_minus_p = jnp.where(both, jnp.expm1(jnp.where(both, log_q, 0)) - jnp.expm1(jnp.where(both, log_p, 0)), q - p)
+    by_q = jnp.where(jnp.isneginf(x_q) | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q_minus_p)
+    rate = by_p * x_p_dot + by_q * x_q_dot
     return _kl(x_p, x_q, axis, axis_name), class_sum(rate, axis, axis_name)
 
 
@@ -141,7 +133,7 @@ def _expansion(  # noqa: PLR0917  (as `maps.Arguments` has them)
 
 def shannon(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """H alone, which keeps the reduced axes."""
-    return centred_log_p(x, axis, axis_name, OF_H)[1]
+    return centred_log_p(x, axis, axis_name, "H")[1]
 
 
 def entropy(

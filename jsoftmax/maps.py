@@ -6,61 +6,45 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _arguments
+from jsoftmax import _arguments, sums
 from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName, check_axis_name, check_parts, check_sharded
-from jsoftmax._sums import OF_L, OF_LOG_P, OF_P, Form, beside_classes, centre, class_sum, is_long, within_rules
 from jsoftmax.phi import Exponential, Phi, exp, log_phi
+from jsoftmax.sums import Normalized, Want
 
 
-class Normalized(NamedTuple):
-    """l = log p, p and L; L keeps the reduced axes with length 1."""
-
-    log_p: Array
-    p: Array
-    log_normalizer: Array
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = OF_P) -> Normalized:
-    """l = log p, p and L; x = −inf leaves a class out. form: what is wanted of them.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def normalize(
+    x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
+) -> Normalized:
+    """l = log p, p and L; x = −inf leaves a class out. want: what is wanted of them; order: of the derivative.
 
     Compiled by itself: rules call it again and again, and JAX keeps its trace.
     """
-    return _normalize(x, axis, axis_name, form)
+    return _normalize(x, axis, axis_name, want, order)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def _normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> Normalized:
-    """l = u − log1p(rest), p = e^u / Σ e^u, L = max x + log1p(rest)  (MATH 4.2)."""
-    u, e, rest, total, peak, empty = centre(x, axis, axis_name, form)
-    log_total = jnp.log1p(rest)
-    infinite = jnp.where(empty, -jnp.inf, jnp.inf)
-    L = jnp.where((empty & (log_total == 0)) | jnp.isposinf(peak), infinite, peak + log_total)
-    of_classes = u - log_total
-    if within_rules(form):  # the derivative is 0 where a class is left out
-        of_classes = jnp.where(jnp.isneginf(x), lax.stop_gradient(of_classes), of_classes)
-    return Normalized(of_classes, e / total, L)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
+def _normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> Normalized:
+    return sums.normalized(x, axis, axis_name, want, order)
 
 
 @_normalize.defjvp
-def _normalize_jvp(
-    axis: tuple[int, ...], axis_name: AxisName, form: Form, primals: Any, tangents: Any
+def _normalize_jvp(  # noqa: PLR0917  (a rule has no keywords)
+    axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int, primals: Any, tangents: Any
 ) -> tuple[Normalized, Normalized]:
     """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ  (MATH 1.2 to 1.4)."""
     (x,), (x_dot,) = primals, tangents
-    out = normalize(x, axis, axis_name, form.of_rule())
-    p_x_dot = out.p * x_dot
-    mean = class_sum(p_x_dot, axis, axis_name)
-    centred = x_dot - beside_classes(mean, x, axis, form)
-    # pulled back p (g − Σ p g), or p g − p Σ p g, whose p g XLA writes, but which is faster where that is in a cache
-    in_one_kernel = form.result == "p" and is_long(x, axis)
-    p_dot = p_x_dot - out.p * mean if in_one_kernel else out.p * centred
-    return out, Normalized(where_not(jnp.isneginf(x), centred), p_dot, mean)
+    out = normalize(x, axis, axis_name, want, order + 1)
+    x_dot = _arguments.widened(x_dot)
+    return out, Normalized(
+        sums.log_p_rate(x, out, x_dot, axis, axis_name, order),
+        sums.p_rate(out.p, x_dot, axis, axis_name),
+        sums.class_sum(out.p * x_dot, axis, axis_name),
+    )
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -70,7 +54,12 @@ def where_not(left_out: Array, a: Array) -> Array:
 
 
 def weighted_scores(phi: Phi, z: Array, where: Array | None, log_weights: Array | None) -> Array:
-    """x = ψ(z) + log w, −inf where a class is left out (MATH 1.1): by a mask, a weight of 0 or a score of −inf."""
+    """x = ψ(z) + log w, −inf where a class is left out (MATH 1.1): by a mask, a weight of 0 or a score of −inf.
+
+    In the accumulation dtype, but where x is z itself, which stays as narrow as it is given.
+    """
+    if log_weights is not None or not isinstance(phi, Exponential):
+        z = _arguments.widened(z)
     if where is None and log_weights is None:
         return log_phi(phi, z)
     kept = jnp.ones((), bool) if where is None else where
@@ -131,13 +120,7 @@ def check(  # noqa: PLR0917  (as the public functions have them)
     )
 
 
-def form_for(form: Form, z: Array, phi: Phi, log_weights: Array | None) -> Form:
-    """The form in which x of such scores are summed."""
-    held = z.dtype == jnp.bfloat16 and isinstance(phi, Exponential) and log_weights is None
-    return form._replace(bfloat16=held)
-
-
-@functools.partial(jax.jit, static_argnames=("f", "axis", "axis_name", "form"))
+@functools.partial(jax.jit, static_argnames=("f", "axis", "axis_name"))
 def _of_weighted_scores(  # noqa: PLR0917  (as `Arguments` has them)
     f: Callable[..., Array],
     given: tuple[Array, ...],
@@ -147,37 +130,28 @@ def _of_weighted_scores(  # noqa: PLR0917  (as `Arguments` has them)
     log_weights: Array | None,
     phi: Phi,
     parameters: tuple[Array, ...],
-    form: Form | None,
 ) -> Array:
-    x = [weighted_scores(phi, _arguments.widened(z), where, log_weights) for z in given]
-    forms = () if form is None else (form_for(form, given[0], phi, log_weights),)
-    return f(*x, *parameters, axis, axis_name, *forms)
+    x = [weighted_scores(phi, z, where, log_weights) for z in given]
+    return f(*x, *parameters, axis, axis_name)
 
 
-def keep_classes(
-    f: Callable[..., Array],
-    arguments: Arguments,
-    phi: Phi,
-    parameters: tuple[Array, ...] = (),
-    form: Form | None = None,
-) -> Array:
-    """f(x, …, *parameters, axis, axis_name, form) of x = ψ(z) + log w, in the scores' dtype; without form if None.
+def keep_classes(f: Callable[..., Array], arguments: Arguments, phi: Phi, parameters: tuple[Array, ...] = ()) -> Array:
+    """f(x, …, *parameters, axis, axis_name) of x = ψ(z) + log w, in the scores' dtype.
 
     Compiled as one: what f drops is not computed, and narrow scores need not be written wide.
     """
-    return _of_weighted_scores(f, *arguments, phi, parameters, form).astype(arguments.dtype)
+    return _of_weighted_scores(f, *arguments, phi, parameters).astype(arguments.dtype)
 
 
-def reduce_classes(  # noqa: PLR0917  (as `keep_classes`, and keepdims)
+def reduce_classes(
     f: Callable[..., Array],
     arguments: Arguments,
     phi: Phi,
     keepdims: bool = False,
     parameters: tuple[Array, ...] = (),
-    form: Form | None = None,
 ) -> Array:
     """The same for an f that reduces the classes, in the accumulation dtype."""
-    result = _of_weighted_scores(f, *arguments, phi, parameters, form)
+    result = _of_weighted_scores(f, *arguments, phi, parameters)
     return result if keepdims else jnp.squeeze(result, arguments.axis)
 
 
@@ -231,7 +205,7 @@ def softmax(
     >>> softmax(jnp.array([0., 1., 2.]), phi=taylor(2))
     Array([0.11764..., 0.29411..., 0.58823...], dtype=float32)
     """
-    return keep_classes(_p, check("softmax", {"z": z}, axis, where, phi, log_weights, axis_name), phi, form=OF_P)
+    return keep_classes(_p, check("softmax", {"z": z}, axis, where, phi, log_weights, axis_name), phi)
 
 
 def log_softmax(
@@ -258,7 +232,7 @@ def log_softmax(
     Array([-2.06115...e-09, -2.00000...e+01], dtype=float32)
     """
     arguments = check("log_softmax", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return keep_classes(log_p, arguments, phi, form=OF_LOG_P)
+    return keep_classes(log_p, arguments, phi)
 
 
 def log_normalizer(
@@ -288,18 +262,18 @@ def log_normalizer(
     Array(2.06115...e-09, dtype=float32)
     """
     arguments = check("log_normalizer", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return reduce_classes(log_sum, arguments, phi, keepdims, form=OF_L)
+    return reduce_classes(log_sum, arguments, phi, keepdims)
 
 
-def _p(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> Array:
-    return normalize(x, axis, axis_name, form).p
+def _p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    return normalize(x, axis, axis_name, "p").p
 
 
-def log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = OF_LOG_P) -> Array:
+def log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """log p alone."""
-    return normalize(x, axis, axis_name, form).log_p
+    return normalize(x, axis, axis_name, "log_p").log_p
 
 
-def log_sum(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, form: Form = OF_L) -> Array:
+def log_sum(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """L alone, which keeps the reduced axes."""
-    return normalize(x, axis, axis_name, form).log_normalizer
+    return normalize(x, axis, axis_name, "L").log_normalizer

@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import _arguments, maps
 from jsoftmax._arguments import Axis
 from jsoftmax._collectives import AxisName
-from jsoftmax._sums import class_sum
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sums import class_sum
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import _arguments, _labels, maps
 from jsoftmax._arguments import Axis
 from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
+from jsoftmax.sums import difference
 
 # --- p = P [1 + (α − 1) v]_+^{1/(α−1)}, v = P^{1−α} u, u = z − max z, for the largest p, P ----------------------
 
@@ -68,17 +69,20 @@ def _largest(u: Array, alpha: Array, power: int) -> Array:
     steep = fixed_alpha > 2
 
     def go_on(state: Any) -> Array:
-        _, low, high, log_F, settled, count = state
-        done = jnp.where(steep, (high - low <= eps * (1 - equal)) | (log_F == 0), settled)
-        return ~jnp.all(done | jnp.isnan(log_F)) & (count < 128)
+        *_, done, count = state
+        return ~jnp.all(done) & (count < 128)
 
     def advance(state: Any) -> Any:
-        log_P, low, high, last, _, count = state
+        log_P, low, high, last, done, count = state
         newton, log_F = _step(log_P, fixed_u, fixed_alpha, power)
         low, high = jnp.where(log_F < 0, log_P, low), jnp.where(log_F >= 0, log_P, high)
         halve = steep & ((count % 2 == 1) | ~((low < newton) & (newton < high)))
-        settled = (jnp.abs(log_F) <= 64 * eps) | (log_F >= last)  # F falls with every step, until rounding stops it
-        return jnp.where(halve, (low + high) / 2, newton), low, high, log_F, settled, count + 1
+        new = jnp.where(halve, (low + high) / 2, newton)
+        found = steep & ((high - low <= eps * (1 - equal)) | (log_F == 0))
+        settled = ~steep & ((jnp.abs(log_F) <= 64 * eps) | (log_F >= last))  # F falls, until rounding stops it
+        # a row that is done stays as it is, whatever its neighbours need
+        new = jnp.where(done | found, log_P, new)
+        return new, low, high, log_F, done | found | settled | jnp.isnan(log_F), count + 1
 
     zero = jnp.zeros_like(equal)
     start = (zero, equal, zero, zero + jnp.inf, zero != 0, 0)
@@ -94,7 +98,7 @@ def _solve(z: Array, alpha: Array, power: int) -> tuple[Array, Array]:
     """p and v = z − max z − t, over the last axis; −inf leaves a class out; p = 0 in an empty row."""
     peak = jnp.max(lax.stop_gradient(z), -1, keepdims=True, initial=-jnp.inf)
     empty = jnp.isneginf(peak)
-    u = jnp.where(empty, 0, z) - jnp.where(empty, 0, peak)
+    u = jnp.where(empty, 0, difference(z, peak))
     log_P = _largest(u, alpha, power)
     t = -log_P * expm1_ratio((alpha - 1) * log_P)
     p = jnp.where(empty, 0, _density(u, log_P, alpha, power).p)
@@ -209,7 +213,7 @@ def _fenchel_young_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, 
         at_zero = jnp.where(alpha > 1, -1 / jnp.where(alpha > 1, alpha - 1, 1), 0)
         best = jnp.argmax(z, -1, keepdims=True)
         z_best, p_best = (jnp.take_along_axis(a, best, -1) for a in (z, p))
-        v = (z - jnp.where(jnp.isneginf(z_best), 0, z_best)) + _deformed_log(p_best, alpha)
+        v = difference(z, z_best) + _deformed_log(p_best, alpha)
         rate = jnp.where(q == 0, at_zero, _deformed_log(q, alpha)) - v
         total = total + jnp.sum(jnp.where(jnp.isneginf(z), 0, rate) * q_dot, -1, keepdims=True)
     if not isinstance(alpha_dot, SymbolicZero):
@@ -246,7 +250,7 @@ def _map(function: str, z: Any, alpha: Any, axis: Any, where: Any) -> Array:
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     moved = jnp.moveaxis(scores, axes, range(-len(axes), 0))
-    flat = moved.reshape(*alpha.shape[:-1], -1)
+    flat = moved.reshape(*alpha.shape[:-1], math.prod(moved.shape[moved.ndim - len(axes) :]))
     p = _entmax(flat, alpha, power).reshape(moved.shape)
     return jnp.moveaxis(p, range(-len(axes), 0), axes).astype(arguments.dtype)
 
@@ -351,12 +355,15 @@ def fenchel_young_loss(
 
 @functools.partial(jax.jit, static_argnames="power")
 def _loss(given: _labels.Labelled, alpha: Array, power: int) -> Array:
-    z, labels = given.counted()
+    z, (label, valid) = _arguments.widened(given.scores()), given.label()
     if given.where is not None:
         z = jnp.where(given.where, z, -jnp.inf)
     if not given.by_label:
-        impossible = jnp.any((labels > 0) & jnp.isneginf(z), -1, keepdims=True)
-        loss = _fenchel_young(z, jnp.where(jnp.isneginf(z), 0, labels), alpha, power)
-        return given.keep_rows(loss + jnp.where(impossible, jnp.inf, 0).astype(z.dtype))
-    label, valid = _labels.in_range(labels, z.shape[-1])
-    return given.keep_rows(jnp.where(valid, 1, jnp.nan).astype(z.dtype) * _fenchel_young(z, label, alpha, power))
+        q = given.targets()
+        impossible = jnp.any((q > 0) & jnp.isneginf(z), -1, keepdims=True)
+        loss = _fenchel_young(z, jnp.where(jnp.isneginf(z), 0, q), alpha, power)
+        return given.finish(loss + jnp.where(impossible, jnp.inf, 0).astype(z.dtype), valid)
+    loss = _fenchel_young(z, label, alpha, power)
+    if given.where is not None:
+        loss = jnp.where(given.keeps(label), loss, 0)
+    return given.finish(loss, valid)

@@ -14,6 +14,7 @@ from jsoftmax._arguments import Axis
 from jsoftmax.entropy import centred_log_p
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Exponential, Phi, exp, log_phi, slope
+from jsoftmax.sums import difference
 
 _WIDTH = 25.0  # the bracket of log t: the logarithm of the scores' spread ± 25
 
@@ -46,7 +47,7 @@ def _solve(phi: Phi, z: Array, target: Array) -> Array:
     kept = ~jnp.isneginf(fixed_z)
     if isinstance(phi, Exponential):  # a shift changes nothing, and loses no digits here
         peak = jnp.max(fixed_z, -1, keepdims=True, initial=-jnp.inf)
-        fixed_z = jnp.where(kept, fixed_z - jnp.where(kept, peak, 0), -jnp.inf)
+        fixed_z = jnp.where(kept, difference(fixed_z, peak), -jnp.inf)
     spread = jnp.max(jnp.where(kept, jnp.abs(fixed_z), 0), -1, keepdims=True)
     centre = jnp.log(jnp.where(spread > 0, spread, 1))
     low, high = centre - _WIDTH, centre + _WIDTH
@@ -54,18 +55,22 @@ def _solve(phi: Phi, z: Array, target: Array) -> Array:
     found = ~(reach[0] >= 0) & (reach[1] > 0)  # a NaN at a small t is beyond φ's domain
     eps = float(jnp.finfo(z.dtype).eps)
 
+    def is_open(low: Array, high: Array, step: Array) -> Array:
+        return found & (high - low > eps) & (jnp.abs(step) > eps)
+
     def go_on(state: Any) -> Array:
         _, low, high, step, count = state
-        return jnp.any(found & (high - low > eps) & (jnp.abs(step) > eps)) & (count < 200)
+        return jnp.any(is_open(low, high, step)) & (count < 200)
 
     def advance(state: Any) -> Any:
-        log_t, low, high, _, count = state
+        log_t, low, high, last, count = state
+        still = is_open(low, high, last)  # a row that is done stays as it is, whatever its neighbours need
         step, miss = _newton(fixed_phi, fixed_z, fixed_target, log_t)
         low, high = jnp.where(miss >= 0, low, log_t), jnp.where(miss >= 0, log_t, high)
         new = log_t + step
         inside = (low <= new) & (new <= high) & (jnp.abs(step) < 2)
-        new = jnp.where(inside, new, (low + high) / 2)
-        return new, low, high, new - log_t, count + 1
+        new = jnp.where(still, jnp.where(inside, new, (low + high) / 2), log_t)
+        return new, low, high, jnp.where(still, new - log_t, last), count + 1
 
     state = (centre, low, high, jnp.full_like(centre, jnp.inf), 0)
     log_t = lax.stop_gradient(lax.while_loop(go_on, advance, state)[0])

@@ -10,8 +10,18 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Integer, PRNGKeyArray
 
-from jsoftmax import _arguments, _labels
-from jsoftmax._collectives import AxisName, all_sum, by_rows, check_same, pick, shard_count, shard_index, side_by_side
+from jsoftmax import _arguments
+from jsoftmax._collectives import (
+    AxisName,
+    all_sum,
+    by_rows,
+    check_same,
+    pick,
+    shard_count,
+    shard_index,
+    share_at_label,
+    side_by_side,
+)
 from jsoftmax.gumbel import _noise
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
@@ -91,7 +101,7 @@ def _keep_possible(drawn: Array, x: Array, axis_name: AxisName) -> Array:
     def left_out(own: Array) -> Array:
         return (~(pick(x, own) > -jnp.inf)).astype(jnp.int32)
 
-    out = _labels.share_at_label(left_out, drawn, x.shape[-1], axis_name)
+    out = share_at_label(left_out, drawn, x.shape[-1], axis_name)
     impossible = all_sum(bad.astype(jnp.int32) + out, axis_name) > 0
     return jnp.where(impossible, -1, drawn)
 

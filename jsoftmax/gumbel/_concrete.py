@@ -28,7 +28,8 @@ def _divide(perturbed: Array, temperature: Array) -> Array:
     """(a − max a)/τ: the maximum is subtracted first, so a small τ costs no digits; −inf for what is left out, and for
     what is so far below that a derivative in τ would overflow."""
     peak = jnp.max(lax.stop_gradient(perturbed), -1, keepdims=True, initial=-jnp.inf)
-    below = perturbed - jnp.where(jnp.isfinite(peak), peak, 0)
+    # the maximum keeps a product that the scores may be apart from the subtraction (MATH 4.1)
+    below = jnp.maximum(perturbed, jnp.finfo(perturbed.dtype).min) - jnp.where(jnp.isfinite(peak), peak, 0)
     out = below < -1e18 * temperature
     return jnp.where(out, -jnp.inf, jnp.where(out, 0, below) / temperature)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jsoftmax import _arguments, maps
 from jsoftmax._collectives import AxisName, by_rows, shard_count, shard_index, side_by_side
-from jsoftmax._sums import even_length
+from jsoftmax.sums.cpu import even_length
 
 
 def gumbel(key: Any, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from jsoftmax import _arguments, _labels, maps
 from jsoftmax._collectives import (
     AxisName,
+    all_sum,
     check_axis_name,
     check_not_explicit,
     check_parts,
@@ -19,7 +20,7 @@ from jsoftmax._collectives import (
     shard_count,
     typed_as,
 )
-from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
+from jsoftmax.heads._head import PER_TOKEN, Head, Plan, first_class, vocabulary
 from jsoftmax.heads._statistics import Statistics
 
 NO_LABELS: Any = object()
@@ -327,12 +328,13 @@ def loss_options(function: str, given: Given, label_smoothing: Any, z_loss: Any)
 def loss_of_tokens(
     head: Head, plan: Plan, found: Statistics, smoothing: Array | None = None, z_loss: Array | None = None
 ) -> Array:
-    """(1 − a) (−l_y) + (a/K) Σ (−l) + z_loss L², or with Σ q (−l)  (MATH 11.4)."""
-    below: Any = found.below
-    if head.labels is None:
-        loss = found.mass * found.log_total + below
-    else:
-        loss = (found.log_total + below) * in_vocabulary(head, plan)
+    """(1 − a) (−l_y) + (a/K) Σ (−l) + z_loss L², or with Σ q (−l)  (MATH 11.4).
+
+    A label on a class that the mask leaves out counts 0; one out of range is NaN, with derivatives 0.
+    """
+    loss: Any = found.loss
+    if head.labels is not None and head.where is not None:
+        loss = jnp.where(_keeps_label(head, plan), loss, 0)
     if smoothing is not None:
         mean = found.log_total + found.spread / jnp.maximum(found.kept_count, 1)
         loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
@@ -340,12 +342,21 @@ def loss_of_tokens(
     if z_loss is not None:
         L = found.log_normalizer
         loss = loss + z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
-    return loss
+    return in_vocabulary(loss, head, plan)
 
 
-def in_vocabulary(head: Head, plan: Plan) -> Array:
-    """1, and NaN for a label out of range."""
-    return jnp.where(_is_valid(head, plan), 1, jnp.nan).astype(head.hidden.dtype)
+def in_vocabulary(a: Array, head: Head, plan: Plan) -> Array:
+    """What belongs to labels; NaN, with derivatives 0, for a label out of range."""
+    return a if head.labels is None else jnp.where(_is_valid(head, plan), a, jnp.nan)
+
+
+def _keeps_label(head: Head, plan: Plan) -> Array:
+    """Whether the mask keeps the label's class, of all shards."""
+    classes = head.weight.shape[0]
+    own = head.labels - first_class(head, plan).astype(head.labels.dtype)
+    inside = (own >= 0) & (own < classes)
+    kept = inside & head.where[jnp.where(inside, own, 0)]
+    return all_sum(kept.astype(jnp.int32), plan.axis_name) > 0
 
 
 def _is_valid(head: Head, plan: Plan) -> Array:

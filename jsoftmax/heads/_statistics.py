@@ -11,10 +11,9 @@ from jaxtyping import Array
 
 from jsoftmax._collectives import all_max, all_sum, in_slot, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
-from jsoftmax._sums import FAR, OF_L, centre
-from jsoftmax.entropy import gap_sum
 from jsoftmax.gumbel import _noise
 from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, first_class, is_label, over_classes
+from jsoftmax.sums import FAR, difference, exp_sums, gap_sum, not_negative
 
 
 class Wanted(NamedTuple):
@@ -37,10 +36,10 @@ class Statistics(NamedTuple):
     """L = peak + log_total."""
     gap: Any = None
     """Σ p (−u): the entropy is log_total + gap."""
-    below: Any = None
-    """−u_y, or Σ q (−u): −l_y is log_total + below, Σ q (−l) is mass · log_total + below."""
+    loss: Any = None
+    """−l_y, or Σ q (−l)."""
     mass: Any = None
-    """Σ q."""
+    """Σ q over the classes kept; a constant for derivatives."""
     spread: Any = None
     """Σ (−u)."""
     kept_count: Any = None
@@ -62,7 +61,9 @@ class Running(NamedTuple):
     label: Any = None
     """x_y."""
     below: Any = None
+    """Σ q (−u)."""
     mass: Any = None
+    """Σ q."""
     spread: Any = None
     kept_count: Any = None
     top: Any = None
@@ -90,20 +91,19 @@ def initial(head: Head, wanted: Wanted) -> Running:
 def of_block(head: Head, wanted: Wanted, start: Array, x: Array, plan: Plan) -> Running:
     """The statistics of a block with the scores x, about its own peak  (MATH 11.2)."""
     axis = (1,)
-    _, _, rest, _, peak, empty = centre(x, axis, None, OF_L)
-    empty &= rest == 0
-    top, rest = jnp.where(empty, -jnp.inf, peak), jnp.where(empty, -1, rest)
+    top, rest, _ = exp_sums(x, axis)
+    rest = jnp.where(jnp.isneginf(top), -1, rest)
     made: dict[str, Any] = {}
     if wanted.entropy:
-        made["gap"] = gap_sum(x, peak, axis)[:, 0]
+        made["gap"] = gap_sum(x, top, axis)[:, 0]
     if head.labels is not None:
         inside, label = _local(head.labels[:, None], start, x.shape[1])
         made["label"] = jnp.where(inside, jnp.take_along_axis(x, label, 1), -jnp.inf)[:, 0]
     if head.targets is not None or wanted.spread:
         kept = ~jnp.isneginf(x)
-        below = jnp.where(kept, peak - x, 0)
+        below = jnp.where(kept, -difference(x, top), 0)
         if head.targets is not None:
-            q = head.targets
+            q = head.targets if head.where is None else jnp.where(head.where, head.targets, 0)
             impossible = jnp.where(q == 0, 0, jnp.inf).astype(x.dtype)
             made["below"] = jnp.sum(jnp.where(kept, q * below, impossible), 1)
             made["mass"] = jnp.sum(jnp.where(kept, q, 0), 1)
@@ -239,28 +239,34 @@ def finished(done: Running) -> Statistics:
     rest = jnp.where(empty, 0, done.rest)
     log_total = jnp.log1p(rest)
     infinite = jnp.where(empty, -jnp.inf, jnp.inf).astype(peak.dtype)
+    loss = None
+    if done.label is not None:
+        loss = not_negative(log_total - difference(done.label, peak))
+    elif done.below is not None:
+        loss = not_negative(done.mass * log_total + done.below)
     return Statistics(
         peak,
         log_total,
         jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total),
         None if done.gap is None else done.gap / (1 + rest),
-        peak - done.label if done.label is not None else done.below,
-        done.mass,
+        loss,
+        None if done.mass is None else lax.stop_gradient(done.mass),
         done.spread,
         done.kept_count,
-        None if done.top is None else peak[:, None] - done.top,
+        None if done.top is None else -difference(done.top, peak[:, None]),
         None if done.top is None else jnp.where((done.top > -jnp.inf) & (peak[:, None] < jnp.inf), done.top_class, -1),
     )
 
 
 @functools.partial(statistics.defjvp, symbolic_zeros=True)
 def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> tuple[Statistics, Statistics]:
-    """L̇ = Σ p ẋ, (Σ p (−u))˙ = −Σ p (1 + u + gap) ẋ, (−u_y)˙ = −ẋ_y, (Σ q (−u))˙ = Σ q̇ (−u) − Σ q ẋ  (MATH 11.3)."""
+    """L̇ = Σ p ẋ, (Σ p (−u))˙ = −Σ p (1 + u + gap) ẋ, (−l_y)˙ = Σ p ẋ − ẋ_y, (Σ q (−l))˙ = Σ (Q p − q) ẋ − Σ q̇ l
+    (MATH 11.3)."""
     (head,), dots = primals, without_zeros(tangents[0])
     out = statistics(head, wanted, plan)
 
     own = typed_as(out, head.weight, plan.axis_name)
-    known = Known(own.peak, own.log_total, own.gap, own.top_class)
+    known = Known.of(own)
     zero = jnp.zeros_like(out.peak)
     zeros = jax.tree.map(jnp.zeros_like, Rates(*[getattr(own, name) for name in Rates._fields]))
 
@@ -275,8 +281,8 @@ def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> 
         rates.log_total,
         rates.log_total,
         rates.gap,
-        rates.below,
-        rates.mass,
+        rates.loss,
+        None if out.mass is None else zero,
         rates.spread,
         None if out.kept_count is None else zero,
         rates.top,
@@ -290,16 +296,22 @@ class Known(NamedTuple):
     peak: Array
     log_total: Array
     gap: Any = None
+    loss: Any = None
     top_class: Any = None
+    mass: Any = None
+    """Σ q."""
+
+    @staticmethod
+    def of(found: Statistics) -> "Known":
+        return Known(found.peak, found.log_total, found.gap, found.loss, found.top_class, found.mass)
 
 
 class Rates(NamedTuple):
     """Of each token, derivatives of the fields of `Statistics`; None as there."""
 
-    log_total: Array
-    gap: Any
-    below: Any
-    mass: Any
+    log_total: Any = None
+    gap: Any = None
+    loss: Any = None
     spread: Any = None
     top: Any = None
 
@@ -308,28 +320,33 @@ def block_rates(  # noqa: PLR0917
     block: Head, dots: Head, start: Array, known: Known, like: Rates, x: Array, x_dot: Array
 ) -> Rates:
     """A block's terms of the rule, those that `like` has; linear in ẋ and the targets' tangent."""
-    u = x - known.peak[:, None]
-    p = jnp.exp(u - known.log_total[:, None])
+    u = difference(x, known.peak[:, None])
+    log_p = u - known.log_total[:, None]
+    p = jnp.exp(log_p)
 
     def total(a: Array) -> Array:
         return jnp.sum(a, 1)
 
     made: dict[str, Any] = {}
+    if like.log_total is not None:
+        made["log_total"] = total(p * x_dot)
     if like.gap is not None:
         c = jnp.where(p == 0, 0, u) + known.gap[:, None]
         made["gap"] = -total(p * (1 + c) * x_dot)
     if like.spread is not None:
         made["spread"] = -total(jnp.where(jnp.isneginf(x), 0, x_dot))
-    if like.mass is not None:
+    if like.loss is not None and block.labels is not None:
+        at_label = jnp.expm1(-known.loss)[:, None]  # p_y − 1
+        made["loss"] = total(jnp.where(is_label(block, start, x.shape[1]), at_label, p) * x_dot)
+    elif like.loss is not None:
         kept = ~jnp.isneginf(x)
-        made["below"] = -total(jnp.where(kept, block.targets, 0) * x_dot)
-        made["mass"] = jnp.zeros_like(known.peak)
+        q = jnp.where(kept, block.targets, 0)
+        # p − 1 of a class with p > ½, which has u = 0, from Σ e^u − 1
+        excess = jnp.where(p > 0.5, jnp.expm1(-known.log_total)[:, None] + (1 - q), p - q)
+        made["loss"] = total((excess + (known.mass[:, None] - 1) * p) * x_dot)
         if dots.targets is not None:
-            made["below"] = made["below"] - total(jnp.where(kept, u, 0) * jnp.where(kept, dots.targets, 0))
-            made["mass"] = total(jnp.where(kept, dots.targets, 0))
-    elif like.below is not None:
-        made["below"] = -total(jnp.where(is_label(block, start, x.shape[1]), x_dot, 0))
+            made["loss"] = made["loss"] - total(jnp.where(kept, log_p * dots.targets, 0))
     if like.top is not None:
         inside, place = _local(known.top_class, start, x.shape[1])
         made["top"] = -jnp.where(inside, jnp.take_along_axis(x_dot, place, 1), 0)
-    return Rates(**{"gap": None, "below": None, "mass": None, "log_total": total(p * x_dot), **made})
+    return Rates(**made)

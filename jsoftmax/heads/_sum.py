@@ -157,8 +157,9 @@ def _of_token_block(rows: Weighed, blocks: Head, first: Array, sums: Any, plan: 
     running, products = _head.checkpointed_scan(forward, _statistics.initial(head, rows.wanted), (blocks, starts))
     found = _statistics.finished(_statistics.over_shards(running, head, plan))
     (value, losses), by = jax.value_and_grad(rows.total, has_aux=True)(found, plan)
-    wanted = Rates(by.log_total + by.log_normalizer, None, by.below, None, by.spread)
-    known, wanted = typed_as((Known(found.peak, found.log_total), wanted), head.weight, plan.axis_name)
+    log_total = None if rows.smoothing is None and rows.z_loss is None else by.log_total + by.log_normalizer
+    wanted = Rates(log_total, loss=by.loss, spread=by.spread)
+    known, wanted = typed_as((Known.of(found), wanted), head.weight, plan.axis_name)
     product = functools.partial(jnp.matmul, precision=plan.precision)
 
     def backward(carry: Any, xs: Any) -> tuple[Any, None]:

@@ -15,6 +15,7 @@ from jsoftmax.heads import _check
 from jsoftmax.heads._head import Head, Heads, Plan, block_scores, in_shards, over_classes
 from jsoftmax.heads._statistics import Wanted, statistics
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sums import difference
 
 
 class _Known(NamedTuple):
@@ -30,8 +31,8 @@ class _Known(NamedTuple):
     """Σ p r, r of the rule."""
 
     def log_probs(self, x_p: Array, x_q: Array) -> tuple[Array, Array]:
-        log_p = x_p - self.peak_p[:, None] - self.log_total_p[:, None]
-        return log_p, x_q - self.peak_q[:, None] - self.log_total_q[:, None]
+        log_p = difference(x_p, self.peak_p[:, None]) - self.log_total_p[:, None]
+        return log_p, difference(x_q, self.peak_q[:, None]) - self.log_total_q[:, None]
 
 
 def _known(p: Head, q: Head, plan: Plan) -> _Known:

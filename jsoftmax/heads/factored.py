@@ -122,7 +122,7 @@ def _loss(state: State, hidden: Array, labels: Array, loss: SphericalLoss) -> Ar
     label, valid = (a[..., 0] for a in _labels.in_range(labels, len(state.rows)))
     found = _scores(state, hidden, label)
     values = loss.of(found.first, found.square, found.score, len(state.rows))
-    return jnp.where(valid, 1, jnp.nan).astype(hidden.dtype) * values
+    return jnp.where(valid, values, jnp.nan)
 
 
 @jax.jit

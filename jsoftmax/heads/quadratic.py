@@ -85,7 +85,7 @@ def _loss(  # noqa: PLR0917
     if bias is not None:
         score = score + jnp.where(kept, bias[label].astype(dtype), 0)
     loss = jnp.log(jnp.where(kept, total, 1)) - log_phi(phi, score)
-    return jnp.where(valid, 1, jnp.nan).astype(dtype) * jnp.where(kept, loss, jnp.inf)
+    return jnp.where(valid, jnp.where(kept, loss, 0), jnp.nan)
 
 
 def quadratic_cross_entropy(

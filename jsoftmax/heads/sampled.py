@@ -157,9 +157,9 @@ def _corrected(x: Array, log_q: Array, draws: Array) -> Array:
 
 
 def _finish(loss: Array, given: _Given, draws: Array) -> Array:
-    """NaN for a label out of range or draws that are none, 0 in rows that do not count."""
+    """NaN, with derivatives 0, for a label out of range or draws that are none; 0 in rows that do not count."""
     valid = (given.labels >= 0) & (given.labels < given.weight.shape[0]) & jnp.all(draws >= 0)
-    loss = loss * jnp.where(valid, 1, jnp.nan).astype(loss.dtype)
+    loss = jnp.where(valid, loss, jnp.nan)
     return loss if given.rows is None else jnp.where(given.rows, loss, 0)
 
 

@@ -11,6 +11,7 @@ from jsoftmax.heads._head import in_shards
 from jsoftmax.heads._statistics import Wanted, statistics
 from jsoftmax.heads._sum import Weighed, weighted_sum
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sums import not_negative
 
 
 class LinearStatistics(NamedTuple):
@@ -251,8 +252,8 @@ def linear_statistics(
     )
     found: Any = in_shards(statistics, given.head, given.plan, Wanted(entropy=True, top=1))
     return LinearStatistics(
-        given.restore(-_check.loss_of_tokens(given.head, given.plan, found)),
-        given.restore(found.log_total + found.gap),
+        given.restore(-_check.in_vocabulary(found.loss, given.head, given.plan)),
+        given.restore(not_negative(found.log_total + found.gap)),
         given.restore(found.log_normalizer),
         given.restore(found.top_class[:, 0], -1),
     )

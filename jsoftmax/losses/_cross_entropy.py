@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,90 +11,101 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _arguments, _labels, maps
+from jsoftmax import _arguments, _labels, maps, sums
 from jsoftmax._arguments import Axis
-from jsoftmax._collectives import AxisName, all_sum, by_rows, pick
+from jsoftmax._collectives import AxisName, all_sum, by_rows, own_label, pick, share_at_label
 from jsoftmax._labels import Labelled
 from jsoftmax._series import expm1_ratio
-from jsoftmax._sums import OF_L, Form, centre, class_sum
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sums import class_sum, difference, not_negative
 
-# --- −l_y with its one rule ----------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def negative_log_p(x: Array, label: Array, axis_name: AxisName = None, form: Form = OF_L) -> Array:
-    """−l_y over the last axis of `x`, for labels `[..., 1]` in [0, K)."""
-    return _negative_log_p(x, label, axis_name, form)
+# --- −l_y, the mean of −l, and L, with their one rule --------------------------------------------------------
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _negative_log_p(x: Array, label: Array, axis_name: AxisName, form: Form) -> Array:
-    """−l_y = log1p(rest) + (max x − x_y): two terms that are not negative  (MATH 7.1)."""
-    sums = centre(x, (x.ndim - 1,), axis_name, form)
-    x_y = all_sum(_share_at_label(x, label, axis_name), axis_name)
-    return jnp.log1p(sums.rest) + (sums.peak - x_y)
+class Terms(NamedTuple):
+    """What a loss of labels is made of; each keeps the class axis with length 1."""
+
+    label: Array
+    """−l_y."""
+    log_normalizer: Array
+    """L."""
+    mean: Array | None
+    """The mean of −l over the classes that are kept, 0 of none; None where it is not wanted."""
 
 
-@_negative_log_p.defjvp
-def _negative_log_p_jvp(axis_name: AxisName, form: Form, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """Σ p ẋ − ẋ_y  (MATH 7.1); one array is kept for the backward pass.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def terms(x: Array, label: Array, axis_name: AxisName = None, mean: bool = False, order: int = 0) -> Terms:
+    """−l_y, L and, if wanted, the mean of −l, over the last axis of `x`, for labels `[..., 1]` in [0, K)."""
+    return _terms(x, label, axis_name, mean, order)
 
-    XLA on CPU scatters the label's −1 into the array that is written anyway, where comparing each class with it would
-    take 1.6 times as long; for a few classes, or where that array would be narrowed afterwards, comparing is faster
-    (benchmarks/NOTES.md).
-    """
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _terms(x: Array, label: Array, axis_name: AxisName, mean: bool, order: int) -> Terms:
+    """−l_y = log1p(rest) + (max x − x_y), and its mean: terms that are not negative  (MATH 7.1, 7.2)."""
+    axis = (x.ndim - 1,)
+    share = share_at_label(lambda own: pick(x, own), label, x.shape[-1], axis_name)
+    peak, rest, x_y = sums.exp_sums(x, axis, axis_name, order, _arguments.widened(share))
+    x = _arguments.widened(x)
+    log_total = jnp.log1p(rest)
+    return Terms(
+        not_negative(log_total - difference(x_y, peak)),
+        jnp.where(peak == jnp.inf, peak, peak + log_total),
+        not_negative(log_total - _mean_of_kept(difference(x, peak), x, axis_name)) if mean else None,
+    )
+
+
+@_terms.defjvp
+def _terms_jvp(axis_name: AxisName, mean: bool, order: int, primals: Any, tangents: Any) -> tuple[Terms, Terms]:
+    """Σ p ẋ − ẋ_y, whose coefficient at the label is expm1(l_y); Σ p ẋ; Σ p ẋ − (1/K) Σ ẋ  (MATH 7.1, 7.2)."""
     (x, label), (x_dot, _) = primals, tangents
-    axis = (x.ndim - 1,)
-    form = form.of_rule()
-    p = normalize(x, axis, axis_name, form).p
-    if x.shape[-1] <= 16 or form.bfloat16:
-        rate = class_sum((p - _is_label(x, label, axis_name)) * x_dot, axis)
+    out = terms(x, label, axis_name, mean, order + 1)
+    p = normalize(x, (x.ndim - 1,), axis_name, "L", order + 1).p
+    kept = ~jnp.isneginf(x) if mean else None
+    of_sharded = axis_name is not None and order > 0
+    along = functools.partial(_terms_rate, axis_name, of_sharded)
+    return out, jax.checkpoint(along, prevent_cse=False)(p, kept, out.label, label, x_dot)
+
+
+def _terms_rate(  # noqa: PLR0917
+    axis_name: AxisName, of_sharded: bool, p: Array, kept: Array | None, n: Array, label: Array, x_dot: Array
+) -> Terms:
+    """The rule of `terms`, linear in ẋ. of_sharded: without −l_y, which would take one more exchange.
+
+    Checkpointed by its caller, which so keeps p, a mask if the mean is wanted, and numbers of rows.
+    """
+    others, x_dot_y = (_arguments.widened(a) for a in sums.split_at_label(x_dot, label, axis_name))
+    if of_sharded:
+        p_y = share_at_label(lambda own: pick(p, own), label, p.shape[-1], axis_name)
+        at_label = p_y - 1
     else:
-        rate = class_sum(p * x_dot, axis) - _share_at_label(x_dot, label, axis_name)
-    return negative_log_p(x, label, axis_name, form), all_sum(rate, axis_name)
+        p_y, at_label = jnp.exp(-n), jnp.expm1(-n)
+    of_others = jnp.sum(p * others, -1, keepdims=True)
+    of_kept, count = None, None
+    if kept is not None:
+        of_label = jnp.where(jnp.isposinf(n), 0, x_dot_y)
+        of_kept = jnp.sum(jnp.where(kept, others, 0), -1, keepdims=True) + of_label
+        count = _count(kept, p.dtype)
+    rates = (of_others + at_label * x_dot_y, of_others + p_y * x_dot_y, of_kept, count)
+    label_rate, L_dot, of_kept, count = all_sum(rates, axis_name)
+    return Terms(label_rate, L_dot, None if kept is None else L_dot - of_kept / jnp.maximum(count, 1))
 
 
-def _is_label(x: Array, label: Array, axis_name: AxisName) -> Array:
-    """1_y in the dtype of x; XLA fuses it, and no one-hot array is built."""
-    own, inside = _labels.own_label(label, x.shape[-1], axis_name)
-    return ((lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) == own) & inside).astype(x.dtype)
-
-
-def _share_at_label(a: Array, label: Array, axis_name: AxisName) -> Array:
-    """a_y on the shard that has y, 0 on the others."""
-    return _labels.share_at_label(lambda own: pick(a, own), label, a.shape[-1], axis_name)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _mean_negative_log_p(x: Array, axis_name: AxisName, form: Form) -> Array:
-    """The mean of −l over the last axis, over the classes that are kept; 0 of none."""
-    return _of_mean(x, axis_name, form)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _of_mean(x: Array, axis_name: AxisName, form: Form) -> Array:
-    """log1p(rest) + (1/K) Σ (max x − x), two terms that are not negative  (MATH 7.2)."""
-    axis = (x.ndim - 1,)
-    sums = centre(x, axis, axis_name, form)
-    return jnp.log1p(sums.rest) + _mean_of_kept(sums.peak - x, x, axis_name)
-
-
-@_of_mean.defjvp
-def _of_mean_jvp(axis_name: AxisName, form: Form, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """Σ p ẋ − (1/K) Σ ẋ  (MATH 7.2)."""
-    (x,), (x_dot,) = primals, tangents
-    axis = (x.ndim - 1,)
-    form = form.of_rule()
-    rate = class_sum(normalize(x, axis, axis_name, form).p * x_dot, axis, axis_name)
-    return _mean_negative_log_p(x, axis_name, form), rate - _mean_of_kept(x_dot, x, axis_name)
+def negative_log_p(x: Array, label: Array, axis_name: AxisName = None) -> Array:
+    """−l_y over the last axis of `x`, for labels `[..., 1]` in [0, K)."""
+    return terms(x, label, axis_name).label
 
 
 def _mean_of_kept(a: Array, x: Array, axis_name: AxisName) -> Array:
     kept, axis = ~jnp.isneginf(x), (x.ndim - 1,)
-    total, count = all_sum((class_sum(jnp.where(kept, a, 0), axis), _count(kept, x.dtype)), axis_name)
+    total, count = all_sum((class_sum(jnp.where(kept, a, 0), axis), _count(kept, a.dtype)), axis_name)
     return total / jnp.maximum(count, 1)
+
+
+def _is_label(x: Array, label: Array, axis_name: AxisName) -> Array:
+    """1_y in the dtype of x; XLA fuses it, and no one-hot array is built."""
+    own, inside = own_label(label, x.shape[-1], axis_name)
+    return ((lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) == own) & inside).astype(x.dtype)
 
 
 def _count(kept: Array, dtype: Any) -> Array:
@@ -104,36 +115,31 @@ def _count(kept: Array, dtype: Any) -> Array:
 # --- cross-entropy and its kin -------------------------------------------------------------------------------
 
 
-def _expected(  # noqa: PLR0917  (as its callers have them)
-    given: Labelled,
-    x: Array,
-    labels: Array,
-    axis_name: AxisName,
-    form: Form,
-    f: Callable[[Array], Array] = lambda n: n,
-) -> Array:
-    """α_y f(−l_y), NaN for a label out of range, 0 in rows that do not count; for distributions Σ q f(−l), +inf if
-    q > 0 on a class left out."""
-    if given.by_label:
-        label, valid = _labels.in_range(labels, x.shape[-1], axis_name)
-        loss = f(negative_log_p(x, label, axis_name, form))
-        weights = jnp.where(valid, 1, jnp.nan).astype(x.dtype)
-        if given.class_weights is not None:
+def _weighted(given: Labelled, loss: Array, label: Array, axis_name: AxisName) -> Array:
+    """α_y of the loss, and 0 of a label on a class that the mask leaves out."""
+    if given.class_weights is not None:
+        weights = given.class_weights
 
-            def of_label(own: Array) -> Array:
-                return by_rows(lambda own, weights: weights[own], own, given.class_weights, axis_name=axis_name)
+        def of_label(own: Array) -> Array:
+            return by_rows(lambda own, weights: weights[own], own, weights, axis_name=axis_name)
 
-            share = _labels.share_at_label(of_label, label, x.shape[-1], axis_name)
-            weights = weights * all_sum(share, axis_name)
-        if given.rows is not None:
-            weights = jnp.where(given.rows[..., None], weights, 0)
-        if given.class_weights is not None or given.rows is not None:
-            loss = jnp.where((weights == 0) & jnp.isposinf(loss), 0, loss)  # 0 · ∞ is 0
-        return weights * loss
-    axis, kept = (x.ndim - 1,), ~jnp.isneginf(x)
-    impossible = jnp.where(labels == 0, 0, jnp.inf).astype(x.dtype)
-    n = jnp.where(kept, -maps.log_p(x, axis, axis_name), 0)
-    return class_sum(jnp.where(kept, labels * f(n), impossible), axis, axis_name)
+        weight = all_sum(share_at_label(of_label, label, given.classes, axis_name), axis_name)
+        loss = weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)  # 0 · ∞ is 0
+    if given.where is not None:
+        loss = jnp.where(given.keeps(label, axis_name), loss, 0)
+    return loss
+
+
+def _expected(given: Labelled, x: Array, n: Array) -> Array:
+    """Σ q n over the last axis; +inf if q > 0 on a class that is impossible, not only left out by the mask."""
+    q = given.targets()
+    impossible = jnp.where(q == 0, 0, jnp.inf).astype(q.dtype)
+    return class_sum(jnp.where(jnp.isneginf(x), impossible, q * n), (x.ndim - 1,))
+
+
+def _minus_log_p(x: Array, axis_name: AxisName) -> Array:
+    """−l, 0 where a class is left out."""
+    return jnp.where(jnp.isneginf(x), 0, -maps.log_p(x, (x.ndim - 1,), axis_name))
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
@@ -146,26 +152,28 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
     axis_name: AxisName,
 ) -> Array:
     """MATH 7.2; None for what is not asked for, which costs nothing."""
-    z, labels = given.counted()
-    axis = (z.ndim - 1,)
-    form = OF_L
-    if margin is None:
-        form = maps.form_for(OF_L, given.logits, phi, given.log_weights)
-    else:
-        z = z - margin * _is_label(z, _labels.in_range(labels, z.shape[-1], axis_name)[0], axis_name)
+    z, (label, valid) = given.scores(), given.label(axis_name)
+    alone = given.by_label and (smoothing is None or given.class_weights is None)  # x is read once, and may be narrow
+    z = z if alone and margin is None else _arguments.widened(z)
+    if margin is not None:
+        z = z - margin * _is_label(z, label, axis_name)
     x = maps.weighted_scores(phi, z, given.where, given.log_weights)
-    loss = _expected(given, x, labels, axis_name, form)
+    of_classes = None if alone else _minus_log_p(x, axis_name)
+    if given.by_label:
+        loss, L, spread = terms(x, label, axis_name, alone and smoothing is not None)
+        loss = _weighted(given, loss, label, axis_name)
+    else:
+        L = maps.log_sum(x, (x.ndim - 1,), axis_name)
+        loss = all_sum(_expected(given, x, of_classes), axis_name)
     if smoothing is not None:
-        if given.class_weights is None:
-            spread = _mean_negative_log_p(x, axis_name, form)
-        else:
-            spread = _mean_of_kept(-maps.log_p(x, axis, axis_name) * given.class_weights, x, axis_name)
+        if of_classes is not None:
+            weights = 1 if given.class_weights is None else given.class_weights
+            spread = _mean_of_kept(of_classes * weights, x, axis_name)
         loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
         loss = (1 - smoothing) * loss + smoothing * spread
     if z_loss is not None:
-        L = maps.log_sum(x, axis, axis_name, form)
         loss = loss + z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
-    return given.keep_rows(loss)
+    return given.finish(loss, valid)
 
 
 @functools.partial(jax.jit, static_argnames=("f", "axis_name"))
@@ -173,10 +181,13 @@ def _of_log_p(
     f: Callable[[Array, Array], Array], given: Labelled, phi: Phi, parameter: Array, axis_name: AxisName
 ) -> Array:
     """α_y f(−l_y), or Σ q f(−l)."""
-    z, labels = given.counted()
-    x = maps.weighted_scores(phi, z, given.where, given.log_weights)
-    form = maps.form_for(OF_L, given.logits, phi, given.log_weights)
-    return given.keep_rows(_expected(given, x, labels, axis_name, form, lambda n: f(n, parameter)))
+    label, valid = given.label(axis_name)
+    x = maps.weighted_scores(phi, given.scores(), given.where, given.log_weights)
+    if given.by_label:
+        loss = f(negative_log_p(x, label, axis_name), parameter)
+        return given.finish(_weighted(given, loss, label, axis_name), valid)
+    loss = _expected(given, x, f(_minus_log_p(x, axis_name), parameter))
+    return given.finish(all_sum(loss, axis_name), valid)
 
 
 def _focal(n: Array, gamma: Array) -> Array:

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _labels, maps
+from jsoftmax import _arguments, _labels, maps
 from jsoftmax._arguments import Axis
 from jsoftmax._labels import Labelled
 from jsoftmax._series import excess_series
-from jsoftmax._sums import class_sum
 from jsoftmax.entropy import log_ratio
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sums import class_sum
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -36,9 +36,13 @@ def _kl_to_target_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tup
     """Ḋ = Σ (Q p − q) ẋ + Σ (r + 1) q̇, Q = Σ q; 0 for a class left out, and where q = 0  (MATH 7.5)."""
     (x, q), (x_dot, q_dot) = primals, tangents
     log_p, p, _ = normalize(x, axis)
-    by_x = jnp.where(jnp.isneginf(x), 0, class_sum(q, axis) * p - q)
+    # Q p − q where p > ½ from the other classes, by 1 − p, which has the digits
+    first, Q = p > 0.5, class_sum(q, axis)
+    of_others = class_sum(jnp.where(first, 0, q), axis)
+    excess = jnp.where(first, of_others + Q * jnp.expm1(jnp.where(first, log_p, 0)), Q * p - q)
+    by_x = jnp.where(jnp.isneginf(x), 0, excess)
     by_q = jnp.where(q == 0, 0, log_ratio(_log(q), q, log_p)[0] + 1)
-    return _kl_to_target(x, q, axis), class_sum(by_x * x_dot + by_q * q_dot, axis)
+    return _kl_to_target(x, q, axis), class_sum(by_x * _arguments.widened(x_dot) + by_q * q_dot, axis)
 
 
 def _log(q: Array) -> Array:
@@ -48,9 +52,9 @@ def _log(q: Array) -> Array:
 
 @jax.jit
 def _to_target(given: Labelled, phi: Phi) -> Array:
-    z, q = given.counted()
-    x = maps.weighted_scores(phi, z, given.where, given.log_weights)
-    return given.keep_rows(_kl_to_target(x, q, (z.ndim - 1,)))
+    x = maps.weighted_scores(phi, given.scores(), given.where, given.log_weights)
+    _, valid = given.label()
+    return given.finish(_kl_to_target(x, given.targets(), (x.ndim - 1,)), valid)
 
 
 def kl_to_target(

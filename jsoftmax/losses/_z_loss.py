@@ -9,18 +9,19 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _labels
+from jsoftmax import _arguments, _labels
 from jsoftmax._arguments import Axis
 from jsoftmax._collectives import pick
 from jsoftmax._labels import Labelled
 from jsoftmax._series import log1p_exp
+from jsoftmax.sums import difference
 
 
 @jax.custom_jvp
 def _standardized(z: Array, kept: Array) -> tuple[Array, Array]:
     """(z − μ)/σ over the last axis, 0 where a class is left out or σ is 0, and 1/σ, 0 where σ is  (MATH 7.6)."""
     peak = jnp.max(jnp.where(kept, lax.stop_gradient(z), -jnp.inf), -1, keepdims=True)
-    shifted = jnp.where(kept, z - peak, 0)  # differences first: a shift costs no digits
+    shifted = jnp.where(kept, difference(z, peak), 0)  # differences first: a shift costs no digits
     centred = jnp.where(kept, shifted - _mean(shifted, kept), 0)
     # the largest is taken out, for squares overflow and underflow
     size = lax.stop_gradient(jnp.max(jnp.abs(centred), -1, keepdims=True))
@@ -48,13 +49,14 @@ def _mean(a: Array, kept: Array) -> Array:
 
 @jax.jit
 def _z_loss(given: Labelled, scale: Array, shift: Array) -> Array:
-    z, labels = given.counted()
-    label, valid = _labels.in_range(labels, z.shape[-1])
+    z, (label, valid) = _arguments.widened(given.scores()), given.label()
     kept = ~jnp.isneginf(z) if given.where is None else given.where & ~jnp.isneginf(z)
     t, _ = _standardized(jnp.where(kept, z, 0), kept)
-    out = ~pick(kept, label)
     loss = log1p_exp(scale * (shift - pick(t, label))) / scale
-    return given.keep_rows(jnp.where(valid, 1, jnp.nan).astype(z.dtype) * jnp.where(out, jnp.inf, loss))
+    loss = jnp.where(pick(kept, label), loss, jnp.inf)
+    if given.where is not None:
+        loss = jnp.where(given.keeps(label), loss, 0)
+    return given.finish(loss, valid)
 
 
 def spherical_z_loss(

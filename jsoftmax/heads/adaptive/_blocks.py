@@ -17,6 +17,7 @@ from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.heads._head import cut
 from jsoftmax.heads._statistics import Running, merged
 from jsoftmax.phi import Phi, log_phi, slope
+from jsoftmax.sums import difference, not_negative
 
 _CHUNK = 2**19  # numbers in a block of scores or of weights: 2 MB in float32
 
@@ -115,20 +116,25 @@ def _product(weight: Array, a: Array) -> Array:
 
 
 def _maximum_and_rest(x: Array) -> Running:
-    """max x and Σ e^{x − max x} − 1 over the classes, which lead: the maxima are counted apart  (MATH 4.1).
+    """max x and Σ e^u − 1 over the classes, which lead  (MATH 4.1).
 
     The barriers keep the three sums apart, each of which XLA on CPU then vectorises.
     """
     peak = lax.optimization_barrier(jnp.max(x, 0))
 
-    def small(x: Array) -> Array:
-        return jnp.where(x < peak, jnp.exp(x - peak), 0)
+    def parts(x: Array) -> tuple[Array, Array]:
+        e = jnp.exp(difference(x, peak))
+        whole = jnp.floor(e + 0.5)
+        return e - whole, whole
 
-    split = x.shape[0] - x.shape[0] % 64  # in two steps: rounding errors of a long running sum add up
-    parts = [jnp.sum(small(x[:split].reshape(-1, 64, x.shape[1])), 1), small(x[split:])]
-    peak, parts = lax.optimization_barrier((peak, parts))
-    ones = jnp.sum((x == peak).astype(x.dtype), 0)
-    return Running(peak, jnp.where(jnp.isneginf(peak), -1, jnp.sum(jnp.concatenate(parts), 0) + (ones - 1)))
+    def total(part: int) -> Array:
+        split = x.shape[0] - x.shape[0] % 64  # in two steps: rounding errors of a long running sum add up
+        blocks = parts(x[:split].reshape(-1, 64, x.shape[1]))[part]
+        return jnp.concatenate([jnp.sum(blocks, 1), parts(x[split:])[part]])
+
+    small, ones = (lax.optimization_barrier(total(part)) for part in (0, 1))
+    rest = jnp.sum(small, 0) + (jnp.sum(ones, 0) - 1)
+    return Running(peak, jnp.where(jnp.isneginf(peak), -1, rest))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
@@ -161,7 +167,8 @@ def _tail_loss(  # noqa: PLR0917  (a rule has no keywords)
     # an empty row has peak 0, so that x − peak is −inf; +inf makes its row NaN
     peak = jnp.where(jnp.isneginf(m), 0, jnp.where(jnp.isposinf(m), jnp.nan, m))
     log_total = jnp.log1p(jnp.where(rest == -1, 0, rest))
-    return TailLoss(*(jnp.where(active[:, None], v, 0) for v in (log_total + (peak - x_label), log_total, peak)))
+    loss = not_negative(log_total - difference(x_label, peak))
+    return TailLoss(*(jnp.where(active[:, None], v, 0) for v in (loss, log_total, peak)))
 
 
 @functools.partial(_tail_loss.defjvp, symbolic_zeros=True)
@@ -193,10 +200,10 @@ def _along(primals: Any, tangents: Any, out: TailLoss, length: int, by_label: bo
         def rate(w: Array, w_dot: Array, *rows: Any) -> Array:
             a, a_dot, label, out = rows
             o, x = _scores(w, phi, a, start, classes)
-            q = jnp.exp((x - out.peak) - out.log_total)
-            if by_label:
+            q = jnp.exp(difference(x, out.peak) - out.log_total)
+            if by_label:  # p_y − 1 from −l_y
                 hit = jnp.arange(length, dtype=label.dtype)[:, None] == label - start
-                q = q - hit.astype(q.dtype)
+                q = jnp.where(hit, jnp.expm1(-out.loss), q)
             by_score = q * slope(phi, o)
             mean = lax.dot_general(w.astype(a.dtype), by_score, (((0,), (0,)), ((), ())))
             result = jnp.sum(mean.T * a_dot, -1) + jnp.sum(by_score * _product(w_dot, a), 0)

@@ -85,7 +85,7 @@ def _log_prob(params: AdaptiveParams, phi: Phi, hidden: Array, labels: Array, wh
             a = _blocks.project(projection, rows, active)
             by_block = by_block + _blocks.tail_loss(weight, phi, a, inside, active).loss
         loss = loss + jnp.where(in_tail, jnp.where(layout.taken, by_block, 0).reshape(-1)[layout.place], 0)
-    log_prob = -loss * jnp.where(valid, 1, jnp.nan).astype(loss.dtype)
+    log_prob = jnp.where(valid, -loss, jnp.nan)
     return log_prob if where is None else jnp.where(where, log_prob, 0)
 
 

@@ -1,0 +1,160 @@
+"""Σ e^x over the classes and what is made of it: the one door to its two forms (MATH 4).
+
+`reference` is the mathematics. `cpu` holds what XLA's CPU compiler needs for large arrays, function by function equal
+to the reference. Which of them runs is decided here, by the size of the array and by the platform that a program is
+compiled for; `explain` says what was decided.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jsoftmax._collectives import AxisName, own_label
+from jsoftmax.sums import cpu, reference
+from jsoftmax.sums.reference import FAR, ExpSums, Normalized, Want, class_sum, difference, minus_mean, not_negative
+
+__all__ = [
+    "FAR",
+    "ExpSums",
+    "Normalized",
+    "Want",
+    "centred",
+    "class_sum",
+    "difference",
+    "exp_sums",
+    "explain",
+    "gap_sum",
+    "log_p_rate",
+    "minus_mean",
+    "normalized",
+    "not_negative",
+    "p_rate",
+    "split_at_label",
+]
+
+
+def has_form_for_cpu(shape: tuple[int, ...], axis: tuple[int, ...]) -> bool:
+    """Whether scores of a shape have a form of their own on CPU: many scores, or so many classes that XLA on CPU loses
+    digits when it adds them up one after the other."""
+    return math.prod(shape) >= cpu.LARGE or math.prod(shape[i] for i in axis) > cpu.SHORT
+
+
+def _by_platform(on_cpu: Callable[..., Any], otherwise: Callable[..., Any], apart: bool, *arrays: Any) -> Any:
+    """The function for the platform that the program is compiled for, if CPU has a form of its own."""
+    return lax.platform_dependent(*arrays, cpu=on_cpu, default=otherwise) if apart else otherwise(*arrays)
+
+
+def normalized(
+    x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
+) -> Normalized:
+    """log p, p and L. order: of the derivative that they are for."""
+    return _by_platform(
+        functools.partial(cpu.normalized, axis=axis, axis_name=axis_name, want=want, order=order),
+        functools.partial(reference.normalized, axis=axis, axis_name=axis_name),
+        has_form_for_cpu(x.shape, axis),
+        x,
+    )
+
+
+def centred(
+    x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
+) -> tuple[Array, Array]:
+    """c = log p + H, and H."""
+    return _by_platform(
+        functools.partial(cpu.centred, axis=axis, axis_name=axis_name, want=want, order=order),
+        functools.partial(reference.centred, axis=axis, axis_name=axis_name),
+        has_form_for_cpu(x.shape, axis),
+        x,
+    )
+
+
+def exp_sums(
+    x: Array,
+    axis: tuple[int, ...],
+    axis_name: AxisName = None,
+    order: int = 0,
+    beside: Array | None = None,
+) -> ExpSums:
+    """max x and Σ e^u − 1, u = x − max x; and what is to be summed over the shards beside."""
+    return _by_platform(
+        functools.partial(cpu.exp_sums, axis=axis, axis_name=axis_name, order=order),
+        functools.partial(reference.exp_sums, axis=axis, axis_name=axis_name),
+        has_form_for_cpu(x.shape, axis),
+        x,
+        beside,
+    )
+
+
+def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
+    """Σ e^u (−u), u = x − peak."""
+    on_cpu, otherwise = (functools.partial(form.gap_sum, axis=axis) for form in (cpu, reference))
+    return _by_platform(on_cpu, otherwise, has_form_for_cpu(x.shape, axis), x, peak)
+
+
+def p_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+    """ṗ along ẋ. Checkpointed: for the backward pass p alone is kept."""
+
+    def along(p: Array, x_dot: Array) -> Array:
+        on_cpu, otherwise = (
+            functools.partial(form.p_rate, axis=axis, axis_name=axis_name) for form in (cpu, reference)
+        )
+        return _by_platform(on_cpu, otherwise, cpu.is_large(p), p, x_dot)
+
+    return jax.checkpoint(along, prevent_cse=False)(p, x_dot)
+
+
+def log_p_rate(  # noqa: PLR0917
+    x: Array, out: Normalized, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None, order: int = 0
+) -> Array:
+    """(log p)˙ along ẋ. Checkpointed: for the backward pass log p alone is kept, or of many
+    scores, and of sharded ones, p and a mask."""
+    otherwise = functools.partial(reference.log_p_rate, axis=axis, axis_name=axis_name)
+    if axis_name is None and not cpu.is_large(x):
+        return jax.checkpoint(otherwise, prevent_cse=False)(out.log_p, x_dot)
+
+    def along(p: Array, left_out: Array, x_dot: Array) -> Array:
+        def of_p(p: Array, left_out: Array, x_dot: Array) -> Array:
+            lacks = class_sum(jnp.where(p > 0.5, 0, p), axis)
+            return jnp.where(left_out, 0, reference.minus_mean(x_dot, p, lacks, axis, axis_name)[0])
+
+        on_cpu = functools.partial(cpu.log_p_rate, axis=axis, axis_name=axis_name, order=order)
+        return _by_platform(on_cpu, of_p, cpu.is_large(p), p, left_out, x_dot)
+
+    return jax.checkpoint(along, prevent_cse=False)(out.p, jnp.isneginf(x), x_dot)
+
+
+def split_at_label(x_dot: Array, label: Array, axis_name: AxisName = None) -> tuple[Array, Array]:
+    """ẋ with 0 at the label `[..., 1]`, which counts over all shards, and ẋ_y; 0 on shards that do not have it."""
+    own, inside = own_label(label, x_dot.shape[-1], axis_name)
+
+    def compared(x_dot: Array) -> tuple[Array, Array]:
+        is_label = (lax.broadcasted_iota(label.dtype, x_dot.shape, x_dot.ndim - 1) == own) & inside
+        return reference.split_at_label(x_dot, is_label)
+
+    if cpu.compares_labels(x_dot):
+        return compared(x_dot)
+    on_cpu = functools.partial(cpu.split_at_label, own=own, inside=inside)
+    return _by_platform(on_cpu, compared, cpu.is_large(x_dot), x_dot)
+
+
+def explain(shape: tuple[int, ...], axis: int | tuple[int, ...] = -1, platform: str | None = None) -> str:
+    """Which form sums scores of a shape, and why.
+
+    >>> explain((64, 100))
+    'reference: few scores, few classes'
+    >>> explain((1024, 1024), platform="cuda")
+    'reference: compiled for cuda'
+    """
+    axes = tuple(i % len(shape) for i in (axis if isinstance(axis, tuple) else (axis,)))
+    if not has_form_for_cpu(shape, axes):
+        return "reference: few scores, few classes"
+    platform = jax.default_backend() if platform is None else platform
+    if platform != "cpu":
+        return f"reference: compiled for {platform}"
+    return f"cpu: {'many scores' if math.prod(shape) >= cpu.LARGE else 'many classes'}, compiled for cpu"

@@ -1,0 +1,157 @@
+"""Σ e^x over the classes and what is made of it, with every digit: MATH 4 as it stands there.
+
+GPUs and TPUs run this, and small arrays run it everywhere. A class is left out by x = −∞. Results that reduce the
+classes keep their axes with length 1.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jsoftmax._arguments import widened
+from jsoftmax._collectives import AxisName, all_max, all_sum
+
+Want = Literal["all", "p", "log_p", "L", "H"]
+"""What is wanted: L, or −l_y; H; log p; p; all of them. It changes no result, only the way to it on CPU."""
+
+FAR = 1e4
+"""e^−FAR is 0, in float64 too; where a larger −u would make 0 · ∞ of e^u (−u)."""
+
+
+class Normalized(NamedTuple):
+    """l = log p, p and L = log Σ e^x; L keeps the reduced axes with length 1."""
+
+    log_p: Array
+    p: Array
+    log_normalizer: Array
+
+
+class ExpSums(NamedTuple):
+    """What log Σ e^x is made of."""
+
+    peak: Array
+    """max x; −∞ for a row without classes."""
+    rest: Array
+    """Σ e^u − 1, u = x − max x, without cancellation."""
+    beside: Array | None
+    """Numbers of rows that the caller wanted summed over the shards, in the same exchange."""
+
+
+class Shifted(NamedTuple):
+    """u = x − max x, e^u, Σ e^u − 1 and max x  (MATH 4.1)."""
+
+    u: Array
+    e: Array
+    rest: Array
+    peak: Array
+    beside: Array | None
+
+
+def shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, beside: Array | None = None) -> Shifted:
+    """u, e^u and Σ e^u − 1 = Σ (e − [e]) + (Σ [e] − 1), [e] the nearest whole number  (MATH 4.1).
+
+    The maximum with the least finite number changes no finite x. It stands between a product that x may be and the
+    subtraction, so that no compiler computes both as one operation with one rounding: then u is 0 at the maximum, also
+    where x is made in the same program. The maximum of x is a constant for derivatives, and so is [e].
+    """
+    x = widened(x)
+    least = jnp.finfo(x.dtype).min
+    peak = all_max(jnp.max(lax.stop_gradient(x), axis, keepdims=True, initial=-jnp.inf), axis_name)
+    u = jnp.maximum(x, least) - jnp.maximum(peak, least)
+    e = jnp.where(x > -jnp.inf, jnp.exp(u), jnp.where(jnp.isnan(x), x, 0))  # XLA on CPU may lose a NaN in a maximum
+    whole = jnp.round(e)
+    small, ones = (jnp.sum(a, axis, keepdims=True) for a in (e - whole, whole))
+    small, ones, beside = all_sum((small, ones, beside), axis_name)
+    return Shifted(u, e, rest_of(small, ones), peak, beside)
+
+
+def rest_of(small: Array, ones: Array) -> Array:
+    """Σ e^u − 1; of a row without classes a little more than −1, so that 1 + rest is no 0 (see `is_empty`)."""
+    return small + (jnp.maximum(ones, jnp.finfo(small.dtype).eps) - 1)
+
+
+def is_empty(rest: Array) -> Array:
+    """Whether a row has no class, by its `rest`."""
+    return rest == float(jnp.finfo(rest.dtype).eps) - 1
+
+
+def not_negative(a: Array) -> Array:
+    """A number that is not negative but for rounding, so rounded; its derivatives are those of a."""
+    return a + lax.stop_gradient(jnp.maximum(-a, 0))
+
+
+def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Normalized:
+    """l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest)  (MATH 4.2)."""
+    u, e, rest, peak, _ = shifted(x, axis, axis_name)
+    log_total = jnp.log1p(rest)
+    left_out = -jnp.inf - lax.stop_gradient(log_total)  # NaN in a row that is NaN
+    log_p = jnp.where(x > -jnp.inf, u - log_total, left_out)
+    return Normalized(log_p, e / (1 + rest), jnp.where(peak == jnp.inf, peak, peak + log_total))
+
+
+def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> tuple[Array, Array]:
+    """c = log p + H = u + m, 0 where p is 0, and H = log1p(rest) + m, m = Σ p (−u)  (MATH 4.3)."""
+    u, e, rest, *_ = shifted(x, axis, axis_name)
+    m = class_sum(e * -jnp.maximum(u, -FAR), axis, axis_name) / (1 + rest)
+    return jnp.where(e == 0, 0, u + m), not_negative(jnp.log1p(rest) + m)
+
+
+def exp_sums(x: Array, beside: Array | None, axis: tuple[int, ...], axis_name: AxisName = None) -> ExpSums:
+    """max x and Σ e^u − 1  (MATH 4.1)."""
+    _, _, rest, peak, beside = shifted(x, axis, axis_name, beside)
+    return ExpSums(peak, rest, beside)
+
+
+def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
+    """Σ e^u (−u), u = x − peak, with 0 · ∞ = 0  (MATH 4.3)."""
+    u = difference(x, peak)
+    return class_sum(jnp.exp(u) * -jnp.maximum(u, -FAR), axis)
+
+
+def difference(x: Array, peak: Array) -> Array:
+    """x − max x, kept apart from a product that x may be as in `shifted`; −∞ for a class left out. A row with +∞ has
+    −∞ here, and is NaN by its `rest`."""
+    limits = jnp.finfo(x.dtype)
+    return jnp.minimum(x, limits.max) - jnp.maximum(peak, limits.min)
+
+
+def minus_mean(
+    a: Array, p: Array, lacks: Array, axis: tuple[int, ...], axis_name: AxisName = None
+) -> tuple[Array, Array]:
+    """a − Σ p a, and Σ p a. lacks: 1 − p with its digits, where p > ½.
+
+    For a class with p > ½ the difference is lacks a − Σ p a over the other classes: a − p a would lose the digits of a
+    small 1 − p, here and, transposed, in gradients. Not of sharded classes, where that takes one more exchange
+    (MATH 4.5).
+    """
+    if axis_name is not None:
+        mean = class_sum(p * a, axis, axis_name)
+        return a - mean, mean
+    first = p > 0.5
+    sums = [jnp.sum(b, axis, keepdims=True) for b in (p * a, jnp.where(first, 0, p) * a)]
+    mean, of_others = sums
+    return jnp.where(first, lacks * a - of_others, a - mean), mean
+
+
+def p_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+    """ṗ = p (ẋ − Σ p ẋ)  (MATH 1.2)."""
+    lacks = class_sum(jnp.where(p > 0.5, 0, p), axis)
+    return p * minus_mean(x_dot, p, lacks, axis, axis_name)[0]
+
+
+def log_p_rate(log_p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+    """l̇ = ẋ − Σ p ẋ, 0 where a class is left out  (MATH 1.4)."""
+    rate, _ = minus_mean(x_dot, jnp.exp(log_p), -jnp.expm1(log_p), axis, axis_name)
+    return jnp.where(jnp.isneginf(log_p), 0, rate)
+
+
+def split_at_label(x_dot: Array, is_label: Array) -> tuple[Array, Array]:
+    """ẋ with 0 at the label, and ẋ_y, over the last axis."""
+    return jnp.where(is_label, 0, x_dot), jnp.sum(jnp.where(is_label, x_dot, 0), -1, keepdims=True)
+
+
+def class_sum(a: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+    """Σ over the classes, whose axes keep length 1."""
+    return all_sum(jnp.sum(a, axis, keepdims=True), axis_name)

@@ -1,0 +1,157 @@
+"""Scores that are made in the same program: what compilers join with what follows changes no digit (MATH 4.1).
+
+XLA computes c z again beside the exponential and rounds c z − max x once, not twice, so that the largest score's
+difference need not be 0. Here every function follows every producer, at sizes on both sides of every threshold, in
+every dtype, and equals what float64 gives operation by operation.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsoftmax as js
+from jsoftmax.verify import DERIVATIVES, FUNCTIONS, LOSSES, OTHERS, SPARSE_MAPS
+
+
+def layer_norm(z, c):
+    centred = z - jnp.mean(z, -1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5) * 3 * c + c
+
+
+def products(z, c):
+    keys = jnp.cos(jnp.arange(3 * z.shape[-1])).reshape(z.shape[-1], 3).astype(z.dtype)
+    return c * (z[..., :3] @ keys.T) / 3**0.5
+
+
+def temperature_of_each_row(z, c):
+    return z / (c + jnp.arange(z.shape[-2])[:, None].astype(z.dtype) / 8)
+
+
+PRODUCERS = {
+    "c z": lambda z, c: c * z,
+    "z / constant": lambda z, c: z / 0.7,
+    "z / T": lambda z, c: z / c,
+    "z / T of each row": temperature_of_each_row,
+    "z² c": lambda z, c: z**2 * c / 8,
+    "c tanh(z/c)": lambda z, c: 20 * c * jnp.tanh(z / (20 * c)),
+    "layer norm": layer_norm,
+    "q kᵀ/√d": products,
+    "through bfloat16": lambda z, c: (c * z).astype(jnp.bfloat16).astype(z.dtype),
+    "−inf": lambda z, c: jnp.where(jnp.arange(z.shape[-1]) % 3 == 2, -jnp.inf, c * z),
+}
+"""Functions of scores `[rows, K]` and a traced number."""
+
+SHAPES = (
+    (3, 3),
+    (3, 8),
+    (3, 17),
+    (3, 60),
+    (3, 257),
+    (512, 257),
+    (140, 1000),
+    (33, 4099),
+    (8, 16384),
+    (20000, 8),
+    (4100, 260),
+)
+"""On both sides of every threshold of `sums`: few and many classes, few and many scores and rows."""
+
+TOLERANCES = {"float32": 1e-4, "float64": 1e-11, "bfloat16": 0.15}
+"""Relative. Scores are below 64, of which a rounding is 2^−19 in float32 and up to 2^−3 in bfloat16."""
+
+EVERY = FUNCTIONS + DERIVATIVES + LOSSES + SPARSE_MAPS + OTHERS
+
+
+def scores(shape, narrow=False):
+    """A row of ordinary scores, one whose class 1 is almost certain, one with a tie at the top, and so on."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(0, 2, shape)
+    z[1::3, 1] = 9 + rng.uniform(0, 4, len(z[1::3]))
+    z[2::3, 0] = z[2::3, 1] = 4
+    return np.float32(jnp.asarray(z / 2, jnp.bfloat16)) if narrow else np.float32(z)
+
+
+def covering(*lists):
+    """Rows with an item of each list, in which every pair of items of two lists meets; greedily."""
+    rows, seen = [], set()
+    everything = list(itertools.product(*(range(len(items)) for items in lists)))
+    for wanted in range(len(lists) * (len(lists) - 1) // 2, 0, -1):
+        for row in everything:
+            met = set(itertools.combinations(enumerate(row), 2))
+            if len(met - seen) >= wanted:
+                rows.append(tuple(items[i] for items, i in zip(lists, row, strict=True)))
+                seen |= met
+    return rows
+
+
+CELLS = covering(EVERY, list(PRODUCERS), SHAPES, list(TOLERANCES))
+
+
+def test_every_pair_is_covered():
+    lists = (EVERY, list(PRODUCERS), SHAPES, list(TOLERANCES))
+    for (i, a), (j, b) in itertools.combinations(enumerate(lists), 2):
+        assert {(row[i], row[j]) for row in CELLS} == set(itertools.product(a, b))
+
+
+def ours(function, x):
+    """The function of rows of scores; the second argument of two is made of the first."""
+    rows = x.shape[:-1]
+    arguments = [jnp.broadcast_to(a, (*rows, *a.shape)) if isinstance(a, jax.Array) else a for a in function.arguments]
+    others = [x[..., ::-1] / (2 + i) for i in range(function.scores - 1)]
+    return function.function(x, *others, *arguments, phi=js.exp)
+
+
+def everything(f, z, c, v):
+    """Value, gradient, jvp and Hessian product of f(z, c); in its dtype."""
+
+    def total(z):
+        value = f(z, c)
+        weights = jnp.cos(jnp.arange(1.0, 1 + value.size // len(value))).reshape(value.shape[1:]).astype(value.dtype)
+        return jnp.sum(jnp.where(jnp.isneginf(value), 0, weights * value))
+
+    gradient, product = jax.jvp(jax.grad(total), (z,), (v,))
+    value, along = jax.jvp(lambda z: f(z, c), (z,), (v,))
+    return {"value": value, "gradient": gradient, "jvp": along, "HVP": product}
+
+
+def assert_equal(found, want, tolerance, *, by_row=("gradient", "jvp", "HVP")):
+    """Within the tolerance of each number, or of the row's largest."""
+    for mode in want:
+        a, b = np.float64(found[mode]), np.float64(want[mode])
+        scale = np.abs(np.where(np.isfinite(b), b, 0))
+        if mode in by_row:
+            scale = np.max(scale.reshape(len(b), -1), 1).reshape(-1, *[1] * (b.ndim - 1))
+        same = (a == b) | (np.abs(a - np.where(np.isfinite(b), b, 0)) <= 10 * tolerance * scale + 1e-30)
+        if mode == "value":
+            same = (a == b) | (np.abs(a - np.where(np.isfinite(b), b, 0)) <= tolerance * scale + 1e-30)
+        assert np.all(same), (mode, np.max(np.abs(a - b)[~same]), np.argwhere(~same)[:3].tolist())
+
+
+@functools.cache
+def alone(function):
+    """Compiled by itself: its scores are an array, whatever made them."""
+    return jax.jit(functools.partial(ours, function))
+
+
+@functools.cache
+def reference(function, producer, shape, narrow):
+    """In float64, with the scores as an array between producer and function."""
+    with jax.enable_x64(True):
+        z = jnp.asarray(scores(shape, narrow), jnp.float64)
+        f = lambda z, c: alone(function)(PRODUCERS[producer](z, c))  # noqa: E731
+        return jax.tree.map(np.asarray, everything(f, z, jnp.float64(1.5), jnp.cos(z)))
+
+
+@pytest.mark.parametrize(("function", "producer", "shape", "dtype"), CELLS, ids=str)
+def test_every_function_after_every_producer(function, producer, shape, dtype):
+    if function.orders == 1:  # dense
+        shape = (min(shape[0], 5), min(shape[1], 12))
+    with jax.enable_x64(dtype == "float64"):
+        z = jnp.asarray(scores(shape, dtype == "bfloat16"), dtype)
+        f = jax.jit(functools.partial(everything, lambda z, c: ours(function, PRODUCERS[producer](z, c))))
+        found = f(z, jnp.asarray(1.5, dtype), jnp.cos(z))
+    assert_equal(found, reference(function, producer, shape, dtype == "bfloat16"), TOLERANCES[dtype])
