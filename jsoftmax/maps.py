@@ -42,7 +42,7 @@ def _normalize_jvp(  # noqa: PLR0917  (a rule has no keywords)
     x_dot = _arguments.widened(x_dot)
     return out, Normalized(
         sums.log_p_rate(x, out, x_dot, axis, axis_name, order),
-        sums.p_rate(out.p, x_dot, axis, axis_name),
+        sums.p_rate(x, out.p, x_dot, axis, axis_name, order),
         sums.class_sum(out.p * x_dot, axis, axis_name),
     )
 

@@ -13,7 +13,7 @@ from jsoftmax._collectives import all_max, all_sum, in_slot, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.gumbel import _noise
 from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, first_class, is_label, over_classes
-from jsoftmax.sums import FAR, difference, exp_sums, gap_sum, not_negative
+from jsoftmax.sums import FAR, difference, exp_sums, gap_sum, is_empty, not_negative
 
 
 class Wanted(NamedTuple):
@@ -91,17 +91,18 @@ def initial(head: Head, wanted: Wanted) -> Running:
 def of_block(head: Head, wanted: Wanted, start: Array, x: Array, plan: Plan) -> Running:
     """The statistics of a block with the scores x, about its own peak  (MATH 11.2)."""
     axis = (1,)
-    top, rest, _ = exp_sums(x, axis)
-    rest = jnp.where(jnp.isneginf(top), -1, rest)
+    peak, rest, _ = exp_sums(x, axis)
+    empty = is_empty(rest)
+    top, rest = jnp.where(empty, -jnp.inf, peak), jnp.where(empty, -1, rest)
     made: dict[str, Any] = {}
     if wanted.entropy:
-        made["gap"] = gap_sum(x, top, axis)[:, 0]
+        made["gap"] = gap_sum(x, peak, axis)[:, 0]
     if head.labels is not None:
         inside, label = _local(head.labels[:, None], start, x.shape[1])
         made["label"] = jnp.where(inside, jnp.take_along_axis(x, label, 1), -jnp.inf)[:, 0]
     if head.targets is not None or wanted.spread:
         kept = ~jnp.isneginf(x)
-        below = jnp.where(kept, -difference(x, top), 0)
+        below = jnp.where(kept, -difference(x, peak), 0)
         if head.targets is not None:
             q = head.targets if head.where is None else jnp.where(head.where, head.targets, 0)
             impossible = jnp.where(q == 0, 0, jnp.inf).astype(x.dtype)

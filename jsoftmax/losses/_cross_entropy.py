@@ -18,7 +18,7 @@ from jsoftmax._labels import Labelled
 from jsoftmax._series import expm1_ratio
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
-from jsoftmax.sums import class_sum, difference, not_negative
+from jsoftmax.sums import class_sum, difference, is_empty, not_negative
 
 # --- −l_y, the mean of −l, and L, with their one rule --------------------------------------------------------
 
@@ -50,7 +50,7 @@ def _terms(x: Array, label: Array, axis_name: AxisName, mean: bool, order: int) 
     log_total = jnp.log1p(rest)
     return Terms(
         not_negative(log_total - difference(x_y, peak)),
-        jnp.where(peak == jnp.inf, peak, peak + log_total),
+        jnp.where(is_empty(rest), -jnp.inf, jnp.where(peak == jnp.inf, peak, peak + log_total)),
         not_negative(log_total - _mean_of_kept(difference(x, peak), x, axis_name)) if mean else None,
     )
 
@@ -60,7 +60,7 @@ def _terms_jvp(axis_name: AxisName, mean: bool, order: int, primals: Any, tangen
     """Σ p ẋ − ẋ_y, whose coefficient at the label is expm1(l_y); Σ p ẋ; Σ p ẋ − (1/K) Σ ẋ  (MATH 7.1, 7.2)."""
     (x, label), (x_dot, _) = primals, tangents
     out = terms(x, label, axis_name, mean, order + 1)
-    p = normalize(x, (x.ndim - 1,), axis_name, "L", order + 1).p
+    p = normalize(x, (x.ndim - 1,), axis_name, "loss", order + 1).p
     kept = ~jnp.isneginf(x) if mean else None
     of_sharded = axis_name is not None and order > 0
     along = functools.partial(_terms_rate, axis_name, of_sharded)
@@ -74,20 +74,12 @@ def _terms_rate(  # noqa: PLR0917
 
     Checkpointed by its caller, which so keeps p, a mask if the mean is wanted, and numbers of rows.
     """
-    others, x_dot_y = (_arguments.widened(a) for a in sums.split_at_label(x_dot, label, axis_name))
+    at_label = jnp.expm1(-n)  # p_y − 1
     if of_sharded:
-        p_y = share_at_label(lambda own: pick(p, own), label, p.shape[-1], axis_name)
-        at_label = p_y - 1
-    else:
-        p_y, at_label = jnp.exp(-n), jnp.expm1(-n)
-    of_others = jnp.sum(p * others, -1, keepdims=True)
-    of_kept, count = None, None
-    if kept is not None:
-        of_label = jnp.where(jnp.isposinf(n), 0, x_dot_y)
-        of_kept = jnp.sum(jnp.where(kept, others, 0), -1, keepdims=True) + of_label
-        count = _count(kept, p.dtype)
-    rates = (of_others + at_label * x_dot_y, of_others + p_y * x_dot_y, of_kept, count)
-    label_rate, L_dot, of_kept, count = all_sum(rates, axis_name)
+        at_label = share_at_label(lambda own: pick(p, own), label, p.shape[-1], axis_name) - 1
+    rates = sums.label_rates(p, kept, at_label, x_dot, label, axis_name)
+    count = None if kept is None else _count(kept, p.dtype)
+    (label_rate, L_dot, of_kept), count = all_sum((rates, count), axis_name)
     return Terms(label_rate, L_dot, None if kept is None else L_dot - of_kept / jnp.maximum(count, 1))
 
 
@@ -109,6 +101,8 @@ def _is_label(x: Array, label: Array, axis_name: AxisName) -> Array:
 
 
 def _count(kept: Array, dtype: Any) -> Array:
+    if kept.shape[-1] % 32 == 0:
+        kept = jnp.sum(kept.reshape(*kept.shape[:-1], -1, 32), -1)
     return jnp.sum(kept, -1, keepdims=True).astype(dtype)
 
 

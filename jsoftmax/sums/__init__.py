@@ -15,13 +15,26 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jsoftmax import _arguments
 from jsoftmax._collectives import AxisName, own_label
 from jsoftmax.sums import cpu, reference
-from jsoftmax.sums.reference import FAR, ExpSums, Normalized, Want, class_sum, difference, minus_mean, not_negative
+from jsoftmax.sums.reference import (
+    FAR,
+    ExpSums,
+    LabelRates,
+    Normalized,
+    Want,
+    class_sum,
+    difference,
+    is_empty,
+    minus_mean,
+    not_negative,
+)
 
 __all__ = [
     "FAR",
     "ExpSums",
+    "LabelRates",
     "Normalized",
     "Want",
     "centred",
@@ -30,12 +43,13 @@ __all__ = [
     "exp_sums",
     "explain",
     "gap_sum",
+    "is_empty",
+    "label_rates",
     "log_p_rate",
     "minus_mean",
     "normalized",
     "not_negative",
     "p_rate",
-    "split_at_label",
 ]
 
 
@@ -97,50 +111,58 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
     return _by_platform(on_cpu, otherwise, has_form_for_cpu(x.shape, axis), x, peak)
 
 
-def p_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+def p_rate(  # noqa: PLR0917
+    x: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None, order: int = 0
+) -> Array:
     """ṗ along ẋ. Checkpointed: for the backward pass p alone is kept."""
+    otherwise = functools.partial(reference.p_rate, axis=axis, axis_name=axis_name)
+    if not cpu.is_large(x):
+        return jax.checkpoint(otherwise, prevent_cse=False)(p, x_dot)
 
-    def along(p: Array, x_dot: Array) -> Array:
-        on_cpu, otherwise = (
-            functools.partial(form.p_rate, axis=axis, axis_name=axis_name) for form in (cpu, reference)
-        )
-        return _by_platform(on_cpu, otherwise, cpu.is_large(p), p, x_dot)
+    def along(p: Array, first: Array, x_dot: Array) -> Array:
+        on_cpu = functools.partial(cpu.p_rate, axis=axis, axis_name=axis_name, order=order)
+        return lax.platform_dependent(p, first, x_dot, cpu=on_cpu, default=lambda p, _, x_dot: otherwise(p, x_dot))
 
-    return jax.checkpoint(along, prevent_cse=False)(p, x_dot)
+    return jax.checkpoint(along, prevent_cse=False)(p, x[..., :1], x_dot)
 
 
 def log_p_rate(  # noqa: PLR0917
     x: Array, out: Normalized, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None, order: int = 0
 ) -> Array:
-    """(log p)˙ along ẋ. Checkpointed: for the backward pass log p alone is kept, or of many
-    scores, and of sharded ones, p and a mask."""
-    otherwise = functools.partial(reference.log_p_rate, axis=axis, axis_name=axis_name)
+    """(log p)˙ along ẋ.
+
+    Checkpointed: for the backward pass log p alone is kept, or of many scores, and of sharded ones, p and a mask.
+    """
     if axis_name is None and not cpu.is_large(x):
+        otherwise = functools.partial(reference.log_p_rate, axis=axis)
         return jax.checkpoint(otherwise, prevent_cse=False)(out.log_p, x_dot)
 
-    def along(p: Array, left_out: Array, x_dot: Array) -> Array:
-        def of_p(p: Array, left_out: Array, x_dot: Array) -> Array:
+    def along(p: Array, first: Array, left_out: Array, x_dot: Array) -> Array:
+        def of_p(p: Array, _: Array, left_out: Array, x_dot: Array) -> Array:
             lacks = class_sum(jnp.where(p > 0.5, 0, p), axis)
             return jnp.where(left_out, 0, reference.minus_mean(x_dot, p, lacks, axis, axis_name)[0])
 
         on_cpu = functools.partial(cpu.log_p_rate, axis=axis, axis_name=axis_name, order=order)
-        return _by_platform(on_cpu, of_p, cpu.is_large(p), p, left_out, x_dot)
+        return _by_platform(on_cpu, of_p, cpu.is_large(p), p, first, left_out, x_dot)
 
-    return jax.checkpoint(along, prevent_cse=False)(out.p, jnp.isneginf(x), x_dot)
+    return jax.checkpoint(along, prevent_cse=False)(out.p, x[..., :1], jnp.isneginf(x), x_dot)
 
 
-def split_at_label(x_dot: Array, label: Array, axis_name: AxisName = None) -> tuple[Array, Array]:
-    """ẋ with 0 at the label `[..., 1]`, which counts over all shards, and ẋ_y; 0 on shards that do not have it."""
+def label_rates(  # noqa: PLR0917
+    p: Array, kept: Array | None, at_label: Array, x_dot: Array, label: Array, axis_name: AxisName = None
+) -> LabelRates:
+    """Derivatives of −l_y and L along ẋ, and Σ ẋ, over the last axis of this shard, for labels `[..., 1]` that count
+    over all shards."""
     own, inside = own_label(label, x_dot.shape[-1], axis_name)
 
-    def compared(x_dot: Array) -> tuple[Array, Array]:
+    def compared(p: Array, kept: Array | None, at_label: Array, x_dot: Array) -> LabelRates:
         is_label = (lax.broadcasted_iota(label.dtype, x_dot.shape, x_dot.ndim - 1) == own) & inside
-        return reference.split_at_label(x_dot, is_label)
+        return reference.label_rates(p, kept, at_label, _arguments.widened(x_dot), is_label)
 
     if cpu.compares_labels(x_dot):
-        return compared(x_dot)
-    on_cpu = functools.partial(cpu.split_at_label, own=own, inside=inside)
-    return _by_platform(on_cpu, compared, cpu.is_large(x_dot), x_dot)
+        return compared(p, kept, at_label, x_dot)
+    on_cpu = functools.partial(cpu.label_rates, own=own, inside=inside)
+    return _by_platform(on_cpu, compared, cpu.is_large(x_dot), p, kept, at_label, x_dot)
 
 
 def explain(shape: tuple[int, ...], axis: int | tuple[int, ...] = -1, platform: str | None = None) -> str:

@@ -17,7 +17,17 @@ from jaxtyping import Array
 
 from jsoftmax._arguments import widened
 from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows, in_type
-from jsoftmax.sums.reference import FAR, ExpSums, Normalized, Want, class_sum, is_empty, not_negative, rest_of
+from jsoftmax.sums.reference import (
+    FAR,
+    ExpSums,
+    LabelRates,
+    Normalized,
+    Want,
+    class_sum,
+    is_empty,
+    not_negative,
+    rest_of,
+)
 
 LARGE = 2**17
 """From as many scores on an array is large; smaller ones are not cut into blocks or slices, which would take XLA two to
@@ -45,7 +55,12 @@ class Form(NamedTuple):
     @property
     def in_rule_of_sum(self) -> bool:
         """Whether this is a rule of L or log p, whose p is no result and has no digits to keep."""
-        return self.want in ("L", "log_p") and self.order > 0
+        return self.want in ("L", "log_p", "loss") and self.order > 0
+
+    @property
+    def keeps_small_results(self) -> bool:
+        """Whether what is wanted may be small beside the scores: there a residue of their rounding would be seen."""
+        return self.want in ("log_p", "H", "loss")
 
 
 def is_large(x: Array) -> bool:
@@ -60,7 +75,7 @@ def _may_be_large(x: Array) -> bool:
 
 def form(x: Array, want: Want, order: int) -> Form:
     """The form for an x as it is given, before it is widened."""
-    return Form(want, min(order, 2), x.dtype == jnp.bfloat16 and want in ("p", "log_p", "L"))
+    return Form(want, min(order, 2), x.dtype == jnp.bfloat16 and want in ("p", "log_p", "L", "loss"))
 
 
 # --- the functions of the reference --------------------------------------------------------------------------
@@ -69,9 +84,8 @@ def form(x: Array, want: Want, order: int) -> Form:
 def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> Normalized:
     """`reference.normalized`, fastest for what is wanted of it."""
     how, x = form(x, want, order), widened(x)
-    u, e, rest, total, peak = _shifted(x, axis, axis_name, how)
+    u, e, rest, total, peak, empty = _shifted(x, axis, axis_name, how)
     log_total = jnp.log1p(rest)
-    empty = is_empty(rest)
     infinite = jnp.where(empty, -jnp.inf, jnp.inf)
     log_p = u - log_total
     if _within_rules(how):  # the derivative is 0 where a class is left out
@@ -83,37 +97,45 @@ def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want,
 def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> tuple[Array, Array]:
     """`reference.centred`."""
     how, x = form(x, want, order), widened(x)
-    u, e, rest, total, peak = _shifted(x, axis, axis_name, how)
+    u, e, rest, total, peak, _ = _shifted(x, axis, axis_name, how)
     m = _careful_sum(_gap, x, peak, axis, axis_name, how) / total
     return jnp.where(e == 0, 0, u + m), not_negative(jnp.log1p(rest) + m)
 
 
 def exp_sums(x: Array, beside: Array | None, axis: tuple[int, ...], axis_name: AxisName, order: int) -> ExpSums:
     """`reference.exp_sums`."""
-    how, x = form(x, "L", order), widened(x)
-    _, _, rest, _, peak = _shifted(x, axis, axis_name, how)
-    return ExpSums(jnp.where(is_empty(rest), -jnp.inf, peak), rest, all_sum(beside, axis_name))
+    how, x = form(x, "loss", order), widened(x)
+    _, _, rest, _, peak, _ = _shifted(x, axis, axis_name, how)
+    return ExpSums(peak, rest, all_sum(beside, axis_name))
 
 
 def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
     """`reference.gap_sum`."""
-    return _careful_sum(_gap, x, jnp.maximum(peak, jnp.finfo(x.dtype).min), axis, None, Form("H"))
+    return _careful_sum(_gap, x, peak, axis, None, Form("H"))
 
 
-def p_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    """`reference.p_rate`, without its care of p > ½: that class has an absolute error of some ulp of ẋ."""
-    # pulled back p (g − Σ p g), or p g − p Σ p g, whose p g XLA writes, but which is faster where that is in a cache
+def p_rate(  # noqa: PLR0917
+    p: Array, first: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName, order: int
+) -> Array:
+    """`reference.p_rate`, without its care of p > ½: that class has an absolute error of some ulp of ẋ. first: x of the
+    first class."""
     p_x_dot = p * x_dot
     mean = class_sum(p_x_dot, axis, axis_name)
-    return p_x_dot - p * mean if _is_long(p, axis) else p * (x_dot - mean)
+    # pulled back p (g − Σ p g), or p g − p Σ p g, whose p g XLA writes, but which is faster where that is in a cache
+    in_one_kernel = _is_long(p, axis)
+    return (
+        p_x_dot - p * mean
+        if in_one_kernel
+        else p * (x_dot - _beside_classes(mean, first, x_dot, axis, Form("p", order)))
+    )
 
 
 def log_p_rate(  # noqa: PLR0917
-    p: Array, left_out: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName, order: int
+    p: Array, first: Array, left_out: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName, order: int
 ) -> Array:
     """`reference.log_p_rate` of p, in the same way."""
     mean = class_sum(p * x_dot, axis, axis_name)
-    return jnp.where(left_out, 0, x_dot - _beside_classes(mean, p, axis, Form("log_p", order)))
+    return jnp.where(left_out, 0, x_dot - _beside_classes(mean, first, x_dot, axis, Form("log_p", order)))
 
 
 def compares_labels(x_dot: Array) -> bool:
@@ -122,13 +144,23 @@ def compares_labels(x_dot: Array) -> bool:
     return x_dot.shape[-1] <= 16 or x_dot.dtype == jnp.bfloat16 or in_type(x_dot)
 
 
-def split_at_label(x_dot: Array, own: Array, inside: Array) -> tuple[Array, Array]:
-    """`reference.split_at_label`. Backwards XLA writes an array and sets the label's number in place, where comparing
-    each class with it would take 1.6 times as long."""
+def label_rates(  # noqa: PLR0917
+    p: Array, kept: Array | None, at_label: Array, x_dot: Array, own: Array, inside: Array
+) -> LabelRates:
+    """`reference.label_rates`. Backwards XLA writes an array and sets the label's number in place, where comparing each
+    class with it would take 1.6 times as long."""
     rows = [lax.broadcasted_iota(own.dtype, own.shape, i) for i in range(own.ndim - 1)]
     place = jnp.where(inside, own, x_dot.shape[-1])  # beyond the end, where nothing is set
     others = x_dot.at[(*rows, place)].set(0, mode="drop", unique_indices=True)
-    return others, jnp.where(inside, jnp.take_along_axis(x_dot, own, -1), 0)
+    x_dot_y = jnp.where(inside, jnp.take_along_axis(x_dot, own, -1), 0)
+
+    def total(a: Array) -> Array:
+        return jnp.sum(a, -1, keepdims=True)
+
+    of_others, of_kept = total(p * others), None
+    if kept is not None:
+        of_kept = total(jnp.where(kept, others, 0)) + jnp.where(at_label == -1, 0, x_dot_y)
+    return LabelRates(of_others + at_label * x_dot_y, of_others + (1 + at_label) * x_dot_y, of_kept)
 
 
 # --- u = x − max x, e^u and their sums -----------------------------------------------------------------------
@@ -144,6 +176,8 @@ class _Shifted(NamedTuple):
     """Σ e^u, or a little for an empty row, for what divides by it: in rules of L and log p without `rest`."""
     peak: Array
     """max x, the least finite number for an empty row."""
+    empty: Array
+    """Whether a row has no class."""
 
 
 def _shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> _Shifted:
@@ -159,23 +193,28 @@ def _shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -
     if length:
         rest, peak = by_rows(lambda x: _by_blocks(x, length, axis_name, form), x)
         total = 1 + (_behind_select(rest) if form.bfloat16 else rest)  # many rows' kernel would want x widened
-        u = _difference(x, peak)
-        return _Shifted(u, jnp.exp(u), rest, total, peak)
+        u = _difference(x, peak, form)
+        return _Shifted(u, jnp.exp(u), rest, total, peak, is_empty(rest))
     short = axis == (x.ndim - 1,) and x.shape[-1] <= SHORT
-    peak = _maximum(x, axis, short, axis_name)
-    e = jnp.exp(_difference(x, peak))
-    ones = _nearest(e)
+    top = all_max(_maximum(x, axis, short), axis_name)
+    peak = jnp.maximum(top, jnp.finfo(x.dtype).min) if short else top
+    e = jnp.exp(_difference(x, peak, form))
+    ones = jnp.floor(e)
     # rules of L and log p divide by Σ e^u itself, a sum less where the value is not wanted
     by_one_sum = form.in_rule_of_sum and x.size >= _MANY_SCORES
     counted = short and not by_one_sum  # else XLA would write the ones, for two sums to read them
     small, summed = _sum_in_parts(e - ones, axis), _sum_in_parts(ones if counted else e, axis)
     small, summed = all_sum((small, summed), axis_name)
-    rest = rest_of(small, summed if counted else jnp.round(summed - small))
+    rest = _rest(small, summed if counted else jnp.round(summed - small), peak, form)
     # of no class not 0, by a step that changes no sum from 1 on; a maximum would drop a NaN there
-    total = summed + float(jnp.finfo(x.dtype).eps) / 4 if by_one_sum else 1 + rest
+    total = 1 + rest
+    if by_one_sum:
+        little = float(jnp.finfo(x.dtype).eps) / 4
+        total = summed + (little + (peak - peak) if form.keeps_small_results else little)
     # rules of log p and H read u and e^u in different kernels, those of L no u, and p as a result is one kernel
-    u = _difference(x, _apart(peak, 1) if form.want in ("H", "log_p") and form.order else peak)
-    return _Shifted(u, e, rest, total, peak)
+    u = _difference(x, _apart(peak, 1) if form.want in ("H", "log_p") and form.order else peak, form)
+    # of a short row XLA would write the ones for a second reader of `rest`
+    return _Shifted(u, e, rest, total, peak, jnp.isneginf(top) if short else is_empty(rest))
 
 
 def _of_slices(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> _Shifted:
@@ -183,29 +222,38 @@ def _of_slices(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form)
     parts = _slices(x, axis[0])
     top = all_max(_by_halves(jnp.maximum, [lax.stop_gradient(part) for part in parts]), axis_name)
     peak = jnp.maximum(top, jnp.finfo(x.dtype).min)
-    e = [jnp.exp(_difference(part, peak)) for part in parts]
-    ones = [_nearest(part) for part in e]
+    e = [jnp.exp(_difference(part, peak, form)) for part in parts]
+    ones = [jnp.floor(part) for part in e]
     small = _by_halves(jnp.add, [a - b for a, b in zip(e, ones, strict=True)])
     small, count = all_sum((small, _by_halves(jnp.add, ones)), axis_name)
-    rest = rest_of(small, count)
+    rest = _rest(small, count, peak, form)
     # XLA writes e^u of each slice for two readers of rest, unless a select is between them or, in rules of L and log p,
     # a logarithm, which it does not take twice
     total = jnp.exp(jnp.log1p(rest)) if form.in_rule_of_sum else 1 + _behind_select(rest)
-    u = _difference(x, lax.optimization_barrier(peak))
-    return _Shifted(u, jnp.exp(u), rest, total, peak)
+    u = _difference(x, lax.optimization_barrier(peak), form)
+    return _Shifted(u, jnp.exp(u), rest, total, peak, jnp.isneginf(top))
 
 
-def _difference(x: Array, peak: Array) -> Array:
-    """x − max x, with a step between that changes no x: it keeps a product that x may be and the subtraction apart
-    (MATH 4.1). A maximum alone would lose a NaN where XLA makes one kernel of many rows; and the step reads the peak,
-    for XLA would write what two kernels with different peaks share."""
-    top = jnp.maximum(x, peak)
-    return (x + (top - top)) - peak
+def _difference(x: Array, peak: Array, form: Form, apart: bool = False) -> Array:
+    """x − max x.
+
+    Where small results are wanted, a minimum with the largest finite number keeps a product that x may be and the
+    subtraction apart (MATH 4.1). It changes no x but +∞, whose row `_rest` makes NaN. Behind the barrier XLA leaves the
+    constant first: where it makes one kernel of many rows, only the second operand's NaN is kept. apart: XLA shall not
+    see that another difference has the same minimum, for it would write what two kernels share.
+    """
+    if not form.keeps_small_results:
+        return x - peak
+    largest = lax.optimization_barrier(jnp.array(jnp.finfo(x.dtype).max, x.dtype))
+    if apart:
+        largest = jnp.maximum(largest, peak)
+    return jnp.minimum(largest, x) - peak
 
 
-def _nearest(e: Array) -> Array:
-    """The nearest whole number; `jnp.round` ends a kernel that XLA on CPU vectorises."""
-    return jnp.floor(e + 0.5)
+def _rest(small: Array, ones: Array, peak: Array, form: Form) -> Array:
+    """Σ e^u − 1, and NaN where the maximum is infinite."""
+    rest = rest_of(small, ones)
+    return rest + (peak - peak) if form.keeps_small_results else rest
 
 
 def _gap(u: Array) -> Array:
@@ -268,9 +316,9 @@ def _by_blocks(x: Array, length: int, axis_name: AxisName, form: Form) -> tuple[
     tail_peak = jnp.max(lax.stop_gradient(tail), -1, keepdims=True, initial=-jnp.inf)
     peak = jnp.maximum(jnp.max(block_peak, -1, keepdims=True), tail_peak)
     peak = all_max(jnp.maximum(peak, jnp.finfo(x.dtype).min), axis_name)
-    block_sum = lax.optimization_barrier(jnp.sum(jnp.exp(_difference(cut, peak[..., None])), -1))
+    block_sum = lax.optimization_barrier(jnp.sum(jnp.exp(_difference(cut, peak[..., None], form)), -1))
     even = not tail.shape[-1]
-    total = _sum_by_halves(block_sum, jnp.exp(_difference(tail, peak)), even=even)
+    total = _sum_by_halves(block_sum, jnp.exp(_difference(tail, peak, form)), even=even)
     # the block of the maximum; any, where the tail has it
     best = jnp.min(jnp.where(block_peak == peak, jnp.arange(blocks), blocks - 1), -1, keepdims=True)
     others = jnp.where(jnp.arange(blocks) == best, 0, block_sum)
@@ -278,12 +326,12 @@ def _by_blocks(x: Array, length: int, axis_name: AxisName, form: Form) -> tuple[
         block = jnp.take_along_axis(x, best * length + jnp.arange(length), -1)
     else:
         block = jnp.take_along_axis(cut, best[..., None], -2)[..., 0, :]
-    e = jnp.exp(_difference(jnp.concatenate([block, tail], -1), peak))
-    e, others = lax.optimization_barrier((e - _nearest(e), others))
+    e = jnp.exp(_difference(jnp.concatenate([block, tail], -1), peak, form))
+    e, others = lax.optimization_barrier((e - jnp.floor(e), others))
     small = _sum_by_halves(e, others, even=even)
     small, total = all_sum((small, total), axis_name)
     ones = jnp.round(total - small)  # an integer, exact until an error of 1 is below rounding
-    return rest_of(small, ones), peak
+    return _rest(small, ones, peak, form), peak
 
 
 def _careful_sum(  # noqa: PLR0917  (as `_shifted` has them)
@@ -291,18 +339,22 @@ def _careful_sum(  # noqa: PLR0917  (as `_shifted` has them)
 ) -> Array:
     """Σ f(x − peak), summed as `_shifted` sums e^u in that form."""
     if _by_slices(x, axis, form):
-        return all_sum(_by_halves(jnp.add, [f(_difference(part, peak)) for part in _slices(x, axis[0])]), axis_name)
+        return all_sum(
+            _by_halves(jnp.add, [f(_difference(part, peak, form, True)) for part in _slices(x, axis[0])]), axis_name
+        )
     length = _block_length(x, axis, form)
     if not length:
         if not form.order:
-            return all_sum(_sum_in_parts(f(_difference(x, peak)), axis), axis_name)
-        return _behind_select(all_sum(_sum_in_parts(f(_difference(x, _apart(peak, 2))), axis), axis_name))
+            return all_sum(_sum_in_parts(f(_difference(x, peak, form, True)), axis), axis_name)
+        return _behind_select(all_sum(_sum_in_parts(f(_difference(x, _apart(peak, 2), form, True)), axis), axis_name))
 
     def of_rows(x: Array, peak: Array) -> Array:
         cut, tail = _cut(x, length)
         peak = lax.optimization_barrier(peak)  # else XLA writes the e^u that `_shifted` computes too, for both to read
-        block_sum = _behind_select(jnp.sum(f(_difference(cut, peak[..., None])), -1))
-        return all_sum(_sum_by_halves(block_sum, f(_difference(tail, peak)), even=not tail.shape[-1]), axis_name)
+        block_sum = _behind_select(jnp.sum(f(_difference(cut, peak[..., None], form, True)), -1))
+        return all_sum(
+            _sum_by_halves(block_sum, f(_difference(tail, peak, form, True)), even=not tail.shape[-1]), axis_name
+        )
 
     return by_rows(of_rows, x, peak)
 
@@ -320,11 +372,11 @@ def _sum_in_parts(a: Array, axis: tuple[int, ...]) -> Array:
     return jnp.sum(jnp.sum(a.reshape(*a.shape[:-1], -1, 32), -1), (-2, -1))[..., None]
 
 
-def _beside_classes(a: Array, x: Array, axis: tuple[int, ...], form: Form) -> Array:
+def _beside_classes(a: Array, first: Array, x: Array, axis: tuple[int, ...], form: Form) -> Array:
     """One number a row, for what has one a class: where those are few, copies beside each other, so that the transpose
     adds slices, and behind a select of −a for NaN, at which XLA ends their kernel."""
     if axis == (x.ndim - 1,) and _by_slices(x, axis, form):
-        return jnp.concatenate([jnp.where(jnp.isnan(x[..., :1]), -a, a)] * x.shape[-1], -1)
+        return jnp.concatenate([jnp.where(jnp.isnan(first), -a, a)] * x.shape[-1], -1)
     return a
 
 
@@ -425,10 +477,12 @@ def _pairwise_sum(a: Array) -> Array:
     return a
 
 
-def _maximum(x: Array, axis: tuple[int, ...], short: bool, axis_name: AxisName) -> Array:
-    """The maximum, the least finite number for an empty row; of a long axis in one step, for XLA does not fuse the e^u
+def _maximum(x: Array, axis: tuple[int, ...], short: bool) -> Array:
+    """The maximum; of a long axis the least finite number for an empty row, in one step, for XLA does not fuse the e^u
     of a long axis with two."""
     x, least = lax.stop_gradient(x), jnp.array(jnp.finfo(x.dtype).min, x.dtype)
-    if short or math.prod(x.shape[i] for i in axis) <= 1:  # XLA forgets the start value of a single class
-        return jnp.maximum(all_max(jnp.max(x, axis, keepdims=True, initial=-jnp.inf), axis_name), least)
-    return all_max(jnp.expand_dims(lax.reduce(x, least, lax.max, axis), axis), axis_name)
+    if short:
+        return jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
+    if math.prod(x.shape[i] for i in axis) <= 1:  # XLA forgets the start value of a single class
+        return jnp.maximum(jnp.max(x, axis, keepdims=True, initial=-jnp.inf), least)
+    return jnp.expand_dims(lax.reduce(x, least, lax.max, axis), axis)

@@ -13,8 +13,9 @@ from jaxtyping import Array
 from jsoftmax._arguments import widened
 from jsoftmax._collectives import AxisName, all_max, all_sum
 
-Want = Literal["all", "p", "log_p", "L", "H"]
-"""What is wanted: L, or −l_y; H; log p; p; all of them. It changes no result, only the way to it on CPU."""
+Want = Literal["all", "p", "log_p", "L", "H", "loss"]
+"""What is wanted: all of log p, p and L, or one of them; the entropy; the sums of a loss. It changes no result but by
+rounding, only the way to it on CPU."""
 
 FAR = 1e4
 """e^−FAR is 0, in float64 too; where a larger −u would make 0 · ∞ of e^u (−u)."""
@@ -32,7 +33,7 @@ class ExpSums(NamedTuple):
     """What log Σ e^x is made of."""
 
     peak: Array
-    """max x; −∞ for a row without classes."""
+    """max x; the least finite number for a row without classes."""
     rest: Array
     """Σ e^u − 1, u = x − max x, without cancellation."""
     beside: Array | None
@@ -101,7 +102,7 @@ def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> tupl
 def exp_sums(x: Array, beside: Array | None, axis: tuple[int, ...], axis_name: AxisName = None) -> ExpSums:
     """max x and Σ e^u − 1  (MATH 4.1)."""
     _, _, rest, peak, beside = shifted(x, axis, axis_name, beside)
-    return ExpSums(peak, rest, beside)
+    return ExpSums(jnp.maximum(peak, jnp.finfo(peak.dtype).min), rest, beside)
 
 
 def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
@@ -147,9 +148,26 @@ def log_p_rate(log_p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: Axi
     return jnp.where(jnp.isneginf(log_p), 0, rate)
 
 
-def split_at_label(x_dot: Array, is_label: Array) -> tuple[Array, Array]:
-    """ẋ with 0 at the label, and ẋ_y, over the last axis."""
-    return jnp.where(is_label, 0, x_dot), jnp.sum(jnp.where(is_label, x_dot, 0), -1, keepdims=True)
+class LabelRates(NamedTuple):
+    """Derivatives along ẋ, over the last axis of this shard, which its caller adds up over all."""
+
+    label: Array
+    """Of −l_y."""
+    log_normalizer: Array
+    """Of L."""
+    kept: Array | None
+    """Σ ẋ over the classes kept; None where no mask was given."""
+
+
+def label_rates(p: Array, kept: Array | None, at_label: Array, x_dot: Array, is_label: Array) -> LabelRates:
+    """Σ p ẋ with the coefficient p_y − 1 at the label, Σ p ẋ, and Σ ẋ  (MATH 7.1, 7.2)."""
+
+    def total(a: Array) -> Array:
+        return jnp.sum(a, -1, keepdims=True)
+
+    coefficients = jnp.where(is_label, at_label, p)
+    of_kept = None if kept is None else total(jnp.where(kept, x_dot, 0))
+    return LabelRates(total(coefficients * x_dot), total(p * x_dot), of_kept)
 
 
 def class_sum(a: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
