@@ -1,12 +1,17 @@
 """What every public function asks of its arguments, said once: dtypes, axes, masks, error messages."""
 
+import functools
 import importlib
+import inspect
 import operator
-from typing import Any, NoReturn
+import types
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Axis = int | tuple[int, ...] | None
 
@@ -23,6 +28,43 @@ def widened(a: jax.Array) -> jax.Array:
     return a.astype(accumulation_dtype(a.dtype))
 
 
+_OTHERS_NAMES = {
+    "dim": "axis",
+    "keepdim": "keepdims",
+    "ignore_index": "ignore_label",
+    "weight": "class_weights",
+    "weights": "class_weights",
+    "mask": "where",
+    "tau": "temperature",
+    "reduction": None,
+}
+"""Keywords of PyTorch and others, and ours; None: there is none, and `answer` says what to write instead."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def public(f: _Function) -> _Function:
+    """A function of ours that answers an unexpected keyword of PyTorch's, and of others, with ours."""
+    parameters = inspect.signature(f).parameters
+    foreign = {name: ours for name, ours in _OTHERS_NAMES.items() if name not in parameters}
+
+    def answer(name: str) -> str:
+        if name == "reduction":
+            return "Results are one number a row: write jnp.mean(…) or jnp.sum(…) around the call"
+        return f"Write {foreign[name]}=…" if foreign[name] in parameters else f"There is no {foreign[name]}= either"
+
+    def call(*args: Any, **keywords: Any) -> Any:
+        for name in keywords.keys() & foreign.keys():
+            raise TypeError(
+                f"{f.__name__}: an unexpected keyword {name}=; wanted some of {', '.join(parameters)}. {answer(name)}."
+            )
+        return f(*args, **keywords)
+
+    # with the globals of f, by which doctest tells the functions of a module
+    wrapper = types.FunctionType(call.__code__, f.__globals__, f.__name__, None, call.__closure__)
+    return cast("_Function", functools.wraps(f)(wrapper))
+
+
 def as_scores(function: str, argument: str, z: Any) -> jax.Array:
     """`z` as a floating-point array; integers and booleans promote as in `jax.nn.softmax`."""
     array = as_array(function, argument, z)
@@ -37,12 +79,15 @@ def as_scores(function: str, argument: str, z: Any) -> jax.Array:
 
 
 def canonical_axis(function: str, axis: Any, ndim: int) -> tuple[int, ...]:
-    """`axis` as a tuple of distinct integers in [0, ndim)."""
+    """`axis` as a tuple of distinct integers in [0, ndim), in the order given."""
     if axis is None:
         return tuple(range(ndim))
     wanted = "an int, a tuple of ints or None"
     try:
-        axes = tuple(operator.index(a) for a in (axis if isinstance(axis, tuple) else (axis,)))
+        given = axis if isinstance(axis, tuple) else (axis,)
+        if any(isinstance(a, bool | np.bool_) for a in given):
+            raise TypeError
+        axes = tuple(operator.index(a) for a in given)
     except TypeError:
         raise TypeError(
             f"{function}: axis must be {wanted}, known at trace time; got {axis!r}. "
@@ -54,7 +99,7 @@ def canonical_axis(function: str, axis: Any, ndim: int) -> tuple[int, ...]:
                 f"{function}: axis {a} is out of range for scores with {ndim} dimension(s); wanted {wanted} in "
                 f"[{-ndim}, {ndim}). Give the scores a class axis, e.g. z[None], or name an axis that they have."
             )
-    canonical = tuple(sorted(a % ndim for a in axes))
+    canonical = tuple(a % ndim for a in axes)
     if len(set(canonical)) < len(canonical):
         raise ValueError(f"{function}: axis names an axis twice; got {axis!r}, wanted {wanted}. Name each axis once.")
     return canonical
@@ -104,7 +149,7 @@ def per_row(  # noqa: PLR0917
     function: str, argument: str, value: Any, shape: tuple[int, ...], axes: tuple[int, ...], dtype: Any
 ) -> jax.Array:
     """One number for each row of scores of that shape, of length 1 along the class axes."""
-    array = as_scores(function, argument, value).astype(dtype)
+    array = as_number(function, argument, value).astype(dtype)
     rows = tuple(1 if i in axes else length for i, length in enumerate(shape))
     try:
         return jnp.broadcast_to(array, rows)
@@ -117,7 +162,7 @@ def per_row(  # noqa: PLR0917
 
 def broadcast_number(function: str, argument: str, value: Any, shape: tuple[int, ...], what: str) -> jax.Array:
     """A number, or an array that broadcasts to a shape, as an array of that shape."""
-    array = as_scores(function, argument, value)
+    array = as_number(function, argument, value)
     try:
         return jnp.broadcast_to(array, shape)
     except ValueError:
@@ -133,12 +178,48 @@ def wide_integers(array: jax.Array) -> jax.Array:
 
 
 def is_concrete_number(value: Any) -> bool:
-    """Whether `value` is a plain number that a factory can judge; arrays and tracers are judged by nobody."""
+    """Whether `value` is a plain number."""
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
+def known_numbers(value: Any) -> np.ndarray | None:
+    """The numbers of what is known at trace time, for a check of their range; None for a traced array."""
+    if isinstance(value, Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
+        return None
+    if not is_concrete_number(value) and not isinstance(value, np.ndarray | np.generic | jax.Array):
+        return None
+    array = np.asarray(value)
+    if array.dtype.kind in "iu":
+        return array
+    return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else None
+
+
+def all_known(value: Any, holds: Callable[[np.ndarray], Any]) -> bool:
+    """Whether a condition holds for all numbers of `value` that are known at trace time."""
+    numbers = known_numbers(value)
+    return numbers is None or bool(np.all(holds(numbers)))
+
+
+def as_number(function: str, argument: str, value: Any) -> jax.Array:
+    """A number, or an array of numbers, which a boolean is not."""
+    array = as_scores(function, argument, value)
+    if isinstance(value, bool) or getattr(value, "dtype", np.dtype(float)) == np.bool_:
+        raise TypeError(
+            f"{function}: {argument} must be a number, or an array of numbers; got {value!r}. Write 1.0 for True and "
+            "0.0 for False, if that is meant."
+        )
+    return array
+
+
+def check_flag(function: str, argument: str, value: Any) -> bool:
+    """A boolean known at trace time."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise TypeError(f"{function}: {argument} must be True or False, known at trace time; got {value!r}. Write True.")
+
+
 def is_int(value: Any) -> bool:
-    """Whether `value` is an integer known at trace time; True is none."""
+    """Whether `value` is an integer known at trace time. Booleans do not count as integers."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
@@ -161,10 +242,10 @@ def as_array(function: str, argument: str, value: Any) -> jax.Array:
 
 
 def _reject(function: str, argument: str, value: Any) -> NoReturn:
-    raise TypeError(
-        f"{function}: {argument} must be an array or a number; got {type(value).__name__}. "
-        f"Convert it first: jnp.asarray({argument})."
-    )
+    dtype = getattr(value, "dtype", None)
+    got = type(value).__name__ if dtype is None else f"{type(value).__name__} of dtype {dtype}"
+    way_out = f"jnp.asarray({argument})" if dtype is None else f"{argument}.astype(float)"
+    raise TypeError(f"{function}: {argument} must be an array or a number; got {got}. Convert it first: {way_out}.")
 
 
 def _check_broadcast(
@@ -176,7 +257,9 @@ def _check_broadcast(
         fits = False
     if fits:
         return array
-    raise ValueError(
-        f"{function}: {argument} must broadcast to {what} {shape}; got shape {array.shape}. "
-        f"Add axes of length 1 to {argument}, e.g. {argument}[None], or broadcast first with jnp.broadcast_to."
-    )
+    if 0 < array.ndim < len(shape) and array.shape == shape[: array.ndim]:
+        behind = ", ".join([":"] * array.ndim + ["None"] * (len(shape) - array.ndim))
+        way_out = f"One for each row is written {argument}[{behind}]."
+    else:
+        way_out = f"Give {argument} axes of length 1 where it is to be repeated, or use jnp.broadcast_to."
+    raise ValueError(f"{function}: {argument} must broadcast to {what} {shape}; got shape {array.shape}. {way_out}")

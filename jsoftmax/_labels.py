@@ -167,15 +167,15 @@ def reject_given(function: str, options: dict[str, Any]) -> None:
 
 
 def check_option(function: str, value: Any, dtype: Any, **limits: tuple[float, float]) -> Array:
-    """A scalar in the accumulation dtype, in its limits where it is a plain number."""
+    """A scalar in the accumulation dtype, in its limits where it is known at trace time."""
     ((argument, (low, high)),) = limits.items()
-    if _arguments.is_concrete_number(value) and not (low <= value <= high and math.isfinite(value)):
+    if not _arguments.all_known(value, lambda a: (low <= a) & (a <= high) & np.isfinite(a)):
         above = "> 0" if 0 < low < 1e-30 else f">= {low:g}"
         limit = (
             "finite" if math.isinf(low) else f"{above} and finite" if math.isinf(high) else f"in [{low:g}, {high:g}]"
         )
         raise ValueError(f"{function}: {argument} must be {limit}; got {value}. Take one in that range.")
-    array = _arguments.as_scores(function, argument, value)
+    array = _arguments.as_number(function, argument, value)
     if array.ndim:
         raise ValueError(f"{function}: {argument} must be one number; got shape {array.shape}. Map over it: jax.vmap.")
     return array.astype(dtype)

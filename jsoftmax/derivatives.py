@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import maps
+from jsoftmax._arguments import public
 from jsoftmax.entropy import centred_log_p
 from jsoftmax.maps import normalize
 from jsoftmax.operators import DiagonalPlusLowRank
@@ -62,6 +63,7 @@ def _jacobian(parts: _Parts, phi: Phi) -> DiagonalPlusLowRank:
     return _low_rank(p * s, [(-p, p * s)], symmetric=is_exp, covariance=is_exp)
 
 
+@public
 def softmax_jacobian(
     z: ArrayLike, where: Bool[ArrayLike, "..."] | None = None, *, phi: Phi = exp, log_weights: ArrayLike | None = None
 ) -> DiagonalPlusLowRank:
@@ -90,6 +92,7 @@ def _second_cumulant(parts: _Parts, phi: Phi) -> DiagonalPlusLowRank:
     return _low_rank(p * s**2 + p * t, [(-p * s, p * s)], covariance=isinstance(phi, Exponential))
 
 
+@public
 def log_normalizer_hessian(
     z: ArrayLike, where: Bool[ArrayLike, "..."] | None = None, *, phi: Phi = exp, log_weights: ArrayLike | None = None
 ) -> DiagonalPlusLowRank:
@@ -114,6 +117,7 @@ def _fisher(parts: _Parts, phi: Phi) -> DiagonalPlusLowRank:
     return _low_rank(a * parts.s, [(-a, a)], covariance=isinstance(phi, Exponential))
 
 
+@public
 def fisher_information(
     z: ArrayLike, where: Bool[ArrayLike, "..."] | None = None, *, phi: Phi = exp, log_weights: ArrayLike | None = None
 ) -> DiagonalPlusLowRank:
@@ -138,6 +142,7 @@ def _entropy_gradient(parts: _Parts, phi: Phi) -> Array:
     return -parts.p * parts.c * parts.s
 
 
+@public
 def entropy_gradient(
     z: ArrayLike, where: Bool[ArrayLike, "..."] | None = None, *, phi: Phi = exp, log_weights: ArrayLike | None = None
 ) -> Float[Array, "..."]:
@@ -164,6 +169,7 @@ def _entropy_hessian(parts: _Parts, phi: Phi) -> DiagonalPlusLowRank:
     return _low_rank(-a * s * (1 + c) - p * c * t, [(a, a * (1 + c)), (a * c, a)])
 
 
+@public
 def entropy_hessian(
     z: ArrayLike, where: Bool[ArrayLike, "..."] | None = None, *, phi: Phi = exp, log_weights: ArrayLike | None = None
 ) -> DiagonalPlusLowRank:
@@ -190,6 +196,7 @@ def _cross_entropy_hessian(parts: _Parts, phi: Phi, q: Array) -> DiagonalPlusLow
     return _low_rank(Q * p * s**2 + t * (Q * p - q), [(-Q * p * s, p * s)])
 
 
+@public
 def cross_entropy_hessian(
     z: ArrayLike,
     q: ArrayLike,
@@ -237,6 +244,7 @@ def _second_derivative(parts: _Parts, phi: Phi) -> Array:
     return products + jnp.where(same, twice[..., :, :, None], 0)
 
 
+@public
 def softmax_second_derivative(
     z: ArrayLike, where: Bool[ArrayLike, "..."] | None = None, *, phi: Phi = exp, log_weights: ArrayLike | None = None
 ) -> Float[Array, "..."]:
@@ -271,6 +279,7 @@ def _second_derivative_product(parts: _Parts, phi: Phi, v: Array, w: Array) -> A
     return p * centred(centred(s * v) * centred(s * w) + t * v * w)
 
 
+@public
 def softmax_second_derivative_product(
     z: ArrayLike,
     v: ArrayLike,

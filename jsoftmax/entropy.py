@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, maps, sums
-from jsoftmax._arguments import Axis
+from jsoftmax._arguments import Axis, public
 from jsoftmax._collectives import AxisName
 from jsoftmax._orders import renyi, tsallis
 from jsoftmax._series import excess_series
@@ -136,6 +136,7 @@ def shannon(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Arra
     return centred_log_p(x, axis, axis_name, "H")[1]
 
 
+@public
 def entropy(
     z: ArrayLike,
     axis: Axis = -1,
@@ -173,9 +174,10 @@ def entropy(
     Array([-0., -0.], dtype=float32)
     """
     arguments = maps.check("entropy", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return maps.reduce_classes(shannon, arguments, phi, keepdims)
+    return maps.reduce_classes(shannon, arguments, phi, _arguments.check_flag("entropy", "keepdims", keepdims))
 
 
+@public
 def varentropy(
     z: ArrayLike,
     axis: Axis = -1,
@@ -201,9 +203,10 @@ def varentropy(
     Array(0.196611..., dtype=float32)
     """
     arguments = maps.check("varentropy", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return maps.reduce_classes(_varentropy, arguments, phi, keepdims)
+    return maps.reduce_classes(_varentropy, arguments, phi, _arguments.check_flag("varentropy", "keepdims", keepdims))
 
 
+@public
 def tsallis_entropy(
     z: ArrayLike,
     alpha: ArrayLike,
@@ -235,6 +238,7 @@ def tsallis_entropy(
     return _of_order("tsallis_entropy", tsallis, z, alpha, axis, where, phi, log_weights, keepdims, axis_name)
 
 
+@public
 def renyi_entropy(
     z: ArrayLike,
     alpha: ArrayLike,
@@ -265,14 +269,15 @@ def renyi_entropy(
 
 def _of_order(function: str, f: Any, z: Any, alpha: Any, *options: Any) -> Array:
     axis, where, phi, log_weights, keepdims, axis_name = options
-    if _arguments.is_concrete_number(alpha) and not 0 <= alpha < math.inf:
+    if not _arguments.all_known(alpha, lambda a: (a >= 0) & (a < math.inf)):
         raise ValueError(f"{function}: alpha must be >= 0 and finite; got {alpha}. 1 is Shannon's entropy, 2 is usual.")
     arguments = maps.check(function, {"z": z}, axis, where, phi, log_weights, axis_name)
     (scores,) = arguments.scores
     order = _arguments.per_row(function, "alpha", alpha, scores.shape, arguments.axis, scores.dtype)
-    return maps.reduce_classes(f, arguments, phi, keepdims, (order,))
+    return maps.reduce_classes(f, arguments, phi, _arguments.check_flag(function, "keepdims", keepdims), (order,))
 
 
+@public
 def kl_divergence(
     z_p: ArrayLike,
     z_q: ArrayLike,
@@ -305,6 +310,7 @@ def kl_divergence(
     )
 
 
+@public
 def entropy_expansion(
     z: ArrayLike,
     dz: ArrayLike,

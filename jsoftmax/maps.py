@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, sums
-from jsoftmax._arguments import Axis
+from jsoftmax._arguments import Axis, public
 from jsoftmax._collectives import AxisName, check_axis_name, check_parts, check_sharded
 from jsoftmax.phi import Exponential, Phi, exp, log_phi
 from jsoftmax.sums import Normalized, Want
@@ -109,7 +109,7 @@ def check(  # noqa: PLR0917  (as the public functions have them)
             check_parts(function, z.shape, _arguments.canonical_axis(function, axis, z.ndim), axis_name, **arrays)
     shape = _arguments.joint_shape(function, arrays)
     narrow = jnp.result_type(*arrays.values())
-    axes = _arguments.canonical_axis(function, axis, len(shape))
+    axes = tuple(sorted(_arguments.canonical_axis(function, axis, len(shape))))
     check_parts(function, shape, axes, axis_name, where=where, log_weights=log_weights)
     return Arguments(
         tuple(jnp.broadcast_to(z.astype(narrow), shape) for z in arrays.values()),
@@ -167,6 +167,7 @@ def check_phi(function: str, phi: Any) -> None:
     raise TypeError(f"{function}: phi must be a φ such as jsoftmax.exp or jsoftmax.taylor(2); got {phi!r}. {way_out}")
 
 
+@public
 def softmax(
     z: ArrayLike,
     axis: Axis = -1,
@@ -208,6 +209,7 @@ def softmax(
     return keep_classes(_p, check("softmax", {"z": z}, axis, where, phi, log_weights, axis_name), phi)
 
 
+@public
 def log_softmax(
     z: ArrayLike,
     axis: Axis = -1,
@@ -235,6 +237,7 @@ def log_softmax(
     return keep_classes(log_p, arguments, phi)
 
 
+@public
 def log_normalizer(
     z: ArrayLike,
     axis: Axis = -1,
@@ -262,7 +265,7 @@ def log_normalizer(
     Array(2.06115...e-09, dtype=float32)
     """
     arguments = check("log_normalizer", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return reduce_classes(log_sum, arguments, phi, keepdims)
+    return reduce_classes(log_sum, arguments, phi, _arguments.check_flag("log_normalizer", "keepdims", keepdims))
 
 
 def _p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, maps
-from jsoftmax._arguments import Axis
+from jsoftmax._arguments import Axis, public
 from jsoftmax._collectives import AxisName
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
@@ -34,6 +34,7 @@ def _mix_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array,
     return _mix(log_p, log_weights, axis), class_sum(r * (log_p_dot + log_weights_dot), axis)
 
 
+@public
 def mixture_log_softmax(
     z: ArrayLike, mixture_logits: ArrayLike, axis: int = -1, *, phi: Phi = exp
 ) -> Float[Array, "..."]:
@@ -83,6 +84,7 @@ def _mixture(z: Array, logits: Array, phi: Phi) -> Array:
     return _mix(log_p, log_weights, (z.ndim - 2,))[..., 0, :]
 
 
+@public
 def sink_softmax(
     z: ArrayLike, sink: ArrayLike = 0.0, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None
 ) -> Float[Array, "..."]:

@@ -12,11 +12,13 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jsoftmax import _arguments, maps
+from jsoftmax._arguments import public
 from jsoftmax.derivatives import cross_entropy_hessian, fisher_information
 from jsoftmax.operators import DiagonalPlusLowRank
 from jsoftmax.phi import Phi, exp
 
 
+@public
 def gauss_newton(
     scores: Callable[[Any], jax.Array], parameters: Any, operator: Callable[[jax.Array], DiagonalPlusLowRank]
 ) -> Callable[[Any], Any]:
@@ -71,8 +73,8 @@ def _check_callable(function: str, argument: str, f: Any, arguments: str, exampl
 
 def _check_steps(function: str, damping: Any, iterations: Any) -> jax.Array:
     """`damping` as a scalar; both in range, where that is known at trace time."""
-    array = _arguments.as_scores(function, "damping", damping)
-    if array.ndim or (_arguments.is_concrete_number(damping) and not damping > 0):
+    array = _arguments.as_number(function, "damping", damping)
+    if array.ndim or not _arguments.all_known(damping, lambda a: a > 0):
         got = f"shape {array.shape}" if array.ndim else damping
         raise ValueError(
             f"{function}: damping must be > 0, one number; got {got}. The matrix is singular without (scores have a "
@@ -152,6 +154,7 @@ def _by_cg(
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+@public
 def newton_cg(
     scores: Callable[[Any, Any], jax.Array], damping: ArrayLike, *, phi: Phi = exp, iterations: int = 50
 ) -> Any:
@@ -200,6 +203,7 @@ def newton_cg(
     return _by_cg("newton_cg", operator, needs, scores=scores, damping=damping, phi=phi, iterations=iterations)
 
 
+@public
 def natural_gradient(
     scores: Callable[[Any, Any], jax.Array], damping: ArrayLike, *, phi: Phi = exp, iterations: int = 50
 ) -> Any:

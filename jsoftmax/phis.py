@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import logistic as _sigmoid
 from jaxtyping import Array
 
@@ -18,11 +19,10 @@ from jsoftmax.phi import Phi, exp, from_callable
 
 def _parameter(function: str, argument: str, value: Any, wanted: str, fits: Callable[[Any], bool]) -> Any:
     """A number as a float (an int cannot be differentiated), an array as it is, unless it is out of range."""
-    if _arguments.is_concrete_number(value):
-        if not fits(value):
-            raise ValueError(f"{function}: {argument} must be {wanted}; got {value}. Choose one in that range.")
-        return float(value)
-    return _arguments.as_scores(function, argument, value)
+    if not _arguments.all_known(value, np.vectorize(fits, otypes=[bool])):
+        raise ValueError(f"{function}: {argument} must be {wanted}; got {value}. Choose one in that range.")
+    array = _arguments.as_number(function, argument, value)
+    return float(value) if _arguments.is_concrete_number(value) else array
 
 
 # --- polynomials ---------------------------------------------------------------------------------------------

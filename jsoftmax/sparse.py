@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, _labels, maps
-from jsoftmax._arguments import Axis
+from jsoftmax._arguments import Axis, public
 from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
 from jsoftmax.sums import difference
 
@@ -232,11 +232,11 @@ def _fenchel_young_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, 
 def _check_alpha(function: str, alpha: Any, shape: tuple[int, ...], axes: tuple[int, ...], dtype: Any) -> Any:
     """α as an array `[..., 1]` for classes last, and 1/(α − 1) where that is a small integer known at trace time."""
     power = 0
+    if not _arguments.all_known(alpha, lambda a: (a >= 1) & (a < math.inf)):
+        raise ValueError(
+            f"{function}: alpha must be >= 1 and finite; got {alpha}. 1 is the softmax, 1.5 and 2 are usual."
+        )
     if _arguments.is_concrete_number(alpha):
-        if not 1 <= alpha < math.inf:
-            raise ValueError(
-                f"{function}: alpha must be >= 1 and finite; got {alpha}. 1 is the softmax, 1.5 and 2 are usual."
-            )
         power = next((k for k in (1, 2, 3, 4) if alpha == 1 + 1 / k), 0)
     array = _arguments.per_row(function, "alpha", alpha, shape, axes, dtype)
     batch = [length for i, length in enumerate(shape) if i not in axes]
@@ -255,6 +255,7 @@ def _map(function: str, z: Any, alpha: Any, axis: Any, where: Any) -> Array:
     return jnp.moveaxis(p, range(-len(axes), 0), axes).astype(arguments.dtype)
 
 
+@public
 def sparsemax(z: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None) -> Float[Array, "..."]:
     """Sparsemax: the point of the probability simplex that is nearest to the scores; most classes get exactly 0.
 
@@ -276,6 +277,7 @@ def sparsemax(z: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | Non
     return _map("sparsemax", z, 2, axis, where)
 
 
+@public
 def entmax15(z: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None) -> Float[Array, "..."]:
     """1.5-entmax, between softmax and sparsemax: exact zeros, and smooth where there are none.
 
@@ -293,6 +295,7 @@ def entmax15(z: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None
     return _map("entmax15", z, 1.5, axis, where)
 
 
+@public
 def entmax(
     z: ArrayLike, alpha: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None
 ) -> Float[Array, "..."]:
@@ -316,6 +319,7 @@ def entmax(
     return _map("entmax", z, alpha, axis, where)
 
 
+@public
 def fenchel_young_loss(
     logits: ArrayLike,
     labels: ArrayLike,

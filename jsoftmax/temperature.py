@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, maps
-from jsoftmax._arguments import Axis
+from jsoftmax._arguments import Axis, public
 from jsoftmax.entropy import centred_log_p
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Exponential, Phi, exp, log_phi, slope
@@ -96,6 +96,7 @@ def _temperature_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return t, t * (target_dot - H_dot) / _entropy_at(phi, z, log_t)[1]
 
 
+@public
 def temperature_for_entropy(
     z: ArrayLike,
     target: ArrayLike,

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Integer, PRNGKeyArray
 
 from jsoftmax import _arguments
+from jsoftmax._arguments import public
 from jsoftmax._collectives import (
     AxisName,
     all_sum,
@@ -106,6 +107,7 @@ def _keep_possible(drawn: Array, x: Array, axis_name: AxisName) -> Array:
     return jnp.where(impossible, -1, drawn)
 
 
+@public
 def categorical(  # noqa: PLR0917  (as jax.random has them)
     key: PRNGKeyArray | ArrayLike,
     z: ArrayLike,
@@ -154,8 +156,8 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
     _noise.check_key(function, key)
     given = _noise.check(function, z, axis, where, phi, log_weights, axis_name)
     batch = given.x.shape[:-1]
-    prefix = check_shape(function, shape, batch)
-    count = math.prod(prefix)
+    prefix = _noise.check_shape(function, shape, batch)
+    count, replace = math.prod(prefix), _arguments.check_flag(function, "replace", replace)
     if mode not in (None, "low", "high"):
         raise ValueError(f"{function}: mode must be None, 'low' or 'high'; got {mode!r}. Leave it out.")
     check_same(function, "key", key, axis_name)
@@ -181,19 +183,3 @@ def check_distinct(function: str, replace: bool, count: int, classes: int) -> No
             f"{function}: shape must ask for no more draws than there are classes, {classes}, with replace=False; got "
             f"{count}. Draw fewer, or with replacement."
         )
-
-
-def check_shape(function: str, shape: Any, batch: tuple[int, ...]) -> tuple[int, ...]:
-    """What stands before the batch in the shape of the result."""
-    if shape is None:
-        return ()
-    whole = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
-    if not all(_arguments.is_int(length) and length >= 0 for length in whole):
-        raise TypeError(f"{function}: shape must be a tuple of ints >= 0, not traced; got {shape!r}. Write (n,).")
-    split = len(whole) - len(batch)
-    if split < 0 or whole[split:] != batch:
-        raise ValueError(
-            f"{function}: shape must end in the scores' shape without the classes, {batch}; got {whole}. "
-            f"For n draws of each row write shape=(n, *{batch})."
-        )
-    return whole[:split]

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jsoftmax import _arguments, maps
+from jsoftmax._arguments import public
 from jsoftmax._series import log1p_exp
 from jsoftmax.gumbel import _noise
 from jsoftmax.maps import Normalized, normalize
@@ -39,11 +40,13 @@ def straight_through(hard: Array, soft: Array) -> Array:
     return hard + (soft - lax.stop_gradient(soft))
 
 
+@public
 def gumbel_softmax(
     key: PRNGKeyArray | ArrayLike,
     z: ArrayLike,
     temperature: ArrayLike,
     axis: int = -1,
+    shape: tuple[int, ...] | None = None,
     *,
     hard: bool = False,
     phi: Phi = exp,
@@ -60,9 +63,12 @@ def gumbel_softmax(
       temperature: τ > 0, a number, or an array with one for each row, of length 1 along the classes; may be traced and
         learned.
       axis: int: the classes' axis.
+      shape: that of the samples without their classes, which ends in `[...]`, the scores' shape without theirs: what
+        stands before counts the samples of each row, as in `categorical`. None: one sample.
       hard: True: straight-through, the value exactly one-hot, the derivatives those of the relaxed sample.
       phi, where, log_weights: as in `jsoftmax.softmax`; differentiable.
-    Returns: the shape and dtype of `z`; computed in float32 at least. The noise is a constant. Finite values and
+    Returns: the shape of `z` behind that count, and its dtype; computed in float32 at least. The noise is a constant.
+      Finite values and
       derivatives for small τ, down to 1e-12 or so; a traced τ ≤ 0 gives nonsense: learn jnp.exp(t). A class left out
       has 0, and so has one 10^18 τ below the largest. A score of NaN or +inf: NaN in that row alone.
     Raises: as `jsoftmax.softmax`; ValueError if τ is a number and not positive: for τ = 0 draw with `categorical`.
@@ -74,19 +80,21 @@ def gumbel_softmax(
     function = "gumbel_softmax"
     _noise.check_key(function, key)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
-    perturbed = given.perturbed(key)
+    perturbed = given.samples(function, shape).perturbed(key)
     soft = relaxed(perturbed, tau).p
-    if hard:
+    if _arguments.check_flag(function, "hard", hard):
         best = jnp.argmax(perturbed, -1) if perturbed.shape[-1] else jnp.full(perturbed.shape[:-1], -1)
         soft = straight_through(_noise.one_hot(best, perturbed), soft)
     return given.restore(soft)
 
 
+@public
 def exp_concrete(
     key: PRNGKeyArray | ArrayLike,
     z: ArrayLike,
     temperature: ArrayLike,
     axis: int = -1,
+    shape: tuple[int, ...] | None = None,
     *,
     phi: Phi = exp,
     where: Bool[ArrayLike, "..."] | None = None,
@@ -97,8 +105,8 @@ def exp_concrete(
     log softmax((x + g)/τ)     (MATH 10.4); its density: `exp_concrete_log_density`
 
     Args:
-      key, z, temperature, axis, phi, where, log_weights: as in `gumbel_softmax`.
-    Returns: the shape and dtype of `z`; −inf for a class left out. A score of NaN or +inf: NaN in that row alone.
+      key, z, temperature, axis, shape, phi, where, log_weights: as in `gumbel_softmax`.
+    Returns: as there; −inf for a class left out. A score of NaN or +inf: NaN in that row alone.
     Raises: as `gumbel_softmax`.
     Source: Maddison, Mnih & Teh 2017, appendix C.3.
 
@@ -108,15 +116,17 @@ def exp_concrete(
     function = "exp_concrete"
     _noise.check_key(function, key)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
-    return given.restore(relaxed(given.perturbed(key), tau).log_p)
+    return given.restore(relaxed(given.samples(function, shape).perturbed(key), tau).log_p)
 
 
-def subset_softmax(
+@public
+def subset_softmax(  # noqa: PLR0917  (as the others have them)
     key: PRNGKeyArray | ArrayLike,
     z: ArrayLike,
     k: int,
     temperature: ArrayLike,
     axis: int = -1,
+    shape: tuple[int, ...] | None = None,
     *,
     phi: Phi = exp,
     where: Bool[ArrayLike, "..."] | None = None,
@@ -129,9 +139,9 @@ def subset_softmax(
     As τ → 0, the k-hot vector of `gumbel_top_k`'s sample with the same key; for larger τ a number may be above 1.
 
     Args:
-      key, z, temperature, axis, phi, where, log_weights: as in `gumbel_softmax`.
+      key, z, temperature, axis, shape, phi, where, log_weights: as in `gumbel_softmax`.
       k: how many, an int in [1, K].
-    Returns: the shape and dtype of `z`. A row with one class has 1 there; with less than k, classes count more than
+    Returns: as there. A row with one class has 1 there; with less than k, classes count more than
       once. A class left out has 0. A score of NaN or +inf: NaN in that row alone.
     Raises: as `gumbel_softmax`; ValueError or TypeError if `k` is no int in [1, K].
     Source: Xie & Ermon 2019, algorithm 1 (after Plötz & Roth 2018).
@@ -141,9 +151,10 @@ def subset_softmax(
     """
     function = "subset_softmax"
     _noise.check_key(function, key)
+    _noise.check_int(function, "k", k)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
     count = _noise.check_count(function, k, given.x.shape[-1])
-    return given.restore(_subset(given.perturbed(key), tau, count))
+    return given.restore(_subset(given.samples(function, shape).perturbed(key), tau, count))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -185,19 +196,25 @@ def _log_density(log_x: Array, x: Array, temperature: Array) -> Array:
     return jnp.where((vanished & (count > 1) | stray) & ~jnp.isnan(density), -jnp.inf, density)
 
 
-def _check_sample(function: str, sample: Any, given: _noise.Scores) -> Array:
-    """A sample of the scores' shape, classes last."""
-    array = _arguments.as_scores(function, "x", sample)
-    shape = list(given.x.shape[:-1])
-    shape.insert(given.axis, given.x.shape[-1])
-    if array.shape != tuple(shape):
+def _check_sample(  # noqa: PLR0917  (as the public functions have them)
+    function: str, x: Any, z: Any, temperature: Any, axis: Any, where: Any, phi: Any, log_weights: Any
+) -> tuple[Array, _noise.Scores, Array]:
+    """Samples `[..., K]`, the scores and τ, broadcast together; the axis is the scores', counted from the end."""
+    arrays = {"x": _arguments.as_scores(function, "x", x), "z": _arguments.as_scores(function, "z", z)}
+    shape = _arguments.joint_shape(function, arrays)
+    sample, scores = arrays.values()
+    at = _arguments.one_axis(function, axis, _arguments.canonical_axis(function, axis, scores.ndim)) - scores.ndim
+    if sample.shape[at:][:1] != scores.shape[at:][:1]:
         raise ValueError(
-            f"{function}: x must have the scores' shape {tuple(shape)}; got shape {array.shape}. Broadcast the scores: "
-            "jnp.broadcast_to(z, x.shape)."
+            f"{function}: x must have the classes of z, {scores.shape[at]} along axis {at}; got shape {sample.shape} "
+            f"for scores of shape {scores.shape}. Move them there: jnp.moveaxis."
         )
-    return jnp.moveaxis(array.astype(given.x.dtype), given.axis, -1)
+    scores = jnp.broadcast_to(scores, shape)
+    given, tau = _noise.check_relaxed(function, scores, temperature, at, where, phi, log_weights)
+    return jnp.moveaxis(jnp.broadcast_to(sample.astype(given.x.dtype), shape), at, -1), given, tau
 
 
+@public
 def exp_concrete_log_density(
     x: ArrayLike,
     z: ArrayLike,
@@ -217,13 +234,15 @@ def exp_concrete_log_density(
     Bernoulli variable in the logit y.
 
     Args:
-      x: log-samples, of the scores' shape; need not be normalised: only their differences count.
+      x: log-samples `[..., K]`, which broadcast with the scores: many of one row, `[n, K]` beside `[K]`. They need not
+        be normalised: only their differences count.
       z: scores `[..., K]`, any floating dtype; integers promote.
       temperature, axis, phi, where, log_weights: as in `gumbel_softmax`. K counts the classes that are kept.
-    Returns: `[...]`, in the dtype of `z`, but float32 for narrower scores; differentiable in all arguments. A sample
+    Returns: `[...]`, the joint shape without the classes, in the dtype of `z`, but float32 for narrower scores;
+      differentiable in all arguments. A sample
       with −inf at a class that is kept, or without it at one that is left out: −inf. One class left: 0. NaN and +inf:
       NaN in that row alone.
-    Raises: as `gumbel_softmax`; ValueError if x has another shape than `z`.
+    Raises: as `gumbel_softmax`; ValueError if x does not broadcast with `z`, or has other classes.
     Source: Maddison, Mnih & Teh 2017, equation 23 (appendix C.3).
 
     >>> z = jnp.array([0., 1., 9.])
@@ -231,10 +250,11 @@ def exp_concrete_log_density(
     ()
     """
     function = "exp_concrete_log_density"
-    given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
-    return _log_density(_check_sample(function, x, given), given.x, tau)
+    sample, given, tau = _check_sample(function, x, z, temperature, axis, where, phi, log_weights)
+    return _log_density(sample, given.x, tau)
 
 
+@public
 def concrete_log_density(
     x: ArrayLike,
     z: ArrayLike,
@@ -253,7 +273,7 @@ def concrete_log_density(
     The measure: Lebesgue's in x_1 … x_{K−1}.
 
     Args:
-      x: samples, of the scores' shape: positive, with the sum 1 along the classes.
+      x: samples, which broadcast with the scores: positive, with the sum 1 along the classes.
       z, temperature, axis, phi, where, log_weights: as in `exp_concrete_log_density`.
     Returns: `[...]`, as `exp_concrete_log_density`. An x below the smallest normal number counts as that number, with
       derivatives 0: so a sample that was rounded to a corner gives a finite number, no infinity and no NaN.
@@ -264,8 +284,7 @@ def concrete_log_density(
     Array(0., dtype=float32)
     """
     function = "concrete_log_density"
-    given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
-    sample = _check_sample(function, x, given)
+    sample, given, tau = _check_sample(function, x, z, temperature, axis, where, phi, log_weights)
     kept = ~jnp.isneginf(given.x)
     log_x = jnp.where(kept | (sample > 0) | jnp.isnan(sample), _log_of_sample(sample), -jnp.inf)
     return _log_density(log_x, given.x, tau) - jnp.sum(jnp.where(kept, log_x, 0), -1)
@@ -277,6 +296,7 @@ def _log_of_sample(x: Array) -> Array:
     return jnp.log(jnp.where(x < tiny, tiny, x))
 
 
+@public
 def binary_concrete_log_density(
     x: ArrayLike,
     z: ArrayLike,

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from jsoftmax import _arguments, maps
+from jsoftmax._arguments import public
 from jsoftmax.gumbel import _noise
 from jsoftmax.gumbel._categorical import categorical
 from jsoftmax.gumbel._concrete import relaxed, straight_through
@@ -39,6 +40,7 @@ def conditional(key: Any, x: Array, index: Array, maximum: Array | None) -> Arra
     return jnp.where(bad, jnp.nan, jnp.where(kept, perturbed, -jnp.inf))
 
 
+@public
 def conditional_gumbels(
     key: PRNGKeyArray | ArrayLike,
     z: ArrayLike,
@@ -91,6 +93,7 @@ def _rao_blackwellised(key: Any, x: Array, index: Array, temperature: Array, sam
     return jnp.mean(relaxed(perturbed, temperature).p, 0)
 
 
+@public
 def rao_blackwellised(  # noqa: PLR0917  (as `gumbel_softmax` has them)
     key: PRNGKeyArray | ArrayLike,
     z: ArrayLike,
@@ -130,11 +133,13 @@ def rao_blackwellised(  # noqa: PLR0917  (as `gumbel_softmax` has them)
     return given.restore(straight_through(_noise.one_hot(index, given.x), soft))
 
 
+@public
 def reinmax(
     key: PRNGKeyArray | ArrayLike,
     z: ArrayLike,
     temperature: ArrayLike,
     axis: int = -1,
+    shape: tuple[int, ...] | None = None,
     *,
     phi: Phi = exp,
     where: Bool[ArrayLike, "..."] | None = None,
@@ -145,9 +150,9 @@ def reinmax(
     value D;   derivative 2 J(½ (D + softmax(x/τ))) − ½ J(p),   J(q) = diag(q) − q qᵀ,  x = ψ(z) + log w   (MATH 10.11)
 
     Args:
-      key, z, axis, phi, where, log_weights: as in `gumbel_softmax`.
+      key, z, axis, shape, phi, where, log_weights: as in `gumbel_softmax`.
       temperature: τ > 0 as in `gumbel_softmax`, but a constant: the rule has no derivative in it. τ ≥ 1 is usual.
-    Returns: the shape and dtype of `z`; the value exactly one-hot. A class left out has 0. A score of NaN or +inf: NaN
+    Returns: as `gumbel_softmax`; the value exactly one-hot. A class left out has 0. A score of NaN or +inf: NaN
       in that row alone.
     Raises: as `gumbel_softmax`.
     Source: Liu, Dong, Liu, Yu & Gao 2023, theorem 3.2 and section 4.
@@ -158,8 +163,9 @@ def reinmax(
     function = "reinmax"
     _noise.check_key(function, key)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
-    hard = _noise.one_hot(categorical(key, lax.stop_gradient(given.x)), given.x)
-    return given.restore(straight_through(hard, _heun(given.x, hard, tau)))
+    x = given.samples(function, shape).x
+    hard = _noise.one_hot(categorical(key, lax.stop_gradient(x)), x)
+    return given.restore(straight_through(hard, _heun(x, hard, tau)))
 
 
 @jax.jit

@@ -28,7 +28,18 @@ class Scores(NamedTuple):
 
     x: Array
     axis: int
+    """Where the classes are in what is given and handed back, counted from the end."""
     dtype: Any
+
+    def samples(self, function: str, shape: Any) -> "Scores":
+        """As many copies of the scores as there are samples in a result of that shape without its classes."""
+        prefix = check_shape(function, shape, self.batch)
+        return self._replace(x=jnp.broadcast_to(self.x, (*prefix, *self.x.shape)))
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The shape of the scores without their classes."""
+        return self.x.shape[:-1]
 
     def perturbed(self, key: Any) -> Array:
         """x + g."""
@@ -46,7 +57,7 @@ def check(  # noqa: PLR0917  (as the public functions have them)
     arguments = maps.check(function, {"z": z}, axis, where, phi, log_weights, axis_name)
     at = _arguments.one_axis(function, axis, arguments.axis)
     x = maps.weighted_scores(phi, arguments.scores[0], arguments.where, arguments.log_weights)
-    return Scores(jnp.moveaxis(x, at, -1), at, arguments.dtype)
+    return Scores(jnp.moveaxis(x, at, -1), at - x.ndim, arguments.dtype)
 
 
 def check_relaxed(  # noqa: PLR0917  (as the public functions have them)
@@ -56,17 +67,35 @@ def check_relaxed(  # noqa: PLR0917  (as the public functions have them)
     given = check(function, z, axis, where, phi, log_weights)
     check_positive(function, temperature)
     shape = jnp.moveaxis(given.x, -1, given.axis).shape
-    tau = _arguments.per_row(function, "temperature", temperature, shape, (given.axis,), given.x.dtype)
+    axes = (given.axis + given.x.ndim,)
+    tau = _arguments.per_row(function, "temperature", temperature, shape, axes, given.x.dtype)
     return given, jnp.moveaxis(tau, given.axis, -1)
 
 
 def check_positive(function: str, temperature: Any) -> None:
-    """A temperature that is a plain number."""
-    if _arguments.is_concrete_number(temperature) and not 0 < temperature < math.inf:
+    """A temperature that is known at trace time."""
+    if not _arguments.all_known(temperature, lambda t: (t > 0) & (t < math.inf)):
         raise ValueError(
             f"{function}: temperature must be > 0 and finite; got {temperature}. For samples without relaxation, "
             "the limit 0, take jsoftmax.gumbel.categorical."
         )
+
+
+def check_shape(function: str, shape: Any, batch: tuple[int, ...]) -> tuple[int, ...]:
+    """What stands before the batch in the shape of the result."""
+    if shape is None:
+        return ()
+    whole = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
+    if not all(_arguments.is_int(length) and length >= 0 for length in whole):
+        raise TypeError(f"{function}: shape must be a tuple of ints >= 0, not traced; got {shape!r}. Write (n,).")
+    split = len(whole) - len(batch)
+    if split < 0 or whole[split:] != batch:
+        several = ", ".join(["n", *map(str, batch)]) if batch else "n,"
+        raise ValueError(
+            f"{function}: shape must end in the scores' shape without the classes, {batch}; got {whole}. For n draws "
+            f"of each row write shape=({several})."
+        )
+    return whole[:split]
 
 
 def check_key(function: str, key: Any) -> None:
@@ -83,19 +112,26 @@ def check_key(function: str, key: Any) -> None:
     )
 
 
+def check_int(function: str, argument: str, k: Any) -> None:
+    """An int known at trace time, told before the scores are looked at: they may stand in its place."""
+    if not _arguments.is_int(k):
+        got = repr(k) if jnp.ndim(k) == 0 else f"an array of shape {jnp.shape(k)}"
+        raise TypeError(
+            f"{function}: {argument} must be an int, known at trace time, which shapes the result; got {got}. Pass a "
+            "Python int, static in jit, behind the scores."
+        )
+
+
 def check_count(function: str, k: Any, classes: int) -> int:
     """How many of the classes, an int in [1, K]."""
-    if _arguments.is_int(k) and 1 <= k <= classes:
-        return int(k)
+    check_int(function, "k", k)
     if not classes:
         raise ValueError(f"{function}: there must be at least one class; got none, and k={k!r}. Leave the call out.")
-    is_int = _arguments.is_int(k)
-    way_out = (
-        "Ask for one to all of the classes." if is_int else "It shapes the result: pass a Python int, static in jit."
-    )
-    raise (ValueError if is_int else TypeError)(
-        f"{function}: k must be an int in [1, {classes}], known at trace time; got {k!r}. {way_out}"
-    )
+    if not 1 <= k <= classes:
+        raise ValueError(
+            f"{function}: k must be an int in [1, {classes}]; got {k!r}. Ask for one to all of the classes."
+        )
+    return int(k)
 
 
 def check_index(function: str, index: Any, x: Array) -> Array:

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from jsoftmax import _arguments, maps
+from jsoftmax._arguments import public
 from jsoftmax._collectives import AxisName, check_same, shard_count
 from jsoftmax._series import expm1_ratio
 from jsoftmax.gumbel import _noise
@@ -25,6 +26,7 @@ class TopK(NamedTuple):
     """The (k+1)-th perturbed log-probability, without the classes' axis; −inf where all classes are in the sample."""
 
 
+@public
 def gumbel_top_k(
     key: PRNGKeyArray | ArrayLike,
     z: ArrayLike,
@@ -62,6 +64,7 @@ def gumbel_top_k(
     """
     function = "gumbel_top_k"
     _noise.check_key(function, key)
+    _noise.check_int(function, "k", k)
     given = _noise.check(function, z, axis, where, phi, log_weights, axis_name)
     check_same(function, "key", key, axis_name)
     classes = given.x.shape[-1] * shard_count(axis_name)
@@ -77,6 +80,7 @@ def gumbel_top_k(
     )
 
 
+@public
 def log_inclusion_probability(log_p: ArrayLike, threshold: ArrayLike) -> Float[Array, "..."]:
     """Log-probability that a perturbed log-probability is above a threshold: the weights of estimates by Gumbel top-k.
 

@@ -217,6 +217,14 @@ def _check_labels(function: str, labels: Any, batch: tuple[int, ...], classes: i
     if array.shape != wanted:
         if array.shape == ((*batch, classes) if whole else batch):
             way_out = "labels.astype(float) are distributions" if whole else "labels.astype(int) are class numbers"
+        elif array.size == math.prod(wanted):
+            way_out = f"Write labels.reshape{wanted}"
+        elif array.shape[array.ndim - len(wanted) :] == wanted:
+            several = ", ".join(map(str, (*array.shape, "d")))
+            way_out = (
+                f"For several labels of each token write jnp.broadcast_to(hidden, ({several})), or map over the "
+                "labels: jax.vmap"
+            )
         else:
             way_out = "Each row of hidden is one token with one label: cut both alike"
         raise ValueError(

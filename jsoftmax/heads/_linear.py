@@ -65,8 +65,8 @@ def check_quadratic(function: str, phi: Any) -> Phi:
     if numbers is None:
         raise ValueError(
             f"{function}: phi must be of the second order: taylor(2), spherical(ε) or quadratic(a0, a1, a2); got "
-            f"{phi}. For any φ there is losses.cross_entropy of the scores hidden @ weight.T, or streaming."
-            "linear_cross_entropy, which never holds them all."
+            f"{phi}. For any φ there is losses.cross_entropy of the scores hidden @ weight.T, or "
+            "heads.linear_cross_entropy, which never holds them all."
         )
     shapes = [jnp.shape(a) for a in numbers]
     if any(shapes):

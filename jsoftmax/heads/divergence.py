@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from jsoftmax._arguments import public
 from jsoftmax._collectives import AxisName, all_sum, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.entropy import kl_terms, log_ratio
@@ -93,6 +94,7 @@ def divergence(heads: Heads, plan: Plan) -> Array:
     return _divergence(*heads, plan)[0]
 
 
+@public
 def linear_kl(  # noqa: PLR0917
     hidden_p: ArrayLike,
     weight_p: ArrayLike,

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jsoftmax import _arguments, _labels
+from jsoftmax._arguments import public
 from jsoftmax.heads import _linear
 from jsoftmax.heads._linear import precise
 from jsoftmax.heads._spherical import SphericalLoss, log_loss, z_loss
@@ -217,6 +218,7 @@ def _power(matrix: Array, probe: Array) -> Array:
 # --- the public functions --------------------------------------------------------------------------------------
 
 
+@public
 def init(weight: ArrayLike) -> State:
     """The state of a weight W `[V, d]`: a copy of it, with Q = WᵀW and m = Wᵀ1.
 
@@ -242,6 +244,7 @@ def init(weight: ArrayLike) -> State:
     return _fresh(copy, sums.gram, sums.total)
 
 
+@public
 def loss(state: State, hidden: ArrayLike, labels: ArrayLike, *, loss: SphericalLoss) -> Float[Array, "..."]:
     """The loss of each row, without an update: for held-out data.
 
@@ -266,6 +269,7 @@ def loss(state: State, hidden: ArrayLike, labels: ArrayLike, *, loss: SphericalL
     return _loss(state, h, y, loss).reshape(batch)
 
 
+@public
 def loss_and_update(
     state: State,
     hidden: ArrayLike,
@@ -329,6 +333,7 @@ def loss_and_update(
     return Step(value, gradient.reshape(*batch, -1).astype(jnp.asarray(hidden).dtype), new)
 
 
+@public
 def refresh(state: State) -> State:
     """The same weight with V̂ = W, U = I and q = 0, and Q and m summed anew: what `loss_and_update` does by itself.
 
@@ -349,6 +354,7 @@ def refresh(state: State) -> State:
     return _fresh(*_fold(state.rows, state.mix, state.offset, True))
 
 
+@public
 def to_weight(state: State) -> Float[Array, "V d"]:
     """The weight W = V̂ U + 1 qᵀ `[V, d]` (MATH 12.2), at a cost of V d².
 
@@ -364,6 +370,7 @@ def to_weight(state: State) -> Float[Array, "V d"]:
     return precise(state.rows, state.mix) + state.offset
 
 
+@public
 def rows(state: State, labels: ArrayLike) -> Float[Array, "... d"]:
     """Rows of the weight, W_y = V̂_y U + q (MATH 12.2), at a cost of d² each: embeddings that are tied to the head.
 

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, _labels
+from jsoftmax._arguments import public
 from jsoftmax.heads import _linear
 from jsoftmax.heads._linear import precise
 from jsoftmax.phi import Phi, log_phi
@@ -88,6 +89,7 @@ def _loss(  # noqa: PLR0917
     return jnp.where(valid, jnp.where(kept, loss, 0), jnp.nan)
 
 
+@public
 def quadratic_cross_entropy(
     hidden: ArrayLike,
     weight: ArrayLike,

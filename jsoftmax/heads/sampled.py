@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from jsoftmax import _arguments, maps
+from jsoftmax._arguments import public
 from jsoftmax._series import log1p_exp
 from jsoftmax.gumbel import categorical
 from jsoftmax.gumbel._noise import check_key
@@ -33,6 +34,7 @@ class _Given(NamedTuple):
     log_q: Array
 
 
+@public
 def log_uniform_proposal(num_classes: int) -> Float[Array, " V"]:
     """Log-probabilities of Zipf's law, nearly, for classes sorted by frequency.
 
@@ -55,6 +57,7 @@ def log_uniform_proposal(num_classes: int) -> Float[Array, " V"]:
     return jnp.log(jnp.log1p(1 / rank)) - jnp.log(jnp.log1p(rank[-1]))
 
 
+@public
 def sampled_cross_entropy(
     key: PRNGKeyArray | ArrayLike,
     hidden: ArrayLike,
@@ -103,6 +106,7 @@ def sampled_cross_entropy(
     return _sampled(given, phi, draws).reshape(shape)
 
 
+@public
 def nce_loss(
     key: PRNGKeyArray | ArrayLike,
     hidden: ArrayLike,

@@ -11,9 +11,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from jsoftmax import _arguments
+from jsoftmax._arguments import public
 from jsoftmax._collectives import AxisName, all_sum, shard_index, side_by_side
 from jsoftmax.gumbel import _noise, categorical
-from jsoftmax.gumbel._categorical import check_distinct, check_shape
+from jsoftmax.gumbel._categorical import check_distinct
 from jsoftmax.gumbel._estimators import conditional
 from jsoftmax.heads import _check, _head
 from jsoftmax.heads._head import Head, Heads, Plan, in_shards, over_classes
@@ -101,6 +102,7 @@ class LinearTopK(NamedTuple):
     """Which classes, int32; −1, with log_prob −inf, beyond the classes kept."""
 
 
+@public
 def linear_top_k(
     hidden: ArrayLike,
     weight: ArrayLike,
@@ -163,6 +165,7 @@ def linear_top_k(
     return LinearTopK(given.restore(log_prob), given.restore(found.top_class))
 
 
+@public
 def linear_categorical(
     key: PRNGKeyArray | ArrayLike,
     hidden: ArrayLike,
@@ -226,8 +229,9 @@ def linear_categorical(
         shards=shards,
         chunk=CHUNK,
     )
-    prefix = check_shape(function, shape, given.batch)
+    prefix = _noise.check_shape(function, shape, given.batch)
     count = math.prod(prefix)
+    replace = _arguments.check_flag(function, "replace", replace)
     check_distinct(function, replace, count, _head.vocabulary(given.head, given.plan))
     drawn = in_shards(_draw, (key, given.head), given.plan, count, replace)
     return jax.vmap(given.restore)(drawn).reshape(*prefix, *given.batch)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from jsoftmax._arguments import public
 from jsoftmax._collectives import AxisName
 from jsoftmax.heads import _check
 from jsoftmax.heads._head import in_shards
@@ -27,6 +28,7 @@ class LinearStatistics(NamedTuple):
     """The class with the largest p, int32."""
 
 
+@public
 def linear_cross_entropy(
     hidden: ArrayLike,
     weight: ArrayLike,
@@ -120,6 +122,7 @@ def linear_cross_entropy(
     return given.restore(_check.loss_of_tokens(given.head, given.plan, found, smoothing, z))
 
 
+@public
 def linear_cross_entropy_sum(
     hidden: ArrayLike,
     weight: ArrayLike,
@@ -193,6 +196,7 @@ def linear_cross_entropy_sum(
     return in_shards(weighted_sum, weighed, given.plan)
 
 
+@public
 def linear_statistics(
     hidden: ArrayLike,
     weight: ArrayLike,
@@ -259,6 +263,7 @@ def linear_statistics(
     )
 
 
+@public
 def linear_log_normalizer(
     hidden: ArrayLike,
     weight: ArrayLike,

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, _labels, maps, sums
-from jsoftmax._arguments import Axis
+from jsoftmax._arguments import Axis, public
 from jsoftmax._collectives import AxisName, all_sum, by_rows, own_label, pick, share_at_label
 from jsoftmax._labels import Labelled
 from jsoftmax._series import expm1_ratio
@@ -203,6 +203,7 @@ def _poly(n: Array, epsilon: Array) -> Array:
 # --- the public functions ------------------------------------------------------------------------------------
 
 
+@public
 def cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -271,6 +272,7 @@ def cross_entropy(
     return _cross_entropy(given, phi, m, a, option(z_loss, z_loss=(0.0, math.inf)), axis_name)
 
 
+@public
 def focal_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -307,6 +309,7 @@ def focal_cross_entropy(
     return _of_log_p(_focal, given, phi, gamma, axis_name)
 
 
+@public
 def poly_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,

@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from jsoftmax import _arguments, _labels, maps
+from jsoftmax._arguments import public
 from jsoftmax._series import log1p_exp
 from jsoftmax.phi import Phi, exp
 
@@ -37,6 +38,7 @@ def _plackett_luce(x: Array, order: Array) -> Array:
     return jnp.where(valid, log_prob, jnp.nan)
 
 
+@public
 def plackett_luce_log_prob(
     scores: ArrayLike,
     order: Integer[ArrayLike, "..."],

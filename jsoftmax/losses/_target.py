@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, _labels, maps
-from jsoftmax._arguments import Axis
+from jsoftmax._arguments import Axis, public
 from jsoftmax._labels import Labelled
 from jsoftmax._series import excess_series
 from jsoftmax.entropy import log_ratio
@@ -57,6 +57,7 @@ def _to_target(given: Labelled, phi: Phi) -> Array:
     return given.finish(_kl_to_target(x, given.targets(), (x.ndim - 1,)), valid)
 
 
+@public
 def kl_to_target(
     logits: ArrayLike,
     targets: ArrayLike,

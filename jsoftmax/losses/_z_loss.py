@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, _labels
-from jsoftmax._arguments import Axis
+from jsoftmax._arguments import Axis, public
 from jsoftmax._collectives import pick
 from jsoftmax._labels import Labelled
 from jsoftmax._series import log1p_exp
@@ -59,6 +59,7 @@ def _z_loss(given: Labelled, scale: Array, shift: Array) -> Array:
     return given.finish(loss, valid)
 
 
+@public
 def spherical_z_loss(
     logits: ArrayLike,
     labels: ArrayLike,

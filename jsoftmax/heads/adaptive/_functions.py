@@ -11,6 +11,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from jsoftmax import _arguments, maps
+from jsoftmax._arguments import public
+from jsoftmax._labels import check_ignore_label
 from jsoftmax.entropy import centred_log_p, shannon
 from jsoftmax.heads._head import cut
 from jsoftmax.heads._linear import check_labels
@@ -89,6 +91,7 @@ def _log_prob(params: AdaptiveParams, phi: Phi, hidden: Array, labels: Array, wh
     return log_prob if where is None else jnp.where(where, log_prob, 0)
 
 
+@public
 def log_prob(
     params: AdaptiveParams,
     hidden: ArrayLike,
@@ -96,6 +99,7 @@ def log_prob(
     where: Bool[ArrayLike, "..."] | None = None,
     *,
     phi: Phi = exp,
+    ignore_label: int | None = None,
 ) -> Float[Array, "..."]:
     """Log-probability of labels under an adaptive softmax: the negative loss, in time that follows the labels.
 
@@ -112,8 +116,9 @@ def log_prob(
       labels: integers `[...]`, classes sorted by frequency, the most frequent is 0.
       where: bool, broadcastable to the labels; False leaves a row out, whose result is 0 and which may hold anything.
       phi: the positive map φ of every score.
+      ignore_label: rows with that label are left out too.
     Returns: `[...]` ≤ 0, in the common dtype of `hidden` and the head, but float32 for narrower ones; log-probabilities
-      near 0 keep their digits, as in `jsoftmax.losses.cross_entropy`. A label out of range: NaN. A score of +inf or NaN
+      near 0 keep their digits, as in `jsoftmax.losses.cross_entropy`. A label out of range: NaN, with derivatives 0. A score of +inf or NaN
       in the head, or in the label's tail: NaN in that row alone.
     Raises: TypeError or ValueError for `params`, shapes or dtypes that do not fit.
     Source: Grave, Joulin, Cissé, Grangier, Jégou 2017, section 4.
@@ -127,6 +132,9 @@ def log_prob(
     given, h, shape = _check(function, params, hidden, phi)
     y = check_labels(function, labels, shape)
     mask = _arguments.check_where(function, where, shape, "the labels' shape")
+    check_ignore_label(function, ignore_label, "mask their rows: where=….")
+    if ignore_label is not None:
+        mask = y != ignore_label if mask is None else mask & (y != ignore_label)
     mask = None if mask is None else jnp.broadcast_to(mask, shape).reshape(-1)
     return _log_prob(given, phi, h, y.reshape(-1), mask).reshape(shape)
 
@@ -142,6 +150,7 @@ def _log_probs(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
     return jnp.concatenate(parts, -1)
 
 
+@public
 def log_probs(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> Float[Array, "..."]:
     """Log-probabilities of all classes, in O(V) time and memory for each row.
 
@@ -195,6 +204,7 @@ def _predict(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
     return _in_blocks(block, lax.stop_gradient(hidden))
 
 
+@public
 def predict(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> Integer[Array, "..."]:
     """The most probable class; a tail is searched only where it is more probable than every frequent class.
 
@@ -231,6 +241,7 @@ def _entropy(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
     return _in_blocks(block, hidden)
 
 
+@public
 def entropy(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> Float[Array, "..."]:
     """Entropy of the distribution over all classes, in nats, without an array of all their probabilities.
 

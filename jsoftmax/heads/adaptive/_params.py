@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jsoftmax import _arguments
+from jsoftmax._arguments import public
 from jsoftmax.gumbel._noise import check_key
 
 
@@ -41,6 +42,7 @@ class AdaptiveParams(NamedTuple):
         return tuple(itertools.accumulate(sizes))
 
 
+@public
 def init(
     key: PRNGKeyArray | ArrayLike,
     d: int,
@@ -82,7 +84,7 @@ def init(
             f"init: cutoffs must increase inside [1, num_classes - 1]; got {tuple(cutoffs)} for {num_classes} classes. "
             "The number of classes is not one of them."
         )
-    if _arguments.is_concrete_number(div_value) and not 0 < div_value < math.inf:
+    if not _arguments.all_known(div_value, lambda a: (a > 0) & (a < math.inf)):
         raise ValueError(f"init: div_value must be > 0 and finite; got {div_value}. 4 is usual.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"init: dtype must be floating; got {dtype}. Take e.g. jnp.float32.")
@@ -143,6 +145,7 @@ def check_params(function: str, params: Any) -> AdaptiveParams:
     return params
 
 
+@public
 def from_torch(module_or_state: Any) -> AdaptiveParams:
     """Weights of a torch.nn.AdaptiveLogSoftmaxWithLoss.
 
@@ -191,6 +194,7 @@ def _as_jax(tensor: Any) -> Float[Array, "..."]:
     return jnp.asarray(np.array(tensor))  # a copy: PyTorch may write to its own
 
 
+@public
 def to_state(params: AdaptiveParams) -> dict[str, Any]:
     """The weights by the names that PyTorch has for them, as numpy arrays; bfloat16 as float32.
 
@@ -216,6 +220,7 @@ def to_state(params: AdaptiveParams) -> dict[str, Any]:
     }
 
 
+@public
 def to_torch(params: AdaptiveParams) -> dict[str, Any]:
     """The weights as a state_dict for torch.nn.AdaptiveLogSoftmaxWithLoss.
 

@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jsoftmax import _arguments
+from jsoftmax._arguments import public
 from jsoftmax.heads.adaptive._functions import log_prob
 from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail, tail_widths
 
@@ -39,6 +40,7 @@ class CostModel(NamedTuple):
         return self.overhead + self.per_weight * classes * width + of_scores
 
 
+@public
 def measure_cost_model(
     d: int,
     batch: int,
@@ -128,6 +130,7 @@ class ClusterPlan(NamedTuple):
     seconds: float
 
 
+@public
 def plan_clusters(
     frequencies: ArrayLike,
     d: int,
