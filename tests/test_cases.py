@@ -1,0 +1,306 @@
+"""Inputs that were wrong once, each with what is right."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsoftmax as js
+from jsoftmax import gumbel, heads, losses
+from jsoftmax.heads import adaptive
+from jsoftmax.verify import FUNCTIONS, LOSSES, OTHERS, SPARSE_MAPS
+
+inf, nan = np.inf, np.nan
+
+
+@pytest.mark.parametrize("alpha", [2.5, 3.0, 4.5])
+def test_entmax_of_a_row_alone_maximises(alpha):
+    """A row alone, in a batch and mapped over is the same, and its p maximises ⟨p, z⟩ − Ω(p) among its neighbours."""
+    z = jnp.array([-0.03, -0.04, -0.09, -0.14, 0.08, 0.2, -0.12, -0.01])
+    alone = js.entmax(z, alpha)
+    stack = jnp.stack([z, z + jnp.arange(8) / 9])
+    for other in (js.entmax(stack, alpha)[0], jax.vmap(lambda z: js.entmax(z, alpha))(stack)[0]):
+        np.testing.assert_allclose(alone, other, atol=1e-5)
+
+    def value(p):
+        return p @ z - jnp.sum(p**alpha - p) / (alpha * (alpha - 1))
+
+    assert np.isclose(alone.sum(), 1)
+    for i in range(8):
+        assert value(alone) >= value(0.999 * alone + 0.001 * jnp.eye(8)[i]) - 1e-7
+
+
+def test_fenchel_young_of_a_one_hot_solution():
+    z = jnp.array([2.0, 0.0])
+    np.testing.assert_allclose([js.fenchel_young_loss(z, jnp.array(y), 3.0) for y in (1, 0)], [2, 0], atol=1e-6)
+    beside = js.fenchel_young_loss(jnp.stack([z, jnp.array([0.1, 0.0])]), jnp.array([1, 0]), 3.0)
+    np.testing.assert_allclose(beside[0], 2, rtol=1e-6)
+
+
+def of_rows(function, z):
+    arguments = [jnp.broadcast_to(a, (len(z), *a.shape)) if isinstance(a, jax.Array) else a for a in function.arguments]
+    return function.function(z, *[z[:, ::-1]] * (function.scores - 1), *arguments, phi=js.exp)
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, *LOSSES, *SPARSE_MAPS, *OTHERS], ids=str)
+def test_a_row_does_not_depend_on_its_neighbours(function):
+    """Bit for bit, whatever the other rows need."""
+    rng = np.random.default_rng(0)
+    z, others = (rng.normal(0, scale, (6, 7)).astype(np.float32) for scale in (1, 9))
+    others[0], others[3] = -inf, nan
+    others[:, 2] += 30
+    f = jax.jit(functools.partial(of_rows, function))
+    whole = np.asarray(f(z))
+    for i in range(6):
+        changed = others.copy()
+        changed[i] = z[i]
+        np.testing.assert_array_equal(np.asarray(f(changed))[i], whole[i])
+
+
+@pytest.mark.parametrize("alpha", [1.3, 2.0, 3.0])
+def test_a_row_of_entmax_does_not_depend_on_its_neighbours(alpha):
+    rng = np.random.default_rng(1)
+    z, others = (jnp.asarray(rng.normal(0, scale, (5, 9)), jnp.float32) for scale in (1, 20))
+    f = jax.jit(lambda z: js.entmax(z, jnp.full((5, 1), alpha)))
+    for i in range(5):
+        np.testing.assert_array_equal(f(others.at[i].set(z[i]))[i], f(z)[i])
+
+
+def test_a_temperature_does_not_depend_on_its_neighbours():
+    z = jnp.asarray(np.random.default_rng(2).normal(0, 1, (4, 6)), jnp.float32)
+    f = jax.jit(lambda z: js.temperature_for_entropy(z, 0.7))
+    np.testing.assert_array_equal(f(z.at[1:].multiply(50))[0], f(z)[0])
+
+
+@pytest.mark.parametrize(
+    ("f", "want"),
+    [(js.softmax, 0), (js.log_softmax, -inf), (js.log_normalizer, -inf), (js.entropy, 0), (js.varentropy, 0)],
+)
+@pytest.mark.parametrize("classes", [1, 2])
+def test_empty_rows_along_any_axis(f, want, classes):
+    z = jnp.full((classes, 3), -inf)
+    for found in (f(z, 0), f(z.T, -1), f(z[None], (0, 1))):
+        assert np.all(found == want)
+
+
+def heads_of_labels():
+    """Each a function of hidden vectors and labels, with one loss a row."""
+    W = jnp.asarray(np.random.default_rng(3).normal(0, 1, (50, 16)), jnp.float32)
+    params = adaptive.init(jax.random.key(0), 16, 50, (10,))
+    key, log_q = jax.random.key(1), jnp.zeros(50)
+    return {
+        "linear_cross_entropy": lambda h, y: heads.linear_cross_entropy(h, W, y),
+        "linear_statistics": lambda h, y: -heads.linear_statistics(h, W, y).log_prob,
+        "quadratic_cross_entropy": lambda h, y: heads.quadratic_cross_entropy(h, W, y, phi=js.taylor(2)),
+        "sampled_cross_entropy": lambda h, y: heads.sampled_cross_entropy(key, h, W, y, 9, log_proposal=log_q),
+        "nce_loss": lambda h, y: heads.nce_loss(key, h, W, y, 9, log_proposal=log_q),
+        "adaptive": lambda h, y: -adaptive.log_prob(params, h, y),
+        "factored": lambda h, y: heads.factored.loss(
+            heads.factored.init(W), h, y, loss=heads.factored.log_loss(js.taylor(2))
+        ),
+    }
+
+
+LOSSES_OF_LABELS = {
+    "cross_entropy": losses.cross_entropy,
+    "cross_entropy with options": functools.partial(losses.cross_entropy, label_smoothing=0.1, z_loss=0.1, margin=0.5),
+    "focal": losses.focal_cross_entropy,
+    "poly": losses.poly_cross_entropy,
+    "spherical_z_loss": losses.spherical_z_loss,
+    "fenchel_young_loss": js.fenchel_young_loss,
+    "fenchel_young_loss, α = 3": lambda z, y: js.fenchel_young_loss(z, y, 3.0),
+}
+
+
+@pytest.mark.parametrize("name", [*LOSSES_OF_LABELS, *heads_of_labels()])
+def test_rows_masked_afterwards_have_no_gradient(name):
+    """A label out of range gives NaN with derivatives 0: where(y >= 0, loss, 0) has the gradient of the other rows."""
+    f = (LOSSES_OF_LABELS | heads_of_labels())[name]
+    z = jnp.asarray(np.random.default_rng(4).normal(0, 1, (3, 16)), jnp.float32)
+    y, fine = jnp.array([1, -100, 49 if name not in LOSSES_OF_LABELS else 3]), jnp.array([True, False, True])
+    loss = f(z, y)
+    np.testing.assert_array_equal(np.isnan(loss), ~fine)
+    masked = jax.grad(lambda z: jnp.where(y >= 0, f(z, y), 0).sum())(z)
+    want = jax.grad(lambda z: jnp.where(fine, f(z, jnp.where(fine, y, 0)), 0).sum())(z)
+    np.testing.assert_allclose(masked, want, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(masked[1], 0)
+    np.testing.assert_array_equal(jax.grad(lambda z: f(z, y).sum())(z)[1], 0)
+
+
+KEY = jax.random.key(0)
+NOTHING, NO_ROWS, NO_LABELS = jnp.zeros((0,)), jnp.zeros((0, 5)), jnp.zeros((0,), int)
+NO_TOKENS, WEIGHT = jnp.zeros((0, 3)), jnp.ones((5, 3))
+PARAMS, NO_HIDDEN = adaptive.init(KEY, 16, 50, (10,)), jnp.zeros((0, 16))
+OF_NOTHING = {
+    "softmax": (lambda: js.softmax(NOTHING), (0,)),
+    "log_normalizer": (lambda: js.log_normalizer(NOTHING), ()),
+    "entropy": (lambda: js.entropy(NOTHING), ()),
+    "kl_divergence": (lambda: js.kl_divergence(NO_ROWS, NO_ROWS), (0,)),
+    "tsallis_entropy": (lambda: js.tsallis_entropy(NO_ROWS, 2.0), (0,)),
+    "renyi_entropy": (lambda: js.renyi_entropy(NO_ROWS, 2.0), (0,)),
+    "cross_entropy": (lambda: losses.cross_entropy(NO_ROWS, NO_LABELS), (0,)),
+    "its gradient": (lambda: jax.grad(lambda z: losses.cross_entropy(z, NO_LABELS).sum())(NO_ROWS), (0, 5)),
+    "of distributions": (lambda: losses.cross_entropy(NO_ROWS, NO_ROWS), (0,)),
+    "focal": (lambda: losses.focal_cross_entropy(NO_ROWS, NO_LABELS), (0,)),
+    "kl_to_target": (lambda: losses.kl_to_target(NO_ROWS, NO_ROWS), (0,)),
+    "spherical_z_loss": (lambda: losses.spherical_z_loss(NO_ROWS, NO_LABELS), (0,)),
+    "plackett_luce": (lambda: losses.plackett_luce_log_prob(NO_ROWS, jnp.zeros((0, 2), int)), (0,)),
+    "sparsemax of nothing": (lambda: js.sparsemax(NOTHING), (0,)),
+    "sparsemax": (lambda: js.sparsemax(NO_ROWS), (0, 5)),
+    "entmax15": (lambda: js.entmax15(NO_ROWS), (0, 5)),
+    "entmax": (lambda: js.entmax(NO_ROWS, 1.3), (0, 5)),
+    "fenchel_young_loss": (lambda: js.fenchel_young_loss(NO_ROWS, NO_LABELS), (0,)),
+    "mixture_log_softmax": (lambda: js.mixture_log_softmax(jnp.zeros((0, 2, 5)), jnp.zeros((0, 2))), (0, 5)),
+    "sink_softmax": (lambda: js.sink_softmax(NO_ROWS), (0, 5)),
+    "temperature_for_entropy": (lambda: js.temperature_for_entropy(NO_ROWS, 0.5), (0,)),
+    "categorical": (lambda: gumbel.categorical(KEY, NO_ROWS), (0,)),
+    "no draws": (lambda: gumbel.categorical(KEY, jnp.zeros(5), shape=(0,)), (0,)),
+    "gumbel_top_k": (lambda: gumbel.gumbel_top_k(KEY, NO_ROWS, 2).indices, (0, 2)),
+    "gumbel_softmax": (lambda: gumbel.gumbel_softmax(KEY, NO_ROWS, 0.5), (0, 5)),
+    "no samples": (lambda: gumbel.gumbel_softmax(KEY, jnp.zeros(5), 0.5, shape=(0,)), (0, 5)),
+    "subset_softmax": (lambda: gumbel.subset_softmax(KEY, NO_ROWS, 2, 0.5), (0, 5)),
+    "linear_cross_entropy": (lambda: heads.linear_cross_entropy(NO_TOKENS, WEIGHT, NO_LABELS), (0,)),
+    "its sum's gradient": (
+        lambda: jax.grad(lambda W: heads.linear_cross_entropy_sum(NO_TOKENS, W, NO_LABELS))(WEIGHT),
+        (5, 3),
+    ),
+    "linear_statistics": (lambda: heads.linear_statistics(NO_TOKENS, WEIGHT, NO_LABELS).entropy, (0,)),
+    "linear_log_normalizer": (lambda: heads.linear_log_normalizer(NO_TOKENS, WEIGHT), (0,)),
+    "linear_kl": (lambda: heads.linear_kl(NO_TOKENS, WEIGHT, NO_TOKENS, WEIGHT), (0,)),
+    "linear_top_k": (lambda: heads.linear_top_k(NO_TOKENS, WEIGHT, 2).indices, (0, 2)),
+    "linear_categorical": (lambda: heads.linear_categorical(KEY, NO_TOKENS, WEIGHT), (0,)),
+    "quadratic": (lambda: heads.quadratic_cross_entropy(NO_TOKENS, WEIGHT, NO_LABELS, phi=js.taylor(2)), (0,)),
+    "sampled": (
+        lambda: heads.sampled_cross_entropy(KEY, NO_TOKENS, WEIGHT, NO_LABELS, 3, log_proposal=jnp.zeros(5)),
+        (0,),
+    ),
+    "nce": (lambda: heads.nce_loss(KEY, NO_TOKENS, WEIGHT, NO_LABELS, 3, log_proposal=jnp.zeros(5)), (0,)),
+    "adaptive.log_prob": (lambda: adaptive.log_prob(PARAMS, NO_HIDDEN, NO_LABELS), (0,)),
+    "adaptive.log_probs": (lambda: adaptive.log_probs(PARAMS, NO_HIDDEN), (0, 50)),
+    "adaptive.predict": (lambda: adaptive.predict(PARAMS, NO_HIDDEN), (0,)),
+    "adaptive.entropy": (lambda: adaptive.entropy(PARAMS, NO_HIDDEN), (0,)),
+}
+
+
+@pytest.mark.parametrize("name", list(OF_NOTHING))
+def test_of_nothing(name):
+    f, shape = OF_NOTHING[name]
+    found = f()
+    assert found.shape == shape
+    if name == "log_normalizer":
+        assert found == -inf
+    elif shape == () or name == "its sum's gradient":
+        assert np.all(found == 0)
+
+
+def float64_statistics(s, y):
+    """−l_y, H and L of scores in float64, by NumPy."""
+    peak = s.max(-1, keepdims=True)
+    L = peak + np.log(np.exp(s - peak).sum(-1, keepdims=True))
+    log_p = s - L
+    p = np.exp(log_p)
+    return -np.take_along_axis(log_p, y[:, None], -1)[:, 0], -(p * np.where(p > 0, log_p, 0)).sum(-1), L[:, 0]
+
+
+@pytest.mark.parametrize(("cap", "shift"), [(1.0, 0.0), (30.0, -80.0)])
+@pytest.mark.parametrize("where", ["where", "log_weights", "odd"])
+def test_soft_cap_comes_before_what_leaves_classes_out(cap, shift, where):
+    """Padding beyond the vocabulary takes no probability, though c tanh(−∞/c) is −c."""
+    rng = np.random.default_rng(0)
+    V, pad = 1001, 23
+    h, W, b = rng.normal(size=(6, 9)), rng.normal(size=(V + pad, 9)), np.full(V + pad, shift)
+    y = rng.integers(0, V, 6)
+    want, _, _ = float64_statistics(cap * np.tanh((h @ W[:V].T + b[:V]) / cap), y)
+    mask = jnp.arange(V + pad) < V
+    options = {"where": {"where": mask}, "log_weights": {"log_weights": jnp.where(mask, 0.0, -inf)}, "odd": {}}[where]
+    cut = V if where == "odd" else V + pad
+    h, W, b = (jnp.asarray(a, jnp.float32) for a in (h, W[:cut], b[:cut]))
+
+    def f(h):
+        return heads.linear_cross_entropy(h, W, jnp.asarray(y), b, soft_cap=cap, **options)
+
+    for g in (f, jax.jit(f)):
+        np.testing.assert_allclose(g(h), want, atol=1e-4)
+    total = heads.linear_cross_entropy_sum(h, W, jnp.asarray(y), b, soft_cap=cap, **options)
+    np.testing.assert_allclose(total, want.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("T", [0.5, 1.5])
+def test_statistics_at_a_temperature(T):
+    """Scores c tanh((h W + b)/c)/T, made by the caller's own scaling of what goes in."""
+    rng = np.random.default_rng(0)
+    h, W, b = rng.normal(size=(5, 16)), rng.normal(size=(101, 16)), rng.normal(size=101)
+    y = rng.integers(0, 101, 5)
+    loss, H, L = float64_statistics(5 * np.tanh((h @ W.T + b) / 5) / T, y)
+
+    def f(h, T):
+        W32, b32 = jnp.asarray(W, jnp.float32), jnp.asarray(b, jnp.float32)
+        return heads.linear_statistics(h / T, W32, jnp.asarray(y), b32 / T, soft_cap=5 / T)
+
+    for g in (f, jax.jit(f)):
+        found = g(jnp.asarray(h, jnp.float32), T)
+        np.testing.assert_allclose(found.log_prob, -loss, atol=1e-5)
+        np.testing.assert_allclose(found.entropy, H, atol=1e-5)
+        np.testing.assert_allclose(found.log_normalizer, L, atol=1e-5)
+
+
+def test_small_results_of_products():
+    """Almost one-hot rows of z c in the same program: as without jit, and never negative. Losses and entropies below the
+    smallest normal number are 0 in both."""
+    z = jnp.asarray(np.random.default_rng(0).standard_normal((2000, 9)) * 20, jnp.float32)
+    y = z.argmax(1)
+    f = jax.jit(lambda z, c: (js.entropy(z * c), losses.cross_entropy(z * c, y)))
+    for found, want in zip(f(z, 1.7), (js.entropy(z * 1.7), losses.cross_entropy(z * 1.7, y)), strict=True):
+        assert np.min(found) >= 0
+        np.testing.assert_allclose(found, want, rtol=1e-4)
+
+
+def test_large_scores_of_products():
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(4, 12)) * 3e9, jnp.float32)
+    np.testing.assert_allclose(jax.jit(lambda z: js.softmax(z * 0.7))(z).sum(-1), 1, rtol=1e-6)
+
+
+SURE = {
+    "softmax": (lambda z: js.softmax(z)[0], lambda e, p, c, H: (e * p, -e * p)),
+    "log_softmax": (lambda z: js.log_softmax(z)[0], lambda e, p, c, H: (e, -e)),
+    "cross_entropy": (lambda z: losses.cross_entropy(z, jnp.array(0)), lambda e, p, c, H: (-e, e)),
+    "of a distribution": (lambda z: losses.cross_entropy(z, jnp.array([1.0, 0.0], z.dtype)), lambda e, p, c, H: (-e, e)),
+    "entropy": (js.entropy, lambda e, p, c, H: (-p * (c[0] + H), -e * (c[1] + H))),
+    "focal": (
+        lambda z: losses.focal_cross_entropy(z, jnp.array(0), gamma=1.0),
+        lambda e, p, c, H: (-(e * p * -c[0] + e * e), e * p * -c[0] + e * e),
+    ),
+    "poly": (lambda z: losses.poly_cross_entropy(z, jnp.array(0)), lambda e, p, c, H: (-e - 2 * e * p, e + 2 * e * p)),
+    "kl_to_target": (lambda z: losses.kl_to_target(z, jnp.array([1.0, 0.0], z.dtype)), lambda e, p, c, H: (-e, e)),
+    "kl_divergence": (
+        lambda z: js.kl_divergence(jax.lax.stop_gradient(z * 2), z),
+        lambda e, p, c, H: (-(e - e**2 / (e**2 + p**2)), e - e**2 / (e**2 + p**2)),
+    ),
+    "linear_cross_entropy": (
+        lambda z: heads.linear_cross_entropy(jnp.ones((1, 1), z.dtype), z[:, None], jnp.array([0]))[0],
+        lambda e, p, c, H: (-e, e),
+    ),
+    "linear_cross_entropy_sum": (
+        lambda z: heads.linear_cross_entropy_sum(jnp.ones((1, 1), z.dtype), z[:, None], jnp.array([0])),
+        lambda e, p, c, H: (-e, e),
+    ),
+    "linear_cross_entropy of a distribution": (
+        lambda z: heads.linear_cross_entropy(jnp.ones((1, 1), z.dtype), z[:, None], jnp.array([[1.0, 0.0]], z.dtype))[0],
+        lambda e, p, c, H: (-e, e),
+    ),
+}
+
+
+@pytest.mark.parametrize(("dtype", "gap"), [(jnp.float64, 40.0), (jnp.float32, 20.0)])
+@pytest.mark.parametrize("name", list(SURE))
+def test_gradients_of_a_sure_answer(name, dtype, gap):
+    """Both components have their digits, and they add up to 0."""
+    f, gradient = SURE[name]
+    with jax.enable_x64(dtype == jnp.float64):
+        found = jax.grad(f)(jnp.array([gap, 0.0], dtype))
+    e = np.exp(-gap) / (1 + np.exp(-gap))
+    c = np.log1p(-e), -gap + np.log1p(-e)
+    H = -((1 - e) * c[0] + e * c[1])
+    np.testing.assert_allclose(found, gradient(e, 1 - e, c, H), rtol=1e-6)
