@@ -104,6 +104,8 @@ class Function:
     orders: int = 4
     """How many orders are compared: 1 for what is a derivative itself, else 3 or 4, up to the third derivative."""
     third_by_autodiff: bool = True
+    keeps: int | None = None
+    """How many arrays of the scores' size it keeps for its backward pass; None: as many as there are of scores."""
     tolerance64: tuple[float, ...] = (1e-14, 1e-13, 1e-12, 1e-11)
     tolerance32: tuple[float, ...] = (2e-6, 1e-5, 1e-4, 1e-3)
 
@@ -236,8 +238,8 @@ LOSSES = (
     _loss("cross_entropy", functools.partial(losses.cross_entropy, **_OPTIONS), plain_label_loss, arguments=(_LABEL,)),
     _loss("focal_cross_entropy", losses.focal_cross_entropy, plain_focal, arguments=(_LABEL,)),
     _loss("poly_cross_entropy", losses.poly_cross_entropy, plain_poly, arguments=(_LABEL,)),
-    _loss("kl_to_target", _to_target, plain_to_target, scores=2),
-    _loss("plackett_luce_log_prob", losses.plackett_luce_log_prob, plain_ranking, arguments=(_ORDER,)),
+    _loss("kl_to_target", _to_target, plain_to_target, scores=2, keeps=3),
+    _loss("plackett_luce_log_prob", losses.plackett_luce_log_prob, plain_ranking, arguments=(_ORDER,), keeps=2),
 )
 """The one list of losses that take a φ."""
 
@@ -292,11 +294,13 @@ def _mixture(z: Any) -> Any:
     return mixture_log_softmax(jnp.stack([z, 2 * z[..., ::-1]], -2), jnp.log(jnp.array([1.0, 3.0])).astype(z.dtype))
 
 
-def _without_phi(name: str, function: Callable[..., Any], plain: Callable[..., Any], *arguments: Any) -> Function:
+def _without_phi(
+    name: str, function: Callable[..., Any], plain: Callable[..., Any], *arguments: Any, keeps: int | None = None
+) -> Function:
     def of_scores(*given: Any, phi: Phi) -> Any:
         return function(*given)
 
-    return Function(name, of_scores, lambda phi, xp, z: plain(xp, z), arguments=arguments, orders=3)
+    return Function(name, of_scores, lambda phi, xp, z: plain(xp, z), arguments=arguments, orders=3, keeps=keeps)
 
 
 def _entmax(alpha: float) -> Function:
@@ -315,8 +319,8 @@ SPARSE_MAPS = (
 """The maps that reach exact zeros, and their loss."""
 
 OTHERS = (
-    _without_phi("spherical_z_loss", losses.spherical_z_loss, plain_z_loss, _LABEL),
-    _without_phi("mixture_log_softmax", _mixture, plain_mixture),
+    _without_phi("spherical_z_loss", losses.spherical_z_loss, plain_z_loss, _LABEL, keeps=5),
+    _without_phi("mixture_log_softmax", _mixture, plain_mixture, keeps=4),
     _without_phi("sink_softmax", sink_softmax, plain_sink, 0.5),
 )
 """The other functions that take no φ, or are tested for one."""

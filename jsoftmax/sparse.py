@@ -120,13 +120,13 @@ def _entmax_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
     p = _entmax(z, alpha, power)
     w = _weight(p, alpha, power)
     total = jnp.sum(w, -1, keepdims=True)
-    share = w / jnp.where(total == 0, 1, total)
+    total = jnp.where(total == 0, 1, total)  # of an empty row
     p_dot = jnp.zeros_like(p)
     if not isinstance(z_dot, SymbolicZero):
-        p_dot = w * (z_dot - jnp.sum(share * z_dot, -1, keepdims=True))
+        p_dot = w * (z_dot - jnp.sum(w * z_dot, -1, keepdims=True) / total)  # w alone is kept for the backward pass
     if not isinstance(alpha_dot, SymbolicZero):
         g = _by_alpha(p, alpha)
-        p_dot = p_dot + (g - share * jnp.sum(g, -1, keepdims=True)) * alpha_dot
+        p_dot = p_dot + (g - w * (jnp.sum(g, -1, keepdims=True) / total)) * alpha_dot
     return p, p_dot
 
 

@@ -247,8 +247,10 @@ def test_statistics_at_a_temperature(T):
 
 
 def test_small_results_of_products():
-    """Almost one-hot rows of z c in the same program: as without jit, and never negative. Losses and entropies below the
-    smallest normal number are 0 in both."""
+    """Almost one-hot rows of z c in the same program: as without jit, and never negative.
+
+    Losses and entropies below the smallest normal number are 0 in both.
+    """
     z = jnp.asarray(np.random.default_rng(0).standard_normal((2000, 9)) * 20, jnp.float32)
     y = z.argmax(1)
     f = jax.jit(lambda z, c: (js.entropy(z * c), losses.cross_entropy(z * c, y)))
@@ -266,7 +268,10 @@ SURE = {
     "softmax": (lambda z: js.softmax(z)[0], lambda e, p, c, H: (e * p, -e * p)),
     "log_softmax": (lambda z: js.log_softmax(z)[0], lambda e, p, c, H: (e, -e)),
     "cross_entropy": (lambda z: losses.cross_entropy(z, jnp.array(0)), lambda e, p, c, H: (-e, e)),
-    "of a distribution": (lambda z: losses.cross_entropy(z, jnp.array([1.0, 0.0], z.dtype)), lambda e, p, c, H: (-e, e)),
+    "of a distribution": (
+        lambda z: losses.cross_entropy(z, jnp.array([1.0, 0.0], z.dtype)),
+        lambda e, p, c, H: (-e, e),
+    ),
     "entropy": (js.entropy, lambda e, p, c, H: (-p * (c[0] + H), -e * (c[1] + H))),
     "focal": (
         lambda z: losses.focal_cross_entropy(z, jnp.array(0), gamma=1.0),
@@ -287,7 +292,7 @@ SURE = {
         lambda e, p, c, H: (-e, e),
     ),
     "linear_cross_entropy of a distribution": (
-        lambda z: heads.linear_cross_entropy(jnp.ones((1, 1), z.dtype), z[:, None], jnp.array([[1.0, 0.0]], z.dtype))[0],
+        lambda z: heads.linear_cross_entropy(jnp.ones((1, 1), z.dtype), z[:, None], jnp.eye(2, dtype=z.dtype)[:1])[0],
         lambda e, p, c, H: (-e, e),
     ),
 }

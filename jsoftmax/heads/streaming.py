@@ -88,9 +88,9 @@ def linear_cross_entropy(
         `jax.shard_map` and `jax.sharding.auto_axes`.
     Returns: `[...]`, float32 at least. Factors of narrower dtypes are multiplied as they are and summed in float32, the
       tangents' too; the weight's gradient is summed in float32 and rounded once. Small losses keep their digits
-      (MATH 4.4), but for the rounding of the scores. A label out of range: NaN; one on a class left out: +inf, with
-      finite derivatives. A token with NaN or +inf among its scores: NaN, in that token alone, but its share of the
-      weight's gradient is NaN.
+      (MATH 4.4), but for the rounding of the scores. Labels out of range, or on a class that is left out or impossible:
+      the table of `jsoftmax.losses.cross_entropy`. A token with NaN or +inf among its scores: NaN, in that token alone,
+      but its share of the weight's gradient is NaN.
     Raises: TypeError or ValueError for shapes, dtypes and options that do not fit.
     Source: Milakov and Gimelshein 2018 (running normaliser); Wijmans et al. 2025 (the loss without logits).
 

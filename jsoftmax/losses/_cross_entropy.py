@@ -152,17 +152,19 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
     if margin is not None:
         z = z - margin * _is_label(z, label, axis_name)
     x = maps.weighted_scores(phi, z, given.where, given.log_weights)
-    of_classes = None if alone else _minus_log_p(x, axis_name)
-    if given.by_label:
-        loss, L, spread = terms(x, label, axis_name, alone and smoothing is not None)
-        loss = _weighted(given, loss, label, axis_name)
+    if alone:
+        loss, L, spread = terms(x, label, axis_name, smoothing is not None)
     else:
-        L = maps.log_sum(x, (x.ndim - 1,), axis_name)
-        loss = all_sum(_expected(given, x, of_classes), axis_name)
-    if smoothing is not None:
-        if of_classes is not None:
-            weights = 1 if given.class_weights is None else given.class_weights
-            spread = _mean_of_kept(of_classes * weights, x, axis_name)
+        n = _minus_log_p(x, axis_name)
+        weights = 1 if given.class_weights is None else given.class_weights
+        spread = None if smoothing is None else _mean_of_kept(weights * n, x, axis_name)
+        if given.by_label:
+            loss, L, _ = terms(x, label, axis_name)
+        else:
+            loss, L = all_sum(_expected(given, x, n), axis_name), maps.log_sum(x, (x.ndim - 1,), axis_name)
+    if given.by_label:
+        loss = _weighted(given, loss, label, axis_name)
+    if smoothing is not None and spread is not None:  # both or none
         loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
         loss = (1 - smoothing) * loss + smoothing * spread
     if z_loss is not None:
@@ -233,8 +235,8 @@ def cross_entropy(
       labels: integers `[...]`, the class y; or, if floating, distributions q `[..., K]`: then −l_y is −Σ q l, and
         q takes part in the derivatives. Over several class axes an integer is a flat index, as in optax.
       axis: int, tuple or None (all): the classes' axis.
-      where: bool; with as many dimensions as the logits it leaves classes out, with as many as the loss it leaves rows
-        out, whose loss is 0.
+      where: bool; with as many dimensions as the logits it leaves classes out of the whole computation, with as many
+        as the loss it leaves rows out. The table below says what a label there gives.
       phi: the positive map φ.
       margin: m, subtracted from the label's score before φ.
       label_smoothing: a in [0, 1], shared by the K classes that are kept.
@@ -246,9 +248,15 @@ def cross_entropy(
         the class weights and of labels that are distributions; integers count over all devices, the first of several
         class axes being the sharded one.
     Returns: `[...]`, in the logits' dtype, but float32 for narrower ones; without smoothing within |u| + 4 ulp, of the
-      loss of a confident right answer too (MATH 4). A label out of range: NaN; one on a class left out: +inf, with
-      finite derivatives, but 0 if its weight (of class_weights, or 1 − a) is 0. A class with q = 0 adds 0. A score of
-      +inf or NaN: NaN in that row alone.
+      loss of a confident right answer too, and so is its gradient (MATH 4). A class with q = 0 adds 0. A score of +inf
+      or NaN: NaN in that row alone. Otherwise, as in every loss and head (MATH 5):
+
+      | the label, or mass of q | loss | derivatives |
+      |---|---|---|
+      | in a row that `where` or `ignore_label` leaves out, or with no class left | 0 | 0 |
+      | on a class that `where` leaves out | that mass counts 0 | 0 |
+      | on a class with score or log-weight −inf, or φ = 0 | +inf; 0 if its weight, of α or 1 − a, is 0 | finite |
+      | out of range | NaN | 0 |
     Raises: TypeError or ValueError for shapes or dtypes that do not fit, an option out of range, or one that does not
       go with distributions.
     Source: Banerjee et al. 2020 and Liang et al. 2017 (margin); de Brébisson & Vincent 2016 (φ); Szegedy et al. 2016

@@ -78,8 +78,9 @@ def kl_to_target(
       logits, axis, where, phi, log_weights: as in `cross_entropy`.
       targets: q `[..., K]`, floating, not negative; taken as they are, not normalised. Differentiable.
     Returns: `[...]`, in the logits' dtype, but float32 for narrower ones. A class with q = 0 adds 0, and its derivative
-      in q is 0 by convention; one left out with q > 0 makes D = +inf, with finite derivatives. A negative q: NaN. A
-      score of +inf or NaN: NaN in that row alone.
+      in q is 0 by convention; so it is for a class that `where` leaves out. One that is impossible (score or log-weight
+      −inf) with q > 0 makes D = +inf, with finite derivatives. A negative q: NaN. A score of +inf or NaN: NaN in that
+      row alone.
     Raises: as `cross_entropy`; TypeError for targets that are no floating distributions.
     Source: Kullback & Leibler 1951.
 

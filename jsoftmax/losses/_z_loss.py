@@ -81,7 +81,8 @@ def spherical_z_loss(
       logits, labels, axis, where, ignore_label: as in `cross_entropy`, with integer labels.
       scale: a > 0; shift: b. Numbers, may be traced.
     Returns: `[...]`, in the logits' dtype, but float32 for narrower ones. A row whose scores are all equal has t = 0
-      and derivatives 0. Labels out of range or left out, and bad scores, as in `cross_entropy`.
+      and derivatives 0. Labels out of range or left out, rows without classes, and bad scores, as in
+      `cross_entropy`.
     Raises: as `cross_entropy`; TypeError for labels that are no integers.
     Source: de Brébisson & Vincent, arXiv:1604.08859, equation 6.
 

@@ -93,7 +93,7 @@ def exp_sums(
     axis: tuple[int, ...],
     axis_name: AxisName = None,
     order: int = 0,
-    beside: Array | None = None,
+    beside: Any = None,
 ) -> ExpSums:
     """max x and Σ e^u − 1, u = x − max x; and what is to be summed over the shards beside."""
     return _by_platform(

@@ -102,7 +102,7 @@ def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, or
     return jnp.where(e == 0, 0, u + m), not_negative(jnp.log1p(rest) + m)
 
 
-def exp_sums(x: Array, beside: Array | None, axis: tuple[int, ...], axis_name: AxisName, order: int) -> ExpSums:
+def exp_sums(x: Array, beside: Any, axis: tuple[int, ...], axis_name: AxisName, order: int) -> ExpSums:
     """`reference.exp_sums`."""
     how, x = form(x, "loss", order), widened(x)
     _, _, rest, _, peak, _ = _shifted(x, axis, axis_name, how)
@@ -159,7 +159,7 @@ def label_rates(  # noqa: PLR0917
 
     of_others, of_kept = total(p * others), None
     if kept is not None:
-        of_kept = total(jnp.where(kept, others, 0)) + jnp.where(at_label == -1, 0, x_dot_y)
+        of_kept = total(jnp.where(kept, others, 0)) + jnp.where(jnp.take_along_axis(kept, own, -1), x_dot_y, 0)
     return LabelRates(of_others + at_label * x_dot_y, of_others + (1 + at_label) * x_dot_y, of_kept)
 
 

@@ -4,7 +4,7 @@ GPUs and TPUs run this, and small arrays run it everywhere. A class is left out 
 classes keep their axes with length 1.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -36,7 +36,7 @@ class ExpSums(NamedTuple):
     """max x; the least finite number for a row without classes."""
     rest: Array
     """Σ e^u − 1, u = x − max x, without cancellation."""
-    beside: Array | None
+    beside: Any
     """Numbers of rows that the caller wanted summed over the shards, in the same exchange."""
 
 
@@ -47,10 +47,10 @@ class Shifted(NamedTuple):
     e: Array
     rest: Array
     peak: Array
-    beside: Array | None
+    beside: Any
 
 
-def shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, beside: Array | None = None) -> Shifted:
+def shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, beside: Any = None) -> Shifted:
     """u, e^u and Σ e^u − 1 = Σ (e − [e]) + (Σ [e] − 1), [e] the nearest whole number  (MATH 4.1).
 
     The maximum with the least finite number changes no finite x. It stands between a product that x may be and the
@@ -99,7 +99,7 @@ def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> tupl
     return jnp.where(e == 0, 0, u + m), not_negative(jnp.log1p(rest) + m)
 
 
-def exp_sums(x: Array, beside: Array | None, axis: tuple[int, ...], axis_name: AxisName = None) -> ExpSums:
+def exp_sums(x: Array, beside: Any, axis: tuple[int, ...], axis_name: AxisName = None) -> ExpSums:
     """max x and Σ e^u − 1  (MATH 4.1)."""
     _, _, rest, peak, beside = shifted(x, axis, axis_name, beside)
     return ExpSums(jnp.maximum(peak, jnp.finfo(peak.dtype).min), rest, beside)

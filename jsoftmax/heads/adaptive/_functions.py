@@ -118,8 +118,8 @@ def log_prob(
       phi: the positive map φ of every score.
       ignore_label: rows with that label are left out too.
     Returns: `[...]` ≤ 0, in the common dtype of `hidden` and the head, but float32 for narrower ones; log-probabilities
-      near 0 keep their digits, as in `jsoftmax.losses.cross_entropy`. A label out of range: NaN, with derivatives 0. A score of +inf or NaN
-      in the head, or in the label's tail: NaN in that row alone.
+      near 0 keep their digits, as in `jsoftmax.losses.cross_entropy`. A label out of range: NaN, with derivatives 0.
+      A score of +inf or NaN in the head, or in the label's tail: NaN in that row alone.
     Raises: TypeError or ValueError for `params`, shapes or dtypes that do not fit.
     Source: Grave, Joulin, Cissé, Grangier, Jégou 2017, section 4.
 

@@ -1,0 +1,51 @@
+"""What a function keeps for its backward pass: an array of the scores' size and numbers of rows; more by its record."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jsoftmax as js
+from jsoftmax import losses
+from jsoftmax.sums import cpu
+from jsoftmax.verify import FUNCTIONS, LOSSES, OTHERS, SPARSE_MAPS
+
+SHAPES = [(6, 12), (2 * cpu.LARGE // 512, 512)]
+"""Few scores and many; rows of several lengths and the masks of losses are far fewer than either."""
+
+
+def kept(f, *scores):
+    """How many arrays of the scores' size jax.vjp keeps: of floats, and of flags."""
+    leaves = jax.tree.leaves(jax.eval_shape(lambda *z: jax.vjp(f, *z)[1], *scores))
+    large = [a.dtype for a in leaves if a.size >= scores[0].size]
+    floats = sum(a.size // scores[0].size for a in leaves if jnp.issubdtype(a.dtype, jnp.floating))
+    return floats, large.count(bool)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("function", [*FUNCTIONS, *LOSSES, *SPARSE_MAPS, *OTHERS], ids=str)
+def test_kept(function, shape):
+    scores = [jnp.zeros(shape)] * function.scores
+    arguments = [
+        jnp.broadcast_to(a, (shape[0], *a.shape)) if isinstance(a, jax.Array) else a for a in function.arguments
+    ]
+    floats, flags = kept(lambda *z: function.function(*z, *arguments, phi=js.exp), *scores)
+    assert floats == (function.scores if function.keeps is None else function.keeps)
+    assert flags <= 1
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1, "margin": 0.5}], ids=str)
+def test_kept_by_the_options_of_cross_entropy(options, shape):
+    f = functools.partial(losses.cross_entropy, labels=jnp.zeros(shape[0], int), **options)
+    assert kept(f, jnp.zeros(shape)) == (1, int("label_smoothing" in options))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("f", [js.softmax, js.log_softmax, js.entropy, losses.cross_entropy])
+def test_kept_of_narrow_scores(f, shape):
+    """Not more than of wide ones: the labels' and the entropy's p is of float32."""
+    z = jnp.zeros(shape, jnp.bfloat16)
+    arguments = (jnp.zeros(shape[0], int),) if f is losses.cross_entropy else ()
+    assert kept(lambda z: f(z, *arguments), z)[0] == 1

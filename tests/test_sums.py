@@ -1,0 +1,122 @@
+"""The forms for CPU equal the reference, function by function and through everything built on them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsoftmax import sums
+from jsoftmax.sums import cpu, reference
+from jsoftmax.verify import DERIVATIVES, FUNCTIONS, LOSSES
+
+ROWS = {
+    "short": (7, 5),
+    "17": (7, 17),
+    "many": (4200, 60),
+    "300": (7, 300),
+    "many of 300": (4200, 300),
+    "long": (5, 4500),
+}
+"""Shapes with forms of their own: slices, one kernel of many rows, blocks, blocks with a tail."""
+
+
+def scores(shape, dtype=np.float32):
+    """Rows of every kind: spread, one-hot, tied, with classes left out, one class, none, +∞, NaN."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(0, 3, shape)
+    z[1, 1] += 25
+    z[2] = 0
+    z[3, 1:] = np.where(np.arange(1, shape[1]) % 3 == 0, -np.inf, z[3, 1:])
+    if len(z) > 5:
+        z[4, 1:] = -np.inf
+        z[5] = -np.inf
+    if len(z) > 100:
+        z[70, 2], z[71, 0], z[72, -1] = np.inf, np.nan, np.nan
+    return z.astype(dtype)
+
+
+def same(got, want, ulps=64):
+    """Within some ulp of the larger of 1 and each number, with infinities and NaN in the same places."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        eps = float(jnp.finfo(b.dtype).eps)
+        np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=ulps * eps, atol=ulps * eps)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_each_function_equals_the_reference(shape, dtype, order):
+    axis = (1,)
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.asarray(scores(shape, dtype))
+        peak = jnp.max(jnp.where(jnp.isneginf(x), jnp.finfo(dtype).min, x), 1, keepdims=True)
+        fine = jnp.isfinite(jnp.sum(jnp.exp(x), 1))  # all of a bad row need not be NaN, if one number is
+        n = jax.jit(functools.partial(reference.normalized, axis=axis))(x)
+        for want, names in {"all": n._fields, "p": ("p",), "log_p": ("log_p",), "L": ("log_normalizer",)}.items():
+            got = jax.jit(functools.partial(cpu.normalized, axis=axis, axis_name=None, want=want, order=order))(x)
+            same([getattr(got, name) for name in names], [getattr(n, name) for name in names])
+        c, H = jax.jit(functools.partial(cpu.centred, axis=axis, axis_name=None, want="H", order=order))(x)
+        want_c, want_H = jax.jit(functools.partial(reference.centred, axis=axis))(x)
+        same((c[fine], H), (want_c[fine], want_H))
+        got = jax.jit(functools.partial(cpu.exp_sums, beside=None, axis=axis, axis_name=None, order=order))(x)
+        want = jax.jit(functools.partial(reference.exp_sums, beside=None, axis=axis))(x)
+        same([got.rest, got.peak[fine]], [want.rest, want.peak[fine]])
+        same(cpu.gap_sum(x[fine], peak[fine], axis), reference.gap_sum(x[fine], peak[fine], axis))
+        x_dot, p = jnp.cos(jnp.where(jnp.isfinite(x), x, 0)), n.p
+        got = cpu.p_rate(p, x[:, :1], x_dot, axis, None, order)
+        same(got, reference.p_rate(p, x_dot, axis))
+        got = cpu.log_p_rate(p[fine], x[fine, :1], jnp.isneginf(x[fine]), x_dot[fine], axis, None, order)
+        same(got, reference.log_p_rate(n.log_p[fine], x_dot[fine], axis))
+        label = jnp.arange(shape[0])[:, None] % (shape[1] + 2) - 1  # some are on another shard
+        inside, own = (label >= 0) & (label < shape[1]), jnp.clip(label, 0, shape[1] - 1)
+        is_label = (jnp.arange(shape[1]) == own) & inside
+        kept, at_label = ~jnp.isneginf(x), jnp.where(inside, jnp.take_along_axis(p, own, 1) - 1, -1)
+        got = cpu.label_rates(p, kept, at_label, x_dot, own, inside)
+        same(got, reference.label_rates(p, kept, at_label, x_dot, is_label))
+
+
+def everything(function, z):
+    """Value, gradient and Hessian product; a second array of scores is made of the first."""
+    arguments = [jnp.broadcast_to(a, (len(z), *a.shape)) if isinstance(a, jax.Array) else a for a in function.arguments]
+
+    def total(z):
+        value = function.function(z, *[z[:, ::-1] / 2] * (function.scores - 1), *arguments)
+        weights = jnp.cos(jnp.arange(1.0, 1 + value.size // len(value))).reshape(value.shape[1:]).astype(value.dtype)
+        return jnp.sum(jnp.where(jnp.isneginf(value), 0, weights * value)), value
+
+    def made(z):
+        return total(1.5 * z)
+
+    gradient, product, value = jax.jvp(jax.grad(made, has_aux=True), (z,), (jnp.cos(z),), has_aux=True)
+    return value, gradient, product
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("function", [f for f in (*FUNCTIONS, *DERIVATIVES, *LOSSES) if f.orders > 1], ids=str)
+def test_every_function_by_both_forms(function, dtype, monkeypatch):
+    """Also of scores that are made in the same program."""
+    shapes = [(6, 5), (6, 17), (6, 300)]
+    z = [jnp.asarray(np.random.default_rng(1).normal(0, 2, shape), dtype) for shape in shapes]
+    found = []
+    for large in (2**60, 0):
+        jax.clear_caches()
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "LARGE", large)
+            patch.setattr(cpu, "SHORT", cpu.SHORT if large == 0 else 2**60)
+            found.append([jax.jit(functools.partial(everything, function))(a) for a in z])
+            assert [sums.explain(shape).split(":")[0] for shape in shapes] == [["reference", "cpu"][large == 0]] * 3
+    jax.clear_caches()
+    for got, want in zip(*map(jax.tree.leaves, found), strict=True):
+        scale = float(jnp.max(jnp.abs(want)))
+        tolerance = 2 * float(jnp.finfo(got.dtype).eps) if got.dtype == jnp.bfloat16 else 2e-5
+        np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=tolerance, atol=tolerance * scale)
+
+
+def test_explain():
+    assert sums.explain((8, 256)).startswith("reference")
+    assert sums.explain((8, 257)) == "cpu: many classes, compiled for cpu"
+    assert sums.explain((257, 8), 0) == "cpu: many classes, compiled for cpu"
+    assert sums.explain((2**15, 4)) == "cpu: many scores, compiled for cpu"
+    assert sums.explain((2**15, 4), platform="tpu") == "reference: compiled for tpu"
