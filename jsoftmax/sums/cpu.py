@@ -60,7 +60,7 @@ class Form(NamedTuple):
     @property
     def keeps_small_results(self) -> bool:
         """Whether what is wanted may be small beside the scores: there a residue of their rounding would be seen."""
-        return self.want in ("log_p", "H", "loss")
+        return self.want in ("all", "log_p", "H", "loss")
 
 
 def is_large(x: Array) -> bool:
