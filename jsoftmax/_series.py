@@ -1,8 +1,11 @@
 """Elementary functions without cancellation, whose derivatives of every order are right too (MATH 3.0)."""
 
 import functools
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 
@@ -27,6 +30,19 @@ def log1p_exp(z: Array) -> Array:
     """log(1 + e^z), by branches whose derivatives are right too."""
     above = z > 0
     return jnp.where(above, z + jnp.log1p(jnp.exp(-jnp.where(above, z, 0))), jnp.log1p(jnp.exp(jnp.where(above, 0, z))))
+
+
+@jax.custom_jvp
+def sigmoid(z: Array) -> Array:
+    """σ(z) = 1/(1 + e^−z), whose derivative σ(z) σ(−z) keeps its digits where σ rounds to 1."""
+    return lax.logistic(z)
+
+
+@sigmoid.defjvp
+def _sigmoid_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (z,), (z_dot,) = primals, tangents
+    s = sigmoid(z)
+    return s, s * sigmoid(-z) * z_dot
 
 
 def expm1_ratio(y: Array) -> Array:

@@ -5,13 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, maps
 from jsoftmax._arguments import Axis, public
 from jsoftmax._collectives import AxisName
+from jsoftmax._series import sigmoid
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sums import class_sum
@@ -119,4 +119,4 @@ def _with_sink(x: Array, sink: Array, axis: tuple[int, ...], axis_name: AxisName
     _, p, L = normalize(x, axis, axis_name)
     empty = jnp.isneginf(L)
     gap = jnp.where(empty, 0, L) - jnp.where(empty, 0, sink)
-    return p * lax.logistic(gap)
+    return p * sigmoid(gap)

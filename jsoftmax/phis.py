@@ -8,12 +8,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.lax import logistic as _sigmoid
 from jaxtyping import Array
 
 from jsoftmax import _arguments
 from jsoftmax._pytree import pytree_class, static
-from jsoftmax._series import log1p_deficit, log1p_exp
+from jsoftmax._series import log1p_deficit, log1p_exp, sigmoid
 from jsoftmax.phi import Phi, exp, from_callable
 
 
@@ -244,13 +243,13 @@ class Softplus(Phi):
     def slope(self, z: Array) -> Array:  # s = σ(z)/φ; for small u = e^z 1/((1 + u) (1 − h))
         above = z > 0
         z_above, u = jnp.where(above, z, 1), jnp.exp(jnp.where(above, 0, z))
-        return jnp.where(above, _sigmoid(z_above) / log1p_exp(z_above), 1 / ((1 + u) * (1 - log1p_deficit(u))))
+        return jnp.where(above, sigmoid(z_above) / log1p_exp(z_above), 1 / ((1 + u) * (1 - log1p_deficit(u))))
 
     def curvature(self, z: Array) -> Array:  # t = s (σ(−z) − s); for small u −s² h
         above = z > 0
         z_above, u = jnp.where(above, z, 1), jnp.exp(jnp.where(above, 0, z))
         s = self.slope(z)
-        return jnp.where(above, s * (_sigmoid(-z_above) - s), -(s**2) * log1p_deficit(u))
+        return jnp.where(above, s * (sigmoid(-z_above) - s), -(s**2) * log1p_deficit(u))
 
 
 softplus = Softplus()
@@ -269,10 +268,10 @@ class Sigsoftmax(Phi):
         return jnp.maximum(z - log1p_exp(-z), jnp.finfo(z.dtype).min)
 
     def slope(self, z: Array) -> Array:
-        return 1 + _sigmoid(-z)
+        return 1 + sigmoid(-z)
 
     def curvature(self, z: Array) -> Array:
-        return -_sigmoid(z) * _sigmoid(-z)
+        return -sigmoid(z) * sigmoid(-z)
 
 
 sigsoftmax = Sigsoftmax()
@@ -291,10 +290,10 @@ class Logistic(Phi):
         return -log1p_exp(-z)
 
     def slope(self, z: Array) -> Array:
-        return _sigmoid(-z)
+        return sigmoid(-z)
 
     def curvature(self, z: Array) -> Array:
-        return -_sigmoid(z) * _sigmoid(-z)
+        return -sigmoid(z) * sigmoid(-z)
 
 
 logistic = Logistic()

@@ -6,6 +6,7 @@ every dtype, and equals what float64 gives operation by operation.
 """
 
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -15,8 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
+from sharding import mesh
 
 import jsoftmax as js
+from jsoftmax import gumbel, heads
 from jsoftmax.sums import cpu
 from jsoftmax.verify import DERIVATIVES, FUNCTIONS, LOSSES, OTHERS, SPARSE_MAPS
 
@@ -188,3 +192,134 @@ def test_every_function_after_every_producer(function, producer, shape, dtype, m
     bound = allowed(function, producer, shape, dtype, mode, finite)
     same = (found == want) | (np.isnan(found) & np.isnan(want)) | (np.abs(found - finite) <= bound)
     assert np.all(same), (np.max(np.abs(found - want)[~same]), np.argwhere(~same)[:3].tolist(), np.mean(~same))
+
+
+# --- under transformations -----------------------------------------------------------------------------------
+
+
+def by_scan(f, z, c):
+    return jax.lax.scan(lambda carry, row: (carry, f(row[None], c)[0]), 0, z)[1]
+
+
+def by_vmap(f, z, c):
+    return jax.vmap(lambda row: f(row[None], c)[0])(z)
+
+
+def by_remat(f, z, c):
+    return jax.checkpoint(f)(z, c)
+
+
+BROUGHT = [f for f in EVERY if f not in DERIVATIVES]
+WAYS = covering(BROUGHT, [by_scan, by_vmap, by_remat], PRODUCERS[:1] + PRODUCERS[4:6], [(6, 12), (6, 300)])
+
+
+@pytest.mark.parametrize(("function", "way", "producer", "shape"), WAYS, ids=lambda a: getattr(a, "__name__", str(a)))
+def test_rows_made_within_transformations(function, way, producer, shape):
+    def f(z, c):
+        return ours(function, producer.make(z, c))
+
+    found = jax.jit(functools.partial(result, functools.partial(way, f), "gradient"))(
+        *arguments(shape, "float32", False)
+    )
+    with jax.enable_x64(True):
+        want = np.float64(in_one_program(function, producer, "gradient", arguments(shape, "float64", False)))
+    assert np.all(np.abs(found - want) <= allowed(function, producer, shape, "float32", "gradient", want))
+
+
+SHARDED = [f for f in FUNCTIONS + LOSSES if "axis_name" in inspect.signature(f.function).parameters]
+PARTS, WHOLE = PartitionSpec(None, "v"), PartitionSpec()
+
+
+@pytest.mark.parametrize("shape", [(6, 16), (512, 512)], ids=str)
+@pytest.mark.parametrize("function", SHARDED, ids=str)
+def test_parts_of_scores_made_on_each_device(function, shape):
+    """Value and gradient; along classes on four devices, one of which has the maximum."""
+
+    def of_scores(x, **options):
+        options |= {"phi": js.exp}
+        rows = x.shape[:1]
+        given = [jnp.broadcast_to(a, rows + a.shape) if isinstance(a, jax.Array) else a for a in function.arguments]
+        return function.function(x, *[x / 2] * (function.scores - 1), *given, **options)
+
+    z, c, _ = arguments(shape, "float32", False)
+    keeps = of_scores(z).ndim == 2
+    of_parts = jax.shard_map(
+        lambda z: of_scores(c * jnp.tanh(z / c) * 3, axis_name="v"),
+        mesh=mesh(),
+        in_specs=PARTS,
+        out_specs=PARTS if keeps else WHOLE,
+    )
+    for mode in ("value", "gradient"):
+        with jax.enable_x64(True):
+            whole = functools.partial(result, lambda z, c: of_scores(c * jnp.tanh(z / c) * 3), mode)
+            want = np.float64(jax.jit(whole)(jnp.float64(z), 1.5, jnp.float64(z)))
+        found = jax.jit(functools.partial(result, lambda z, c: of_parts(z), mode))(z, c, z)
+        bound = allowed(
+            function, PRODUCERS[5], (2**9, 2**9), "float32", mode, want
+        )  # MATH 4.5 has that of sharded ones
+        assert np.all((found == want) | (np.abs(found - want) <= bound)), mode
+
+
+# --- heads, samples, densities, temperatures -----------------------------------------------------------------
+
+KEY = jax.random.key(0)
+LABELS = jnp.arange(9) * 5
+
+
+def of_heads(w):
+    """Functions of hidden vectors `[9, 8]`, with a bounded weight, so that scores are made within."""
+    W = w(np.random.default_rng(0).normal(0, 1, (47, 8)))
+    capped = {"soft_cap": 9.0, "block_size": (4, 16)}
+    params = jax.tree.map(w, heads.adaptive.init(KEY, 8, 47, (11, 30), div_value=2))
+    return {
+        "linear_cross_entropy": lambda h: heads.linear_cross_entropy(h, W, LABELS, **capped, label_smoothing=0.1),
+        "of distributions": lambda h: heads.linear_cross_entropy(h, W, jnp.ones((9, 47), h.dtype) / 47, **capped),
+        "linear_cross_entropy_sum": lambda h: heads.linear_cross_entropy_sum(h, W, LABELS, soft_cap=9.0)[None],
+        "linear_log_normalizer": lambda h: heads.linear_log_normalizer(h, W, **capped),
+        "log_prob": lambda h: heads.linear_statistics(h, W, LABELS, **capped).log_prob,
+        "entropy": lambda h: heads.linear_statistics(h, W, LABELS, **capped).entropy,
+        "linear_kl": lambda h: heads.linear_kl(h, W, h[::-1], W / 2),
+        "linear_top_k": lambda h: heads.linear_top_k(h, W, 3, soft_cap=9.0).log_prob,
+        "quadratic": lambda h: heads.quadratic_cross_entropy(h, W, LABELS, phi=js.taylor(2)),
+        "sampled": lambda h: heads.sampled_cross_entropy(KEY, h, W, LABELS, 20, log_proposal=w(jnp.zeros(47))),
+        "nce": lambda h: heads.nce_loss(KEY, h, W, LABELS, 20, log_proposal=w(jnp.zeros(47))),
+        "adaptive": lambda h: heads.adaptive.log_prob(params, h, LABELS),
+        "adaptive.entropy": lambda h: heads.adaptive.entropy(params, h),
+    }
+
+
+def of_samples(w):
+    """Functions of scores `[9, 8]` that draw, or take samples."""
+    q = w(np.random.default_rng(1).dirichlet(np.ones(8), 9))
+    noise = w(np.random.default_rng(2).gumbel(size=(9, 8)))
+    return {
+        "concrete": lambda z: gumbel.concrete_log_density(q, z, 0.7),
+        "exp_concrete": lambda z: gumbel.exp_concrete_log_density(jnp.log(q), z, 0.7),
+        "binary_concrete": lambda z: gumbel.binary_concrete_log_density(q[:, 0], z[:, 0], 0.7),
+        "temperature": lambda z: js.temperature_for_entropy(z, 0.9),
+        "perturbed": lambda z: js.softmax((z + noise) / 0.3),
+        "mean of mixtures": lambda z: js.mixture_log_softmax(jnp.stack([z, z[::-1] * 2], 1), z[:, :2]),
+    }
+
+
+MADE = dict.fromkeys(of_heads(jnp.float32), "heads") | dict.fromkeys(of_samples(jnp.float32), "samples")
+
+
+@pytest.mark.parametrize("mode", ["value", "gradient", "HVP"])
+@pytest.mark.parametrize("name", MADE)
+def test_what_takes_no_scores(name, mode):
+    made = {"heads": of_heads, "samples": of_samples}[MADE[name]]
+    z = np.random.default_rng(3).normal(0, 1, (9, 8)).astype(np.float32)
+    z[1] *= 9  # confident, where its scores are
+
+    def found(dtype):
+        f = made(lambda a: jnp.asarray(a, dtype))[name]
+        given = [jnp.asarray(a, dtype) for a in (z, 1.5, np.cos(z))]
+        return np.float64(jax.jit(functools.partial(result, lambda z, c: f(c * z), mode))(*given))
+
+    with jax.enable_x64(True):
+        want = found("float64")
+    got = found("float32")
+    scale = np.max(np.abs(want).reshape(len(want), -1), 1).reshape(-1, *[1] * (want.ndim - 1))
+    error = np.abs(got - want)
+    assert np.all((got == want) | (error <= 1e-4 * scale + (1e-5 if mode == "HVP" else 1e-6))), np.max(error / scale)
