@@ -20,8 +20,9 @@ def _parameter(function: str, argument: str, value: Any, wanted: str, fits: Call
     """A number as a float (an int cannot be differentiated), an array as it is, unless it is out of range."""
     if not _arguments.all_known(value, np.vectorize(fits, otypes=[bool])):
         raise ValueError(f"{function}: {argument} must be {wanted}; got {value}. Choose one in that range.")
-    array = _arguments.as_number(function, argument, value)
-    return float(value) if _arguments.is_concrete_number(value) else array
+    if _arguments.is_concrete_number(value):  # no array: an import must not start a backend
+        return float(value)
+    return _arguments.as_number(function, argument, value)
 
 
 # --- polynomials ---------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Statistics(NamedTuple):
     loss: Any = None
     """−l_y, or Σ q (−l)."""
     mass: Any = None
-    """Σ q over the classes kept; a constant for derivatives."""
+    """Σ q over the classes kept."""
     spread: Any = None
     """Σ (−u)."""
     kept_count: Any = None
@@ -251,7 +251,7 @@ def finished(done: Running) -> Statistics:
         jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total),
         None if done.gap is None else done.gap / (1 + rest),
         loss,
-        None if done.mass is None else lax.stop_gradient(done.mass),
+        done.mass,
         done.spread,
         done.kept_count,
         None if done.top is None else -difference(done.top, peak[:, None]),
@@ -283,7 +283,7 @@ def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> 
         rates.log_total,
         rates.gap,
         rates.loss,
-        None if out.mass is None else zero,
+        rates.mass,
         rates.spread,
         None if out.kept_count is None else zero,
         rates.top,
@@ -313,6 +313,7 @@ class Rates(NamedTuple):
     log_total: Any = None
     gap: Any = None
     loss: Any = None
+    mass: Any = None
     spread: Any = None
     top: Any = None
 
@@ -342,11 +343,13 @@ def block_rates(  # noqa: PLR0917
     elif like.loss is not None:
         kept = ~jnp.isneginf(x)
         q = jnp.where(kept, block.targets, 0)
-        # p − 1 of a class with p > ½, which has u = 0, from Σ e^u − 1
-        excess = jnp.where(p > 0.5, jnp.expm1(-known.log_total)[:, None] + (1 - q), p - q)
+        excess = jnp.where(p > 0.5, jnp.expm1(log_p) + (1 - q), p - q)  # p − 1 with its digits
         made["loss"] = total((excess + (known.mass[:, None] - 1) * p) * x_dot)
         if dots.targets is not None:
-            made["loss"] = made["loss"] - total(jnp.where(kept, log_p * dots.targets, 0))
+            made["loss"] = made["loss"] - total(jnp.where(kept, log_p, 0) * dots.targets)
+            made["mass"] = total(jnp.where(kept, dots.targets, 0))
+    if like.mass is not None:
+        made.setdefault("mass", jnp.zeros_like(like.mass))
     if like.top is not None:
         inside, place = _local(known.top_class, start, x.shape[1])
         made["top"] = -jnp.where(inside, jnp.take_along_axis(x_dot, place, 1), 0)
