@@ -48,6 +48,7 @@ __all__ = [
     "PAIRS",
     "PHIS",
     "SPARSE_MAPS",
+    "SURE",
     "Cell",
     "Function",
     "ManyDigits",
@@ -64,6 +65,8 @@ __all__ = [
     "plain_softmax",
     "rounded",
     "scores",
+    "sure_gradient",
+    "sure_ok",
     "wide_dtype",
 ]
 
@@ -241,6 +244,31 @@ def cells() -> Iterator[Cell]:
         return
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_cell_at, indices)
+
+
+# --- gradients of confident rows -----------------------------------------------------------------------------
+
+SURE = FUNCTIONS + LOSSES + SPARSE_MAPS + OTHERS
+"""The functions whose gradient is compared where a class is almost certain."""
+
+
+def sure_gradient(function: Function) -> float:
+    """The float32 error of the gradient where class 1 has 1 − p < 10⁻⁶, for φ = exp, against many digits.
+
+    Of each output alone, over the largest entry of its gradient, which is itself small (MATH 4.5).
+    """
+    z = scores(function, maps.exp)
+    z[0, 1] = np.max(z[0]) + 16
+    xp = ManyDigits()
+    want = xp.jacobian(lambda z: function.plain(maps.exp, xp, *z))(xp.array(z))
+    found = jax.jit(jax.jacrev(lambda z: function.ours(*z, phi=maps.exp)))(z)
+    by_output = (np.asarray(a, np.float64).reshape(-1, *z.shape)[:, 0] for a in (found, want))
+    return max(itertools.starmap(error, zip(*by_output, strict=True)))
+
+
+def sure_ok(function: Function, worst: float) -> bool:
+    """Whether that error is as small as the record allows elsewhere."""
+    return worst <= function.tolerance32[1]
 
 
 # --- the article's errors ------------------------------------------------------------------------------------

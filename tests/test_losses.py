@@ -272,7 +272,7 @@ def test_kl_to_target():
 
 
 def test_kl_to_target_edges():
-    """A target of 0 counts nothing, with derivative 0; a positive one on an impossible class +inf, on a masked one nothing."""
+    """A target of 0 counts nothing, nor one on a masked class, with derivative 0; on an impossible class it is +inf."""
     inf, nan = jnp.inf, jnp.nan
     z = jnp.array([[0.0, 1.0, 2.0], [0.0, 1.0, -inf], [0.0, 1.0, -inf], [-inf] * 3, [nan, 0.0, 0.0], [inf, 0.0, 0.0]])
     q = jnp.array([[0.0, 0.5, 0.5], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.0] * 3, [1.0, 0, 0], [1.0, 0, 0]])

@@ -17,6 +17,19 @@ def test_closed_form(function, phi):
     assert cell.ok, cell
 
 
+@pytest.mark.parametrize("function", verify.SURE, ids=str)
+def test_gradient_of_a_confident_row(function):
+    assert verify.sure_ok(function, verify.sure_gradient(function))
+
+
+def test_the_gradient_of_textbooks_is_seen():
+    """p − 1 at the label as it stands."""
+    plain = jax.custom_jvp(lambda z: -jsoftmax.log_softmax(z)[1])
+    plain.defjvps(lambda z_dot, _, z: jnp.sum((jsoftmax.softmax(z) - jnp.eye(4)[1]) * z_dot))
+    of_class_1 = Function("loss", lambda z, phi: plain(z), lambda phi, xp, z: -verify.plain_log_softmax(phi, xp, z)[1])
+    assert not verify.sure_ok(of_class_1, verify.sure_gradient(of_class_1))
+
+
 @pytest.mark.parametrize("erratum", ERRATA, ids=lambda erratum: erratum.where)
 def test_article_errs(erratum):
     assert erratum.ok(*erratum.errors())
@@ -67,7 +80,7 @@ def test_command_fails_on_a_miss(monkeypatch, tmp_path, capsys):
     good, bad = (verify.cell(f, jsoftmax.exp) for f in (FUNCTIONS[0], WRONG_ENTROPY))
     monkeypatch.setattr(verify, "cells", lambda: iter([good]))
     assert cli.main(["verify", "--json", str(tmp_path / "good.json")]) == 0
-    assert (tmp_path / "good.json").read_text().count('"ok": true') == 4
+    assert (tmp_path / "good.json").read_text().count('"ok": true') == 4 + len(verify.SURE)
     monkeypatch.setattr(verify, "cells", lambda: iter([good, bad]))
     assert cli.main(["verify"]) == 1
     assert "MISS" in capsys.readouterr().out

@@ -32,15 +32,19 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     cells = list(track(verify.cells(), "function × φ", len(verify.PAIRS), console=console, transient=True))
     errata = [(erratum, *erratum.errors()) for erratum in verify.ERRATA]
-    console.print(_table(cells), _errata_table(errata))
+    sure = [(function, verify.sure_gradient(function)) for function in verify.SURE]
+    console.print(_table(cells), _sure_table(sure), _errata_table(errata))
     missed = [cell for cell in cells if not cell.ok] + [e for e, claimed, true in errata if not e.ok(claimed, true)]
+    missed += [function for function, worst in sure if not verify.sure_ok(function, worst)]
     seconds = time.perf_counter() - started
     if arguments.json:
         rows = [{**dataclasses.asdict(cell), "ok": cell.ok} for cell in cells]
         wrong = [{"where": e.where, "claimed": c, "true": t, "ok": e.ok(c, t)} for e, c, t in errata]
-        arguments.json.write_text(json.dumps({**about, "cells": rows, "errata": wrong}, indent=1) + "\n")
+        gradients = [{"function": f.name, "error32": e, "ok": verify.sure_ok(f, e)} for f, e in sure]
+        found = {**about, "cells": rows, "gradients_of_confident_rows": gradients, "errata": wrong}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
         console.print(f"written to {arguments.json}")
-    checks = sum(len(cell.error64) + len(cell.error32) for cell in cells) + len(errata)
+    checks = sum(len(cell.error64) + len(cell.error32) for cell in cells) + len(sure) + len(errata)
     console.print(f"{checks} comparisons in {seconds:.0f} s: " + (f"{len(missed)} MISSED" if missed else "no miss"))
     return 1 if missed else 0
 
@@ -82,6 +86,20 @@ def _table(cells: list[verify.Cell]) -> Table:
             marked += of_side + [""] * (len(verify.ORDERS) - len(of_side))
         table.add_row(f"  {cell.phi}", *marked)
         previous = cell.function
+    return table
+
+
+def _sure_table(sure: list[tuple[verify.Function, float]]) -> Table:
+    table = Table(
+        title="Gradients where one class is almost certain (MATH.md 4.5), φ = exp:\n"
+        "worst error of an output's gradient over its largest entry, float32 against many digits",
+        box=box.SIMPLE_HEAD,
+    )
+    for column in ("", "f′"):
+        table.add_column(column, no_wrap=True)
+    for function, worst in sure:
+        missed = "" if verify.sure_ok(function, worst) else "[bold red]![/]"
+        table.add_row(function.name, f"{worst:.0e}{missed}")
     return table
 
 
