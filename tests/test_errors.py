@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jsoftmax as js
+from jsoftmax import gumbel, heads, losses
 from jsoftmax.verify import DERIVATIVES, FUNCTIONS
 
 Z = jnp.zeros((2, 3))
@@ -107,6 +108,57 @@ SCORES = [
 ]
 
 
+KEY, LABELS, HIDDEN, WEIGHT = jax.random.key(0), jnp.array([0, 1]), jnp.zeros((4, 5)), jnp.zeros((7, 5))
+
+FROM_ELSEWHERE = [  # as other libraries are called, or with an object of the wrong kind
+    (lambda: js.softmax(Z, dim=-1), TypeError, "softmax: an unexpected keyword dim=", "axis=…"),
+    (lambda: js.softmax(Z, mask=None), TypeError, "softmax: an unexpected keyword mask=", "where=…"),
+    (lambda: js.softmax(Z, reduction="sum"), TypeError, "softmax: an unexpected keyword reduction=", "jnp.mean(…)"),
+    (lambda: losses.cross_entropy(Z, LABELS, ignore_index=-1), TypeError, "cross_entropy: ", "ignore_label=…"),
+    (lambda: losses.cross_entropy(Z, LABELS, weight=None), TypeError, "cross_entropy: ", "class_weights=…"),
+    (lambda: gumbel.gumbel_softmax(KEY, Z, tau=0.5), TypeError, "gumbel_softmax: ", "temperature=…"),
+    (lambda: raw(js.entropy)(Z, where=LABELS > 0), ValueError, "entropy: where must broadcast", "where[:, None]"),
+    (lambda: raw(js.softmax)(Z, axis=True), TypeError, "softmax: axis must be an int", "got True"),
+    (
+        lambda: raw(js.softmax)(np.array([1, None])),
+        TypeError,
+        "softmax: z must be",
+        "ndarray of dtype object",
+        "astype",
+    ),
+    (lambda: raw(js.entmax)(Z, jnp.array(0.9)), ValueError, "entmax: alpha must be >= 1", "got 0.8999"),
+    (lambda: raw(js.entmax)(Z, np.array([0.9, 2.0])[:, None]), ValueError, "entmax: alpha must be >= 1"),
+    (
+        lambda: raw(losses.cross_entropy)(Z, LABELS, label_smoothing=np.array(1.5)),
+        ValueError,
+        "cross_entropy: label_smoothing must be in [0, 1]",
+        "got 1.5",
+    ),
+    (lambda: raw(losses.cross_entropy)(Z, LABELS, margin=True), TypeError, "cross_entropy: margin must be a number"),
+    (lambda: raw(losses.cross_entropy)(Z, LABELS[:, None]), ValueError, "cross_entropy: ", "labels.reshape(2,)"),
+    (lambda: raw(gumbel.gumbel_softmax)(KEY, Z, 0.5, hard="yes"), TypeError, "gumbel_softmax: hard must be True or"),
+    (lambda: raw(gumbel.gumbel_top_k)(KEY, 2, Z), TypeError, "gumbel_top_k: k must be an int", "behind the scores"),
+    (
+        lambda: raw(heads.linear_categorical)(KEY, HIDDEN, WEIGHT, shape=(16,)),
+        ValueError,
+        "linear_categorical: shape must end in",
+        "shape=(n, 4)",
+    ),
+    (
+        lambda: raw(heads.linear_cross_entropy)(HIDDEN, WEIGHT, jnp.zeros((16, 4), int)),
+        ValueError,
+        "linear_cross_entropy: integer labels",
+        "jnp.broadcast_to(hidden, (16, 4, d))",
+    ),
+    (
+        lambda: raw(heads.linear_cross_entropy)(HIDDEN, WEIGHT, jnp.zeros((4, 1), int)),
+        ValueError,
+        "linear_cross_entropy: integer labels",
+        "labels.reshape(4,)",
+    ),
+]
+
+
 def check(call, error, *parts):
     with pytest.raises(error) as caught:
         call()
@@ -114,9 +166,21 @@ def check(call, error, *parts):
         assert re.search(re.escape(part), str(caught.value)), (part, str(caught.value))
 
 
-@pytest.mark.parametrize("case", WRONG, ids=lambda case: case[2])
+@pytest.mark.parametrize("case", WRONG + FROM_ELSEWHERE, ids=lambda case: case[2])
 def test_wrong_arguments(case):
     check(*case)
+
+
+@pytest.mark.parametrize("module", [js, losses, gumbel, heads, heads.adaptive], ids=lambda m: m.__name__)
+def test_every_function_answers_the_keywords_of_others(module):
+    """Before it looks at its arguments."""
+    names = [name for name in module.__all__ if inspect.isfunction(getattr(module, name))]
+    takers = [name for name in names if "where" in inspect.signature(raw(getattr(module, name))).parameters]
+    assert takers
+    for name in takers:
+        check(
+            lambda name=name: getattr(module, name)(reduction="mean"), TypeError, f"{name}: ", "reduction=", "jnp.sum"
+        )
 
 
 # the named derivatives have their classes last, and no axis

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -111,9 +112,36 @@ def test_agrees_with_optax():
     ):
         np.testing.assert_allclose(f(z, labels), g(z, labels), rtol=1e-6)
         np.testing.assert_allclose(f(z.T, labels.T, axis=0), g(z.T, labels.T, axis=0), rtol=1e-6)
+
+
+def summed(z, f, labels, options):
+    return f(z, labels, **options).sum()
+
+
+@pytest.mark.parametrize("axis", [-1, 0, (0, 2), (2, 0), (1, -3), (2, 1, 0)], ids=str)
+def test_axes_and_masks_as_in_optax(axis):
+    """A flat label follows the order of the axes; a class that the mask leaves out counts nothing, in labels either."""
     image = jnp.sin(jnp.arange(24.0)).reshape(2, 3, 4)
-    want = optax.softmax_cross_entropy_with_integer_labels(image, jnp.array([7, 2, 5]), axis=(0, 2))
-    np.testing.assert_allclose(cross_entropy(image, jnp.array([7, 2, 5]), axis=(0, 2)), want, rtol=1e-6)
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    rows = tuple(n for i, n in enumerate(image.shape) if i not in [a % 3 for a in axes])
+    labels = jnp.arange(math.prod(rows)).reshape(rows) % math.prod(image.shape[a] for a in axes)
+    q = jax.nn.softmax(jnp.cos(image), axis)
+    mask = (jnp.arange(24) % 5 != 3).reshape(image.shape).at[:, :, 1].set(False).at[:, 2].set(False)
+    if axis == -1:
+        mask = mask.at[0, 0].set(False)  # no class left
+    by_label = optax.softmax_cross_entropy_with_integer_labels
+    for where in (None, mask):
+        pairs = (
+            (cross_entropy, by_label, labels),
+            (cross_entropy, optax.softmax_cross_entropy, q),
+            (losses.poly_cross_entropy, optax.losses.poly_loss_cross_entropy, q),
+        )
+        for ours, theirs, given in pairs:
+            options = {"axis": axis, "where": where}
+            found, want = (f(image, given, **options) for f in (ours, theirs))
+            np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-7)
+            gradients = [jax.grad(summed)(image, f, given, options) for f in (ours, theirs)]
+            np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_digits():
