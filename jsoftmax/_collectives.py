@@ -1,5 +1,7 @@
 """Sums and maxima over classes that are sharded over a named axis of `jax.shard_map` or `jax.vmap` (MATH 13)."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -161,6 +163,19 @@ def by_rows(f: Callable[..., Any], a: Array, *others: Any, axis_name: AxisName =
 def sharded_as(a: Array, like: Array) -> Array:
     """The same numbers, sharded in their type as those of `like` are, which has the same shape."""
     return jax.sharding.reshard(a, jax.typeof(like).sharding) if in_type(like) else a
+
+
+@functools.cache
+def even_length(classes: int, usual: int) -> int:
+    """About the usual length, one that leaves no class over and a number of blocks with a factor of 8 or 16, so that an
+    axis that is sharded over as many devices is cut within each, and not across; 0 where there is none."""
+    lengths = range(max(1, 3 * usual // 4), 8 * usual)
+    even = [length for length in lengths if classes % (8 * length) == 0]
+
+    def fitness(length: int) -> tuple[int, float]:
+        return math.gcd(classes // length, 16), -max(length / usual, usual / length)
+
+    return max(even, key=fitness, default=0)
 
 
 def pick(a: Array, index: Array) -> Array:

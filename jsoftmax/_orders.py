@@ -12,12 +12,12 @@ from jsoftmax._arguments import widened
 from jsoftmax._collectives import AxisName
 from jsoftmax._series import excess_series, expm1_ratio, log1p_deficit
 from jsoftmax.maps import normalize
-from jsoftmax.sums import class_sum
+from jsoftmax.sums import class_sum, not_negative
 
 
 def _surprise(log_p: Array, p: Array, alpha: Array) -> Array:
     """−p log_α p = (p − p^α)/(α − 1) ≥ 0, −p log p for α = 1; 0 where a class is left out  (MATH 6.6)."""
-    safe = jnp.where(jnp.isneginf(log_p), 0, log_p)
+    safe = -not_negative(-jnp.where(jnp.isneginf(log_p), 0, log_p))
     far = (alpha - 1) * safe > 1  # for α < 1 a p that underflows still counts
     powers = (jnp.exp(alpha * safe) - p) / jnp.where(far, 1 - alpha, 1)
     return jnp.where(far, powers, -p * safe * expm1_ratio(jnp.where(far, 0, (alpha - 1) * safe)))

@@ -229,7 +229,8 @@ def tsallis_entropy(
       alpha: α ≥ 0, a number, or an array with one for each row, of length 1 along the classes; differentiable, through
         α = 1 too.
     Returns: as `entropy`: `[...]` ≥ 0, with the digits of small results. One class or none left: 0.
-    Raises: as `entropy`, and ValueError if α is a number and negative or infinite, or of a shape that does not fit.
+    Raises: as `entropy`, and ValueError if α is known at trace time and negative or infinite, or if its shape does not
+      fit.
     Source: Tsallis 1988.
 
     >>> tsallis_entropy(jnp.log(jnp.array([0.5, 0.25, 0.25])), 2)

@@ -149,7 +149,7 @@ def spherical(epsilon: Any) -> Phi:
     Args:
       epsilon: ε > 0, a number or an array that broadcasts to the scores; may be traced, vmapped and learned. A traced
         ε < 0 gives NaN; so learn its logarithm: spherical(jnp.exp(a)).
-    Raises: ValueError if ε is a number and not positive.
+    Raises: ValueError if ε is known at trace time and not positive.
     Source: de Brébisson & Vincent 2016, section 3.1; ε keeps log p finite at z = 0.
 
     >>> spherical(1.).log(2.)
@@ -372,7 +372,7 @@ def q_exponential(q: Any) -> Phi:
 
     Args:
       q: any number, or an array that broadcasts to the scores; may be traced, vmapped and learned.
-    Raises: ValueError if q is a number and not finite.
+    Raises: ValueError if q is known at trace time and not finite.
     Source: Tsallis 1988; Naudts 2002 (deformed exponentials).
 
     >>> q_exponential(0.5)(jnp.array([-3., 0., 2.]))

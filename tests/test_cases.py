@@ -309,3 +309,74 @@ def test_gradients_of_a_sure_answer(name, dtype, gap):
     c = np.log1p(-e), -gap + np.log1p(-e)
     H = -((1 - e) * c[0] + e * c[1])
     np.testing.assert_allclose(found, gradient(e, 1 - e, c, H), rtol=1e-6)
+
+
+def test_scores_of_the_least_finite_number():
+    """A usual mask; a maximum with that number has the whole derivative, not a half."""
+    z = jnp.full((2, 3), jnp.finfo(jnp.float32).min)
+    for f in (js.log_normalizer, js.entropy, lambda z: js.log_softmax(z)[..., 0], lambda z: js.softmax(z)[..., 0]):
+        for g in (jax.grad, jax.hessian):
+            want = g(lambda z, f=f: jnp.sum(f(z)))(jnp.zeros((2, 3)))
+            np.testing.assert_allclose(g(lambda z, f=f: jnp.sum(f(z)))(z), want, atol=1e-6)
+
+    def sample(z, temperature):
+        return gumbel.gumbel_softmax(KEY, z, temperature)[0, 0]
+
+    equal = jax.grad(sample)(jnp.zeros((2, 3)), 1.0)
+    far = jnp.zeros((2, 3)).at[1].set(jnp.finfo(jnp.float32).min)
+    np.testing.assert_allclose(jax.grad(sample)(far, 1.0)[0], equal[0], rtol=1e-6)
+    assert np.all(np.isfinite(jax.grad(sample)(z, 1.0)))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.5])
+def test_log_p_above_0_by_rounding(alpha):
+    """After a sum of products, which a compiler may round differently in two places, −l of a sure class may be below 0
+    by the rounding of x: no power of it is NaN, and no entropy or loss is negative."""
+    rng = np.random.default_rng(0)
+    z = jnp.asarray(rng.normal(0, 30, (20000, 8)), jnp.float32)
+
+    @jax.jit
+    def found(z, c, w):
+        x = z * (3 * c + z * (c - w * z))
+        q = jax.nn.one_hot(jnp.argmax(x, -1), 8)
+        return (
+            losses.focal_cross_entropy(x, q, gamma=1.5),
+            losses.cross_entropy(x, q),
+            losses.poly_cross_entropy(x, q),
+            js.tsallis_entropy(x, alpha),
+            js.renyi_entropy(x, alpha),
+        )
+
+    for values in found(z, 0.9, 0.7):
+        assert np.min(values) >= 0  # no NaN either
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 5), (1024, 256)], ids=str)
+def test_narrow_logits_under_strict_promotion(shape, dtype):
+    z, y = jnp.ones(shape, dtype), jnp.zeros(shape[0], int)
+    with jax.numpy_dtype_promotion("strict"):
+        for f in (losses.cross_entropy, losses.focal_cross_entropy, losses.poly_cross_entropy):
+            total = lambda z, f=f: jnp.sum(f(z, y))  # noqa: E731
+            gradient, product = jax.jvp(jax.grad(total), (z,), (z,))
+            assert gradient.dtype == product.dtype == dtype
+
+
+def test_the_penalty_of_a_label_without_weight():
+    """With α_y = 0 only z_loss pulls at the label: 2 L p_y, where p_y is far below the rounding of 1."""
+    for rows in (2, 1024):
+        z = jnp.zeros((rows, 256)).at[:, 0].set(-40.0)
+        weights = jnp.ones(256).at[0].set(0)
+
+        def total(z, rows=rows, weights=weights):
+            labels = jnp.zeros(rows, int)
+            return losses.cross_entropy(z, labels, class_weights=weights, z_loss=1.0).sum()
+
+        p = js.softmax(z)
+        np.testing.assert_allclose(jax.grad(total)(z), 2 * js.log_normalizer(z)[:, None] * p, rtol=1e-5)
+
+
+def test_a_straight_through_sample_is_one_hot_exactly():
+    z = jnp.asarray(np.random.default_rng(0).normal(0, 3, (200, 7)), jnp.float32)
+    sample = jax.jit(lambda z, c: gumbel.gumbel_softmax(KEY, c * z, 0.3, hard=True))(z, 1.7)
+    assert set(np.unique(sample)) == {0.0, 1.0}

@@ -5,6 +5,7 @@ difference need not be 0. Here every function follows every producer, at sizes o
 every dtype, and equals what float64 gives operation by operation.
 """
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec
 from sharding import mesh
 
 import jsoftmax as js
-from jsoftmax import gumbel, heads
+from jsoftmax import gumbel, heads, losses
 from jsoftmax.sums import cpu
 from jsoftmax.verify import DERIVATIVES, FUNCTIONS, LOSSES, OTHERS, SPARSE_MAPS
 
@@ -83,7 +84,27 @@ which a rounding is 2^−19 in float32 and up to 2^−3 in bfloat16, which it ma
 
 MODES = ["value", "gradient", "jvp", "HVP"]
 
-EVERY = FUNCTIONS + DERIVATIVES + LOSSES + SPARSE_MAPS + OTHERS
+
+def of_distribution(loss):
+    """The loss of a distribution with most of its mass on class 1, none on impossible ones."""
+
+    def function(z, phi):
+        q = jnp.full(z.shape, 0.1 / z.shape[-1], z.dtype).at[..., 1].set(0.9)
+        return loss(z, jnp.where(jnp.isneginf(z), 0, q), phi=phi)
+
+    return function
+
+
+OF_DISTRIBUTIONS = tuple(
+    dataclasses.replace(
+        f, name=f"{f.name} of a distribution", function=of_distribution(getattr(losses, f.name)), arguments=()
+    )
+    for f in LOSSES
+    if "class_weights" in inspect.signature(getattr(losses, f.name)).parameters
+)
+"""The losses of labels again, of labels of the other kind."""
+
+EVERY = FUNCTIONS + DERIVATIVES + LOSSES + OF_DISTRIBUTIONS + SPARSE_MAPS + OTHERS
 
 
 def scores(shape, narrow=False):

@@ -15,6 +15,7 @@ from jsoftmax._series import log1p_exp
 from jsoftmax.gumbel import _noise
 from jsoftmax.maps import Normalized, normalize
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sums import not_below
 
 # --- relaxed samples -----------------------------------------------------------------------------------------
 
@@ -30,14 +31,20 @@ def _divide(perturbed: Array, temperature: Array) -> Array:
     what is so far below that a derivative in τ would overflow."""
     peak = jnp.max(lax.stop_gradient(perturbed), -1, keepdims=True, initial=-jnp.inf)
     # the maximum keeps a product that the scores may be apart from the subtraction (MATH 4.1)
-    below = jnp.maximum(perturbed, jnp.finfo(perturbed.dtype).min) - jnp.where(jnp.isfinite(peak), peak, 0)
+    below = not_below(perturbed) - jnp.where(jnp.isfinite(peak), peak, 0)
     out = below < -1e18 * temperature
     return jnp.where(out, -jnp.inf, jnp.where(out, 0, below) / temperature)
 
 
+@jax.custom_jvp
 def straight_through(hard: Array, soft: Array) -> Array:
     """The value of `hard`, exactly, with the derivatives of `soft`; NaN where that is."""
-    return hard + (soft - lax.stop_gradient(soft))
+    return jnp.where(jnp.isnan(soft), soft, hard)
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return straight_through(*primals), tangents[1]
 
 
 @public
@@ -71,7 +78,8 @@ def gumbel_softmax(
       Finite values and
       derivatives for small τ, down to 1e-12 or so; a traced τ ≤ 0 gives nonsense: learn jnp.exp(t). A class left out
       has 0, and so has one 10^18 τ below the largest. A score of NaN or +inf: NaN in that row alone.
-    Raises: as `jsoftmax.softmax`; ValueError if τ is a number and not positive: for τ = 0 draw with `categorical`.
+    Raises: as `jsoftmax.softmax`; ValueError if τ is known at trace time and not positive: for τ = 0 draw with
+      `categorical`.
     Source: Jang, Gu & Poole 2017, equation 2; Maddison, Mnih & Teh 2017, equation 10.
 
     >>> gumbel_softmax(jax.random.key(0), jnp.array([0., 1., 9.]), 0.5, hard=True)

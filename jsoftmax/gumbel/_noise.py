@@ -9,8 +9,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import _arguments, maps
-from jsoftmax._collectives import AxisName, by_rows, shard_count, shard_index, side_by_side
-from jsoftmax.sums.cpu import even_length
+from jsoftmax._collectives import AxisName, by_rows, even_length, shard_count, shard_index, side_by_side
 
 
 def gumbel(key: Any, shape: tuple[int, ...], dtype: Any) -> Array:

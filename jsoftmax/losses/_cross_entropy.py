@@ -133,7 +133,7 @@ def _expected(given: Labelled, x: Array, n: Array) -> Array:
 
 def _minus_log_p(x: Array, axis_name: AxisName) -> Array:
     """−l, 0 where a class is left out."""
-    return jnp.where(jnp.isneginf(x), 0, -maps.log_p(x, (x.ndim - 1,), axis_name))
+    return jnp.where(jnp.isneginf(x), 0, not_negative(-maps.log_p(x, (x.ndim - 1,), axis_name)))
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
@@ -253,7 +253,7 @@ def cross_entropy(
 
       | the label, or mass of q | loss | derivatives |
       |---|---|---|
-      | in a row that `where` or `ignore_label` leaves out, or with no class left | 0 | 0 |
+      | in a row that `where` or `ignore_label` leaves out, or of which `where` leaves no class | 0 | 0 |
       | on a class that `where` leaves out | that mass counts 0 | 0 |
       | on a class with score or log-weight −inf, or φ = 0 | +inf; 0 if its weight, of α or 1 − a, is 0 | finite |
       | out of range | NaN | 0 |

@@ -15,7 +15,7 @@ from jsoftmax._series import excess_series
 from jsoftmax.entropy import log_ratio
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
-from jsoftmax.sums import class_sum
+from jsoftmax.sums import SURE, class_sum
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -36,8 +36,8 @@ def _kl_to_target_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tup
     """Ḋ = Σ (Q p − q) ẋ + Σ (r + 1) q̇, Q = Σ q; 0 for a class left out, and where q = 0  (MATH 7.5)."""
     (x, q), (x_dot, q_dot) = primals, tangents
     log_p, p, _ = normalize(x, axis)
-    # Q p − q where p > ½ from the other classes, by 1 − p, which has the digits
-    first, Q = p > 0.5, class_sum(q, axis)
+    # Q p − q where p > ¾ from the other classes, by 1 − p, which has the digits
+    first, Q = p > SURE, class_sum(q, axis)
     of_others = class_sum(jnp.where(first, 0, q), axis)
     excess = jnp.where(first, of_others + Q * jnp.expm1(jnp.where(first, log_p, 0)), Q * p - q)
     by_x = jnp.where(jnp.isneginf(x), 0, excess)

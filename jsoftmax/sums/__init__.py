@@ -1,8 +1,8 @@
 """Σ e^x over the classes and what is made of it: the one door to its two forms (MATH 4).
 
 `reference` is the mathematics. `cpu` holds what XLA's CPU compiler needs for large arrays, function by function equal
-to the reference. Which of them runs is decided here, by the size of the array and by the platform that a program is
-compiled for; `explain` says what was decided.
+to the reference but for the care of MATH 4.5. Which of them runs is decided here, by the size of the array and by the
+platform that a program is compiled for; `explain` says what was decided.
 """
 
 import functools
@@ -18,21 +18,24 @@ from jaxtyping import Array
 from jsoftmax import _arguments
 from jsoftmax._collectives import AxisName, own_label
 from jsoftmax.sums import cpu, reference
+from jsoftmax.sums.cpu import Want
 from jsoftmax.sums.reference import (
     FAR,
+    SURE,
     ExpSums,
     LabelRates,
     Normalized,
-    Want,
     class_sum,
     difference,
     is_empty,
     minus_mean,
+    not_below,
     not_negative,
 )
 
 __all__ = [
     "FAR",
+    "SURE",
     "ExpSums",
     "LabelRates",
     "Normalized",
@@ -48,6 +51,7 @@ __all__ = [
     "log_p_rate",
     "minus_mean",
     "normalized",
+    "not_below",
     "not_negative",
     "p_rate",
 ]
@@ -139,7 +143,7 @@ def log_p_rate(  # noqa: PLR0917
 
     def along(p: Array, first: Array, left_out: Array, x_dot: Array) -> Array:
         def of_p(p: Array, _: Array, left_out: Array, x_dot: Array) -> Array:
-            lacks = class_sum(jnp.where(p > 0.5, 0, p), axis)
+            lacks = class_sum(jnp.where(p > SURE, 0, p), axis)
             return jnp.where(left_out, 0, reference.minus_mean(x_dot, p, lacks, axis, axis_name)[0])
 
         on_cpu = functools.partial(cpu.log_p_rate, axis=axis, axis_name=axis_name, order=order)
@@ -165,7 +169,7 @@ def label_rates(  # noqa: PLR0917
     return _by_platform(on_cpu, compared, cpu.is_large(x_dot), p, kept, at_label, x_dot)
 
 
-def explain(shape: tuple[int, ...], axis: int | tuple[int, ...] = -1, platform: str | None = None) -> str:
+def explain(shape: tuple[int, ...], axis: _arguments.Axis = -1, platform: str | None = None) -> str:
     """Which form sums scores of a shape, and why.
 
     >>> explain((64, 100))
@@ -173,10 +177,12 @@ def explain(shape: tuple[int, ...], axis: int | tuple[int, ...] = -1, platform: 
     >>> explain((1024, 1024), platform="cuda")
     'reference: compiled for cuda'
     """
-    axes = tuple(i % len(shape) for i in (axis if isinstance(axis, tuple) else (axis,)))
+    axes = _arguments.canonical_axis("explain", axis, len(shape))
     if not has_form_for_cpu(shape, axes):
         return "reference: few scores, few classes"
     platform = jax.default_backend() if platform is None else platform
     if platform != "cpu":
         return f"reference: compiled for {platform}"
-    return f"cpu: {'many scores' if math.prod(shape) >= cpu.LARGE else 'many classes'}, compiled for cpu"
+    if math.prod(shape) >= cpu.LARGE:
+        return "cpu: many scores, compiled for cpu"
+    return "cpu: many classes, compiled for cpu; the derivative rules by the reference: few scores"

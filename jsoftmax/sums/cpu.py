@@ -1,14 +1,15 @@
 """The functions of `reference` for large arrays, in the forms that XLA's CPU compiler makes fast (benchmarks/NOTES.md).
 
 They differ in how the classes are cut, and in what is computed twice and what is written; the mathematics is that of
-`reference`, whose functions these equal but for rounding. What a compiler needs beyond it stands here alone: slices,
-blocks, barriers, selects that change nothing. Each threshold has its row in benchmarks/NOTES.md.
+`reference`, whose functions these equal but for rounding and the care of MATH 4.5. What a compiler needs beyond it
+stands here alone: slices, blocks, barriers, selects that change nothing. Each threshold has its row in
+benchmarks/NOTES.md.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,12 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax._arguments import widened
-from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows, in_type
+from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows, even_length, in_type
 from jsoftmax.sums.reference import (
     FAR,
     ExpSums,
     LabelRates,
     Normalized,
-    Want,
     class_sum,
     is_empty,
     not_negative,
@@ -41,6 +41,11 @@ _MANY_ROWS = 4096
 
 _MANY_SCORES = 4096
 """Of fewer scores XLA on CPU adds 32 and 32, one after the other, and loses what is small beside a 1."""
+
+
+Want = Literal["all", "p", "log_p", "L", "H", "loss"]
+"""What is wanted: all of log p, p and L, or one of them; the entropy; the sums of a loss. It changes no result but by
+rounding, only the way to it."""
 
 
 class Form(NamedTuple):
@@ -149,10 +154,11 @@ def label_rates(  # noqa: PLR0917
 ) -> LabelRates:
     """`reference.label_rates`. Backwards XLA writes an array and sets the label's number in place, where comparing each
     class with it would take 1.6 times as long."""
+    x_dot = widened(x_dot)
     rows = [lax.broadcasted_iota(own.dtype, own.shape, i) for i in range(own.ndim - 1)]
     place = jnp.where(inside, own, x_dot.shape[-1])  # beyond the end, where nothing is set
     others = x_dot.at[(*rows, place)].set(0, mode="drop", unique_indices=True)
-    x_dot_y = jnp.where(inside, jnp.take_along_axis(x_dot, own, -1), 0)
+    x_dot_y, p_y = (jnp.where(inside, jnp.take_along_axis(a, own, -1), 0) for a in (x_dot, p))
 
     def total(a: Array) -> Array:
         return jnp.sum(a, -1, keepdims=True)
@@ -160,7 +166,7 @@ def label_rates(  # noqa: PLR0917
     of_others, of_kept = total(p * others), None
     if kept is not None:
         of_kept = total(jnp.where(kept, others, 0)) + jnp.where(jnp.take_along_axis(kept, own, -1), x_dot_y, 0)
-    return LabelRates(of_others + at_label * x_dot_y, of_others + (1 + at_label) * x_dot_y, of_kept)
+    return LabelRates(of_others + at_label * x_dot_y, of_others + p_y * x_dot_y, of_kept)
 
 
 # --- u = x − max x, e^u and their sums -----------------------------------------------------------------------
@@ -410,19 +416,6 @@ def block_length(classes: int) -> int:
     if classes <= SHORT:
         return 0
     return even_length(classes, 64) if classes < _LONG else even_length(classes, 256) or 256
-
-
-@functools.cache
-def even_length(classes: int, usual: int) -> int:
-    """About the usual length, one that leaves no class over and a number of blocks with a factor of 8 or 16, so that an
-    axis that is sharded over as many devices is cut within each, and not across; 0 where there is none."""
-    lengths = range(max(1, 3 * usual // 4), 8 * usual)
-    even = [length for length in lengths if classes % (8 * length) == 0]
-
-    def fitness(length: int) -> tuple[int, float]:
-        return math.gcd(classes // length, 16), -max(length / usual, usual / length)
-
-    return max(even, key=fitness, default=0)
 
 
 def _cut(x: Array, length: int) -> tuple[Array, Array]:

@@ -4,8 +4,9 @@ GPUs and TPUs run this, and small arrays run it everywhere. A class is left out 
 classes keep their axes with length 1.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -13,12 +14,30 @@ from jaxtyping import Array
 from jsoftmax._arguments import widened
 from jsoftmax._collectives import AxisName, all_max, all_sum
 
-Want = Literal["all", "p", "log_p", "L", "H", "loss"]
-"""What is wanted: all of log p, p and L, or one of them; the entropy; the sums of a loss. It changes no result but by
-rounding, only the way to it on CPU."""
-
 FAR = 1e4
 """e^−FAR is 0, in float64 too; where a larger −u would make 0 · ∞ of e^u (−u)."""
+
+SURE = 0.75
+"""A probability that only one class of a row exceeds, however p is rounded."""
+
+
+@jax.custom_jvp
+def not_below(x: Array) -> Array:
+    """x, and the least finite number for −∞: no other x changes, and no derivative.
+
+    It keeps a product that x may be and a subtraction apart (MATH 4.1).
+    """
+    return jnp.maximum(x, jnp.finfo(x.dtype).min)
+
+
+@jax.custom_jvp
+def not_above(x: Array) -> Array:
+    """x, and the largest finite number for +∞, in the same way."""
+    return jnp.minimum(x, jnp.finfo(x.dtype).max)
+
+
+for _limit in (not_below, not_above):  # a maximum of equals would have half of the derivative
+    _limit.defjvps(lambda x_dot, _, x: x_dot)
 
 
 class Normalized(NamedTuple):
@@ -53,15 +72,14 @@ class Shifted(NamedTuple):
 def shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, beside: Any = None) -> Shifted:
     """u, e^u and Σ e^u − 1 = Σ (e − [e]) + (Σ [e] − 1), [e] the nearest whole number  (MATH 4.1).
 
-    The maximum with the least finite number changes no finite x. It stands between a product that x may be and the
-    subtraction, so that no compiler computes both as one operation with one rounding: then u is 0 at the maximum, also
-    where x is made in the same program. The maximum of x is a constant for derivatives, and so is [e].
+    x ← max(x, least finite number) stands between a product that x may be and the subtraction, which are then never one
+    operation with one rounding: u is 0 at the maximum, also where x is made in the same program. The maximum of x is a
+    constant for derivatives, and so is [e].
     """
     x = widened(x)
-    least = jnp.finfo(x.dtype).min
     peak = all_max(jnp.max(lax.stop_gradient(x), axis, keepdims=True, initial=-jnp.inf), axis_name)
-    u = jnp.maximum(x, least) - jnp.maximum(peak, least)
-    e = jnp.where(x > -jnp.inf, jnp.exp(u), jnp.where(jnp.isnan(x), x, 0))  # XLA on CPU may lose a NaN in a maximum
+    u = not_below(x) - not_below(peak)
+    e = jnp.where(x > -jnp.inf, jnp.exp(u), jnp.where(jnp.isnan(x), x, 0))  # a maximum may have dropped a NaN
     whole = jnp.round(e)
     small, ones = (jnp.sum(a, axis, keepdims=True) for a in (e - whole, whole))
     small, ones, beside = all_sum((small, ones, beside), axis_name)
@@ -112,25 +130,26 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
 
 
 def difference(x: Array, peak: Array) -> Array:
-    """x − max x, kept apart from a product that x may be as in `shifted`; −∞ for a class left out. A row with +∞ has
-    −∞ here, and is NaN by its `rest`."""
-    limits = jnp.finfo(x.dtype)
-    return jnp.minimum(x, limits.max) - jnp.maximum(peak, limits.min)
+    """x − max x, kept apart from a product that x may be as in `shifted`; −∞ for a class left out.
+
+    In a row with +∞ it is −∞, too: its caller knows that row by the maximum.
+    """
+    return not_above(x) - not_below(peak)
 
 
 def minus_mean(
     a: Array, p: Array, lacks: Array, axis: tuple[int, ...], axis_name: AxisName = None
 ) -> tuple[Array, Array]:
-    """a − Σ p a, and Σ p a. lacks: 1 − p with its digits, where p > ½.
+    """a − Σ p a, and Σ p a. lacks: 1 − p with its digits, where p > ¾.
 
-    For a class with p > ½ the difference is lacks a − Σ p a over the other classes: a − p a would lose the digits of a
+    For a class with p > ¾ the difference is lacks a − Σ p a over the other classes: a − p a would lose the digits of a
     small 1 − p, here and, transposed, in gradients. Not of sharded classes, where that takes one more exchange
     (MATH 4.5).
     """
     if axis_name is not None:
         mean = class_sum(p * a, axis, axis_name)
         return a - mean, mean
-    first = p > 0.5
+    first = p > SURE
     sums = [jnp.sum(b, axis, keepdims=True) for b in (p * a, jnp.where(first, 0, p) * a)]
     mean, of_others = sums
     return jnp.where(first, lacks * a - of_others, a - mean), mean
@@ -138,7 +157,7 @@ def minus_mean(
 
 def p_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """ṗ = p (ẋ − Σ p ẋ)  (MATH 1.2)."""
-    lacks = class_sum(jnp.where(p > 0.5, 0, p), axis)
+    lacks = class_sum(jnp.where(p > SURE, 0, p), axis)
     return p * minus_mean(x_dot, p, lacks, axis, axis_name)[0]
 
 
