@@ -215,7 +215,10 @@ def check_flag(function: str, argument: str, value: Any) -> bool:
     """A boolean known at trace time."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
-    raise TypeError(f"{function}: {argument} must be True or False, known at trace time; got {value!r}. Write True.")
+    raise TypeError(
+        f"{function}: {argument} must be True or False, known at trace time; got {value!r}. Write {argument}=True or "
+        f"{argument}=False."
+    )
 
 
 def is_int(value: Any) -> bool:

@@ -45,13 +45,25 @@ def _sigmoid_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return s, s * sigmoid(-z) * z_dot
 
 
+@jax.custom_jvp
+def expm1(y: Array) -> Array:
+    """e^y − 1, whose derivative is e^y: JAX 0.10's own is (e^y − 1) + 1, which has no digits for y far below 0."""
+    return jnp.expm1(y)
+
+
+@expm1.defjvp
+def _expm1_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (y,), (y_dot,) = primals, tangents
+    return expm1(y), jnp.exp(y) * y_dot
+
+
 def expm1_ratio(y: Array) -> Array:
     """(e^y − 1)/y, 1 at 0; its series 1 + y/2 (1 + y/3 (…)) where |y| < 1/2."""
     near = jnp.abs(y) < 0.5
     y_near, y_far = jnp.where(near, y, 0), jnp.where(near, 1, y)
     counted = range(_terms(y, 8, 15), 1, -1)
     series = functools.reduce(lambda total, k: 1 + y_near / k * total, counted, jnp.ones_like(y))
-    return jnp.where(near, series, jnp.expm1(y_far) / y_far)
+    return jnp.where(near, series, expm1(y_far) / y_far)
 
 
 def excess_series(r: Array) -> Array:
@@ -64,4 +76,4 @@ def excess_ratio(r: Array) -> Array:
     """(e^−r − 1 + r)/r², 1/2 at 0; its series where |r| < 1/2."""
     near = jnp.abs(r) < 0.5
     r_near, r_far = jnp.where(near, r, 0), jnp.where(near, 1, r)
-    return jnp.where(near, excess_series(r_near), (jnp.expm1(-r_far) + r_far) / r_far**2)
+    return jnp.where(near, excess_series(r_near), (expm1(-r_far) + r_far) / r_far**2)

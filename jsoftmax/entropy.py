@@ -13,7 +13,7 @@ from jsoftmax import _arguments, maps, sums
 from jsoftmax._arguments import Axis, public
 from jsoftmax._collectives import AxisName
 from jsoftmax._orders import renyi, tsallis
-from jsoftmax._series import excess_series
+from jsoftmax._series import excess_series, expm1
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
 from jsoftmax.sums import Want, class_sum
@@ -40,9 +40,9 @@ def _centred_log_p_jvp(  # noqa: PLR0917  (a rule has no keywords)
     (x,), (x_dot,) = primals, tangents
     x_dot = _arguments.widened(x_dot)
     c, H = centred_log_p(x, axis, axis_name, want, order + 1)
-    p = normalize(x, axis, axis_name, want, order + 1).p
-    H_dot = -class_sum(p * c * x_dot, axis, axis_name)
-    return (c, H), (x_dot - class_sum(p * x_dot, axis, axis_name) + H_dot, H_dot)
+    out = normalize(x, axis, axis_name, want, order + 1)
+    H_dot = -class_sum(out.p * c * x_dot, axis, axis_name)
+    return (c, H), (sums.log_p_rate(x, out, x_dot, axis, axis_name, order) + H_dot, H_dot)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -93,10 +93,10 @@ def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: 
     (x_p, x_q), (x_p_dot, x_q_dot) = primals, [_arguments.widened(dot) for dot in tangents]
     (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis, axis_name), normalize(x_q, axis, axis_name)
     r, _ = log_ratio(log_p, p, log_q)
-    by_p = p * sums.minus_mean(r, p, -jnp.expm1(log_p), axis, axis_name)[0]
+    by_p = p * sums.minus_mean(r, p, -expm1(log_p), axis, axis_name)[0]
     # q − p where both are above ½ by 1 − p and 1 − q, which have the digits
     both = (p > 0.5) & (q > 0.5)
-    q_minus_p = jnp.where(both, jnp.expm1(jnp.where(both, log_q, 0)) - jnp.expm1(jnp.where(both, log_p, 0)), q - p)
+    q_minus_p = jnp.where(both, expm1(jnp.where(both, log_q, 0)) - expm1(jnp.where(both, log_p, 0)), q - p)
     by_q = jnp.where(jnp.isneginf(x_q) | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q_minus_p)
     rate = by_p * x_p_dot + by_q * x_q_dot
     return _kl(x_p, x_q, axis, axis_name), class_sum(rate, axis, axis_name)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import _arguments, maps
 from jsoftmax._arguments import Axis, public
 from jsoftmax._collectives import AxisName
-from jsoftmax._series import sigmoid
+from jsoftmax._series import expm1, sigmoid
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sums import class_sum
@@ -22,7 +22,7 @@ def _mix(log_p: Array, log_weights: Array, axis: tuple[int, ...]) -> Array:
     """log Σ π p over the components; as log1p(Σ π (p − 1)) where it is near 0, which keeps its digits  (MATH 9.1)."""
     far = maps.log_sum(log_p + log_weights, axis)
     near = far > -0.5
-    deficit = class_sum(jnp.exp(log_weights) * jnp.expm1(log_p), axis)
+    deficit = class_sum(jnp.exp(log_weights) * expm1(log_p), axis)
     return jnp.where(near, jnp.log1p(jnp.where(near, deficit, 0)), far)
 
 

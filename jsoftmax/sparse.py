@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import _arguments, _labels, maps
 from jsoftmax._arguments import Axis, public
 from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
-from jsoftmax.sums import difference
+from jsoftmax.sums import SURE, difference, minus_mean
 
 # --- p = P [1 + (α − 1) v]_+^{1/(α−1)}, v = P^{1−α} u, u = z − max z, for the largest p, P ----------------------
 
@@ -123,11 +123,18 @@ def _entmax_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
     total = jnp.where(total == 0, 1, total)  # of an empty row
     p_dot = jnp.zeros_like(p)
     if not isinstance(z_dot, SymbolicZero):
-        p_dot = w * (z_dot - jnp.sum(w * z_dot, -1, keepdims=True) / total)  # w alone is kept for the backward pass
+        p_dot = jax.checkpoint(_weighed_differences, prevent_cse=False)(w, total, z_dot)  # w alone is kept backwards
     if not isinstance(alpha_dot, SymbolicZero):
         g = _by_alpha(p, alpha)
         p_dot = p_dot + (g - w * (jnp.sum(g, -1, keepdims=True) / total)) * alpha_dot
     return p, p_dot
+
+
+def _weighed_differences(w: Array, total: Array, z_dot: Array) -> Array:
+    """w (ż − Σ w̄ ż), with its digits where one w̄ is almost 1  (MATH 4.5)."""
+    share = w / total
+    lacks = jnp.sum(jnp.where(share > SURE, 0, share), -1, keepdims=True)
+    return w * minus_mean(z_dot, share, lacks, (w.ndim - 1,))[0]
 
 
 def _safe(p: Array) -> tuple[Array, Array]:
@@ -205,10 +212,14 @@ def _fenchel_young_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, 
     (z, labels, alpha), (z_dot, q_dot, alpha_dot) = primals, tangents
     p = _entmax(z, alpha, power)
     by_label = jnp.issubdtype(labels.dtype, jnp.integer)
-    q = (lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1) == labels).astype(p.dtype) if by_label else labels
-    total = jnp.zeros_like(p[..., :1])
+    is_label = lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1) == labels if by_label else None
+    q = labels if is_label is None else is_label.astype(p.dtype)
+    total = jnp.zeros((*p.shape[:-1], 1), p.dtype)
     if not isinstance(z_dot, SymbolicZero):
-        total = total + jnp.sum(jnp.where(jnp.isneginf(z), 0, p - q) * z_dot, -1, keepdims=True)
+        excess = p - q
+        if is_label is not None:  # p_y − 1 from the other classes, whose digits it has
+            excess = jnp.where(is_label, -jnp.sum(jnp.where(is_label, 0, p), -1, keepdims=True), p)
+        total = total + jnp.sum(jnp.where(jnp.isneginf(z), 0, excess) * z_dot, -1, keepdims=True)
     if not by_label and not isinstance(q_dot, SymbolicZero):
         at_zero = jnp.where(alpha > 1, -1 / jnp.where(alpha > 1, alpha - 1, 1), 0)
         best = jnp.argmax(z, -1, keepdims=True)

@@ -48,7 +48,7 @@ def _solve(phi: Phi, z: Array, target: Array) -> Array:
     if isinstance(phi, Exponential):  # a shift changes nothing, and loses no digits here
         peak = jnp.max(fixed_z, -1, keepdims=True, initial=-jnp.inf)
         fixed_z = jnp.where(kept, difference(fixed_z, peak), -jnp.inf)
-    spread = jnp.max(jnp.where(kept, jnp.abs(fixed_z), 0), -1, keepdims=True)
+    spread = jnp.max(jnp.where(kept, jnp.abs(fixed_z), 0), -1, keepdims=True, initial=0)
     centre = jnp.log(jnp.where(spread > 0, spread, 1))
     low, high = centre - _WIDTH, centre + _WIDTH
     reach = [_entropy_at(fixed_phi, fixed_z, end)[0] - fixed_target for end in (low, high)]

@@ -380,3 +380,70 @@ def test_a_straight_through_sample_is_one_hot_exactly():
     z = jnp.asarray(np.random.default_rng(0).normal(0, 3, (200, 7)), jnp.float32)
     sample = jax.jit(lambda z, c: gumbel.gumbel_softmax(KEY, c * z, 0.3, hard=True))(z, 1.7)
     assert set(np.unique(sample)) == {0.0, 1.0}
+
+
+TRUTHS = {  # Hessian products at (0, −20, −40) along the first class, by hand: e = e^−20
+    "cross_entropy": (lambda z: losses.cross_entropy(z, jnp.array(1)), 1.0),
+    "of_distribution": (lambda z: losses.cross_entropy(z, jnp.array([0.4, 0.6, 0.0], z.dtype)), 1.0),
+    "poly": (lambda z: losses.poly_cross_entropy(z, jnp.array(1)), -1.0),
+    "focal": (lambda z: losses.focal_cross_entropy(z, jnp.array(1)), -35.0),
+    "entropy": (js.entropy, 19.0),
+    "fenchel_young_loss": (lambda z: js.fenchel_young_loss(z, jnp.array(1), 1.0), 1.0),
+    "linear_cross_entropy": (
+        lambda z: heads.linear_cross_entropy(jnp.ones((1, 1), z.dtype), z[:, None], jnp.array([1]))[0],
+        1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(TRUTHS))
+def test_second_derivatives_where_p_is_small(name):
+    """In float32 as in float64: JAX 0.10's derivative of expm1 is expm1 + 1."""
+    f, factor = TRUTHS[name]
+    v = jnp.array([1.0, 0.0, 0.0])
+
+    def product(z):
+        return jax.jvp(jax.grad(f), (z,), (v.astype(z.dtype),))[1]
+
+    z = jnp.array([0.0, -20.0, -40.0])
+    with jax.enable_x64(True):
+        want = jax.jit(product)(jnp.float64(z))
+    np.testing.assert_allclose(want[1], -factor * np.exp(-20.0), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(product)(z)[1], want[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.25])
+def test_gradients_of_a_sure_fenchel_young_loss(alpha):
+    for f in (
+        lambda z: js.fenchel_young_loss(z, jnp.array(0), alpha),
+        lambda z: js.entmax(z, alpha)[0],
+    ):
+        z = jnp.array([3.8, 0.0]) if alpha > 1 else jnp.array([20.0, 0.0])
+        with jax.enable_x64(True):
+            want = np.asarray(jax.grad(f)(jnp.float64(z)))
+        assert np.isclose(want[0], -want[1], atol=0)
+        np.testing.assert_allclose(jax.grad(f)(z), want, rtol=1e-4)
+
+
+def test_no_class_at_all():
+    """K = 0: no label is in range; what takes none has the value of an empty row."""
+    z, y = jnp.zeros((3, 0)), jnp.zeros(3, int)
+    for f in (losses.cross_entropy, losses.focal_cross_entropy, losses.spherical_z_loss, js.fenchel_young_loss):
+        assert np.all(np.isnan(f(z, y)))
+        assert jax.grad(lambda z, f=f: f(z, y).sum())(z).shape == (3, 0)
+    assert np.all(np.isnan(js.temperature_for_entropy(z, 0.5)))
+    assert losses.cross_entropy(jnp.zeros((0, 0)), jnp.zeros(0, int), label_smoothing=0.1).shape == (0,)
+    with pytest.raises(ValueError, match="weight must have a feature"):
+        heads.linear_cross_entropy(jnp.zeros((2, 0)), jnp.zeros((5, 0)), jnp.array([0, 1]))
+
+
+def test_p_of_products_has_its_digits():
+    """x = 30 z up to 90, whose rounding is 4e-6: beside it e^u of few scores keeps |u| + 4 ulp (MATH 4.4)."""
+    z = jnp.asarray(np.random.default_rng(2).normal(size=(3, 300)), jnp.float32)
+    x = np.float64(jax.jit(lambda z: 30.0 * z)(z))
+    e = np.exp(x - x.max(1, keepdims=True))
+    want = e / e.sum(1, keepdims=True)
+    found = np.float64(jax.jit(lambda z: js.softmax(30.0 * z))(z))
+    normal = want > 1e-36
+    ulps = np.abs(found - want)[normal] / np.spacing(np.float32(want[normal]))
+    assert np.all(ulps <= (x.max(1, keepdims=True) - x + 4)[normal])

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jsoftmax import _arguments, maps
 from jsoftmax._arguments import public
-from jsoftmax._series import log1p_exp
+from jsoftmax._series import expm1, log1p_exp
 from jsoftmax.gumbel import _noise
 from jsoftmax.maps import Normalized, normalize
 from jsoftmax.phi import Phi, exp
@@ -178,7 +178,7 @@ def _subset(perturbed: Array, temperature: Array, k: int) -> Array:
         top = jnp.arange(a.shape[-1]) == jnp.argmax(x, -1, keepdims=True)
         of_others = maps.log_sum(jnp.where(top, -jnp.inf, x), axis)
         out, alone = jnp.isneginf(x), jnp.isneginf(of_others)
-        of_rest = jnp.log(-jnp.expm1(jnp.where(out | top, -1, log_p)))
+        of_rest = jnp.log(-expm1(jnp.where(out | top, -1, log_p)))
         log_rest = jnp.where(top, jnp.where(alone, 0, of_others) - jnp.where(alone, 0, L), of_rest)
         return (jnp.where(out | (top & alone), -jnp.inf, a + log_rest), total + p), None
 

@@ -103,7 +103,7 @@ def check(
     cap = None if soft_cap is None else _labels.check_option(function, soft_cap, wide, soft_cap=(_TINY, math.inf))
     m = _labels.check_option(function, margin, wide, margin=(-math.inf, math.inf))
     head = Head(
-        hidden=hidden.reshape(-1, hidden.shape[-1]).astype(wide),
+        hidden=hidden.reshape(math.prod(batch), hidden.shape[-1]).astype(wide),
         weight=weight,
         bias=bias,
         log_weights=None if log_weights is None else jnp.broadcast_to(log_weights, (classes,)),
@@ -162,6 +162,11 @@ def _check_shapes(function: str, hidden: Array, weight: Array, names: tuple[str,
         raise ValueError(
             f"{function}: {names[1]} must have two axes, [classes, features]; got shape {weight.shape}. A weight "
             f"[features, classes] goes in as {names[1]}.T."
+        )
+    if not weight.shape[1]:
+        raise ValueError(
+            f"{function}: {names[1]} must have a feature at least; got shape {weight.shape}. Scores that are biases "
+            "alone go into jsoftmax.losses.cross_entropy."
         )
     if not hidden.ndim or hidden.shape[-1] != weight.shape[1]:
         fits = hidden.ndim and hidden.shape[-1] == weight.shape[0]

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from jsoftmax._collectives import all_max, all_sum, in_slot, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
+from jsoftmax._series import expm1
 from jsoftmax.gumbel import _noise
 from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, first_class, is_label, over_classes
 from jsoftmax.sums import FAR, difference, exp_sums, gap_sum, is_empty, not_negative
@@ -338,12 +339,12 @@ def block_rates(  # noqa: PLR0917
     if like.spread is not None:
         made["spread"] = -total(jnp.where(jnp.isneginf(x), 0, x_dot))
     if like.loss is not None and block.labels is not None:
-        at_label = jnp.expm1(-known.loss)[:, None]  # p_y − 1
+        at_label = expm1(-known.loss)[:, None]  # p_y − 1
         made["loss"] = total(jnp.where(is_label(block, start, x.shape[1]), at_label, p) * x_dot)
     elif like.loss is not None:
         kept = ~jnp.isneginf(x)
         q = jnp.where(kept, block.targets, 0)
-        excess = jnp.where(p > 0.5, jnp.expm1(log_p) + (1 - q), p - q)  # p − 1 with its digits
+        excess = jnp.where(p > 0.5, expm1(log_p) + (1 - q), p - q)  # p − 1 with its digits
         made["loss"] = total((excess + (known.mass[:, None] - 1) * p) * x_dot)
         if dots.targets is not None:
             made["loss"] = made["loss"] - total(jnp.where(kept, log_p, 0) * dots.targets)

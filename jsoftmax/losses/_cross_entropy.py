@@ -15,7 +15,7 @@ from jsoftmax import _arguments, _labels, maps, sums
 from jsoftmax._arguments import Axis, public
 from jsoftmax._collectives import AxisName, all_sum, by_rows, own_label, pick, share_at_label
 from jsoftmax._labels import Labelled
-from jsoftmax._series import expm1_ratio
+from jsoftmax._series import expm1, expm1_ratio
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sums import class_sum, difference, is_empty, not_negative
@@ -74,7 +74,7 @@ def _terms_rate(  # noqa: PLR0917
 
     Checkpointed by its caller, which so keeps p, a mask if the mean is wanted, and numbers of rows.
     """
-    at_label = jnp.expm1(-n)  # p_y − 1
+    at_label = expm1(-n)  # p_y − 1
     if of_sharded:
         at_label = share_at_label(lambda own: pick(p, own), label, p.shape[-1], axis_name) - 1
     rates = sums.label_rates(p, kept, at_label, x_dot, label, axis_name)
@@ -101,7 +101,7 @@ def _is_label(x: Array, label: Array, axis_name: AxisName) -> Array:
 
 
 def _count(kept: Array, dtype: Any) -> Array:
-    if kept.shape[-1] % 32 == 0:
+    if kept.shape[-1] and kept.shape[-1] % 32 == 0:
         kept = jnp.sum(kept.reshape(*kept.shape[:-1], -1, 32), -1)
     return jnp.sum(kept, -1, keepdims=True).astype(dtype)
 
@@ -193,13 +193,13 @@ def _focal(n: Array, gamma: Array) -> Array:
     """
     near, far = n < 0.5, n > 800
     n_near, n_mid = jnp.where(near, n, 0), jnp.where(near | far, 1, n)
-    mid = n_mid * (-jnp.expm1(-n_mid)) ** gamma
+    mid = n_mid * (-expm1(-n_mid)) ** gamma
     return jnp.where(near, n_near ** (gamma + 1) * expm1_ratio(-n_near) ** gamma, jnp.where(far, n, mid))
 
 
 def _poly(n: Array, epsilon: Array) -> Array:
     """n + ε (1 − p)  (MATH 7.4)."""
-    return n - epsilon * jnp.expm1(-n)
+    return n - epsilon * expm1(-n)
 
 
 # --- the public functions ------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def cross_entropy(
       | in a row that `where` or `ignore_label` leaves out, or of which `where` leaves no class | 0 | 0 |
       | on a class that `where` leaves out | that mass counts 0 | 0 |
       | on a class with score or log-weight −inf, or φ = 0 | +inf; 0 if its weight, of α or 1 − a, is 0 | finite |
-      | out of range | NaN | 0 |
+      | out of range, in a row that is not left out | NaN | 0 |
     Raises: TypeError or ValueError for shapes or dtypes that do not fit, an option out of range, or one that does not
       go with distributions.
     Source: Banerjee et al. 2020 and Liang et al. 2017 (margin); de Brébisson & Vincent 2016 (φ); Szegedy et al. 2016

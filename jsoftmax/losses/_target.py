@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import _arguments, _labels, maps
 from jsoftmax._arguments import Axis, public
 from jsoftmax._labels import Labelled
-from jsoftmax._series import excess_series
+from jsoftmax._series import excess_series, expm1
 from jsoftmax.entropy import log_ratio
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
@@ -39,7 +39,7 @@ def _kl_to_target_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tup
     # Q p − q where p > ¾ from the other classes, by 1 − p, which has the digits
     first, Q = p > SURE, class_sum(q, axis)
     of_others = class_sum(jnp.where(first, 0, q), axis)
-    excess = jnp.where(first, of_others + Q * jnp.expm1(jnp.where(first, log_p, 0)), Q * p - q)
+    excess = jnp.where(first, of_others + Q * expm1(jnp.where(first, log_p, 0)), Q * p - q)
     by_x = jnp.where(jnp.isneginf(x), 0, excess)
     by_q = jnp.where(q == 0, 0, log_ratio(_log(q), q, log_p)[0] + 1)
     return _kl_to_target(x, q, axis), class_sum(by_x * _arguments.widened(x_dot) + by_q * q_dot, axis)

@@ -20,11 +20,11 @@ from jsoftmax.sums import difference
 @jax.custom_jvp
 def _standardized(z: Array, kept: Array) -> tuple[Array, Array]:
     """(z − μ)/σ over the last axis, 0 where a class is left out or σ is 0, and 1/σ, 0 where σ is  (MATH 7.6)."""
-    peak = jnp.max(jnp.where(kept, lax.stop_gradient(z), -jnp.inf), -1, keepdims=True)
+    peak = jnp.max(jnp.where(kept, lax.stop_gradient(z), -jnp.inf), -1, keepdims=True, initial=-jnp.inf)
     shifted = jnp.where(kept, difference(z, peak), 0)  # differences first: a shift costs no digits
     centred = jnp.where(kept, shifted - _mean(shifted, kept), 0)
     # the largest is taken out, for squares overflow and underflow
-    size = lax.stop_gradient(jnp.max(jnp.abs(centred), -1, keepdims=True))
+    size = lax.stop_gradient(jnp.max(jnp.abs(centred), -1, keepdims=True, initial=0))
     flat = size == 0
     unit = centred / jnp.where(flat, 1, size)
     inverse = jnp.where(flat, 0, 1 / jnp.sqrt(jnp.where(flat, 1, _mean(unit**2, kept))))
@@ -80,9 +80,9 @@ def spherical_z_loss(
     Args:
       logits, labels, axis, where, ignore_label: as in `cross_entropy`, with integer labels.
       scale: a > 0; shift: b. Numbers, may be traced.
-    Returns: `[...]`, in the logits' dtype, but float32 for narrower ones. A row whose scores are all equal has t = 0
-      and derivatives 0. Labels out of range or left out, rows without classes, and bad scores, as in
-      `cross_entropy`.
+    Returns: `[...]`, in the logits' dtype, but float32 for narrower ones. A row whose scores are all equal, to
+      the last bit, has t = 0 and derivatives 0. Scores whose differences overflow: NaN. Labels out of range or left
+      out, rows without classes, and bad scores, as in `cross_entropy`.
     Raises: as `cross_entropy`; TypeError for labels that are no integers.
     Source: de Brébisson & Vincent, arXiv:1604.08859, equation 6.
 

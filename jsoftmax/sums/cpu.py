@@ -54,6 +54,8 @@ class Form(NamedTuple):
     want: Want
     order: int = 0
     """0 for the value, 1 in its rule, 2 in rules of higher order."""
+    large: bool = True
+    """Whether many scores are summed, where a guard costs time."""
     bfloat16: bool = False
     """Whether x is given in bfloat16, and is then read as such: XLA on CPU would write a wider array first."""
 
@@ -64,8 +66,11 @@ class Form(NamedTuple):
 
     @property
     def keeps_small_results(self) -> bool:
-        """Whether what is wanted may be small beside the scores: there a residue of their rounding would be seen."""
-        return self.want in ("all", "log_p", "H", "loss")
+        """Whether what is wanted may be small beside the scores, where a residue of their rounding would be seen.
+
+        Few scores are guarded whatever is wanted.
+        """
+        return self.want in ("all", "log_p", "H", "loss") or not self.large
 
 
 def is_large(x: Array) -> bool:
@@ -80,7 +85,7 @@ def _may_be_large(x: Array) -> bool:
 
 def form(x: Array, want: Want, order: int) -> Form:
     """The form for an x as it is given, before it is widened."""
-    return Form(want, min(order, 2), x.dtype == jnp.bfloat16 and want in ("p", "log_p", "L", "loss"))
+    return Form(want, min(order, 2), _may_be_large(x), x.dtype == jnp.bfloat16 and want in ("p", "log_p", "L", "loss"))
 
 
 # --- the functions of the reference --------------------------------------------------------------------------

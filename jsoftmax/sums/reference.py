@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from jsoftmax._arguments import widened
 from jsoftmax._collectives import AxisName, all_max, all_sum
+from jsoftmax._series import expm1
 
 FAR = 1e4
 """e^−FAR is 0, in float64 too; where a larger −u would make 0 · ∞ of e^u (−u)."""
@@ -163,7 +164,7 @@ def p_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = 
 
 def log_p_rate(log_p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """l̇ = ẋ − Σ p ẋ, 0 where a class is left out  (MATH 1.4)."""
-    rate, _ = minus_mean(x_dot, jnp.exp(log_p), -jnp.expm1(log_p), axis, axis_name)
+    rate, _ = minus_mean(x_dot, jnp.exp(log_p), -expm1(log_p), axis, axis_name)
     return jnp.where(jnp.isneginf(log_p), 0, rate)
 
 

@@ -14,6 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jsoftmax._pytree import jvp_of_live, without_zeros
+from jsoftmax._series import expm1
 from jsoftmax.heads._head import cut
 from jsoftmax.heads._statistics import Running, merged
 from jsoftmax.phi import Phi, log_phi, slope
@@ -203,7 +204,7 @@ def _along(primals: Any, tangents: Any, out: TailLoss, length: int, by_label: bo
             q = jnp.exp(difference(x, out.peak) - out.log_total)
             if by_label:  # p_y − 1 from −l_y
                 hit = jnp.arange(length, dtype=label.dtype)[:, None] == label - start
-                q = jnp.where(hit, jnp.expm1(-out.loss), q)
+                q = jnp.where(hit, expm1(-out.loss), q)
             by_score = q * slope(phi, o)
             mean = lax.dot_general(w.astype(a.dtype), by_score, (((0,), (0,)), ((), ())))
             result = jnp.sum(mean.T * a_dot, -1) + jnp.sum(by_score * _product(w_dot, a), 0)
