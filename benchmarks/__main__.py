@@ -1,4 +1,4 @@
-"""`python -m benchmarks family | losses | gumbel | heads [--output FILE] | lm | xla | startup`, or `--render` alone."""
+"""`python -m benchmarks family | losses | gumbel | heads | programs | lm | xla | startup`, or `--render` alone."""
 
 import argparse
 import importlib
@@ -10,9 +10,10 @@ def main() -> None:
     parser.add_argument(
         "name",
         nargs="?",
-        choices=["family", "losses", "gumbel", "heads", "lm", "xla", "startup"],
+        choices=["family", "losses", "gumbel", "heads", "programs", "lm", "xla", "startup"],
         help="what to measure",
     )
+    parser.add_argument("--device", choices=["h100", "v5e"], default="h100", help="what programs are compiled for")
     parser.add_argument("--output", type=pathlib.Path, help="the JSON to write, in benchmarks/results by default")
     parser.add_argument(
         "--render", action="store_true", help="write the README's table and picture from the JSON files"
@@ -25,6 +26,9 @@ def main() -> None:
         if arguments.name in ("family", "losses", "gumbel", "heads"):
             default = pathlib.Path(__file__).parent / "results" / f"{arguments.name}.json"
             benchmark.run(arguments.output or default)
+        elif arguments.name == "programs":
+            default = pathlib.Path(__file__).parent / "results" / f"programs-{arguments.device}.json"
+            benchmark.run(arguments.device, arguments.output or default)
         else:
             benchmark.run()
     if arguments.render:

@@ -8,6 +8,7 @@ from typing import Any
 RESULTS = pathlib.Path(__file__).parent / "results"
 README = pathlib.Path(__file__).parent.parent / "README.md"
 PICTURE = RESULTS / "family.png"
+PROGRAMS = pathlib.Path(__file__).parent / "programs.md"
 
 
 def load(name: str) -> list[dict[str, Any]]:
@@ -90,7 +91,35 @@ def picture(runs: list[dict[str, Any]]) -> None:
     figure.savefig(PICTURE, dpi=110)
 
 
+ABOUT_PROGRAMS = """# Programs compiled for an H100 and a TPU v5e
+
+Made by `python -m benchmarks programs --device h100` (and `v5e`) and `python -m benchmarks --render`. XLA compiles for
+both devices on a machine that has neither. These are counts of the optimised program, not times: kernels that are
+launched, and the memory that they read and write; they are the same on every machine. The peer is `jax.nn`, optax or
+`jax.random`, or the formula as a user would write it in plain JAX (`benchmarks/programs.py`).
+"""
+
+
+def programs() -> str:
+    """A table a device: kernels and MiB of memory traffic of ours and of the peer's program, and the ratio."""
+    parts = [ABOUT_PROGRAMS]
+    for path in sorted(RESULTS.glob("programs-*.json")):
+        run = json.loads(path.read_text())
+        head = "| | | scores | kernels | traffic, MiB | the peer's kernels | its traffic, MiB | ratio |"
+        parts.append(f"## {run['device']}, jax {run['jax']}\n\n{head}\n|---|---|---|" + "---:|" * 5)
+        for row in run["rows"]:
+            name, shape = label(row)
+            ours, peer = row["ours"], row.get("peer")
+            cells = [str(ours["kernels"]), f"{ours['traffic'] / 2**20:,.1f}", "", "", ""]
+            if peer:
+                ratio = f"{ours['traffic'] / max(1, peer['traffic']):.2f}"
+                cells[2:] = [str(peer["kernels"]), f"{peer['traffic'] / 2**20:,.1f}", ratio]
+            parts[-1] += "\n| " + " | ".join((name, row["mode"], shape, *cells)) + " |"
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
 def render() -> None:
+    PROGRAMS.write_text(programs())
     text = README.read_text()
     tables = {name: table(load(name)) for name in ("family", "losses", "gumbel", "heads")} | {"lm": models()}
     for name, made in tables.items():

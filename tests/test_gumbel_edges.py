@@ -167,7 +167,7 @@ WRONG = [  # call, error, what the message says
     (lambda: soft(0, Z, 1.0), TypeError, "gumbel_softmax: key must be one PRNG key", "got int", "jax.random.key(seed)"),
     (lambda: top(jax.random.split(KEY), Z, 1), TypeError, "gumbel_top_k: key must be one PRNG key", "jax.vmap"),
     (lambda: draw(KEY, Z, 2), ValueError, "categorical: axis 2 is out of range"),
-    (lambda: draw(KEY, Z, shape=(5,)), ValueError, "categorical: shape must end in", "shape=(n, *(2,))"),
+    (lambda: draw(KEY, Z, shape=(5,)), ValueError, "categorical: shape must end in", "shape=(n, 2)"),
     (lambda: draw(KEY, Z, shape=2.5), TypeError, "categorical: shape must be a tuple of ints", "got 2.5"),
     (lambda: draw(KEY, Z, shape=(5, 2), replace=False), ValueError, "no more draws than there are classes, 4", "got 5"),
     (lambda: draw(KEY, Z, mode="exact"), ValueError, "categorical: mode must be None, 'low' or 'high'; got 'exact'"),
@@ -183,7 +183,7 @@ WRONG = [  # call, error, what the message says
     (lambda: binary(Z, Z, 0.5, where=[True]), TypeError, "binary_concrete_log_density: where must be an array"),
     (lambda: soft(KEY, Z, "low"), TypeError, "gumbel_softmax: temperature must be an array or a number; got str"),
     (lambda: heun(KEY, Z, 0.0), ValueError, "reinmax: temperature must be > 0"),
-    (lambda: density(Z[0], Z, 0.5), ValueError, "exp_concrete_log_density: x must have the scores' shape (2, 4)"),
+    (lambda: density(Z[:, :3], Z, 0.5), ValueError, "exp_concrete_log_density: x"),
     (lambda: binary(Z, Z[:, :2], 0.5), ValueError, "binary_concrete_log_density: x and z must have shapes"),
     (lambda: conditional(KEY, Z, jnp.array(1)), ValueError, "conditional_gumbels: index must have", "(2,)", "jax.vmap"),
     (

@@ -74,10 +74,11 @@ def _terms_rate(  # noqa: PLR0917
 
     Checkpointed by its caller, which so keeps p, a mask if the mean is wanted, and numbers of rows.
     """
-    at_label = expm1(-n)  # p_y − 1
+    p_y, at_label = jnp.exp(-n), expm1(-n)
     if of_sharded:
-        at_label = share_at_label(lambda own: pick(p, own), label, p.shape[-1], axis_name) - 1
-    rates = sums.label_rates(p, kept, at_label, x_dot, label, axis_name)
+        p_y = share_at_label(lambda own: pick(p, own), label, p.shape[-1], axis_name)
+        at_label = p_y - 1
+    rates = sums.label_rates(p, kept, p_y, at_label, x_dot, label, axis_name)
     count = None if kept is None else _count(kept, p.dtype)
     (label_rate, L_dot, of_kept), count = all_sum((rates, count), axis_name)
     return Terms(label_rate, L_dot, None if kept is None else L_dot - of_kept / jnp.maximum(count, 1))

@@ -60,7 +60,8 @@ __all__ = [
 def has_form_for_cpu(shape: tuple[int, ...], axis: tuple[int, ...]) -> bool:
     """Whether scores of a shape have a form of their own on CPU: many scores, or so many classes that XLA on CPU loses
     digits when it adds them up one after the other."""
-    return math.prod(shape) >= cpu.LARGE or math.prod(shape[i] for i in axis) > cpu.SHORT
+    size = math.prod(shape)
+    return size > 0 and (size >= cpu.LARGE or math.prod(shape[i] for i in axis) > cpu.SHORT)
 
 
 def _by_platform(on_cpu: Callable[..., Any], otherwise: Callable[..., Any], apart: bool, *arrays: Any) -> Any:
@@ -153,10 +154,10 @@ def log_p_rate(  # noqa: PLR0917
 
 
 def label_rates(  # noqa: PLR0917
-    p: Array, kept: Array | None, at_label: Array, x_dot: Array, label: Array, axis_name: AxisName = None
+    p: Array, kept: Array | None, p_y: Array, at_label: Array, x_dot: Array, label: Array, axis_name: AxisName = None
 ) -> LabelRates:
     """Derivatives of −l_y and L along ẋ, and Σ ẋ, over the last axis of this shard, for labels `[..., 1]` that count
-    over all shards."""
+    over all shards. at_label: p_y − 1 with its digits."""
     own, inside = own_label(label, x_dot.shape[-1], axis_name)
 
     def compared(p: Array, kept: Array | None, at_label: Array, x_dot: Array) -> LabelRates:
@@ -165,7 +166,10 @@ def label_rates(  # noqa: PLR0917
 
     if cpu.compares_labels(x_dot):
         return compared(p, kept, at_label, x_dot)
-    on_cpu = functools.partial(cpu.label_rates, own=own, inside=inside)
+
+    def on_cpu(p: Array, kept: Array | None, at_label: Array, x_dot: Array) -> LabelRates:
+        return cpu.label_rates(p, kept, p_y, at_label, x_dot, own, inside)
+
     return _by_platform(on_cpu, compared, cpu.is_large(x_dot), p, kept, at_label, x_dot)
 
 

@@ -155,7 +155,7 @@ def compares_labels(x_dot: Array) -> bool:
 
 
 def label_rates(  # noqa: PLR0917
-    p: Array, kept: Array | None, at_label: Array, x_dot: Array, own: Array, inside: Array
+    p: Array, kept: Array | None, p_y: Array, at_label: Array, x_dot: Array, own: Array, inside: Array
 ) -> LabelRates:
     """`reference.label_rates`. Backwards XLA writes an array and sets the label's number in place, where comparing each
     class with it would take 1.6 times as long."""
@@ -163,7 +163,7 @@ def label_rates(  # noqa: PLR0917
     rows = [lax.broadcasted_iota(own.dtype, own.shape, i) for i in range(own.ndim - 1)]
     place = jnp.where(inside, own, x_dot.shape[-1])  # beyond the end, where nothing is set
     others = x_dot.at[(*rows, place)].set(0, mode="drop", unique_indices=True)
-    x_dot_y, p_y = (jnp.where(inside, jnp.take_along_axis(a, own, -1), 0) for a in (x_dot, p))
+    x_dot_y = jnp.where(inside, jnp.take_along_axis(x_dot, own, -1), 0)
 
     def total(a: Array) -> Array:
         return jnp.sum(a, -1, keepdims=True)
@@ -371,7 +371,7 @@ def _careful_sum(  # noqa: PLR0917  (as `_shifted` has them)
 
 
 def _sum_in_parts(a: Array, axis: tuple[int, ...]) -> Array:
-    """Σ over the classes; many classes of few rows in parts of 32, for XLA on CPU would add them up one by one.
+    """Σ over the classes; many classes of few rows in parts of 8, for XLA on CPU would add them up one by one.
 
     First the classes are cut into up to 16 equal parts, so that under plain `jit` each device adds up its own.
     """
@@ -379,8 +379,9 @@ def _sum_in_parts(a: Array, axis: tuple[int, ...]) -> Array:
     if axis != (a.ndim - 1,) or classes <= SHORT or _may_be_large(a) or in_type(a):
         return class_sum(a, axis)
     a = a.reshape(*a.shape[:-1], math.gcd(classes, 16), -1)
-    a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -a.shape[-1] % 32)])
-    return jnp.sum(jnp.sum(a.reshape(*a.shape[:-1], -1, 32), -1), (-2, -1))[..., None]
+    a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -a.shape[-1] % 8)])
+    parts = _behind_select(jnp.sum(a.reshape(*a.shape[:-1], -1, 8), -1))  # else XLA makes one sum of both
+    return jnp.sum(_pairwise_sum(parts), -2)
 
 
 def _beside_classes(a: Array, first: Array, x: Array, axis: tuple[int, ...], form: Form) -> Array:

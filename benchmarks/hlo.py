@@ -1,0 +1,196 @@
+"""What an optimised program does, read from the text that XLA prints of it: kernels, memory traffic, collectives.
+
+Counts, not times: the same on every machine. A kernel is an instruction of the program's entry, or of a loop's body
+once for each trip, that computes something; its traffic is what it reads and writes of memory. Of an operand of which a
+kernel reads slices only, the slices count; of a buffer that is updated in place, the update.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+BITS = {
+    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 8),
+    **dict.fromkeys(("s4", "u4"), 4),
+    **dict.fromkeys(("s16", "u16", "f16", "bf16"), 16),
+    **dict.fromkeys(("s32", "u32", "f32"), 32),
+    **dict.fromkeys(("s64", "u64", "f64", "c64"), 64),
+    "c128": 128,
+}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+NO_KERNEL = {
+    "parameter",
+    "constant",
+    "iota",
+    "bitcast",
+    "tuple",
+    "get-tuple-element",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+}
+VIEWS = {"bitcast", "reshape", "copy", "convert", "transpose"}
+"""What a kernel may do to a value before it takes slices of it, or puts them into it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    shape: str
+    operation: str
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+
+
+Computations = dict[str, dict[str, Instruction]]
+ENTRY = "ENTRY"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Counts of a compiled program; sizes in bytes."""
+
+    kernels: int
+    traffic: int
+    least: int
+    """The program's arguments and results: what any program must move."""
+    temporaries: int
+    collectives: dict[str, int]
+
+
+def read(compiled: Any) -> Program:
+    """The counts of what `jax.jit(f).lower(…).compile()` gives."""
+    text = compiled.as_text()
+    kernels, traffic = count(parse(text))
+    memory = compiled.memory_analysis()
+    return Program(
+        kernels,
+        traffic,
+        memory.argument_size_in_bytes + memory.output_size_in_bytes,
+        memory.temp_size_in_bytes,
+        collectives(text),
+    )
+
+
+def collectives(text: str) -> dict[str, int]:
+    """How many instructions of each kind are between devices."""
+    kinds = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text)
+    return {kind: kinds.count(kind) for kind in COLLECTIVES if kind in kinds}
+
+
+def size(shape: str) -> int:
+    """Bytes of a shape, or of a tuple of shapes; what a TPU keeps on its chip, in memory space S(1), is no traffic."""
+    parts = re.findall(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?", shape)
+    return sum(
+        math.prod(map(int, filter(None, dimensions.split(",")))) * BITS[dtype] // 8
+        for dtype, dimensions, layout in parts
+        if "S(1)" not in layout and dtype in BITS
+    )
+
+
+def parse(text: str) -> Computations:
+    """The computations of a program by name; the one that runs is ENTRY."""
+    found: Computations = {}
+    name = None
+    for line in text.splitlines():
+        if head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$", line):
+            name = ENTRY if head[1] else head[2]
+            found[name] = {}
+        elif line.startswith("}"):
+            name = None
+        elif name and (m := re.match(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$", line)):
+            operands = tuple(re.findall(r"%([\w.\-]+)", m[5].split("), ")[0]))
+            found[name][m[2]] = Instruction(m[2], m[3], m[4], operands, m[5], bool(m[1]))
+    return found
+
+
+def called(instruction: Instruction, attribute: str) -> str | None:
+    """The computation that an attribute names."""
+    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.attributes)
+    return found and found[1]
+
+
+def count(computations: Computations, name: str = ENTRY) -> tuple[int, int]:
+    """Kernels and traffic of a computation, its loops and the larger of its branches."""
+    kernels = traffic = 0
+    for instruction in computations.get(name, {}).values():
+        if instruction.operation in NO_KERNEL or instruction.operation.endswith("-done"):
+            continue
+        if instruction.operation == "while":
+            times, inner = trips(computations, instruction), [count(computations, called(instruction, "body") or "")]
+        elif instruction.operation == "conditional":
+            times, inner = 1, [count(computations, branch) for branch in branches(instruction)]
+        elif instruction.operation == "call":
+            times, inner = 1, [count(computations, called(instruction, "to_apply") or "")]
+        else:
+            times, inner = 1, [(1, moved(computations, name, instruction))]
+        of_inner = max(inner, key=lambda pair: pair[1], default=(0, 0))
+        kernels, traffic = kernels + times * of_inner[0], traffic + times * of_inner[1]
+    return kernels, traffic
+
+
+def branches(instruction: Instruction) -> list[str]:
+    """The computations of a conditional."""
+    listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+    if listed:
+        return re.findall(r"%?([\w.\-]+)", listed[1])
+    return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.attributes)
+
+
+def trips(computations: Computations, instruction: Instruction) -> int:
+    """How often a loop runs: as XLA says, or else the largest whole number in its condition."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes):
+        return int(known[1])
+    condition = computations.get(called(instruction, "condition") or "", {}).values()
+    constants = [i for i in condition if i.operation == "constant" and i.shape.startswith("s32")]
+    numbers = [int(m[1]) for i in constants if (m := re.match(r"(\d+)\)", i.attributes))]
+    return max(numbers, default=1)
+
+
+def moved(computations: Computations, name: str, instruction: Instruction) -> int:
+    """What one kernel of the computation reads and writes."""
+    operands = [computations[name][o] for o in instruction.operands if o in computations[name]]
+    if instruction.operation == "dynamic-slice":
+        return 2 * size(instruction.shape)
+    if instruction.operation == "dynamic-update-slice":
+        return 2 * size(operands[1].shape)
+    fused = computations.get(called(instruction, "calls") or "")
+    if not fused:
+        return size(instruction.shape) + sum(size(operand.shape) for operand in operands)
+    users: dict[str, list[tuple[Instruction, int]]] = {}
+    for user in fused.values():
+        for position, operand in enumerate(user.operands):
+            users.setdefault(operand, []).append((user, position))
+    parameters = [i for i in fused.values() if i.operation == "parameter"]
+    written = [_written(fused, i) for i in fused.values() if i.root]
+    return sum(_bytes_read(users, i.name, size(i.shape)) for i in parameters) + sum(written)
+
+
+def _bytes_read(users: dict[str, list[tuple[Instruction, int]]], name: str, whole: int) -> int:
+    """Bytes that a fused kernel reads of a value: all, or the slices it takes; none of a buffer that it updates."""
+    total = 0
+    for user, position in users.get(name, []):
+        if user.operation == "dynamic-slice" and position == 0:
+            total += size(user.shape)
+        elif user.operation in VIEWS and not user.root:
+            total += _bytes_read(users, user.name, whole)
+        elif not (user.operation == "dynamic-update-slice" and position == 0):
+            return whole
+    return min(total, whole)
+
+
+def _written(fused: dict[str, Instruction], instruction: Instruction) -> int:
+    """Bytes that a fused kernel writes of a result: all, or the update of a buffer."""
+    operands = [fused[o] for o in instruction.operands if o in fused]
+    if instruction.operation == "tuple":
+        return sum(_written(fused, operand) for operand in operands)
+    if instruction.operation == "dynamic-update-slice":
+        return size(operands[1].shape)
+    if instruction.operation in VIEWS and operands and operands[0].operation in VIEWS | {"dynamic-update-slice"}:
+        return min(size(instruction.shape), _written(fused, operands[0]))
+    return size(instruction.shape)

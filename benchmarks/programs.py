@@ -1,0 +1,215 @@
+"""Programs compiled for an H100 and a TPU v5e, which need not be there: kernels, traffic, temporaries, beside peers.
+
+`python -m benchmarks programs --device h100` or `--device v5e` writes `benchmarks/results/programs-<device>.json`, and
+`python -m benchmarks --render` the table of `benchmarks/programs.md`. These are counts (`benchmarks.hlo`): nothing is
+timed, and every machine gives the same.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+
+import jsoftmax as js
+from benchmarks import hlo
+from jsoftmax import gumbel, losses
+
+F = Callable[..., Any]
+
+H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 8 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  registers_per_block_limit: 65536  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448  shared_memory_per_core: 233472
+  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  device_memory_size: 84978434048
+}
+"""
+"""What XLA asks of a GPU before it compiles for it."""
+
+NEEDS = {"h100": "jsoftmax[programs-h100]", "v5e": "jsoftmax[programs-tpu]"}
+SHAPES = ((1024, 1024), (256, 32768), (1_000_000, 8), (4096, 1000))
+DTYPES = ("float32", "bfloat16")
+
+
+def device(kind: str) -> Any:
+    """A device to compile for, or a message that says what is missing."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        if kind == "h100":
+            described = topologies.get_topology_desc("h100", "cuda", topology="1x1x1", target_config=H100)
+        else:
+            described = topologies.get_topology_desc("v5e:2x2", "tpu", chips_per_host_bounds=(2, 2, 1), num_slices=1)
+    except Exception as error:
+        sys.exit(
+            f"programs: XLA's compiler for {kind} is missing here ({type(error).__name__}: {str(error)[:200]}).\n"
+            f"In an environment of its own: pip install '{NEEDS[kind]}', in the version of jax {jax.__version__}."
+        )
+    return described.devices[0]
+
+
+# --- what is compared ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A function of scores, and of what else `more` gives for their shape and dtype; peer: what a user would write."""
+
+    name: str
+    ours: F
+    peer: F | None = None
+    more: Callable[[tuple[int, ...], Any], tuple[Any, ...]] = lambda shape, dtype: ()
+    modes: tuple[str, ...] = ("value", "value and vjp", "HVP")
+
+
+def labels(shape: tuple[int, ...], _: Any) -> tuple[Any, ...]:
+    return (jax.ShapeDtypeStruct(shape[:-1], jnp.int32),)
+
+
+def like_scores(shape: tuple[int, ...], dtype: Any) -> tuple[Any, ...]:
+    return (jax.ShapeDtypeStruct(shape, dtype),)
+
+
+def key(*_: Any) -> tuple[Any, ...]:
+    return (jax.ShapeDtypeStruct((2,), jnp.uint32),)
+
+
+def plain_entropy(z: jax.Array) -> jax.Array:
+    return -jnp.sum(jax.nn.softmax(z) * jax.nn.log_softmax(z), -1)
+
+
+def plain_kl(z_p: jax.Array, z_q: jax.Array) -> jax.Array:
+    log_p, log_q = jax.nn.log_softmax(z_p), jax.nn.log_softmax(z_q)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
+
+
+def plain_taylor(z: jax.Array) -> jax.Array:
+    phi = 1 + z + z**2 / 2
+    return phi / jnp.sum(phi, -1, keepdims=True)
+
+
+def plain_smoothing(z: jax.Array, y: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy(z, optax.smooth_labels(jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype), 0.1))
+
+
+def plain_gumbel_softmax(z: jax.Array, key: jax.Array) -> jax.Array:
+    return jax.nn.softmax((z + jax.random.gumbel(key, z.shape, z.dtype)) / 0.5)
+
+
+def plain_gumbel_top_k(z: jax.Array, key: jax.Array) -> jax.Array:
+    return jax.lax.top_k(z + jax.random.gumbel(key, z.shape, z.dtype), min(8, z.shape[-1]))[1]
+
+
+CASES = (
+    Case("softmax", js.softmax, jax.nn.softmax),
+    Case("log_softmax", js.log_softmax, jax.nn.log_softmax),
+    Case("log_normalizer", js.log_normalizer, lambda z: jax.nn.logsumexp(z, -1)),
+    Case("entropy", js.entropy, plain_entropy),
+    Case("kl_divergence", js.kl_divergence, plain_kl, like_scores),
+    Case("softmax, taylor(2)", lambda z: js.softmax(z, phi=js.taylor(2)), plain_taylor),
+    Case("cross_entropy", losses.cross_entropy, optax.softmax_cross_entropy_with_integer_labels, labels),
+    Case(
+        "cross_entropy, smoothing",
+        lambda z, y: losses.cross_entropy(z, y, label_smoothing=0.1),
+        plain_smoothing,
+        labels,
+    ),
+    Case("sparsemax", js.sparsemax),
+    Case("entmax15", js.entmax15),
+    Case(
+        "gumbel.categorical",
+        lambda z, key: gumbel.categorical(key, z),
+        lambda z, key: jax.random.categorical(key, z),
+        key,
+        ("value",),
+    ),
+    Case(
+        "gumbel.gumbel_softmax",
+        lambda z, key: gumbel.gumbel_softmax(key, z, 0.5),
+        plain_gumbel_softmax,
+        key,
+        ("value",),
+    ),
+    Case(
+        "gumbel.gumbel_top_k",
+        lambda z, key: gumbel.gumbel_top_k(key, z, min(8, z.shape[-1])).indices,
+        plain_gumbel_top_k,
+        key,
+        ("value",),
+    ),
+)
+
+
+def in_mode(f: F, mode: str, z: Any, more: tuple[Any, ...]) -> tuple[F, tuple[Any, ...]]:
+    """The function that is compiled, and its arguments: z, what else it takes, a cotangent, a tangent."""
+    if mode == "value":
+        return f, (z, *more)
+    cotangent = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), jax.eval_shape(f, z, *more))
+
+    def value_and_vjp(z: Any, g: Any, *more: Any) -> Any:
+        value, pull = jax.vjp(lambda z: f(z, *more), z)
+        return value, *pull(g)
+
+    def hvp(z: Any, g: Any, v: Any, *more: Any) -> Any:
+        return jax.jvp(lambda z: jax.vjp(lambda z: f(z, *more), z)[1](g)[0], (z,), (v,))[1]
+
+    return (hvp, (z, cotangent, z, *more)) if mode == "HVP" else (value_and_vjp, (z, cotangent, *more))
+
+
+def compiled(where: Any, f: F, given: tuple[Any, ...]) -> hlo.Program:
+    """The counts of f, compiled for the device."""
+    place = jax.sharding.SingleDeviceSharding(where)
+    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in given]
+    return hlo.read(jax.jit(f).lower(*placed).compile())
+
+
+def cells() -> list[tuple[Case, str, tuple[int, ...], str]]:
+    """Every case in each of its modes; bfloat16 for two shapes."""
+    return [
+        (case, mode, shape, dtype)
+        for case, dtype, shape in itertools.product(CASES, DTYPES, SHAPES)
+        if dtype == "float32" or shape in SHAPES[:2]
+        for mode in case.modes
+    ]
+
+
+def run(kind: str, output: pathlib.Path) -> None:
+    """Compile every cell for the device and write the counts."""
+    where = device(kind)
+    rows = []
+    for case, mode, shape, dtype in cells():
+        z, more = jax.ShapeDtypeStruct(shape, dtype), case.more(shape, jnp.dtype(dtype))
+        row: dict[str, Any] = {"name": case.name, "mode": mode, "shape": list(shape), "dtype": dtype}
+        for side, f in (("ours", case.ours), ("peer", case.peer)):
+            if f is not None:
+                row[side] = dataclasses.asdict(compiled(where, *in_mode(f, mode, z, more)))
+        rows.append(row)
+        print(line(row), flush=True)
+    versions = {"device": kind, "jax": jax.__version__, "optax": optax.__version__, "jsoftmax": js.__version__}
+    output.write_text(json.dumps({**versions, "rows": rows}, indent=1) + "\n")
+
+
+def line(row: dict[str, Any]) -> str:
+    """One cell in words."""
+    what = f"{row['name']}, {row['mode']}, {'×'.join(map(str, row['shape']))}, {row['dtype']}: "
+    ours, peer = row["ours"], row.get("peer")
+    own = f"{ours['kernels']} kernels, {ours['traffic'] / 2**20:.1f} MiB"
+    if peer is None:
+        return f"{what}{own}, {ours['traffic'] / max(1, ours['least']):.2f} times the least"
+    ratio = ours["traffic"] / max(1, peer["traffic"])
+    return f"{what}{own}; the peer's {peer['kernels']}, {peer['traffic'] / 2**20:.1f}: {ratio:.2f}"
