@@ -93,7 +93,7 @@ def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: 
     (x_p, x_q), (x_p_dot, x_q_dot) = primals, [_arguments.widened(dot) for dot in tangents]
     (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis, axis_name), normalize(x_q, axis, axis_name)
     r, _ = log_ratio(log_p, p, log_q)
-    by_p = p * sums.minus_mean(r, p, -expm1(log_p), axis, axis_name)[0]
+    by_p = p * sums.minus_mean(r, p, axis, axis_name, -expm1(log_p))[0]
     # q − p where both are above ½ by 1 − p and 1 − q, which have the digits
     both = (p > 0.5) & (q > 0.5)
     q_minus_p = jnp.where(both, expm1(jnp.where(both, log_q, 0)) - expm1(jnp.where(both, log_p, 0)), q - p)

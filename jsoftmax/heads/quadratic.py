@@ -114,8 +114,8 @@ def quadratic_cross_entropy(
       bias: b `[V]` or None.
       where: bool `[V]`; False leaves a class out, e.g. rows that pad V; they may hold anything.
       phi: taylor(2), spherical(ε) or quadratic(a0, a1, a2), with one number for all classes in each place.
-    Returns: `[...]`, in the wider dtype of hidden and weight, float32 at least. A label out of range: NaN; one on a
-      class left out: 0; with derivatives 0. NaN or infinity in a row of hidden: NaN there. In a row of the weight
+    Returns: `[...]`, in the wider dtype of hidden and weight, float32 at least. A label out of range gives NaN, one on
+      a class left out 0, both with derivatives 0. NaN or infinity in a row of hidden: NaN there. In a row of the weight
       that is kept: NaN everywhere.
       Products of float32 are full float32 products on a GPU too, whose default, TF32, would leave three digits. But
       small scores of a large weight lose twice the digits in hᵀQh that they lose in W h: with κ² = a2 |W|² |h|²/Z the

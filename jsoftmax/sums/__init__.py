@@ -144,8 +144,7 @@ def log_p_rate(  # noqa: PLR0917
 
     def along(p: Array, first: Array, left_out: Array, x_dot: Array) -> Array:
         def of_p(p: Array, _: Array, left_out: Array, x_dot: Array) -> Array:
-            lacks = class_sum(jnp.where(p > SURE, 0, p), axis)
-            return jnp.where(left_out, 0, reference.minus_mean(x_dot, p, lacks, axis, axis_name)[0])
+            return jnp.where(left_out, 0, reference.minus_mean(x_dot, p, axis, axis_name)[0])
 
         on_cpu = functools.partial(cpu.log_p_rate, axis=axis, axis_name=axis_name, order=order)
         return _by_platform(on_cpu, of_p, cpu.is_large(p), p, first, left_out, x_dot)

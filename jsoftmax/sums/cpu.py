@@ -127,7 +127,7 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
 def p_rate(  # noqa: PLR0917
     p: Array, first: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName, order: int
 ) -> Array:
-    """`reference.p_rate`, without its care of p > ½: that class has an absolute error of some ulp of ẋ. first: x of the
+    """`reference.p_rate`, without its care of p > ¾: that class has an absolute error of some ulp of ẋ. first: x of the
     first class."""
     p_x_dot = p * x_dot
     mean = class_sum(p_x_dot, axis, axis_name)

@@ -139,9 +139,9 @@ def difference(x: Array, peak: Array) -> Array:
 
 
 def minus_mean(
-    a: Array, p: Array, lacks: Array, axis: tuple[int, ...], axis_name: AxisName = None
+    a: Array, p: Array, axis: tuple[int, ...], axis_name: AxisName = None, lacks: Array | None = None
 ) -> tuple[Array, Array]:
-    """a − Σ p a, and Σ p a. lacks: 1 − p with its digits, where p > ¾.
+    """a − Σ p a, and Σ p a. lacks: 1 − p with its digits, where p > ¾; None: it is the sum of the other classes' p.
 
     For a class with p > ¾ the difference is lacks a − Σ p a over the other classes: a − p a would lose the digits of a
     small 1 − p, here and, transposed, in gradients. Not of sharded classes, where that takes one more exchange
@@ -151,6 +151,8 @@ def minus_mean(
         mean = class_sum(p * a, axis, axis_name)
         return a - mean, mean
     first = p > SURE
+    if lacks is None:
+        lacks = class_sum(jnp.where(first, 0, p), axis)
     sums = [jnp.sum(b, axis, keepdims=True) for b in (p * a, jnp.where(first, 0, p) * a)]
     mean, of_others = sums
     return jnp.where(first, lacks * a - of_others, a - mean), mean
@@ -158,13 +160,12 @@ def minus_mean(
 
 def p_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """ṗ = p (ẋ − Σ p ẋ)  (MATH 1.2)."""
-    lacks = class_sum(jnp.where(p > SURE, 0, p), axis)
-    return p * minus_mean(x_dot, p, lacks, axis, axis_name)[0]
+    return p * minus_mean(x_dot, p, axis, axis_name)[0]
 
 
 def log_p_rate(log_p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """l̇ = ẋ − Σ p ẋ, 0 where a class is left out  (MATH 1.4)."""
-    rate, _ = minus_mean(x_dot, jnp.exp(log_p), -expm1(log_p), axis, axis_name)
+    rate, _ = minus_mean(x_dot, jnp.exp(log_p), axis, axis_name, -expm1(log_p))
     return jnp.where(jnp.isneginf(log_p), 0, rate)
 
 
