@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import _arguments, _labels, maps
 from jsoftmax._arguments import Axis, public
 from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
-from jsoftmax.sums import difference, minus_mean
+from jsoftmax.sums import SURE, difference, minus_mean
 
 # --- p = P [1 + (α − 1) v]_+^{1/(α−1)}, v = P^{1−α} u, u = z − max z, for the largest p, P ----------------------
 
@@ -132,7 +132,9 @@ def _entmax_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 def _weighed_differences(w: Array, total: Array, z_dot: Array) -> Array:
     """w (ż − Σ w̄ ż), with its digits where one w̄ is almost 1  (MATH 4.5)."""
-    return w * minus_mean(z_dot, w / total, (w.ndim - 1,))[0]
+    share = w / total
+    lacks = jnp.sum(jnp.where(share > SURE, 0, share), -1, keepdims=True)
+    return w * minus_mean(z_dot, share, lacks, (w.ndim - 1,))[0]
 
 
 def _safe(p: Array) -> tuple[Array, Array]:
