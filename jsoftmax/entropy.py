@@ -42,7 +42,7 @@ def _centred_log_p_jvp(  # noqa: PLR0917  (a rule has no keywords)
     c, H = centred_log_p(x, axis, axis_name, want, order + 1)
     out = normalize(x, axis, axis_name, want, order + 1)
     H_dot = -class_sum(out.p * c * x_dot, axis, axis_name)
-    return (c, H), (sums.log_p_rate(x, out, x_dot, axis, axis_name, order) + H_dot, H_dot)
+    return (c, H), (sums.centred_rate(out, x_dot, axis, axis_name) + H_dot, H_dot)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))

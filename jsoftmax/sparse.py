@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import _arguments, _labels, maps
 from jsoftmax._arguments import Axis, public
 from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
-from jsoftmax.sums import SURE, difference, minus_mean
+from jsoftmax.sums import difference, weighed_differences
 
 # --- p = P [1 + (α − 1) v]_+^{1/(α−1)}, v = P^{1−α} u, u = z − max z, for the largest p, P ----------------------
 
@@ -123,18 +123,11 @@ def _entmax_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
     total = jnp.where(total == 0, 1, total)  # of an empty row
     p_dot = jnp.zeros_like(p)
     if not isinstance(z_dot, SymbolicZero):
-        p_dot = jax.checkpoint(_weighed_differences, prevent_cse=False)(w, total, z_dot)  # w alone is kept backwards
+        p_dot = weighed_differences(w, z_dot, (w.ndim - 1,))
     if not isinstance(alpha_dot, SymbolicZero):
         g = _by_alpha(p, alpha)
         p_dot = p_dot + (g - w * (jnp.sum(g, -1, keepdims=True) / total)) * alpha_dot
     return p, p_dot
-
-
-def _weighed_differences(w: Array, total: Array, z_dot: Array) -> Array:
-    """w (ż − Σ w̄ ż), with its digits where one w̄ is almost 1  (MATH 4.5)."""
-    share = w / total
-    lacks = jnp.sum(jnp.where(share > SURE, 0, share), -1, keepdims=True)
-    return w * minus_mean(z_dot, share, lacks, (w.ndim - 1,))[0]
 
 
 def _safe(p: Array) -> tuple[Array, Array]:

@@ -42,6 +42,7 @@ __all__ = [
     "Normalized",
     "Want",
     "centred",
+    "centred_rate",
     "class_sum",
     "difference",
     "exp_sums",
@@ -56,6 +57,7 @@ __all__ = [
     "not_below",
     "not_negative",
     "p_rate",
+    "weighed_differences",
 ]
 
 
@@ -118,8 +120,29 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
     return _by_platform(on_cpu, otherwise, has_form_for_cpu(x.shape, axis), x, peak)
 
 
+def centred_rate(out: Normalized, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+    """ẋ − Σ p ẋ. Checkpointed: for the backward pass p and numbers of rows are kept."""
+
+    def along(p: Array, lacks: Array, x_dot: Array) -> Array:
+        def of_p(p: Array, lacks: Array, x_dot: Array) -> Array:
+            return reference.minus_mean(x_dot, p, lacks, axis, axis_name)[0]
+
+        def on_cpu(p: Array, _: Array, x_dot: Array) -> Array:
+            return cpu.centred_rate(p, x_dot, axis, axis_name)
+
+        return _by_platform(on_cpu, of_p, cpu.is_large(p), p, lacks, x_dot)
+
+    return jax.checkpoint(along, prevent_cse=False)(out.p, out.lacks, x_dot)
+
+
 def p_rate(  # noqa: PLR0917
-    x: Array, out: Normalized, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None, order: int = 0
+    x: Array,
+    out: Normalized,
+    x_dot: Array,
+    axis: tuple[int, ...],
+    axis_name: AxisName = None,
+    want: Want = "p",
+    order: int = 0,
 ) -> Array:
     """ṗ along ẋ. Checkpointed: for the backward pass p and numbers of rows are kept."""
     otherwise = functools.partial(reference.p_rate, axis=axis, axis_name=axis_name)
@@ -131,7 +154,7 @@ def p_rate(  # noqa: PLR0917
             return otherwise(p, lacks, x_dot)
 
         def on_cpu(p: Array, _: Array, first: Array, x_dot: Array) -> Array:
-            return cpu.p_rate(p, first, x_dot, axis, axis_name, order)
+            return cpu.p_rate(p, first, x_dot, axis, axis_name, want, order)
 
         return lax.platform_dependent(p, lacks, first, x_dot, cpu=on_cpu, default=of_p)
 
@@ -160,6 +183,16 @@ def log_p_rate(  # noqa: PLR0917
         return _by_platform(on_cpu, of_p, cpu.is_large(p), p, lacks, first, left_out, x_dot)
 
     return jax.checkpoint(along, prevent_cse=False)(out.p, out.lacks, x[..., :1], jnp.isneginf(x), x_dot)
+
+
+def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
+    """w (ẋ − Σ w̄ ẋ), w̄ = w / Σ w. Checkpointed: for the backward pass w alone is kept."""
+
+    def along(w: Array, x_dot: Array) -> Array:
+        on_cpu, otherwise = (functools.partial(form.weighed_differences, axis=axis) for form in (cpu, reference))
+        return _by_platform(on_cpu, otherwise, cpu.is_large(w), w, x_dot)
+
+    return jax.checkpoint(along, prevent_cse=False)(w, x_dot)
 
 
 def label_rates(  # noqa: PLR0917

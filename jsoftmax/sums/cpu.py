@@ -27,6 +27,7 @@ from jsoftmax.sums.reference import (
     is_empty,
     not_negative,
     rest_of,
+    weight_shares,
 )
 
 LARGE = 2**17
@@ -124,19 +125,23 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
     return _careful_sum(_gap, x, peak, axis, None, Form("H"))
 
 
+def centred_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    """`reference.minus_mean` of ẋ, without its care of p > ¾: that class has an absolute error of some ulp of ẋ."""
+    return x_dot - class_sum(p * x_dot, axis, axis_name)
+
+
 def p_rate(  # noqa: PLR0917
-    p: Array, first: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName, order: int
+    p: Array, first: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int
 ) -> Array:
-    """`reference.p_rate`, without its care of p > ¾: that class has an absolute error of some ulp of ẋ. first: x of the
-    first class."""
+    """`reference.p_rate`, in the same way. first: x of the first class."""
     p_x_dot = p * x_dot
     mean = class_sum(p_x_dot, axis, axis_name)
     # pulled back p (g − Σ p g), or p g − p Σ p g, whose p g XLA writes, but which is faster where that is in a cache
-    in_one_kernel = _is_long(p, axis)
+    in_one_kernel = want == "p" and _is_long(p, axis)
     return (
         p_x_dot - p * mean
         if in_one_kernel
-        else p * (x_dot - _beside_classes(mean, first, x_dot, axis, Form("p", order)))
+        else p * (x_dot - _beside_classes(mean, first, x_dot, axis, Form(want, order)))
     )
 
 
@@ -146,6 +151,11 @@ def log_p_rate(  # noqa: PLR0917
     """`reference.log_p_rate` of p, in the same way."""
     mean = class_sum(p * x_dot, axis, axis_name)
     return jnp.where(left_out, 0, x_dot - _beside_classes(mean, first, x_dot, axis, Form("log_p", order)))
+
+
+def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
+    """`reference.weighed_differences`, in the same way."""
+    return w * (x_dot - class_sum(weight_shares(w, axis) * x_dot, axis))
 
 
 def compares_labels(x_dot: Array) -> bool:

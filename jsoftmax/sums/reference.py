@@ -159,6 +159,19 @@ def p_rate(p: Array, lacks: Array, x_dot: Array, axis: tuple[int, ...], axis_nam
     return p * minus_mean(x_dot, p, lacks, axis, axis_name)[0]
 
 
+def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
+    """w (ẋ − Σ w̄ ẋ), w̄ = w / Σ w, 0 in a row without weight  (MATH 8.3)."""
+    share = weight_shares(w, axis)
+    lacks = class_sum(jnp.where(share > SURE, 0, share), axis)
+    return w * minus_mean(x_dot, share, lacks, axis)[0]
+
+
+def weight_shares(w: Array, axis: tuple[int, ...]) -> Array:
+    """w / Σ w, 0 in a row without weight."""
+    total = class_sum(w, axis)
+    return w / jnp.where(total == 0, 1, total)
+
+
 def lacks_rate(p: Array, p_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """−ṗ of the class with p > ¾; 0 in a row without one."""
     return -class_sum(jnp.where(p > SURE, p_dot, 0), axis, axis_name)
