@@ -10,7 +10,7 @@ from jax.scipy.special import gammaln
 
 import jsoftmax as js
 from jsoftmax import gumbel, losses, verify
-from jsoftmax.gumbel import _concrete, _noise
+from jsoftmax.gumbel import _categorical, _concrete, _noise
 
 KEY = jax.random.key(0)
 Z = jnp.array([[0.3, -1.2, 2.0, 0.7], [-0.5, 0.1, -2.0, 1.5]])
@@ -202,6 +202,19 @@ def test_modes_are_those_of_jax():
     for mode in ("low", "high"):
         want = jax.random.categorical(KEY, Z, shape=(3, 2), mode=mode)
         np.testing.assert_array_equal(gumbel.categorical(KEY, Z, shape=(3, 2), mode=mode), want)
+
+
+@pytest.mark.parametrize("draws", [1, 3, 5000])
+@pytest.mark.parametrize("classes", [1, 7, 48, 1009, 4096])
+def test_draws_are_those_of_whole_numbers_added_up_one_by_one(classes, draws):
+    """A draw is found in its block of classes, and that in its group; the class is the one that MATH 10.2 names."""
+    x = 4 * jax.random.normal(KEY, (3, classes))
+    of_rounding, of_draws = jax.random.split(KEY)
+    F = np.cumsum(np.asarray(_categorical._whole_numbers(of_rounding, x, None)), -1, dtype=np.uint64)
+    bits = np.asarray(jax.random.bits(of_draws, (3, draws), "uint32"), np.uint64)
+    r = bits * F[:, -1:] >> np.uint64(32)
+    want = np.stack([np.searchsorted(row, found, "right") for row, found in zip(F, r, strict=True)])
+    np.testing.assert_array_equal(gumbel.categorical(KEY, x, shape=(draws, 3)), want.T)
 
 
 def test_shapes_and_axes():

@@ -66,25 +66,56 @@ def _draw(key: Any, x: Array, draws: int, axis_name: AxisName) -> Array:
     """`[..., draws]` classes, counted over all shards.
 
     Each shard adds up its own w, in groups, so that classes sharded under plain `jit` are not gathered, either, and
-    finds the draws that fall to it.
+    finds the draws that fall to it: first the block of a few classes, by the blocks' sums, then the class within it. So
+    nothing is written for each class; for many draws the blocks have one class.
     """
     of_rounding, of_draws = jax.random.split(key)
     w = _whole_numbers(of_rounding, lax.stop_gradient(x), axis_name)
-    groups = math.gcd(x.shape[-1], _GROUPS)
-    F = _cumulative(w.reshape(*x.shape[:-1], groups, x.shape[-1] // groups))
+    classes = x.shape[-1]
+    groups = math.gcd(classes, _GROUPS)
+    length = _block_length(classes // groups, groups * draws)
+    blocks = _in_blocks(w.reshape(*x.shape[:-1], groups, classes // groups), length)
+    sums = jnp.sum(blocks, -1, dtype=jnp.uint32)
+    F = _cumulative(sums)
     totals = side_by_side(F[..., -1], shard_count(axis_name), axis_name)
     ends = jnp.cumsum(totals, -1)
     before = lax.dynamic_slice_in_dim(ends - totals, shard_index(axis_name) * groups, groups, -1)
-    if draws * _GROUPS > x.shape[-1]:  # to search every group would take longer than to add them up
-        F, groups = (F + (before - before[..., :1])[..., None]).reshape(*x.shape[:-1], 1, x.shape[-1]), 1
+    if draws * _GROUPS > classes:  # to search every group would take longer than to add them up
+        F, groups = (F + (before - before[..., :1])[..., None]).reshape(*x.shape[:-1], 1, classes), 1
         before = before[..., :1]
     r = _high_word(jax.random.bits(of_draws, (*x.shape[:-1], draws), "uint32"), ends[..., -1:])
     own = r[..., None, :] - before[..., None]  # wraps round for an earlier group's, and is large
     inside = own < F[..., -1:]
-    length = F.shape[-1]
-    first = shard_index(axis_name) * x.shape[-1] + length * jnp.arange(groups, dtype=jnp.int32)
-    drawn = first[:, None] + _search(F, jnp.where(inside, own, 0))
-    return all_sum(jnp.sum(jnp.where(inside, drawn, 0), -2, dtype=jnp.int32), axis_name)
+    own = jnp.where(inside, own, 0)
+    drawn = _search(F, own)
+    if length > 1:
+        left = own - jnp.where(drawn > 0, jnp.take_along_axis(F, drawn - 1, -1), 0)
+        drawn = drawn * length + _within(jnp.take_along_axis(blocks, drawn[..., None], -2), left)
+    first = shard_index(axis_name) * classes + classes // groups * jnp.arange(groups, dtype=jnp.int32)
+    return all_sum(jnp.sum(jnp.where(inside, first[:, None] + drawn, 0), -2, dtype=jnp.int32), axis_name)
+
+
+def _block_length(classes: int, searches: int) -> int:
+    """How many classes a block has, about the square root of a group's; 1 where that many searches within blocks would
+    take longer than to add up all classes."""
+    length = 2 ** round(math.log2(classes) / 2)
+    return length if length > 4 and searches * length <= classes * _GROUPS else 1
+
+
+def _in_blocks(w: Array, length: int) -> Array:
+    """`[..., classes]` as `[..., blocks, length]`, with classes of w = 0 at the end where some are left over."""
+    blocks = -(-w.shape[-1] // length)
+    if w.shape[-1] % length:
+        w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, blocks * length - w.shape[-1])])
+    return w.reshape(*w.shape[:-1], blocks, length)
+
+
+def _within(w: Array, left: Array) -> Array:
+    """The first class of each block `[..., length]` with F > left. A compiler may compute w twice, and round it
+    differently; whatever its sum then is, the class has w > 0."""
+    F = jnp.cumsum(w, -1)
+    left = jnp.minimum(left, jnp.maximum(F[..., -1], 1) - 1)
+    return jnp.sum(left[..., None] >= F, -1, dtype=jnp.int32)
 
 
 def _search(F: Array, r: Array) -> Array:
