@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 Axis = int | tuple[int, ...] | None
@@ -26,6 +27,16 @@ def accumulation_dtype(dtype: Any) -> Any:
 def widened(a: jax.Array) -> jax.Array:
     """The same numbers in the accumulation dtype."""
     return a.astype(accumulation_dtype(a.dtype))
+
+
+def read(scores: jax.Array) -> jax.Array:
+    """Scores in the accumulation dtype, those in bfloat16 as they are rounded (MATH 4.1).
+
+    Where they are made in the same program, XLA computes them in float32 and drops the rounding for one reader, and not
+    for another that it writes them for; so they are rounded where they are read.
+    """
+    wide = widened(scores)
+    return lax.reduce_precision(wide, 8, 7) if scores.dtype == jnp.bfloat16 else wide
 
 
 _OTHERS_NAMES = {

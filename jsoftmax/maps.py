@@ -61,7 +61,7 @@ def weighted_scores(phi: Phi, z: Array, where: Array | None, log_weights: Array 
     In the accumulation dtype, but where x is z itself, which stays as narrow as it is given.
     """
     if log_weights is not None or not isinstance(phi, Exponential):
-        z = _arguments.widened(z)
+        z = _arguments.read(z)
     if where is None and log_weights is None:
         return log_phi(phi, z)
     kept = jnp.ones((), bool) if where is None else where
@@ -89,7 +89,7 @@ class Arguments(NamedTuple):
     @property
     def scores(self) -> tuple[Array, ...]:
         """The scores in the accumulation dtype."""
-        return tuple(_arguments.widened(z) for z in self.given)
+        return tuple(_arguments.read(z) for z in self.given)
 
 
 def check(  # noqa: PLR0917  (as the public functions have them)

@@ -363,7 +363,7 @@ def fenchel_young_loss(
 
 @functools.partial(jax.jit, static_argnames="power")
 def _loss(given: _labels.Labelled, alpha: Array, power: int) -> Array:
-    z, (label, valid) = _arguments.widened(given.scores()), given.label()
+    z, (label, valid) = _arguments.read(given.scores()), given.label()
     if given.where is not None:
         z = jnp.where(given.where, z, -jnp.inf)
     if not given.by_label:

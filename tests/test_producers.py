@@ -215,6 +215,29 @@ def test_every_function_after_every_producer(function, producer, shape, dtype, m
     assert np.all(same), (np.max(np.abs(found - want)[~same]), np.argwhere(~same)[:3].tolist(), np.mean(~same))
 
 
+# --- in bfloat16 ---------------------------------------------------------------------------------------------
+
+STEPS = (
+    Producer("c z", lambda z, c: c * z),
+    Producer("z / T", lambda z, c: z / c),
+    Producer("z + c", lambda z, c: z + c),
+    Producer("z W", lambda z, c: z[:, :4] @ jnp.cos(jnp.arange(4 * z.shape[1]).reshape(4, -1)).astype(z.dtype)),
+)
+"""One step, whose result is rounded once; XLA drops the roundings between the steps of a longer one."""
+
+NARROW = covering([f for f in EVERY if f not in DERIVATIVES], STEPS, [(6, 17), (6, 300), (64, 2100)])
+
+
+@pytest.mark.parametrize(("function", "step", "shape"), NARROW, ids=str)
+def test_scores_in_bfloat16_are_those_of_an_array(function, step, shape):
+    """The rounding of scores made in the same program is dropped for no reader: all see the same scores."""
+    z, c = jnp.asarray(scores(shape), jnp.bfloat16), jnp.asarray(1.7, jnp.bfloat16)
+    want = np.float64(in_two(function, step, "value", (z, c, z)))
+    found = np.float64(in_one_program(function, step, "value", (z, c, z)))
+    narrow = alone(function)(z).dtype == jnp.bfloat16
+    np.testing.assert_allclose(found, want, rtol=2.0**-7 if narrow else 1e-4, atol=1e-12)
+
+
 # --- under transformations -----------------------------------------------------------------------------------
 
 

@@ -45,8 +45,8 @@ def _terms(x: Array, label: Array, axis_name: AxisName, mean: bool, order: int) 
     """−l_y = log1p(rest) + (max x − x_y), and its mean: terms that are not negative  (MATH 7.1, 7.2)."""
     axis = (x.ndim - 1,)
     share = share_at_label(lambda own: pick(x, own), label, x.shape[-1], axis_name)
-    peak, rest, x_y = sums.exp_sums(x, axis, axis_name, order, _arguments.widened(share))
-    x = _arguments.widened(x)
+    peak, rest, x_y = sums.exp_sums(x, axis, axis_name, order, _arguments.read(share))
+    x = _arguments.read(x)
     log_total = jnp.log1p(rest)
     return Terms(
         not_negative(log_total - difference(x_y, peak)),
@@ -149,7 +149,7 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
     """MATH 7.2; None for what is not asked for, which costs nothing."""
     z, (label, valid) = given.scores(), given.label(axis_name)
     alone = given.by_label and (smoothing is None or given.class_weights is None)  # x is read once, and may be narrow
-    z = z if alone and margin is None else _arguments.widened(z)
+    z = z if alone and margin is None else _arguments.read(z)
     if margin is not None:
         z = z - margin * _is_label(z, label, axis_name)
     x = maps.weighted_scores(phi, z, given.where, given.log_weights)

@@ -49,7 +49,7 @@ def _mean(a: Array, kept: Array) -> Array:
 
 @jax.jit
 def _z_loss(given: Labelled, scale: Array, shift: Array) -> Array:
-    z, (label, valid) = _arguments.widened(given.scores()), given.label()
+    z, (label, valid) = _arguments.read(given.scores()), given.label()
     kept = ~jnp.isneginf(z) if given.where is None else given.where & ~jnp.isneginf(z)
     t, _ = _standardized(jnp.where(kept, z, 0), kept)
     loss = log1p_exp(scale * (shift - pick(t, label))) / scale

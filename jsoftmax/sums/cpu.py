@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax._arguments import widened
+from jsoftmax._arguments import read, widened
 from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows, even_length, in_type
 from jsoftmax.sums.reference import (
     FAR,
@@ -86,7 +86,9 @@ def _may_be_large(x: Array) -> bool:
 
 def form(x: Array, want: Want, order: int) -> Form:
     """The form for an x as it is given, before it is widened."""
-    return Form(want, min(order, 2), _may_be_large(x), x.dtype == jnp.bfloat16 and want in ("p", "log_p", "L", "loss"))
+    # a row alone is guarded in rules, whose 1 − p may be small
+    large = is_large(x) if order else _may_be_large(x)
+    return Form(want, min(order, 2), large, x.dtype == jnp.bfloat16 and want in ("p", "log_p", "L", "loss"))
 
 
 # --- the functions of the reference --------------------------------------------------------------------------
@@ -94,8 +96,8 @@ def form(x: Array, want: Want, order: int) -> Form:
 
 def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> Normalized:
     """`reference.normalized`, fastest for what is wanted of it."""
-    how, x = form(x, want, order), widened(x)
-    u, e, rest, total, peak, empty = _shifted(x, axis, axis_name, how)
+    how, narrow, x = form(x, want, order), x, read(x)
+    u, e, rest, total, peak, empty = _shifted(x, axis, axis_name, how, narrow)
     log_total = jnp.log1p(rest)
     infinite = jnp.where(empty, -jnp.inf, jnp.inf)
     log_p = u - log_total
@@ -107,7 +109,7 @@ def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want,
 
 def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> tuple[Array, Array]:
     """`reference.centred`."""
-    how, x = form(x, want, order), widened(x)
+    how, x = form(x, want, order), read(x)
     u, e, rest, total, peak, _ = _shifted(x, axis, axis_name, how)
     m = _careful_sum(_gap, x, peak, axis, axis_name, how) / total
     return jnp.where(e == 0, 0, u + m), not_negative(jnp.log1p(rest) + m)
@@ -115,8 +117,8 @@ def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, or
 
 def exp_sums(x: Array, beside: Any, axis: tuple[int, ...], axis_name: AxisName, order: int) -> ExpSums:
     """`reference.exp_sums`."""
-    how, x = form(x, "loss", order), widened(x)
-    _, _, rest, _, peak, _ = _shifted(x, axis, axis_name, how)
+    how, narrow, x = form(x, "loss", order), x, read(x)
+    _, _, rest, _, peak, _ = _shifted(x, axis, axis_name, how, narrow)
     return ExpSums(peak, rest, all_sum(beside, axis_name))
 
 
@@ -201,8 +203,8 @@ class _Shifted(NamedTuple):
     """Whether a row has no class."""
 
 
-def _shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> _Shifted:
-    """`reference.shifted` of a widened x.
+def _shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form, narrow: Array | None = None) -> _Shifted:
+    """`reference.shifted` of an x that was read from `narrow`, which is wanted where the form is bfloat16.
 
     Both sums and the result read one e^u, but where that is not wanted a long axis is cut into blocks; few classes are
     cut into slices. Right under plain autodiff too. Of sharded classes one maximum is taken over all devices and one
@@ -212,7 +214,8 @@ def _shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -
         return _of_slices(x, axis, axis_name, form)
     length = _block_length(x, axis, form)
     if length:
-        rest, peak = by_rows(lambda x: _by_blocks(x, length, axis_name, form), x)
+        given = (narrow,) if form.bfloat16 else ()
+        rest, peak = by_rows(lambda x, *narrow: _by_blocks(x, length, axis_name, form, *narrow), x, *given)
         total = 1 + (_behind_select(rest) if form.bfloat16 else rest)  # many rows' kernel would want x widened
         u = _difference(x, peak, form)
         return _Shifted(u, jnp.exp(u), rest, total, peak, is_empty(rest))
@@ -321,7 +324,9 @@ def _within_rules(form: Form) -> bool:
     return form.want in ("p", "all") or form.order > 0
 
 
-def _by_blocks(x: Array, length: int, axis_name: AxisName, form: Form) -> tuple[Array, Array]:
+def _by_blocks(
+    x: Array, length: int, axis_name: AxisName, form: Form, narrow: Array | None = None
+) -> tuple[Array, Array]:
     """Σ e^u − 1 and max x over the last axis, in blocks.
 
     The barriers keep XLA from fusing the careful block's gather and sums into the pass over all classes, which it would
@@ -329,8 +334,8 @@ def _by_blocks(x: Array, length: int, axis_name: AxisName, form: Form) -> tuple[
     """
     cut, tail = _cut(x, length)
     still = lax.stop_gradient(cut)
-    if form.bfloat16:
-        still = _in_bfloat16(x, length)
+    if narrow is not None:
+        still = _in_bfloat16(narrow, length)
         cut = _widened(cut, still)
     blocks = cut.shape[-2]
     block_peak = lax.optimization_barrier(jnp.max(still, -1).astype(x.dtype))
@@ -441,8 +446,9 @@ def _cut(x: Array, length: int) -> tuple[Array, Array]:
 
 
 def _in_bfloat16(x: Array, length: int) -> Array:
-    """The blocks of an x that bfloat16 holds, in bfloat16; cut as integers, for jax 0.10 would widen what it cuts."""
-    bits = lax.bitcast_convert_type(lax.stop_gradient(x).astype(jnp.bfloat16), jnp.uint16)
+    """The blocks of an x in bfloat16; cut as integers, for jax 0.10 would widen what it cuts, and XLA would drop the
+    rounding of what is made in the same program."""
+    bits = lax.bitcast_convert_type(lax.stop_gradient(x), jnp.uint16)
     return lax.bitcast_convert_type(_cut(bits, length)[0], jnp.bfloat16)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax._arguments import widened
+from jsoftmax._arguments import read
 from jsoftmax._collectives import AxisName, all_max, all_sum
 
 FAR = 1e4
@@ -78,7 +78,7 @@ def shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, beside:
     operation with one rounding: u is 0 at the maximum, also where x is made in the same program. The maximum of x is a
     constant for derivatives, and so is [e].
     """
-    x = widened(x)
+    x = read(x)
     peak = all_max(jnp.max(lax.stop_gradient(x), axis, keepdims=True, initial=-jnp.inf), axis_name)
     u = not_below(x) - not_below(peak)
     e = jnp.where(x > -jnp.inf, jnp.exp(u), jnp.where(jnp.isnan(x), x, 0))  # a maximum may have dropped a NaN
