@@ -73,14 +73,15 @@ def _draw(key: Any, x: Array, draws: int, axis_name: AxisName) -> Array:
     w = _whole_numbers(of_rounding, lax.stop_gradient(x), axis_name)
     classes = x.shape[-1]
     groups = math.gcd(classes, _GROUPS)
-    length = _block_length(classes // groups, groups * draws)
+    few = draws * _GROUPS <= classes
+    length = _block_length(classes // groups, groups * draws) if few else 1
     blocks = _in_blocks(w.reshape(*x.shape[:-1], groups, classes // groups), length)
     sums = jnp.sum(blocks, -1, dtype=jnp.uint32)
     F = _cumulative(sums)
     totals = side_by_side(F[..., -1], shard_count(axis_name), axis_name)
     ends = jnp.cumsum(totals, -1)
     before = lax.dynamic_slice_in_dim(ends - totals, shard_index(axis_name) * groups, groups, -1)
-    if draws * _GROUPS > classes:  # to search every group would take longer than to add them up
+    if not few:  # to search every group would take longer than to add them up
         F, groups = (F + (before - before[..., :1])[..., None]).reshape(*x.shape[:-1], 1, classes), 1
         before = before[..., :1]
     r = _high_word(jax.random.bits(of_draws, (*x.shape[:-1], draws), "uint32"), ends[..., -1:])
