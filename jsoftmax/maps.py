@@ -20,7 +20,7 @@ from jsoftmax.sums import Normalized, Want
 def normalize(
     x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
 ) -> Normalized:
-    """l = log p, p, L and 1 − max p; x = −inf leaves a class out. want: what is wanted; order: of the derivative.
+    """l = log p, p and L; x = −inf leaves a class out. want: what is wanted; order: of the derivative.
 
     Compiled by itself: rules call it again and again, and JAX keeps its trace.
     """
@@ -40,12 +40,10 @@ def _normalize_jvp(  # noqa: PLR0917  (a rule has no keywords)
     (x,), (x_dot,) = primals, tangents
     out = normalize(x, axis, axis_name, want, order + 1)
     x_dot = _arguments.widened(x_dot)
-    p_dot = sums.p_rate(x, out, x_dot, axis, axis_name, want, order)
     return out, Normalized(
         sums.log_p_rate(x, out, x_dot, axis, axis_name, order),
-        p_dot,
+        sums.p_rate(x, out.p, x_dot, axis, axis_name, want, order),
         sums.class_sum(out.p * x_dot, axis, axis_name),
-        sums.lacks_rate(out.p, p_dot, axis, axis_name),
     )
 
 

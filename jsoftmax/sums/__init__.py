@@ -28,7 +28,6 @@ from jsoftmax.sums.reference import (
     class_sum,
     difference,
     is_empty,
-    lacks_rate,
     minus_mean,
     not_below,
     not_negative,
@@ -50,7 +49,6 @@ __all__ = [
     "gap_sum",
     "is_empty",
     "label_rates",
-    "lacks_rate",
     "log_p_rate",
     "minus_mean",
     "normalized",
@@ -76,7 +74,7 @@ def _by_platform(on_cpu: Callable[..., Any], otherwise: Callable[..., Any], apar
 def normalized(
     x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
 ) -> Normalized:
-    """log p, p, L and 1 − max p. order: of the derivative that they are for."""
+    """log p, p and L. order: of the derivative that they are for."""
     return _by_platform(
         functools.partial(cpu.normalized, axis=axis, axis_name=axis_name, want=want, order=order),
         functools.partial(reference.normalized, axis=axis, axis_name=axis_name),
@@ -120,45 +118,38 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
     return _by_platform(on_cpu, otherwise, has_form_for_cpu(x.shape, axis), x, peak)
 
 
-def centred_rate(out: Normalized, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
-    """ẋ − Σ p ẋ. Checkpointed: for the backward pass p and numbers of rows are kept."""
+def centred_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+    """ẋ − Σ p ẋ. Checkpointed: for the backward pass p alone is kept."""
 
-    def along(p: Array, lacks: Array, x_dot: Array) -> Array:
-        def of_p(p: Array, lacks: Array, x_dot: Array) -> Array:
-            return reference.minus_mean(x_dot, p, lacks, axis, axis_name)[0]
+    def along(p: Array, x_dot: Array) -> Array:
+        def of_p(p: Array, x_dot: Array) -> Array:
+            return reference.minus_mean(x_dot, p, axis, axis_name)[0]
 
-        def on_cpu(p: Array, _: Array, x_dot: Array) -> Array:
-            return cpu.centred_rate(p, x_dot, axis, axis_name)
+        on_cpu = functools.partial(cpu.centred_rate, axis=axis, axis_name=axis_name)
+        return _by_platform(on_cpu, of_p, cpu.is_large(p), p, x_dot)
 
-        return _by_platform(on_cpu, of_p, cpu.is_large(p), p, lacks, x_dot)
-
-    return jax.checkpoint(along, prevent_cse=False)(out.p, out.lacks, x_dot)
+    return jax.checkpoint(along, prevent_cse=False)(p, x_dot)
 
 
 def p_rate(  # noqa: PLR0917
     x: Array,
-    out: Normalized,
+    p: Array,
     x_dot: Array,
     axis: tuple[int, ...],
     axis_name: AxisName = None,
     want: Want = "p",
     order: int = 0,
 ) -> Array:
-    """ṗ along ẋ. Checkpointed: for the backward pass p and numbers of rows are kept."""
+    """ṗ along ẋ. Checkpointed: for the backward pass p alone is kept."""
     otherwise = functools.partial(reference.p_rate, axis=axis, axis_name=axis_name)
     if not cpu.is_large(x):
-        return jax.checkpoint(otherwise, prevent_cse=False)(out.p, out.lacks, x_dot)
+        return jax.checkpoint(otherwise, prevent_cse=False)(p, x_dot)
 
-    def along(p: Array, lacks: Array, first: Array, x_dot: Array) -> Array:
-        def of_p(p: Array, lacks: Array, _: Array, x_dot: Array) -> Array:
-            return otherwise(p, lacks, x_dot)
+    def along(p: Array, first: Array, x_dot: Array) -> Array:
+        on_cpu = functools.partial(cpu.p_rate, axis=axis, axis_name=axis_name, want=want, order=order)
+        return lax.platform_dependent(p, first, x_dot, cpu=on_cpu, default=lambda p, _, x_dot: otherwise(p, x_dot))
 
-        def on_cpu(p: Array, _: Array, first: Array, x_dot: Array) -> Array:
-            return cpu.p_rate(p, first, x_dot, axis, axis_name, want, order)
-
-        return lax.platform_dependent(p, lacks, first, x_dot, cpu=on_cpu, default=of_p)
-
-    return jax.checkpoint(along, prevent_cse=False)(out.p, out.lacks, x[..., :1], x_dot)
+    return jax.checkpoint(along, prevent_cse=False)(p, x[..., :1], x_dot)
 
 
 def log_p_rate(  # noqa: PLR0917
@@ -166,23 +157,20 @@ def log_p_rate(  # noqa: PLR0917
 ) -> Array:
     """(log p)˙ along ẋ.
 
-    Checkpointed: for the backward pass log p and numbers of rows are kept, or of many scores, and of sharded ones, p
-    and a mask.
+    Checkpointed: for the backward pass log p alone is kept, or of many scores, and of sharded ones, p and a mask.
     """
     if axis_name is None and not cpu.is_large(x):
         otherwise = functools.partial(reference.log_p_rate, axis=axis)
-        return jax.checkpoint(otherwise, prevent_cse=False)(out.log_p, out.lacks, x_dot)
+        return jax.checkpoint(otherwise, prevent_cse=False)(out.log_p, x_dot)
 
-    def along(p: Array, lacks: Array, first: Array, left_out: Array, x_dot: Array) -> Array:
-        def of_p(p: Array, lacks: Array, _: Array, left_out: Array, x_dot: Array) -> Array:
-            return jnp.where(left_out, 0, reference.minus_mean(x_dot, p, lacks, axis, axis_name)[0])
+    def along(p: Array, first: Array, left_out: Array, x_dot: Array) -> Array:
+        def of_p(p: Array, _: Array, left_out: Array, x_dot: Array) -> Array:
+            return jnp.where(left_out, 0, reference.minus_mean(x_dot, p, axis, axis_name)[0])
 
-        def on_cpu(p: Array, _: Array, first: Array, left_out: Array, x_dot: Array) -> Array:
-            return cpu.log_p_rate(p, first, left_out, x_dot, axis, axis_name, order)
+        on_cpu = functools.partial(cpu.log_p_rate, axis=axis, axis_name=axis_name, order=order)
+        return _by_platform(on_cpu, of_p, cpu.is_large(p), p, first, left_out, x_dot)
 
-        return _by_platform(on_cpu, of_p, cpu.is_large(p), p, lacks, first, left_out, x_dot)
-
-    return jax.checkpoint(along, prevent_cse=False)(out.p, out.lacks, x[..., :1], jnp.isneginf(x), x_dot)
+    return jax.checkpoint(along, prevent_cse=False)(out.p, x[..., :1], jnp.isneginf(x), x_dot)
 
 
 def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:

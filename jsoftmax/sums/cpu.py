@@ -104,7 +104,7 @@ def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want,
     if _within_rules(how):  # the derivative is 0 where a class is left out
         log_p = jnp.where(jnp.isneginf(x), lax.stop_gradient(log_p), log_p)
     L = jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total)
-    return Normalized(log_p, e / total, L, rest / total)
+    return Normalized(log_p, e / total, L)
 
 
 def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> tuple[Array, Array]:

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from jsoftmax._arguments import read
 from jsoftmax._collectives import AxisName, all_max, all_sum
+from jsoftmax._series import expm1
 
 FAR = 1e4
 """e^−FAR is 0, in float64 too; where a larger −u would make 0 · ∞ of e^u (−u)."""
@@ -41,13 +42,11 @@ for _limit in (not_below, not_above):  # a maximum of equals would have half of 
 
 
 class Normalized(NamedTuple):
-    """l = log p, p, L = log Σ e^x and 1 − max p; L and 1 − max p keep the reduced axes with length 1."""
+    """l = log p, p and L = log Σ e^x; L keeps the reduced axes with length 1."""
 
     log_p: Array
     p: Array
     log_normalizer: Array
-    lacks: Array
-    """What the largest p lacks to 1, with its digits; its derivative only where that p is above ¾."""
 
 
 class ExpSums(NamedTuple):
@@ -104,13 +103,13 @@ def not_negative(a: Array) -> Array:
 
 
 def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Normalized:
-    """l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest), 1 − max p = rest / (1 + rest)  (MATH 4.2)."""
+    """l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest)  (MATH 4.2)."""
     u, e, rest, peak, _ = shifted(x, axis, axis_name)
     log_total = jnp.log1p(rest)
     left_out = -jnp.inf - lax.stop_gradient(log_total)  # NaN in a row that is NaN
     log_p = jnp.where(x > -jnp.inf, u - log_total, left_out)
     L = jnp.where(peak == jnp.inf, peak, peak + log_total)
-    return Normalized(log_p, e / (1 + rest), L, rest / (1 + rest))
+    return Normalized(log_p, e / (1 + rest), L)
 
 
 def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> tuple[Array, Array]:
@@ -141,29 +140,33 @@ def difference(x: Array, peak: Array) -> Array:
 
 
 def minus_mean(
-    a: Array, p: Array, lacks: Array, axis: tuple[int, ...], axis_name: AxisName = None
+    a: Array, p: Array, axis: tuple[int, ...], axis_name: AxisName = None, lacks: Array | None = None
 ) -> tuple[Array, Array]:
-    """a − Σ p a, and Σ p a. lacks: 1 − max p.
+    """a − Σ p a, and Σ p a. lacks: 1 − p with its digits, where p > ¾; None: it is the sum of the other classes' p.
 
     For a class with p > ¾ the difference is lacks a − Σ p a over the other classes: a − p a would lose the digits of a
-    small 1 − p, here and, transposed, in gradients  (MATH 4.5).
+    small 1 − p, here and, transposed, in gradients. Not of sharded classes, where that takes one more exchange
+    (MATH 4.5).
     """
+    if axis_name is not None:
+        mean = class_sum(p * a, axis, axis_name)
+        return a - mean, mean
     first = p > SURE
-    sums = (jnp.sum(b, axis, keepdims=True) for b in (p * a, jnp.where(first, 0, p) * a))
-    mean, of_others = all_sum(tuple(sums), axis_name)
+    if lacks is None:
+        lacks = class_sum(jnp.where(first, 0, p), axis)
+    sums = [jnp.sum(b, axis, keepdims=True) for b in (p * a, jnp.where(first, 0, p) * a)]
+    mean, of_others = sums
     return jnp.where(first, lacks * a - of_others, a - mean), mean
 
 
-def p_rate(p: Array, lacks: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+def p_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """ṗ = p (ẋ − Σ p ẋ)  (MATH 1.2)."""
-    return p * minus_mean(x_dot, p, lacks, axis, axis_name)[0]
+    return p * minus_mean(x_dot, p, axis, axis_name)[0]
 
 
 def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
     """w (ẋ − Σ w̄ ẋ), w̄ = w / Σ w, 0 in a row without weight  (MATH 8.3)."""
-    share = weight_shares(w, axis)
-    lacks = class_sum(jnp.where(share > SURE, 0, share), axis)
-    return w * minus_mean(x_dot, share, lacks, axis)[0]
+    return w * minus_mean(x_dot, weight_shares(w, axis), axis)[0]
 
 
 def weight_shares(w: Array, axis: tuple[int, ...]) -> Array:
@@ -172,14 +175,9 @@ def weight_shares(w: Array, axis: tuple[int, ...]) -> Array:
     return w / jnp.where(total == 0, 1, total)
 
 
-def lacks_rate(p: Array, p_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
-    """−ṗ of the class with p > ¾; 0 in a row without one."""
-    return -class_sum(jnp.where(p > SURE, p_dot, 0), axis, axis_name)
-
-
-def log_p_rate(log_p: Array, lacks: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+def log_p_rate(log_p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """l̇ = ẋ − Σ p ẋ, 0 where a class is left out  (MATH 1.4)."""
-    rate, _ = minus_mean(x_dot, jnp.exp(log_p), lacks, axis, axis_name)
+    rate, _ = minus_mean(x_dot, jnp.exp(log_p), axis, axis_name, -expm1(log_p))
     return jnp.where(jnp.isneginf(log_p), 0, rate)
 
 
