@@ -21,6 +21,7 @@ from jax.experimental import topologies
 
 import jsoftmax as js
 from benchmarks import hlo
+from benchmarks.family import plain_entropy
 from jsoftmax import gumbel, losses
 
 F = Callable[..., Any]
@@ -88,10 +89,6 @@ def like_scores(shape: tuple[int, ...], dtype: Any) -> tuple[Any, ...]:
 
 def key(*_: Any) -> tuple[Any, ...]:
     return (jax.ShapeDtypeStruct((2,), jnp.uint32),)
-
-
-def plain_entropy(z: jax.Array) -> jax.Array:
-    return -jnp.sum(jax.nn.softmax(z) * jax.nn.log_softmax(z), -1)
 
 
 def plain_kl(z_p: jax.Array, z_q: jax.Array) -> jax.Array:

@@ -40,9 +40,9 @@ def _centred_log_p_jvp(  # noqa: PLR0917  (a rule has no keywords)
     (x,), (x_dot,) = primals, tangents
     x_dot = _arguments.widened(x_dot)
     c, H = centred_log_p(x, axis, axis_name, want, order + 1)
-    out = normalize(x, axis, axis_name, want, order + 1)
-    H_dot = -class_sum(out.p * c * x_dot, axis, axis_name)
-    return (c, H), (sums.centred_rate(out.p, x_dot, axis, axis_name) + H_dot, H_dot)
+    p = normalize(x, axis, axis_name, want, order + 1).p
+    H_dot = -class_sum(p * c * x_dot, axis, axis_name)
+    return (c, H), (sums.centred_rate(p, x_dot, axis, axis_name) + H_dot, H_dot)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))

@@ -76,8 +76,7 @@ def _draw(key: Any, x: Array, draws: int, axis_name: AxisName) -> Array:
     few = draws * _GROUPS <= classes
     length = _block_length(classes // groups, groups * draws) if few else 1
     blocks = _in_blocks(w.reshape(*x.shape[:-1], groups, classes // groups), length)
-    sums = jnp.sum(blocks, -1, dtype=jnp.uint32)
-    F = _cumulative(sums)
+    F = _cumulative(jnp.sum(blocks, -1, dtype=jnp.uint32))
     totals = side_by_side(F[..., -1], shard_count(axis_name), axis_name)
     ends = jnp.cumsum(totals, -1)
     before = lax.dynamic_slice_in_dim(ends - totals, shard_index(axis_name) * groups, groups, -1)

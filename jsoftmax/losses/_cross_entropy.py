@@ -67,7 +67,7 @@ def _terms_jvp(axis_name: AxisName, mean: bool, order: int, primals: Any, tangen
     return out, jax.checkpoint(along, prevent_cse=False)(p, kept, out.label, label, x_dot)
 
 
-def _terms_rate(  # noqa: PLR0917
+def _terms_rate(  # noqa: PLR0917  (what `jax.checkpoint` keeps has no keywords)
     axis_name: AxisName, of_sharded: bool, p: Array, kept: Array | None, n: Array, label: Array, x_dot: Array
 ) -> Terms:
     """The rule of `terms`, linear in ẋ. of_sharded: without −l_y, which would take one more exchange.

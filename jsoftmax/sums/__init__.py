@@ -131,7 +131,7 @@ def centred_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisN
     return jax.checkpoint(along, prevent_cse=False)(p, x_dot)
 
 
-def p_rate(  # noqa: PLR0917
+def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     x: Array,
     p: Array,
     x_dot: Array,
@@ -152,7 +152,7 @@ def p_rate(  # noqa: PLR0917
     return jax.checkpoint(along, prevent_cse=False)(p, x[..., :1], x_dot)
 
 
-def log_p_rate(  # noqa: PLR0917
+def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     x: Array, out: Normalized, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None, order: int = 0
 ) -> Array:
     """(log p)˙ along ẋ.
@@ -183,7 +183,7 @@ def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
     return jax.checkpoint(along, prevent_cse=False)(w, x_dot)
 
 
-def label_rates(  # noqa: PLR0917
+def label_rates(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     p: Array, kept: Array | None, p_y: Array, at_label: Array, x_dot: Array, label: Array, axis_name: AxisName = None
 ) -> LabelRates:
     """Derivatives of −l_y and L along ẋ, and Σ ẋ, over the last axis of this shard, for labels `[..., 1]` that count

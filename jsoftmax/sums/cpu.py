@@ -96,8 +96,8 @@ def form(x: Array, want: Want, order: int) -> Form:
 
 def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> Normalized:
     """`reference.normalized`, fastest for what is wanted of it."""
-    how, narrow, x = form(x, want, order), x, read(x)
-    u, e, rest, total, peak, empty = _shifted(x, axis, axis_name, how, narrow)
+    how = form(x, want, order)
+    u, e, rest, total, peak, empty = _shifted(x, axis, axis_name, how)
     log_total = jnp.log1p(rest)
     infinite = jnp.where(empty, -jnp.inf, jnp.inf)
     log_p = u - log_total
@@ -117,8 +117,7 @@ def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, or
 
 def exp_sums(x: Array, beside: Any, axis: tuple[int, ...], axis_name: AxisName, order: int) -> ExpSums:
     """`reference.exp_sums`."""
-    how, narrow, x = form(x, "loss", order), x, read(x)
-    _, _, rest, _, peak, _ = _shifted(x, axis, axis_name, how, narrow)
+    _, _, rest, _, peak, _ = _shifted(x, axis, axis_name, form(x, "loss", order))
     return ExpSums(peak, rest, all_sum(beside, axis_name))
 
 
@@ -132,7 +131,7 @@ def centred_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisN
     return x_dot - class_sum(p * x_dot, axis, axis_name)
 
 
-def p_rate(  # noqa: PLR0917
+def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, hand them on)
     p: Array, first: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int
 ) -> Array:
     """`reference.p_rate`, in the same way. first: x of the first class."""
@@ -147,7 +146,7 @@ def p_rate(  # noqa: PLR0917
     )
 
 
-def log_p_rate(  # noqa: PLR0917
+def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, hand them on)
     p: Array, first: Array, left_out: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName, order: int
 ) -> Array:
     """`reference.log_p_rate` of p, in the same way."""
@@ -166,7 +165,7 @@ def compares_labels(x_dot: Array) -> bool:
     return x_dot.shape[-1] <= 16 or x_dot.dtype == jnp.bfloat16 or in_type(x_dot)
 
 
-def label_rates(  # noqa: PLR0917
+def label_rates(  # noqa: PLR0917  (as rules, which have no keywords, hand them on)
     p: Array, kept: Array | None, p_y: Array, at_label: Array, x_dot: Array, own: Array, inside: Array
 ) -> LabelRates:
     """`reference.label_rates`. Backwards XLA writes an array and sets the label's number in place, where comparing each
@@ -203,19 +202,19 @@ class _Shifted(NamedTuple):
     """Whether a row has no class."""
 
 
-def _shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form, narrow: Array | None = None) -> _Shifted:
-    """`reference.shifted` of an x that was read from `narrow`, which is wanted where the form is bfloat16.
+def _shifted(given: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> _Shifted:
+    """`reference.shifted` of an x as it is given.
 
     Both sums and the result read one e^u, but where that is not wanted a long axis is cut into blocks; few classes are
     cut into slices. Right under plain autodiff too. Of sharded classes one maximum is taken over all devices and one
     sum of both parts.
     """
+    x = read(given)
     if _by_slices(x, axis, form):
         return _of_slices(x, axis, axis_name, form)
     length = _block_length(x, axis, form)
     if length:
-        given = (narrow,) if form.bfloat16 else ()
-        rest, peak = by_rows(lambda x, *narrow: _by_blocks(x, length, axis_name, form, *narrow), x, *given)
+        rest, peak = by_rows(lambda given: _by_blocks(given, length, axis_name, form), given)
         total = 1 + (_behind_select(rest) if form.bfloat16 else rest)  # many rows' kernel would want x widened
         u = _difference(x, peak, form)
         return _Shifted(u, jnp.exp(u), rest, total, peak, is_empty(rest))
@@ -324,18 +323,17 @@ def _within_rules(form: Form) -> bool:
     return form.want in ("p", "all") or form.order > 0
 
 
-def _by_blocks(
-    x: Array, length: int, axis_name: AxisName, form: Form, narrow: Array | None = None
-) -> tuple[Array, Array]:
+def _by_blocks(given: Array, length: int, axis_name: AxisName, form: Form) -> tuple[Array, Array]:
     """Σ e^u − 1 and max x over the last axis, in blocks.
 
     The barriers keep XLA from fusing the careful block's gather and sums into the pass over all classes, which it would
     then not vectorise.
     """
+    x = read(given)
     cut, tail = _cut(x, length)
     still = lax.stop_gradient(cut)
-    if narrow is not None:
-        still = _in_bfloat16(narrow, length)
+    if form.bfloat16:
+        still = _in_bfloat16(given, length)
         cut = _widened(cut, still)
     blocks = cut.shape[-2]
     block_peak = lax.optimization_barrier(jnp.max(still, -1).astype(x.dtype))
