@@ -1,4 +1,4 @@
-"""`python -m benchmarks family | losses | gumbel | heads | programs | lm | xla | startup`, or `--render` alone."""
+"""`python -m benchmarks family | losses | gumbel | heads | device | programs | lm | xla | startup`, or `--render`."""
 
 import argparse
 import importlib
@@ -10,7 +10,7 @@ def main() -> None:
     parser.add_argument(
         "name",
         nargs="?",
-        choices=["family", "losses", "gumbel", "heads", "programs", "lm", "xla", "startup"],
+        choices=["family", "losses", "gumbel", "heads", "device", "programs", "lm", "xla", "startup"],
         help="what to measure",
     )
     parser.add_argument("--device", choices=["h100", "v5e"], default="h100", help="what programs are compiled for")
@@ -23,7 +23,7 @@ def main() -> None:
         parser.error("name what to measure, or --render")
     if arguments.name:
         benchmark = importlib.import_module(f"benchmarks.{arguments.name}")  # --render needs no JAX
-        if arguments.name in ("family", "losses", "gumbel", "heads", "startup"):
+        if arguments.name in ("family", "losses", "gumbel", "heads", "device", "startup"):
             default = pathlib.Path(__file__).parent / "results" / f"{arguments.name}.json"
             benchmark.run(arguments.output or default)
         elif arguments.name == "programs":
