@@ -131,8 +131,8 @@ FUNCTIONS = (
         third_by_autodiff=False,
         tolerance32=(2e-5, 1e-5, 1e-4, 1e-3),
     ),
-    Function("softmax", softmax, plain_softmax),
-    Function("log_softmax", log_softmax, plain_log_softmax, empty=-math.inf),
+    Function("softmax", softmax, plain_softmax, keeps=2),
+    Function("log_softmax", log_softmax, plain_log_softmax, empty=-math.inf, keeps=2),
     Function("log_normalizer", log_normalizer, plain_log_normalizer, empty=-math.inf),
 )
 """The one list of functions: tests, `verify` and the README's table iterate over it."""
@@ -320,7 +320,7 @@ SPARSE_MAPS = (
 
 OTHERS = (
     _without_phi("spherical_z_loss", losses.spherical_z_loss, plain_z_loss, _LABEL, keeps=5),
-    _without_phi("mixture_log_softmax", _mixture, plain_mixture, keeps=4),
-    _without_phi("sink_softmax", sink_softmax, plain_sink, 0.5),
+    _without_phi("mixture_log_softmax", _mixture, plain_mixture, keeps=6),
+    _without_phi("sink_softmax", sink_softmax, plain_sink, 0.5, keeps=2),
 )
 """The other functions that take no φ, or are tested for one."""

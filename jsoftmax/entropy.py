@@ -13,7 +13,7 @@ from jsoftmax import _arguments, maps, sums
 from jsoftmax._arguments import Axis, public
 from jsoftmax._collectives import AxisName
 from jsoftmax._orders import renyi, tsallis
-from jsoftmax._series import excess_series, expm1
+from jsoftmax._series import excess_series
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
 from jsoftmax.sums import Want, class_sum
@@ -42,7 +42,7 @@ def _centred_log_p_jvp(  # noqa: PLR0917  (a rule has no keywords)
     c, H = centred_log_p(x, axis, axis_name, want, order + 1)
     p = normalize(x, axis, axis_name, want, order + 1).p
     H_dot = -class_sum(p * c * x_dot, axis, axis_name)
-    return (c, H), (sums.centred_rate(p, x_dot, axis, axis_name) + H_dot, H_dot)
+    return (c, H), (sums.centred_rate(x, p, x_dot, axis, axis_name) + H_dot, H_dot)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -81,7 +81,7 @@ def kl_terms(log_p: Array, p: Array, log_q: Array, q: Array) -> tuple[Array, Arr
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
     """D = Σ p r, r = log p − log q, summed as p (e^−r − 1 + r) ≥ 0, since Σ q − Σ p = 0  (MATH 6.3)."""
-    (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis, axis_name), normalize(x_q, axis, axis_name)
+    (log_p, p, L_p, _), (log_q, q, *_) = normalize(x_p, axis, axis_name), normalize(x_q, axis, axis_name)
     D = class_sum(kl_terms(log_p, p, log_q, q)[0], axis, axis_name)
     impossible = class_sum((jnp.isneginf(log_q) & (log_p > -jnp.inf)).astype(D.dtype), axis, axis_name) > 0
     return jnp.where(jnp.isnan(D), D, jnp.where(jnp.isneginf(L_p), 0, jnp.where(impossible, jnp.inf, D)))
@@ -91,12 +91,11 @@ def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> A
 def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4); finite where D is not: those classes have r = 0."""
     (x_p, x_q), (x_p_dot, x_q_dot) = primals, [_arguments.widened(dot) for dot in tangents]
-    (log_p, p, L_p), (log_q, q, _) = normalize(x_p, axis, axis_name), normalize(x_q, axis, axis_name)
+    (log_p, p, L_p, lacks_p), (log_q, q, _, lacks_q) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     r, _ = log_ratio(log_p, p, log_q)
-    by_p = p * sums.minus_mean(r, p, axis, axis_name, -expm1(log_p))[0]
+    by_p = p * sums.minus_mean(r, p, 1, lacks_p, p > sums.SURE, axis, axis_name)[0]
     # q − p where both are above ½ by 1 − p and 1 − q, which have the digits
-    both = (p > 0.5) & (q > 0.5)
-    q_minus_p = jnp.where(both, expm1(jnp.where(both, log_q, 0)) - expm1(jnp.where(both, log_p, 0)), q - p)
+    q_minus_p = jnp.where((p > 0.5) & (q > 0.5), lacks_p - lacks_q, q - p)
     by_q = jnp.where(jnp.isneginf(x_q) | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q_minus_p)
     rate = by_p * x_p_dot + by_q * x_q_dot
     return _kl(x_p, x_q, axis, axis_name), class_sum(rate, axis, axis_name)

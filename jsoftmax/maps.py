@@ -40,10 +40,12 @@ def _normalize_jvp(  # noqa: PLR0917  (a rule has no keywords)
     (x,), (x_dot,) = primals, tangents
     out = normalize(x, axis, axis_name, want, order + 1)
     x_dot = _arguments.widened(x_dot)
+    p_dot = sums.p_rate(x, out.p, x_dot, axis, axis_name, want, order)
     return out, Normalized(
-        sums.log_p_rate(x, out, x_dot, axis, axis_name, order),
-        sums.p_rate(x, out.p, x_dot, axis, axis_name, want, order),
+        sums.log_p_rate(x, out.p, x_dot, axis, axis_name, want, order),
+        p_dot,
         sums.class_sum(out.p * x_dot, axis, axis_name),
+        -p_dot,
     )
 
 

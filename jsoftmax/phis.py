@@ -42,8 +42,7 @@ def _scaled(coefficients: list[Any], z: Array) -> Array:
 def _log_polynomial(coefficients: list[Any], z: Array) -> Array:
     """log Σ a_j z^j = degree · log|z| + log(Σ a_j z^j / |z|^degree), for an even degree."""
     far = jnp.abs(z) > 1
-    power = jnp.where(far, jnp.log(jnp.where(far, jnp.abs(z), 1)), 0)
-    return (len(coefficients) - 1) * power + jnp.log(_scaled(coefficients, z))
+    return (len(coefficients) - 1) * jnp.log(jnp.where(far, jnp.abs(z), 1)) + jnp.log(_scaled(coefficients, z))
 
 
 @pytree_class

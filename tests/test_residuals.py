@@ -1,4 +1,6 @@
-"""What a function keeps for its backward pass: an array of the scores' size and numbers of rows; more by its record."""
+"""What a function keeps for its backward pass: an array of the scores' size and numbers of rows; more by its record.
+
+Of many scores p and log p keep two, of which each platform's program reads one: p on CPU, the scores elsewhere."""
 
 import functools
 
@@ -31,7 +33,8 @@ def test_kept(function, shape):
         jnp.broadcast_to(a, (shape[0], *a.shape)) if isinstance(a, jax.Array) else a for a in function.arguments
     ]
     floats, flags = kept(lambda *z: function.function(*z, *arguments, phi=js.exp), *scores)
-    assert floats == (function.scores if function.keeps is None else function.keeps)
+    most = function.scores if function.keeps is None else function.keeps
+    assert floats <= most if shape == SHAPES[0] else floats == most
     assert flags <= 1
 
 
@@ -46,6 +49,6 @@ def test_kept_by_the_options_of_cross_entropy(options, shape):
 @pytest.mark.parametrize("f", [js.softmax, js.log_softmax, js.entropy, losses.cross_entropy])
 def test_kept_of_narrow_scores(f, shape):
     """Not more than of wide ones: the labels' and the entropy's p is of float32."""
-    z = jnp.zeros(shape, jnp.bfloat16)
     arguments = (jnp.zeros(shape[0], int),) if f is losses.cross_entropy else ()
-    assert kept(lambda z: f(z, *arguments), z)[0] == 1
+    narrow, wide = (kept(lambda z: f(z, *arguments), jnp.zeros(shape, dtype))[0] for dtype in (jnp.bfloat16, float))
+    assert narrow == wide <= 2

@@ -21,7 +21,7 @@ from jsoftmax.sums import SURE, class_sum
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _kl_to_target(x: Array, q: Array, axis: tuple[int, ...]) -> Array:
     """D = Σ q r, r = log q − log p, as Σ (q r − q + p) + Σ q − Σ p  (MATH 7.5)."""
-    log_p, p, L = normalize(x, axis)
+    log_p, p, L, _ = normalize(x, axis)
     r, both = log_ratio(_log(q), q, log_p)
     near = both & (jnp.abs(r) < 0.5)
     r_near = jnp.where(near, r, 0)
@@ -35,7 +35,7 @@ def _kl_to_target(x: Array, q: Array, axis: tuple[int, ...]) -> Array:
 def _kl_to_target_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ḋ = Σ (Q p − q) ẋ + Σ (r + 1) q̇, Q = Σ q; 0 for a class left out, and where q = 0  (MATH 7.5)."""
     (x, q), (x_dot, q_dot) = primals, tangents
-    log_p, p, _ = normalize(x, axis)
+    log_p, p, *_ = normalize(x, axis)
     # Q p − q where p > ¾ from the other classes, by 1 − p, which has the digits
     first, Q = p > SURE, class_sum(q, axis)
     of_others = class_sum(jnp.where(first, 0, q), axis)

@@ -118,17 +118,13 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
     return _by_platform(on_cpu, otherwise, has_form_for_cpu(x.shape, axis), x, peak)
 
 
-def centred_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
-    """ẋ − Σ p ẋ. Checkpointed: for the backward pass p alone is kept."""
+def centred_rate(x: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+    """ẋ − Σ p ẋ."""
 
-    def along(p: Array, x_dot: Array) -> Array:
-        def of_p(p: Array, x_dot: Array) -> Array:
-            return reference.minus_mean(x_dot, p, axis, axis_name)[0]
+    def otherwise(x: Array, x_dot: Array) -> Array:
+        return reference.differences(x, x_dot, axis, axis_name)[0]
 
-        on_cpu = functools.partial(cpu.centred_rate, axis=axis, axis_name=axis_name)
-        return _by_platform(on_cpu, of_p, cpu.is_large(p), p, x_dot)
-
-    return jax.checkpoint(along, prevent_cse=False)(p, x_dot)
+    return _rate(cpu.centred_rate, otherwise, x, p, x_dot, axis, axis_name)
 
 
 def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
@@ -140,37 +136,58 @@ def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     want: Want = "p",
     order: int = 0,
 ) -> Array:
-    """ṗ along ẋ. Checkpointed: for the backward pass p alone is kept."""
+    """ṗ along ẋ."""
+    on_cpu = functools.partial(cpu.p_rate, want=want, order=order)
     otherwise = functools.partial(reference.p_rate, axis=axis, axis_name=axis_name)
-    if not cpu.is_large(x):
-        return jax.checkpoint(otherwise, prevent_cse=False)(p, x_dot)
-
-    def along(p: Array, first: Array, x_dot: Array) -> Array:
-        on_cpu = functools.partial(cpu.p_rate, axis=axis, axis_name=axis_name, want=want, order=order)
-        return lax.platform_dependent(p, first, x_dot, cpu=on_cpu, default=lambda p, _, x_dot: otherwise(p, x_dot))
-
-    return jax.checkpoint(along, prevent_cse=False)(p, x[..., :1], x_dot)
+    return _rate(on_cpu, otherwise, x, p, x_dot, axis, axis_name, beside_value=want == "loss" or (want == "p" and order == 0))
 
 
 def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
-    x: Array, out: Normalized, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None, order: int = 0
+    x: Array,
+    p: Array,
+    x_dot: Array,
+    axis: tuple[int, ...],
+    axis_name: AxisName = None,
+    want: Want = "log_p",
+    order: int = 0,
 ) -> Array:
-    """(log p)˙ along ẋ.
+    """(log p)˙ along ẋ."""
+    on_cpu = functools.partial(cpu.log_p_rate, order=order)
+    otherwise = functools.partial(reference.log_p_rate, axis=axis, axis_name=axis_name)
+    return _rate(on_cpu, otherwise, x, p, x_dot, axis, axis_name, beside_value=want == "log_p" and order == 0)
 
-    Checkpointed: for the backward pass log p alone is kept, or of many scores, and of sharded ones, p and a mask.
+
+_ROW = 16384
+"""Up to so many classes a GPU makes one kernel of a whole row."""
+
+
+def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
+    on_cpu: Callable[..., Array],
+    otherwise: Callable[[Array, Array], Array],
+    x: Array,
+    p: Array,
+    x_dot: Array,
+    axis: tuple[int, ...],
+    axis_name: AxisName,
+    beside_value: bool = False,
+) -> Array:
+    """A derivative along ẋ. Checkpointed: for the backward pass p and x are kept, of which CPU reads p, others x.
+
+    Behind a barrier the reference computes e^u again, in one kernel with the derivative: XLA would write p for both.
     """
-    if axis_name is None and not cpu.is_large(x):
-        otherwise = functools.partial(reference.log_p_rate, axis=axis)
-        return jax.checkpoint(otherwise, prevent_cse=False)(out.log_p, x_dot)
+    classes = math.prod(x.shape[i] for i in axis)
 
-    def along(p: Array, first: Array, left_out: Array, x_dot: Array) -> Array:
-        def of_p(p: Array, _: Array, left_out: Array, x_dot: Array) -> Array:
-            return jnp.where(left_out, 0, reference.minus_mean(x_dot, p, axis, axis_name)[0])
+    def again(x: Array, _: Array, x_dot: Array) -> Array:
+        return otherwise(lax.optimization_barrier(x) if beside_value and classes <= _ROW and axis_name is None else x, x_dot)
 
-        on_cpu = functools.partial(cpu.log_p_rate, axis=axis, axis_name=axis_name, order=order)
-        return _by_platform(on_cpu, of_p, cpu.is_large(p), p, first, left_out, x_dot)
+    def along(x: Array, p: Array, x_dot: Array) -> Array:
+        if not cpu.is_large(x):
+            return otherwise(x, x_dot)
+        return lax.platform_dependent(
+            x, p, x_dot, cpu=functools.partial(on_cpu, axis=axis, axis_name=axis_name), default=again
+        )
 
-    return jax.checkpoint(along, prevent_cse=False)(out.p, x[..., :1], jnp.isneginf(x), x_dot)
+    return jax.checkpoint(along, prevent_cse=False)(x, p, x_dot)
 
 
 def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:

@@ -25,9 +25,10 @@ from jsoftmax.sums.reference import (
     Normalized,
     class_sum,
     is_empty,
+    lacking,
     not_negative,
     rest_of,
-    weight_shares,
+    weight,
 )
 
 LARGE = 2**17
@@ -104,7 +105,7 @@ def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want,
     if _within_rules(how):  # the derivative is 0 where a class is left out
         log_p = jnp.where(jnp.isneginf(x), lax.stop_gradient(log_p), log_p)
     L = jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total)
-    return Normalized(log_p, e / total, L)
+    return Normalized(log_p, e / total, L, lacking(e, rest))
 
 
 def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> tuple[Array, Array]:
@@ -126,15 +127,15 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
     return _careful_sum(_gap, x, peak, axis, None, Form("H"))
 
 
-def centred_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    """`reference.minus_mean` of ẋ, without its care of p > ¾: that class has an absolute error of some ulp of ẋ."""
+def centred_rate(_: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    """`reference.differences`, without its care of p > ¾: that class has an absolute error of some ulp of ẋ."""
     return x_dot - class_sum(p * x_dot, axis, axis_name)
 
 
 def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, hand them on)
-    p: Array, first: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int
+    x: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int
 ) -> Array:
-    """`reference.p_rate`, in the same way. first: x of the first class."""
+    """`reference.p_rate`, in the same way."""
     p_x_dot = p * x_dot
     mean = class_sum(p_x_dot, axis, axis_name)
     # pulled back p (g − Σ p g), or p g − p Σ p g, whose p g XLA writes, but which is faster where that is in a cache
@@ -142,21 +143,21 @@ def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, hand them on)
     return (
         p_x_dot - p * mean
         if in_one_kernel
-        else p * (x_dot - _beside_classes(mean, first, x_dot, axis, Form(want, order)))
+        else p * (x_dot - _beside_classes(mean, x, x_dot, axis, Form(want, order)))
     )
 
 
 def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, hand them on)
-    p: Array, first: Array, left_out: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName, order: int
+    x: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName, order: int
 ) -> Array:
     """`reference.log_p_rate` of p, in the same way."""
     mean = class_sum(p * x_dot, axis, axis_name)
-    return jnp.where(left_out, 0, x_dot - _beside_classes(mean, first, x_dot, axis, Form("log_p", order)))
+    return jnp.where(jnp.isneginf(x), 0, x_dot - _beside_classes(mean, x, x_dot, axis, Form("log_p", order)))
 
 
 def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
     """`reference.weighed_differences`, in the same way."""
-    return w * (x_dot - class_sum(weight_shares(w, axis) * x_dot, axis))
+    return w * (x_dot - class_sum(w / weight(w, axis) * x_dot, axis))
 
 
 def compares_labels(x_dot: Array) -> bool:
@@ -397,11 +398,11 @@ def _sum_in_parts(a: Array, axis: tuple[int, ...]) -> Array:
     return jnp.sum(_pairwise_sum(parts), -2)
 
 
-def _beside_classes(a: Array, first: Array, x: Array, axis: tuple[int, ...], form: Form) -> Array:
+def _beside_classes(a: Array, x: Array, x_dot: Array, axis: tuple[int, ...], form: Form) -> Array:
     """One number a row, for what has one a class: where those are few, copies beside each other, so that the transpose
     adds slices, and behind a select of −a for NaN, at which XLA ends their kernel."""
-    if axis == (x.ndim - 1,) and _by_slices(x, axis, form):
-        return jnp.concatenate([jnp.where(jnp.isnan(first), -a, a)] * x.shape[-1], -1)
+    if axis == (x.ndim - 1,) and _by_slices(x_dot, axis, form):
+        return jnp.concatenate([jnp.where(jnp.isnan(x[..., :1]), -a, a)] * x.shape[-1], -1)
     return a
 
 

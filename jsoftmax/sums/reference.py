@@ -13,7 +13,6 @@ from jaxtyping import Array
 
 from jsoftmax._arguments import read
 from jsoftmax._collectives import AxisName, all_max, all_sum
-from jsoftmax._series import expm1
 
 FAR = 1e4
 """e^−FAR is 0, in float64 too; where a larger −u would make 0 · ∞ of e^u (−u)."""
@@ -42,11 +41,12 @@ for _limit in (not_below, not_above):  # a maximum of equals would have half of 
 
 
 class Normalized(NamedTuple):
-    """l = log p, p and L = log Σ e^x; L keeps the reduced axes with length 1."""
+    """l = log p, p, L = log Σ e^x and 1 − p with its digits; L keeps the reduced axes with length 1."""
 
     log_p: Array
     p: Array
     log_normalizer: Array
+    lacks: Array
 
 
 class ExpSums(NamedTuple):
@@ -80,7 +80,7 @@ def shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, beside:
     x = read(x)
     peak = all_max(jnp.max(lax.stop_gradient(x), axis, keepdims=True, initial=-jnp.inf), axis_name)
     u = not_below(x) - not_below(peak)
-    e = jnp.where(x > -jnp.inf, jnp.exp(u), jnp.where(jnp.isnan(x), x, 0))  # a maximum may have dropped a NaN
+    e = jnp.exp(jnp.where(x > -jnp.inf, u, x))  # NaN of NaN too, which a maximum may have dropped
     whole = jnp.round(e)
     small, ones = (jnp.sum(a, axis, keepdims=True) for a in (e - whole, whole))
     small, ones, beside = all_sum((small, ones, beside), axis_name)
@@ -103,13 +103,13 @@ def not_negative(a: Array) -> Array:
 
 
 def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Normalized:
-    """l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest)  (MATH 4.2)."""
+    """l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest), and 1 − p  (MATH 4.2)."""
     u, e, rest, peak, _ = shifted(x, axis, axis_name)
     log_total = jnp.log1p(rest)
     left_out = -jnp.inf - lax.stop_gradient(log_total)  # NaN in a row that is NaN
     log_p = jnp.where(x > -jnp.inf, u - log_total, left_out)
     L = jnp.where(peak == jnp.inf, peak, peak + log_total)
-    return Normalized(log_p, e / (1 + rest), L)
+    return Normalized(log_p, e / (1 + rest), L, lacking(e, rest))
 
 
 def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> tuple[Array, Array]:
@@ -139,46 +139,57 @@ def difference(x: Array, peak: Array) -> Array:
     return not_above(x) - not_below(peak)
 
 
-def minus_mean(
-    a: Array, p: Array, axis: tuple[int, ...], axis_name: AxisName = None, lacks: Array | None = None
+def minus_mean(  # noqa: PLR0917  (a mean has its weights, what they sum up to, and its axes)
+    a: Array, w: Array, total: Any, lacks: Array, lead: Array, axis: tuple[int, ...], axis_name: AxisName = None
 ) -> tuple[Array, Array]:
-    """a − Σ p a, and Σ p a. lacks: 1 − p with its digits, where p > ¾; None: it is the sum of the other classes' p.
+    """a − Σ p a, and Σ p a, for p = w / total. Where p > ¾: lead is True, and lacks is 1 − p with its digits.
 
-    For a class with p > ¾ the difference is lacks a − Σ p a over the other classes: a − p a would lose the digits of a
-    small 1 − p, here and, transposed, in gradients. Not of sharded classes, where that takes one more exchange
-    (MATH 4.5).
+    There the difference is lacks a − Σ p a over the other classes: a − p a would lose the digits of a small 1 − p, here
+    and, transposed, in gradients. Not of sharded classes (MATH 4.5).
     """
+    w_a = w * a
+    mean = class_sum(w_a, axis, axis_name) / total
     if axis_name is not None:
-        mean = class_sum(p * a, axis, axis_name)
         return a - mean, mean
-    first = p > SURE
-    if lacks is None:
-        lacks = class_sum(jnp.where(first, 0, p), axis)
-    sums = [jnp.sum(b, axis, keepdims=True) for b in (p * a, jnp.where(first, 0, p) * a)]
-    mean, of_others = sums
-    return jnp.where(first, lacks * a - of_others, a - mean), mean
+    of_others = class_sum(jnp.where(lead, 0, w_a), axis) / total
+    return jnp.where(w > SURE * total, lacks * a - of_others, a - mean), mean
 
 
-def p_rate(p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+def differences(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> tuple[Array, Array, Array]:
+    """ẋ − Σ p ẋ; e^u and Σ e^u."""
+    _, e, rest, *_ = shifted(x, axis, axis_name)
+    difference, _ = minus_mean(x_dot, e, 1 + rest, lacking(e, rest), e == 1, axis, axis_name)
+    return difference, e, 1 + rest
+
+
+def lacking(e: Array, rest: Array) -> Array:
+    """1 − p = (Σ e^u − 1 + (1 − e^u)) / Σ e^u, with the digits of a small one  (MATH 4.2)."""
+    return (rest + (1 - e)) / (1 + rest)
+
+
+def p_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """ṗ = p (ẋ − Σ p ẋ)  (MATH 1.2)."""
-    return p * minus_mean(x_dot, p, axis, axis_name)[0]
+    difference, e, total = differences(x, x_dot, axis, axis_name)
+    return e * difference / total
+
+
+def log_p_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+    """l̇ = ẋ − Σ p ẋ, 0 where a class is left out  (MATH 1.4)."""
+    return jnp.where(jnp.isneginf(x), 0, differences(x, x_dot, axis, axis_name)[0])
 
 
 def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
     """w (ẋ − Σ w̄ ẋ), w̄ = w / Σ w, 0 in a row without weight  (MATH 8.3)."""
-    return w * minus_mean(x_dot, weight_shares(w, axis), axis)[0]
+    total = weight(w, axis)
+    lead = w > SURE * total
+    lacks = class_sum(jnp.where(lead, 0, w), axis) / total
+    return w * minus_mean(x_dot, w, total, lacks, lead, axis)[0]
 
 
-def weight_shares(w: Array, axis: tuple[int, ...]) -> Array:
-    """w / Σ w, 0 in a row without weight."""
+def weight(w: Array, axis: tuple[int, ...]) -> Array:
+    """Σ w, and 1 for a row without weight, for what divides by it."""
     total = class_sum(w, axis)
-    return w / jnp.where(total == 0, 1, total)
-
-
-def log_p_rate(log_p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
-    """l̇ = ẋ − Σ p ẋ, 0 where a class is left out  (MATH 1.4)."""
-    rate, _ = minus_mean(x_dot, jnp.exp(log_p), axis, axis_name, -expm1(log_p))
-    return jnp.where(jnp.isneginf(log_p), 0, rate)
+    return jnp.where(total == 0, 1, total)
 
 
 class LabelRates(NamedTuple):
