@@ -17,9 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from benchmarks import measure
 from benchmarks.programs import CASES, Case, in_mode
+from jsoftmax import heads
 
 SHAPES = ((8192, 8192), (512, 131072), (8_388_608, 8), (65536, 1000))
 DTYPES = ("float32", "bfloat16")
@@ -80,9 +82,9 @@ def torch_call(torch: Any, f: Any, mode: str, given: tuple[jax.Array, ...]) -> C
 def queue(call: Call, wait: Callable[[Any], Any], calls: int) -> float:
     """Milliseconds a call of `calls` queued ones."""
     started = time.perf_counter()
-    for _ in range(calls):
-        result = call()
-    wait(result)
+    for _ in range(calls - 1):
+        call()
+    wait(call())
     return 1e3 * (time.perf_counter() - started) / calls
 
 
@@ -117,12 +119,50 @@ def copy_rate(shape: tuple[int, ...]) -> float:
     return 2 * z.nbytes / ms / 1e6
 
 
-def run(output: pathlib.Path, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> None:
+TOKENS, FEATURES, CLASSES = 8192, 2048, 131072
+HEADS = {
+    "ours, linear_cross_entropy": heads.linear_cross_entropy,
+    "ours, linear_cross_entropy_sum": heads.linear_cross_entropy_sum,
+    "ours, linear_statistics": lambda h, W, y: sum(jnp.sum(a) for a in heads.linear_statistics(h, W, y)[:3]),
+    "optax, all logits in float32": lambda h, W, y: optax.softmax_cross_entropy_with_integer_labels(
+        jnp.matmul(h, W.T, preferred_element_type=jnp.float32), y
+    ),
+    "optax, all logits in bfloat16": lambda h, W, y: optax.softmax_cross_entropy_with_integer_labels(h @ W.T, y),
+}
+"""Losses of a language model's last layer, whose value and gradients are taken."""
+
+
+def heads_rows(sizes: tuple[int, int, int]) -> list[dict[str, Any]]:
+    """Times of the heads, their temporaries, and how many TFLOP/s the fewest three products would be."""
+    tokens, features, classes = sizes
+    hidden, weight = (
+        (scale * jax.random.normal(jax.random.key(i), (n, features))).astype(jnp.bfloat16)
+        for i, (n, scale) in enumerate(((tokens, 0.5), (classes, 0.05)))
+    )
+    labels = jax.random.randint(jax.random.key(2), (tokens,), 0, classes)
+    rows = []
+    for name, f in HEADS.items():
+        total = jax.value_and_grad(lambda h, W, y, f=f: jnp.sum(f(h, W, y), dtype=jnp.float32), (0, 1))
+        program = jax.jit(total).lower(hidden, weight, labels).compile()
+        call = functools.partial(program, hidden, weight, labels)
+        ms = interleaved({name: (call, jax.block_until_ready)})["ms"][name]
+        memory = program.memory_analysis().temp_size_in_bytes / 2**20  # pyright: ignore[reportOptionalMemberAccess]
+        rate = 3 * 2 * tokens * features * classes / ms / 1e9
+        rows.append({"name": name, "sizes": sizes, "ms": ms, "MiB": memory, "TFLOP/s": rate})
+        print(f"{name:32} {ms:8.2f} ms  {memory:8.0f} MiB of temporaries  {rate:6.0f} TFLOP/s", flush=True)
+    return rows
+
+
+def run(
+    output: pathlib.Path,
+    shapes: tuple[tuple[int, ...], ...] = SHAPES,
+    sizes: tuple[int, int, int] = (TOKENS, FEATURES, CLASSES),
+) -> None:
     """Compile every cell, time it, and write what was found after each."""
     torch = measure.torch()
     others = torch_functions(torch) if torch is not None and torch.cuda.is_available() else {}
-    about = {**measure.about(), "copy_GB_per_s": copy_rate(shapes[0])}
-    print(about, flush=True)
+    about: dict[str, Any] = {**measure.about(), "copy_GB_per_s": copy_rate(shapes[0]), "heads": heads_rows(sizes)}
+    print({name: value for name, value in about.items() if name != "heads"}, flush=True)
     wanted = cells(shapes)
 
     def built(cell: tuple[Case, str, tuple[int, ...], str]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -144,9 +184,9 @@ def run(output: pathlib.Path, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> N
         for side, (program, given) in made.items():
             real = arrays(given, shape[-1])
             calls[side] = functools.partial(program, *real), jax.block_until_ready
-        if mode != "HVP" and case.name in others:
+        if torch is not None and mode != "HVP" and case.name in others:
             call = torch_call(torch, others[case.name], mode, real)
-            calls["torch.compile"] = call, lambda _: torch.cuda.synchronize()
+            calls["torch.compile"] = call, lambda _, torch=torch: torch.cuda.synchronize()
         row = {"name": case.name, "mode": mode, "shape": list(shape), "dtype": dtype, **interleaved(calls)}
         rows.append(row)
         output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")

@@ -33,6 +33,8 @@ NO_KERNEL = {
 }
 VIEWS = {"bitcast", "reshape", "copy", "convert", "transpose"}
 """What a kernel may do to a value before it takes slices of it, or puts them into it."""
+ONE_BY_ONE = {"add", "maximum", "minimum", "multiply", "negate", "reduce-precision", "select", "subtract"}
+"""What it may do besides before it takes slices or gathers, and then does for these alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,7 @@ def trips(computations: Computations, instruction: Instruction) -> int:
 def moved(computations: Computations, name: str, instruction: Instruction) -> int:
     """What one kernel of the computation reads and writes."""
     operands = [computations[name][o] for o in instruction.operands if o in computations[name]]
-    if instruction.operation == "dynamic-slice":
+    if instruction.operation in ("dynamic-slice", "gather"):
         return 2 * size(instruction.shape)
     if instruction.operation == "dynamic-update-slice":
         return 2 * size(operands[1].shape)
@@ -172,12 +174,13 @@ def moved(computations: Computations, name: str, instruction: Instruction) -> in
 
 
 def _bytes_read(users: dict[str, list[tuple[Instruction, int]]], name: str, whole: int) -> int:
-    """Bytes that a fused kernel reads of a value: all, or the slices it takes; none of a buffer that it updates."""
+    """Bytes that a fused kernel reads of a value: all, or what it slices or gathers, before or after it changes each
+    number; none of a buffer that it updates."""
     total = 0
     for user, position in users.get(name, []):
-        if user.operation == "dynamic-slice" and position == 0:
+        if user.operation in ("dynamic-slice", "gather") and position == 0:
             total += size(user.shape)
-        elif user.operation in VIEWS and not user.root:
+        elif user.operation in VIEWS | ONE_BY_ONE and not user.root:
             total += _bytes_read(users, user.name, whole)
         elif not (user.operation == "dynamic-update-slice" and position == 0):
             return whole

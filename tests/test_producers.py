@@ -47,7 +47,7 @@ def layer_norm(z, c):
 
 def products(z, c):
     keys = jnp.cos(jnp.arange(3 * z.shape[-1])).reshape(z.shape[-1], 3).astype(z.dtype)
-    return c * (z[..., :3] @ keys.T) / 3**0.5
+    return c * jnp.matmul(z[..., :3], keys.T, precision="highest") / 3**0.5  # else GPUs keep 11 bits
 
 
 PRODUCERS = (
@@ -344,6 +344,18 @@ def of_samples(w):
         "perturbed": lambda z: js.softmax((z + noise) / 0.3),
         "mean of mixtures": lambda z: js.mixture_log_softmax(jnp.stack([z, z[::-1] * 2], 1), z[:, :2]),
     }
+
+
+@pytest.mark.parametrize("name", of_heads(jnp.float32))
+def test_products_keep_all_digits(name):
+    """GPUs and TPUs would keep 11 or 8 bits of the factors: forwards, backwards, and in Hessian products."""
+    with jax.enable_x64(False):
+        f = of_heads(jnp.float32)[name]
+        lowered = jax.jit(functools.partial(result, lambda z, _: f(z), "HVP")).trace(*[jnp.ones((9, 8))] * 3)
+        text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    found = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert found
+    assert all("HIGHEST, HIGHEST" in line for line in found), [line for line in found if "HIGHEST" not in line][:3]
 
 
 MADE = dict.fromkeys(of_heads(jnp.float32), "heads") | dict.fromkeys(of_samples(jnp.float32), "samples")

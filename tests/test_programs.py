@@ -93,6 +93,30 @@ def test_a_loop_over_slices():
     assert hlo.collectives(SLICES) == {"all-reduce": 1}
 
 
+GATHER = """
+HloModule jit_h, is_scheduled=true
+
+%of_labels (scores: f32[1024,256], labels: s32[1024,2]) -> f32[1024] {
+  %scores = f32[1024,256]{1,0} parameter(0)
+  %labels = s32[1024,2]{1,0} parameter(1)
+  %least = f32[1024,256]{1,0} constant(-1)
+  %above = f32[1024,256]{1,0} maximum(%scores, %least)
+  ROOT %gather = f32[1024]{0} gather(%above, %labels), offset_dims={}, slice_sizes={1,1}
+}
+
+ENTRY %main (p0: f32[1024,256], p1: s32[1024,2]) -> f32[1024] {
+  %p0 = f32[1024,256]{1,0} parameter(0)
+  %p1 = s32[1024,2]{1,0} parameter(1)
+  ROOT %fusion = f32[1024]{0} fusion(%p0, %p1), kind=kLoop, calls=%of_labels
+}
+"""
+
+
+def test_a_gather_reads_what_it_takes():
+    """1,024 numbers of the scores, two places for each, and 1,024 numbers written."""
+    assert hlo.count(hlo.parse(GATHER)) == (1, 4 * (1024 + 2048 + 1024))
+
+
 def test_of_this_machine():
     """Compiled here, whatever the kernels are: a sum reads its argument once, and a matrix product all three arrays."""
     x = jax.ShapeDtypeStruct((512, 512), jnp.float32)

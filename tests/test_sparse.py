@@ -23,6 +23,7 @@ def check_optimal(z, p, alpha, tolerance):
     p, z = np.float64(p), np.float64(z)
     np.testing.assert_allclose(p.sum(-1), 1, rtol=tolerance)
     assert np.all(p >= 0)
+    p = np.where(p < np.finfo(float).tiny, 0, p)  # such numbers have few digits, where a device has them at all
     safe = np.where(p > 0, p, 1)
     deformed = np.log(safe) if alpha == 1 else np.expm1((alpha - 1) * np.log(safe)) / (alpha - 1)
     level = np.where(p > 0, deformed, -np.inf) - z

@@ -99,7 +99,13 @@ def everything(function, z):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("function", [f for f in (*FUNCTIONS, *DERIVATIVES, *LOSSES) if f.orders > 1], ids=str)
 def test_every_function_by_both_forms(function, dtype, monkeypatch):
-    """Also of scores that are made in the same program."""
+    """Also of scores that are made in the same program. Programs for CPU, wherever the tests run."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    with jax.default_device(jax.devices("cpu")[0]):
+        _by_both_forms(function, dtype, monkeypatch)
+
+
+def _by_both_forms(function, dtype, monkeypatch):
     shapes = [(6, 5), (6, 17), (6, 300)]
     z = [jnp.asarray(np.random.default_rng(1).normal(0, 2, shape), dtype) for shape in shapes]
     found = []

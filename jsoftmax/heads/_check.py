@@ -116,7 +116,8 @@ def check(
     of_shard = classes if axis_name is not None else classes // shards
     whole_rows = token_weights is not None
     tokens, of_classes = _block_sizes(function, block_size, head, whole_rows, classes=of_shard, chunk=chunk)
-    plan = Plan(tokens, of_classes, dtype, _check_precision(function, precision), axis_name, shards)
+    precision = _check_precision(function, precision, dtype)
+    plan = Plan(tokens, of_classes, dtype, precision, axis_name, shards)
     if labels is not NO_LABELS:
         if axis_name is not None and np.ndim(labels) > len(batch):
             check_parts(function, (*batch, classes), (len(batch),), axis_name, labels=labels)
@@ -137,10 +138,17 @@ def check(
             rows = counts if rows is None else rows & counts
     if rows is not None or head.hidden.shape[0] > plan.tokens:
         check_not_explicit(function, names[0], head.hidden)
-    return _in_order(head, plan, batch, rows, token_weights)
+    given = _in_order(head, plan, batch, rows, token_weights)
+    return given if block_size is not None else _with_blocks_elsewhere(given, -(-of_shard // chunk), chunk)
 
 
-_TINY = 1e-37
+def _with_blocks_elsewhere(given: Given, chunks: int, chunk: int) -> Given:
+    """All tokens at a time, in programs for GPUs and TPUs, and as many classes as make a block of _ON_ACCELERATORS."""
+    tokens = given.head.hidden.shape[0]
+    if not tokens:
+        return given
+    classes = chunk * _near_divisor(chunks, max(1, _ON_ACCELERATORS // (tokens * chunk)))
+    return given._replace(plan=given.plan._replace(elsewhere=(tokens, classes)))
 
 
 def _is_zero(value: Any) -> bool:
@@ -239,8 +247,13 @@ def _check_labels(function: str, labels: Any, batch: tuple[int, ...], classes: i
     return _arguments.wide_integers(array) if whole else array.astype(wide)
 
 
-def _check_precision(function: str, precision: Any) -> Any:
-    """A `jax.lax.Precision`, which is hashable."""
+def _check_precision(function: str, precision: Any, dtype: Any) -> Any:
+    """A `jax.lax.Precision`, which is hashable.
+
+    Left out, wide factors are multiplied with all their digits: by default GPUs keep 11 bits of them, and TPUs 8.
+    """
+    if precision is None and jax.config.jax_default_matmul_precision is None and jnp.finfo(dtype).bits >= 32:  # pyright: ignore[reportAttributeAccessIssue]
+        return jax.lax.Precision.HIGHEST
     try:
         given = None if precision is None else jax.lax.Precision(precision)
     except ValueError:
@@ -273,6 +286,9 @@ def _block_sizes(
 
 _DEFAULTS = {"cpu": (1024, 2048), "gpu": (4096, 4096)}
 """Tokens and classes of a block, by backend; measured on CPU (benchmarks/NOTES.md)."""
+
+_ON_ACCELERATORS = 2**26
+"""How many scores a block has in programs for GPUs and TPUs: 256 MiB of float32."""
 
 
 def _near_divisor(classes: int, wanted: int) -> int:

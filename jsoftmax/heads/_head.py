@@ -62,6 +62,22 @@ class Plan(NamedTuple):
     """Over which the classes are sharded: the head has one part of them."""
     shards: int = 1
     """How many parts the classes have, or are to be cut into."""
+    elsewhere: Any = None
+    """Tokens and classes of a block in programs for GPUs and TPUs; None: as on CPU."""
+    rates: Any = None
+    """The precision of products of tangents, and backwards of cotangents, where it is not that of the scores."""
+
+    def on_accelerators(self) -> "Plan":
+        """All tokens by blocks of classes; what is multiplied with narrow factors is rounded to their dtype."""
+        tokens, classes = self.elsewhere
+        narrow = _OF_DTYPE.get(jnp.dtype(self.dtype).name) if self.precision is None else None
+        return self._replace(tokens=tokens, classes=classes, rates=narrow)
+
+
+_OF_DTYPE = {
+    "bfloat16": lax.DotAlgorithmPreset.BF16_BF16_F32,
+    "float16": lax.DotAlgorithmPreset.F16_F16_F32,
+}
 
 
 # --- scores of one block -------------------------------------------------------------------------------------
@@ -71,23 +87,25 @@ def _wide_products(hidden: Array, weight: Array, precision: Any, wide: Any) -> A
     return lax.dot_general(hidden, weight, (((1,), (1,)), ((), ())), precision, preferred_element_type=wide)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _narrow_products(hidden: Array, weight: Array, precision: Any, dtype: Any) -> Array:
-    return _wide_products(hidden.astype(dtype), weight.astype(dtype), precision, hidden.dtype)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _narrow_products(hidden: Array, weight: Array, plan: Plan) -> Array:
+    return _wide_products(hidden.astype(plan.dtype), weight.astype(plan.dtype), plan.precision, hidden.dtype)
 
 
 @_narrow_products.defjvp
-def _narrow_products_jvp(precision: Any, dtype: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """Tangents are not narrowed, nor, backwards, what is summed over blocks."""
+def _narrow_products_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """On CPU tangents are not narrowed, nor, backwards, what is summed over blocks."""
     (hidden, weight), (hidden_dot, weight_dot) = primals, tangents
+    precision = plan.precision if plan.rates is None else plan.rates
     product = functools.partial(_wide_products, precision=precision, wide=hidden.dtype)
-    return _narrow_products(*primals, precision, dtype), product(hidden_dot, weight) + product(hidden, weight_dot)
+    return _narrow_products(*primals, plan), product(hidden_dot, weight) + product(hidden, weight_dot)
 
 
 def products(hidden: Array, weight: Array, plan: Plan) -> Array:
     """h Wᵀ of factors in the plan's dtype, summed in that of `hidden`."""
-    form = _wide_products if plan.dtype == hidden.dtype else _narrow_products
-    return form(hidden, weight, plan.precision, plan.dtype)
+    if plan.dtype == hidden.dtype:
+        return _wide_products(hidden, weight, plan.precision, plan.dtype)
+    return _narrow_products(hidden, weight, plan)
 
 
 def is_label(head: Head, start: Array, classes: int) -> Array:
@@ -200,7 +218,19 @@ def checkpointed_scan(body: Callable[..., Any], state: Any, xs: Any) -> Any:
 def over_classes(  # noqa: PLR0917
     step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
 ) -> Any:
-    """The state `[N, …]` after step(blocks, their tangents, start, known, state) for each block of classes and tokens.
+    """The state after all classes, in the blocks of the platform that the program is compiled for."""
+    on_cpu = functools.partial(over_blocks, step, plan=plan)
+    if plan.elsewhere in (None, (plan.tokens, plan.classes)):
+        return on_cpu(heads, dots, known, state)
+    elsewhere = functools.partial(over_blocks, step, plan=plan.on_accelerators())
+    return lax.platform_dependent(heads, dots, known, state, cpu=on_cpu, default=elsewhere)
+
+
+def over_blocks(  # noqa: PLR0917
+    step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
+) -> Any:
+    """The state `[N, …]` after the step, of blocks, their tangents, start, known, state and plan, for each block of
+    classes and tokens.
 
     The heads have one vocabulary and the same tokens; `known` is what is known of the tokens. Blocks of classes are the
     outer loop: the gradient of a block's weight is summed over the tokens before it is narrowed. Where blocks divide
@@ -221,7 +251,9 @@ def over_classes(  # noqa: PLR0917
         targets = jax.tree.map(lambda q: lax.dynamic_slice_in_dim(q, start, plan.classes, 1), padded)
         whole = _joined(heads, [h._replace(targets=q) for h, q in zip(of_heads, targets, strict=True)])
         whole_dots = _joined(dots, [d._replace(targets=q) for d, q in zip(of_dots, rates, strict=True)])
-        return _over_tokens(functools.partial(step, start=first + start), whole, whole_dots, known, state, plan), None
+        return _over_tokens(
+            functools.partial(step, start=first + start, plan=plan), whole, whole_dots, known, state, plan
+        ), None
 
     return checkpointed_scan(body, state, (blocks, rates, starts))[0]
 

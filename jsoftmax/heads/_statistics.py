@@ -226,7 +226,7 @@ def _largest(x: Array, k: int, plan: Plan) -> tuple[Array, Array]:
 def statistics(head: Head, wanted: Wanted, plan: Plan) -> Statistics:
     """One pass: each block's statistics about its own peak, merged."""
 
-    def step(blocks: Heads, _: Heads, start: Array, known: None, state: Running) -> Running:
+    def step(blocks: Heads, _: Heads, *, start: Array, known: None, state: Running, plan: Plan) -> Running:
         (block,) = blocks
         return merged(state, of_block(block, wanted, start, block_scores(block, start, plan), plan), plan)
 
@@ -272,7 +272,7 @@ def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> 
     zero = jnp.zeros_like(out.peak)
     zeros = jax.tree.map(jnp.zeros_like, Rates(*[getattr(own, name) for name in Rates._fields]))
 
-    def step(blocks: Heads, dots: Heads, start: Array, known: Known, state: Rates) -> Rates:
+    def step(blocks: Heads, dots: Heads, *, start: Array, known: Known, state: Rates, plan: Plan) -> Rates:
         (block,), (block_dots,) = blocks, dots
         x, x_dot = jvp_of_live(lambda block: block_scores(block, start, plan), block, block_dots)
         return jax.tree.map(jnp.add, state, block_rates(block, block_dots, start, known, state, x, x_dot))

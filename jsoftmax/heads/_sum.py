@@ -88,6 +88,19 @@ def _weighted_sum_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, A
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]:
+    """Σ w loss and its gradient: on CPU by three products, elsewhere by four, fewer and larger ones."""
+    on_cpu = functools.partial(_by_token_blocks, plan=plan)
+    if plan.elsewhere in (None, (plan.tokens, plan.classes)):
+        return on_cpu(given)
+
+    def elsewhere(given: Weighed) -> tuple[Array, _Gradients]:
+        value, gradients = _streamed(given, plan)
+        return value, jax.tree.map(lambda a: a.astype(value.dtype), gradients)
+
+    return lax.platform_dependent(given, cpu=on_cpu, default=elsewhere)
+
+
+def _by_token_blocks(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]:
     """One block of tokens after the other, each with all classes: its products h Wᵀ, tokens × V numbers, are kept."""
     head = _head.with_padding(given.head, plan)
     blocks = jax.tree.map(lambda a: _head.cut(a, plan.classes), head.only(*_head.PER_CLASS))
@@ -126,19 +139,21 @@ def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]
 def _value_and_gradients_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     """Derivatives of the gradient are those of the streamed gradient."""
     (given,), dots = primals, without_zeros(tangents[0])
-
-    def streamed(given: Weighed) -> Any:
-        def of(wanted: _Gradients) -> Any:
-            value, losses = wanted._replace(token_weights=given.token_weights).within(given).by_streaming(plan)
-            return of_first(value, plan.axis_name), (value, losses)
-
-        wanted = _Gradients.of(given)._replace(token_weights=None)
-        shares, (value, losses) = jax.grad(of, has_aux=True)(wanted)
-        return value, shares._replace(token_weights=losses)
-
-    (value, gradients), rates = jvp_of_live(streamed, given, dots)
+    (value, gradients), rates = jvp_of_live(functools.partial(_streamed, plan=plan), given, dots)
     wide = [jax.tree.map(lambda a: a.astype(value.dtype), tree) for tree in (gradients, rates)]
     return (value, wide[0]), wide[1]
+
+
+def _streamed(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]:
+    """The same by the rule of `statistics`."""
+
+    def of(wanted: _Gradients) -> Any:
+        value, losses = wanted._replace(token_weights=given.token_weights).within(given).by_streaming(plan)
+        return of_first(value, plan.axis_name), (value, losses)
+
+    wanted = _Gradients.of(given)._replace(token_weights=None)
+    shares, (value, losses) = jax.grad(of, has_aux=True)(wanted)
+    return value, shares._replace(token_weights=losses)
 
 
 def _of_token_block(rows: Weighed, blocks: Head, first: Array, sums: Any, plan: Plan) -> Any:

@@ -46,7 +46,7 @@ def _divergence(p: Head, q: Head, plan: Plan) -> tuple[Array, Array]:
     """D = Σ p r, r = log p − log q, in terms p (e^−r − 1 + r) ≥ 0: so both normalisers come first; and Σ p r over the
     classes that both have, which is finite where D is not  (MATH 11.6)."""
 
-    def step(blocks: Heads, _: Heads, start: Array, known: _Known, state: Any) -> Any:
+    def step(blocks: Heads, _: Heads, *, start: Array, known: _Known, state: Any, plan: Plan) -> Any:
         x_p, x_q = (block_scores(block, start, plan) for block in blocks)
         log_p, log_q = known.log_probs(x_p, x_q)
         p, q = jnp.exp(log_p), jnp.exp(log_q)
@@ -71,7 +71,7 @@ def _divergence_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     p, q = primals
     D, mean = _divergence(p, q, plan)
 
-    def step(blocks: Heads, dots: Heads, start: Array, known: _Known, state: Array) -> Array:
+    def step(blocks: Heads, dots: Heads, *, start: Array, known: _Known, state: Array, plan: Plan) -> Array:
         (x_p, x_p_dot), (x_q, x_q_dot) = (
             jvp_of_live(lambda block: block_scores(block, start, plan), block, dot)
             for block, dot in zip(blocks, dots, strict=True)

@@ -18,7 +18,7 @@ from jsoftmax._arguments import public
 from jsoftmax._series import log1p_exp
 from jsoftmax.gumbel import categorical
 from jsoftmax.gumbel._noise import check_key
-from jsoftmax.heads._linear import check_labels
+from jsoftmax.heads._linear import check_labels, precise
 from jsoftmax.losses._cross_entropy import negative_log_p
 from jsoftmax.phi import Phi, exp, log_phi
 
@@ -148,7 +148,7 @@ def _scores(given: _Given, phi: Phi, draws: Array) -> tuple[Array, Array, Array]
     """x of the labels `[rows]` and of the draws `[rows, n]`, and the labels, 0 where one is out of range."""
     label = jnp.where((given.labels >= 0) & (given.labels < given.weight.shape[0]), given.labels, 0).astype(jnp.int32)
     own = jnp.sum(given.hidden * given.weight[label], -1)
-    other = jnp.dot(given.hidden, given.weight[draws].T)
+    other = precise(given.hidden, given.weight[draws].T)
     if given.bias is not None:
         own, other = own + given.bias[label], other + given.bias[draws]
     return log_phi(phi, own), log_phi(phi, other), label

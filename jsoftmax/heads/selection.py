@@ -28,10 +28,11 @@ CHUNK = 128
 
 def _chunk_normalizers(head: Head, plan: Plan) -> Array:
     """log Σ e^x over each chunk of this shard `[N, chunks]`: 1/128 of the scores' numbers."""
-    chunks = -(-head.weight.shape[0] // plan.classes) * plan.classes // CHUNK
+    sizes = (plan.classes, plan.classes if plan.elsewhere is None else plan.elsewhere[1])
+    chunks = max(-(-head.weight.shape[0] // classes) * classes for classes in sizes) // CHUNK
     first = _head.first_class(head, plan)
 
-    def step(blocks: Heads, _: Heads, start: Array, known: None, state: Array) -> Array:
+    def step(blocks: Heads, _: Heads, *, start: Array, known: None, state: Array, plan: Plan) -> Array:
         x = _head.block_scores(blocks[0], start, plan)
         L = normalize(x.reshape(x.shape[0], -1, CHUNK), (2,)).log_normalizer[..., 0]
         return lax.dynamic_update_slice_in_dim(state, L, (start - first) // CHUNK, 1)

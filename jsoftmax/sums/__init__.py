@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
@@ -139,7 +138,9 @@ def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     """ṗ along ẋ."""
     on_cpu = functools.partial(cpu.p_rate, want=want, order=order)
     otherwise = functools.partial(reference.p_rate, axis=axis, axis_name=axis_name)
-    return _rate(on_cpu, otherwise, x, p, x_dot, axis, axis_name, beside_value=want == "loss" or (want == "p" and order == 0))
+    return _rate(
+        on_cpu, otherwise, x, p, x_dot, axis, axis_name, beside_value=want == "loss" or (want == "p" and order == 0)
+    )
 
 
 def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
@@ -178,7 +179,9 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     classes = math.prod(x.shape[i] for i in axis)
 
     def again(x: Array, _: Array, x_dot: Array) -> Array:
-        return otherwise(lax.optimization_barrier(x) if beside_value and classes <= _ROW and axis_name is None else x, x_dot)
+        return otherwise(
+            lax.optimization_barrier(x) if beside_value and classes <= _ROW and axis_name is None else x, x_dot
+        )
 
     def along(x: Array, p: Array, x_dot: Array) -> Array:
         if not cpu.is_large(x):

@@ -141,9 +141,7 @@ def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, hand them on)
     # pulled back p (g − Σ p g), or p g − p Σ p g, whose p g XLA writes, but which is faster where that is in a cache
     in_one_kernel = want == "p" and _is_long(p, axis)
     return (
-        p_x_dot - p * mean
-        if in_one_kernel
-        else p * (x_dot - _beside_classes(mean, x, x_dot, axis, Form(want, order)))
+        p_x_dot - p * mean if in_one_kernel else p * (x_dot - _beside_classes(mean, x, x_dot, axis, Form(want, order)))
     )
 
 

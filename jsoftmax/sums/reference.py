@@ -155,7 +155,9 @@ def minus_mean(  # noqa: PLR0917  (a mean has its weights, what they sum up to, 
     return jnp.where(w > SURE * total, lacks * a - of_others, a - mean), mean
 
 
-def differences(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> tuple[Array, Array, Array]:
+def differences(
+    x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None
+) -> tuple[Array, Array, Array]:
     """ẋ − Σ p ẋ; e^u and Σ e^u."""
     _, e, rest, *_ = shifted(x, axis, axis_name)
     difference, _ = minus_mean(x_dot, e, 1 + rest, lacking(e, rest), e == 1, axis, axis_name)

@@ -16,6 +16,7 @@ from jaxtyping import Array
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._series import expm1
 from jsoftmax.heads._head import cut
+from jsoftmax.heads._linear import precise
 from jsoftmax.heads._statistics import Running, merged
 from jsoftmax.phi import Phi, log_phi, slope
 from jsoftmax.sums import difference, not_negative
@@ -71,7 +72,7 @@ def project(projection: Array, hidden: Array, active: Array) -> Array:
 
     def block(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
         is_active, h = given
-        multiply = jax.checkpoint(lambda h: jnp.dot(h, projection.T))
+        multiply = jax.checkpoint(lambda h: precise(h, projection.T))
         skip = jax.checkpoint(lambda h: jnp.zeros((h.shape[0], projection.shape[0]), h.dtype))
         return None, lax.cond(is_active, multiply, skip, h)
 
@@ -105,7 +106,7 @@ def _scores(weight: Array, phi: Phi, a: Array, start: Array, classes: int) -> tu
 
     Classes lead: so the products with their cotangent, for the weights and for a, are the fast ones of XLA on CPU.
     """
-    o = _product(weight.astype(a.dtype), a)
+    o = _product(weight, a)
     x = log_phi(phi, o)
     if classes % weight.shape[0]:
         x = jnp.where((start + jnp.arange(weight.shape[0], dtype=jnp.int32) < classes)[:, None], x, -jnp.inf)
@@ -113,7 +114,12 @@ def _scores(weight: Array, phi: Phi, a: Array, start: Array, classes: int) -> tu
 
 
 def _product(weight: Array, a: Array) -> Array:
-    return lax.dot_general(weight, a, (((1,), (1,)), ((), ())))
+    return lax.dot_general(weight.astype(a.dtype), a, (((1,), (1,)), ((), ())), _precision(weight))
+
+
+def _precision(weight: Array) -> lax.Precision | None:
+    """Of products with weights: all digits of wide ones (see `_linear.precise`)."""
+    return lax.Precision.HIGHEST if weight.dtype.itemsize >= 4 else None
 
 
 def _maximum_and_rest(x: Array) -> Running:
@@ -206,7 +212,7 @@ def _along(primals: Any, tangents: Any, out: TailLoss, length: int, by_label: bo
                 hit = jnp.arange(length, dtype=label.dtype)[:, None] == label - start
                 q = jnp.where(hit, expm1(-out.loss), q)
             by_score = q * slope(phi, o)
-            mean = lax.dot_general(w.astype(a.dtype), by_score, (((0,), (0,)), ((), ())))
+            mean = lax.dot_general(w.astype(a.dtype), by_score, (((0,), (0,)), ((), ())), _precision(w))
             result = jnp.sum(mean.T * a_dot, -1) + jnp.sum(by_score * _product(w_dot, a), 0)
             if not jax.tree.leaves(live):
                 return result

@@ -15,7 +15,7 @@ from jsoftmax._arguments import public
 from jsoftmax._labels import check_ignore_label
 from jsoftmax.entropy import centred_log_p, shannon
 from jsoftmax.heads._head import cut
-from jsoftmax.heads._linear import check_labels
+from jsoftmax.heads._linear import check_labels, precise
 from jsoftmax.heads.adaptive import _blocks
 from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail, check_params
 from jsoftmax.losses._cross_entropy import negative_log_p
@@ -47,14 +47,14 @@ def _check(function: str, params: Any, hidden: Any, phi: Any) -> tuple[AdaptiveP
 
 def _head_scores(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
     """x = ψ of the frequent classes, then of the tails."""
-    o = jnp.dot(hidden, params.head.T)
+    o = precise(hidden, params.head.T)
     return log_phi(phi, o if params.bias is None else o + params.bias)
 
 
 def _tail_scores(tail: Tail, phi: Phi, hidden: Array) -> Array:
     """x = ψ of a tail's classes."""
-    a = jnp.dot(hidden, tail.projection.T)
-    return log_phi(phi, jnp.dot(a, tail.weight.astype(a.dtype).T))
+    a = precise(hidden, tail.projection.T)
+    return log_phi(phi, precise(a, tail.weight.astype(a.dtype).T))
 
 
 def _last(x: Array) -> tuple[int, ...]:
