@@ -142,6 +142,9 @@ def check(
     return given if block_size is not None else _with_blocks_elsewhere(given, -(-of_shard // chunk), chunk)
 
 
+_TINY = 1e-37
+
+
 def _with_blocks_elsewhere(given: Given, chunks: int, chunk: int) -> Given:
     """All tokens at a time, in programs for GPUs and TPUs, and as many classes as make a block of _ON_ACCELERATORS."""
     tokens = given.head.hidden.shape[0]
