@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from platforms import as_on_accelerators
 
 import jsoftmax as js
 from jsoftmax import heads, losses
+from jsoftmax.heads import _check, _head
 
 
 def head(tokens, classes, features, dtype=jnp.float32, scale=1.0):
@@ -17,6 +19,57 @@ def head(tokens, classes, features, dtype=jnp.float32, scale=1.0):
     hidden = jax.random.normal(keys[0], (tokens, features)).astype(dtype)
     weight = (scale * jax.random.normal(keys[1], (classes, features))).astype(dtype)
     return hidden, weight, jax.random.randint(keys[2], (tokens,), 0, classes)
+
+
+# --- the plan of accelerators ----------------------------------------------------------------------------------
+
+
+ON_ACCELERATORS = {
+    "linear_cross_entropy": lambda h, W, y: heads.linear_cross_entropy(h, W, y, label_smoothing=0.1, z_loss=0.01),
+    "of distributions": lambda h, W, y: heads.linear_cross_entropy(h, W, jnp.ones((len(h), len(W)), h.dtype) / len(W)),
+    "linear_cross_entropy_sum": lambda h, W, y: heads.linear_cross_entropy_sum(h, W, y)[None],
+    "linear_statistics": lambda h, W, y: heads.linear_statistics(h, W, y).entropy,
+    "linear_kl": lambda h, W, y: heads.linear_kl(h, W, jnp.cos(h), W / 2),
+    "linear_top_k": lambda h, W, y: heads.linear_top_k(h, W, 3).log_prob,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ON_ACCELERATORS)
+def test_the_plan_of_accelerators(name, dtype, monkeypatch):
+    """All tokens by blocks of classes: as on CPU, and with the digits of the inputs' dtype in derivatives."""
+    hidden, weight, labels = head(12, 700, 16, dtype)
+    f = ON_ACCELERATORS[name]
+
+    def everything(h, W):
+        def total(h, W):
+            value = f(h, W, labels)
+            return jnp.sum(jnp.cos(jnp.arange(1.0, 1 + value.size)).reshape(value.shape) * value), value
+
+        gradient, along, value = jax.jvp(jax.grad(total, (0, 1), has_aux=True), (h, W), (W[:12], W / 3), has_aux=True)
+        return value, gradient, along
+
+    wanted = jax.jit(everything)(hidden, weight)
+    monkeypatch.setattr(_check, "_ON_ACCELERATORS", 12 * 100)
+    as_on_accelerators(monkeypatch)
+    jax.clear_caches()
+    blocks = []
+    monkeypatch.setattr(_head.Plan, "on_accelerators", recorded(_head.Plan.on_accelerators, blocks))
+    found = jax.jit(everything)(hidden, weight)
+    assert {(plan.tokens, plan.classes) for plan in blocks} == {(12, 175)}  # a divisor of the classes
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        scale = np.max(np.abs(np.float32(want)))
+        narrow = dtype == "bfloat16" and got.shape != wanted[0].shape
+        tolerance = 0.02 if narrow else 1e-5
+        np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=tolerance, atol=tolerance * scale)
+
+
+def recorded(f, results):
+    def call(*given):
+        results.append(f(*given))
+        return results[-1]
+
+    return call
 
 
 # --- memory --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from platforms import as_on_accelerators
 
 from jsoftmax import sums
 from jsoftmax.sums import cpu, reference
@@ -98,26 +99,29 @@ def everything(function, z):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("function", [f for f in (*FUNCTIONS, *DERIVATIVES, *LOSSES) if f.orders > 1], ids=str)
-def test_every_function_by_both_forms(function, dtype, monkeypatch):
-    """Also of scores that are made in the same program. Programs for CPU, wherever the tests run."""
+def test_every_function_by_every_form(function, dtype, monkeypatch):
+    """Few scores, many on CPU, many elsewhere; of scores that are made in the same program, compiled for CPU here."""
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     with jax.default_device(jax.devices("cpu")[0]):
-        _by_both_forms(function, dtype, monkeypatch)
+        _by_every_form(function, dtype, monkeypatch)
 
 
-def _by_both_forms(function, dtype, monkeypatch):
+def _by_every_form(function, dtype, monkeypatch):
     shapes = [(6, 5), (6, 17), (6, 300)]
     z = [jnp.asarray(np.random.default_rng(1).normal(0, 2, shape), dtype) for shape in shapes]
     found = []
-    for large in (2**60, 0):
+    for large, on_cpu in ((2**60, True), (0, True), (0, False)):
         jax.clear_caches()
         with monkeypatch.context() as patch:
             patch.setattr(cpu, "LARGE", large)
             patch.setattr(cpu, "SHORT", cpu.SHORT if large == 0 else 2**60)
+            if not on_cpu:
+                as_on_accelerators(patch)
             found.append([jax.jit(functools.partial(everything, function))(a) for a in z])
             assert [sums.explain(shape).split(":")[0] for shape in shapes] == [["reference", "cpu"][large == 0]] * 3
     jax.clear_caches()
-    for got, want in zip(*map(jax.tree.leaves, found), strict=True):
+    wanted, *others = map(jax.tree.leaves, found)
+    for got, want in [pair for other in others for pair in zip(other, wanted, strict=True)]:
         scale = float(jnp.max(jnp.abs(want)))
         tolerance = 2 * float(jnp.finfo(got.dtype).eps) if got.dtype == jnp.bfloat16 else 2e-5
         np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=tolerance, atol=tolerance * scale)
