@@ -9,6 +9,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 README = pathlib.Path(__file__).parent.parent / "README.md"
 PICTURE = RESULTS / "family.png"
 PROGRAMS = pathlib.Path(__file__).parent / "programs.md"
+DEVICES = pathlib.Path(__file__).parent / "device.md"
 
 
 def load(name: str) -> list[dict[str, Any]]:
@@ -118,8 +119,42 @@ def programs() -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
+ABOUT_DEVICES = """# Times on accelerators
+
+Made by `python -m benchmarks device` on a machine that has one, and `python -m benchmarks --render`. Arrays are of
+256 MiB of float32 scores, calls are queued, and queues of ours and of the peers follow one another in one process:
+medians in ms, and the ratio of ours to each peer, median [quartiles]. The peer is that of [programs.md](programs.md).
+"""
+
+
+def devices() -> str:
+    """A table a device: the heads, and every case beside its peers."""
+    parts = [ABOUT_DEVICES]
+    for path in sorted(RESULTS.glob("device-*.json")):
+        run = json.loads(path.read_text())
+        about = f"a copy moves {run['copy_GB_per_s']:,.0f} GB/s; jsoftmax at {run['commit']}"
+        parts.append(f"## {run['device']}, jax {run['jax']}\n\n{about}")
+        tokens, features, classes = run["heads"][0]["sizes"]
+        title = f"{tokens:,} × {features:,} × {classes:,}, bfloat16, value and gradients"
+        lines = [f"| {title} | ms | temporaries, MiB | TFLOP/s of three products |", "|---|" + "---:|" * 3]
+        for row in run["heads"]:
+            lines.append(f"| {row['name']} | {row['ms']:.1f} | {row['MiB']:,.0f} | {row['TFLOP/s']:.0f} |")
+        parts.append("\n".join(lines))
+        peers = list(dict.fromkeys(peer for row in run["rows"] for peer in row["ratio"]))
+        lines = ["| | | scores | ms | " + " | ".join(f"/ {p}" for p in peers) + " |", "|---|---|---|" + "---:|" * 3]
+        for row in run["rows"]:
+            ratios = [
+                f"{m:.2f} [{a:.2f}, {b:.2f}]" for a, m, b in (row["ratio"][p] for p in peers if p in row["ratio"])
+            ]
+            cells = [*label(row), f"{row['ms']['ours']:.3f}", *ratios, *[""] * (len(peers) - len(ratios))]
+            lines.append("| " + " | ".join((cells[0], row["mode"], *cells[1:])) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
 def render() -> None:
     PROGRAMS.write_text(programs())
+    DEVICES.write_text(devices())
     text = README.read_text()
     tables = {name: table(load(name)) for name in ("family", "losses", "gumbel", "heads")} | {"lm": models()}
     for name, made in tables.items():

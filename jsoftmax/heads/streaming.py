@@ -74,9 +74,11 @@ def linear_cross_entropy(
         PyTorch. Left out, such a label is out of range.
       where: bool, broadcastable to `[V]`; False leaves a class out, such as padding of the vocabulary.
       log_weights: log w, broadcastable to `[V]`: a prior, logit adjustment, a correction for sampling. Differentiable.
-      block_size: how many classes at a time, or (tokens, classes). None: chosen from shapes and backend; where it does
+      block_size: how many classes at a time, or (tokens, classes). None: on CPU blocks that fit a cache; compiled for
+        GPUs and TPUs all tokens by so many classes that their scores take 256 MiB, or up to twice that. Where it does
         not divide V, the weight is copied once to be padded.
-      precision: of the products: a `jax.lax.Precision` or its name.
+      precision: of the products: a `jax.lax.Precision` or its name. None: float32 factors keep all their digits, of
+        which JAX's default keeps 11 bits on GPUs and 8 on TPUs; but `jax_default_matmul_precision`, where it is set.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the classes are sharded: weight, bias,
         where, log_weights and distributions are then this device's part, labels count all classes; hidden is the same
         on all     (MATH 13.1). Derivatives are right taken outside, and inside with check_vma, the default (MATH 13.3).
@@ -86,8 +88,9 @@ def linear_cross_entropy(
         divide V. Without it XLA gathers the whole weight on every device. It gathers hidden where blocks cut tokens
         that are sharded too: for these use axis_name. Axes of type `AxisType.Explicit` are an error outside
         `jax.shard_map` and `jax.sharding.auto_axes`.
-    Returns: `[...]`, float32 at least. Factors of narrower dtypes are multiplied as they are and summed in float32, the
-      tangents' too; the weight's gradient is summed in float32 and rounded once. Small losses keep their digits
+    Returns: `[...]`, float32 at least. Factors of narrower dtypes are multiplied as they are and summed in float32;
+      tangents, and backwards cotangents, are not narrowed on CPU, and on GPUs and TPUs rounded to that dtype before
+      they are multiplied. The weight's gradient is summed in float32 and rounded once. Small losses keep their digits
       (MATH 4.4), but for the rounding of the scores. Labels out of range, or on a class that is left out or impossible:
       the table of `jsoftmax.losses.cross_entropy`. A token with NaN or +inf among its scores: NaN, in that token alone,
       but its share of the weight's gradient is NaN.
