@@ -232,18 +232,20 @@ PAIRS = [*itertools.product(EVERY, PHIS), *((function, maps.exp) for function in
 """Every cell: function × φ, and the functions without φ once."""
 
 
-def _cell_at(index: int) -> Cell:
-    return cell(*PAIRS[index])
+def _cell_at(index: int, orders: int) -> Cell:
+    function, phi = PAIRS[index]
+    return cell(dataclasses.replace(function, orders=min(function.orders, orders)), phi)
 
 
-def cells() -> Iterator[Cell]:
-    """Every pair, as they are done; on CPU by two processes, since tracing and mpmath are Python."""
-    indices = range(len(PAIRS))
+def cells(orders: int = 4) -> Iterator[Cell]:
+    """Every pair up to that many orders, 4 with third derivatives, as they are done; on CPU by two processes, since
+    tracing and mpmath are Python."""
+    at, indices = functools.partial(_cell_at, orders=orders), range(len(PAIRS))
     if jax.default_backend() != "cpu":
-        yield from map(_cell_at, indices)
+        yield from map(at, indices)
         return
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_cell_at, indices)
+        yield from pool.map(at, indices)
 
 
 # --- gradients of confident rows -----------------------------------------------------------------------------

@@ -78,15 +78,25 @@ def test_nan_is_a_miss():
 
 def test_command_fails_on_a_miss(monkeypatch, tmp_path, capsys):
     good, bad = (verify.cell(f, jsoftmax.exp) for f in (FUNCTIONS[0], WRONG_ENTROPY))
-    monkeypatch.setattr(verify, "cells", lambda: iter([good]))
+    monkeypatch.setattr(verify, "cells", lambda _: iter([good]))
     assert cli.main(["verify", "--json", str(tmp_path / "good.json")]) == 0
     assert (tmp_path / "good.json").read_text().count('"ok": true') == 4 + len(verify.SURE)
-    monkeypatch.setattr(verify, "cells", lambda: iter([good, bad]))
+    monkeypatch.setattr(verify, "cells", lambda _: iter([good, bad]))
     assert cli.main(["verify"]) == 1
     assert "MISS" in capsys.readouterr().out
 
 
+def test_fewer_orders_are_said(monkeypatch, capsys):
+    monkeypatch.setattr(verify, "PAIRS", [(FUNCTIONS[0], jsoftmax.exp)])
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # in this process
+    assert [len(cell.error64) for cell in verify.cells(3)] == [3]
+    monkeypatch.setattr(verify, "SURE", ())
+    for options, said in (([], True), (["--all"], False)):
+        assert cli.main(["verify", *options]) == 0
+        assert ("third derivatives of 1 pairs" in capsys.readouterr().out) == said
+
+
 def test_both_processes_cover_every_cell(monkeypatch):
-    monkeypatch.setattr(verify, "_cell_at", lambda index: index)
+    monkeypatch.setattr(verify, "_cell_at", lambda index, orders: index)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert list(verify.cells()) == list(range(len(verify.PAIRS)))
