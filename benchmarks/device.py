@@ -1,8 +1,9 @@
 """Times on the accelerator that is here, of the cases of `benchmarks.programs`, beside their peers, PyTorch and a copy.
 
-`python -m benchmarks device` writes `benchmarks/results/device.json`. Arrays are of 256 MiB of float32 scores, so that
-a call lasts longer than its launch and nothing stays in the cache. Calls are queued without waiting, several at a time,
-and the queues of ours and of the peers follow one another in one process.
+`python -m benchmarks device --output benchmarks/results/device-<device>-jax-<version>.json`; `--render` reads files of
+such names. Arrays are of 256 MiB of float32 scores, so that a call lasts longer than its launch and nothing stays in
+the cache. Calls are queued without waiting, several at a time, and the queues of ours and of the peers follow one
+another in one process.
 """
 
 import concurrent.futures

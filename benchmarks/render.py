@@ -141,7 +141,10 @@ def devices() -> str:
             lines.append(f"| {row['name']} | {row['ms']:.1f} | {row['MiB']:,.0f} | {row['TFLOP/s']:.0f} |")
         parts.append("\n".join(lines))
         peers = list(dict.fromkeys(peer for row in run["rows"] for peer in row["ratio"]))
-        lines = ["| | | scores | ms | " + " | ".join(f"/ {p}" for p in peers) + " |", "|---|---|---|" + "---:|" * 3]
+        lines = [
+            "| | | scores | ms | " + " | ".join(f"/ {p}" for p in peers) + " |",
+            "|---|---|---|" + "---:|" * (1 + len(peers)),
+        ]
         for row in run["rows"]:
             ratios = [
                 f"{m:.2f} [{a:.2f}, {b:.2f}]" for a, m, b in (row["ratio"][p] for p in peers if p in row["ratio"])

@@ -91,11 +91,11 @@ def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> A
 def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4); finite where D is not: those classes have r = 0."""
     (x_p, x_q), (x_p_dot, x_q_dot) = primals, [_arguments.widened(dot) for dot in tangents]
-    (log_p, p, L_p, lacks_p), (log_q, q, _, lacks_q) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
+    (log_p, p, L_p, complement_p), (log_q, q, _, complement_q) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     r, _ = log_ratio(log_p, p, log_q)
-    by_p = p * sums.minus_mean(r, p, 1, lacks_p, p > sums.SURE, axis, axis_name)[0]
+    by_p = p * sums.minus_mean(r, p, 1, complement_p, p > sums.SURE, axis, axis_name)[0]
     # q − p where both are above ½ by 1 − p and 1 − q, which have the digits
-    q_minus_p = jnp.where((p > 0.5) & (q > 0.5), lacks_p - lacks_q, q - p)
+    q_minus_p = jnp.where((p > 0.5) & (q > 0.5), complement_p - complement_q, q - p)
     by_q = jnp.where(jnp.isneginf(x_q) | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q_minus_p)
     rate = by_p * x_p_dot + by_q * x_q_dot
     return _kl(x_p, x_q, axis, axis_name), class_sum(rate, axis, axis_name)

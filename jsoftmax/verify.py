@@ -238,8 +238,10 @@ def _cell_at(index: int, orders: int) -> Cell:
 
 
 def cells(orders: int = 4) -> Iterator[Cell]:
-    """Every pair up to that many orders, 4 with third derivatives, as they are done; on CPU by two processes, since
-    tracing and mpmath are Python."""
+    """Each pair's cell as soon as it is done. orders: how many are compared; 3 ends with second derivatives, 4 with third.
+
+    On CPU in two processes, since tracing and mpmath are Python.
+    """
     at, indices = functools.partial(_cell_at, orders=orders), range(len(PAIRS))
     if jax.default_backend() != "cpu":
         yield from map(at, indices)

@@ -49,13 +49,15 @@ def test_the_plan_of_accelerators(name, dtype, monkeypatch):
         gradient, along, value = jax.jvp(jax.grad(total, (0, 1), has_aux=True), (h, W), (W[:12], W / 3), has_aux=True)
         return value, gradient, along
 
+    jax.clear_caches()
     wanted = jax.jit(everything)(hidden, weight)
-    monkeypatch.setattr(_check, "_ON_ACCELERATORS", 12 * 100)
+    monkeypatch.setattr(_check, "_ACCELERATOR_SCORES", 12 * 100)
     as_on_accelerators(monkeypatch)
     jax.clear_caches()
     blocks = []
     monkeypatch.setattr(_head.Plan, "on_accelerators", recorded(_head.Plan.on_accelerators, blocks))
     found = jax.jit(everything)(hidden, weight)
+    jax.clear_caches()
     assert {(plan.tokens, plan.classes) for plan in blocks} == {(12, 175)}  # a divisor of the classes
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         scale = np.max(np.abs(np.float32(want)))

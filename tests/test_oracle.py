@@ -93,7 +93,7 @@ def test_fewer_orders_are_said(monkeypatch, capsys):
     monkeypatch.setattr(verify, "SURE", ())
     for options, said in (([], True), (["--all"], False)):
         assert cli.main(["verify", *options]) == 0
-        assert ("third derivatives of 1 pairs" in capsys.readouterr().out) == said
+        assert ("third derivatives (pairs of function and φ: 1)" in capsys.readouterr().out) == said
 
 
 def test_both_processes_cover_every_cell(monkeypatch):

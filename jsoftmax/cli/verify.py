@@ -21,7 +21,7 @@ from jsoftmax import verify
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `verify`."""
-    parser.add_argument("--all", action="store_true", help="third derivatives, too")
+    parser.add_argument("--all", action="store_true", help="also compare third derivatives")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write every error and tolerance as JSON")
 
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(f"{checks} comparisons in {seconds:.0f} s: " + (f"{len(missed)} MISSED" if missed else "no miss"))
     left_out = 0 if arguments.all else sum(function.orders == 4 for function, _ in verify.PAIRS)
     if left_out:
-        console.print(f"Left out: third derivatives of {left_out} pairs of function and φ; --all compares them.")
+        console.print(f"Left out: third derivatives (pairs of function and φ: {left_out}); --all compares them.")
     return 1 if missed else 0
 
 

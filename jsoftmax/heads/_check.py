@@ -139,19 +139,19 @@ def check(
     if rows is not None or head.hidden.shape[0] > plan.tokens:
         check_not_explicit(function, names[0], head.hidden)
     given = _in_order(head, plan, batch, rows, token_weights)
-    return given if block_size is not None else _with_blocks_elsewhere(given, -(-of_shard // chunk), chunk)
+    return given if block_size is not None else _with_accelerator_block(given, -(-of_shard // chunk), chunk)
 
 
 _TINY = 1e-37
 
 
-def _with_blocks_elsewhere(given: Given, chunks: int, chunk: int) -> Given:
-    """All tokens at a time, in programs for GPUs and TPUs, and as many classes as make a block of _ON_ACCELERATORS."""
+def _with_accelerator_block(given: Given, chunks: int, chunk: int) -> Given:
+    """For GPUs and TPUs all tokens at a time, and as many classes as make a block of _ACCELERATOR_SCORES."""
     tokens = given.head.hidden.shape[0]
     if not tokens:
         return given
-    classes = chunk * _near_divisor(chunks, max(1, _ON_ACCELERATORS // (tokens * chunk)))
-    return given._replace(plan=given.plan._replace(elsewhere=(tokens, classes)))
+    classes = chunk * _near_divisor(chunks, max(1, _ACCELERATOR_SCORES // (tokens * chunk)))
+    return given._replace(plan=given.plan._replace(accelerator_block=(tokens, classes)))
 
 
 def _is_zero(value: Any) -> bool:
@@ -253,7 +253,8 @@ def _check_labels(function: str, labels: Any, batch: tuple[int, ...], classes: i
 def _check_precision(function: str, precision: Any, dtype: Any) -> Any:
     """A `jax.lax.Precision`, which is hashable.
 
-    Left out, wide factors are multiplied with all their digits: by default GPUs keep 11 bits of them, and TPUs 8.
+    Left out, and without `jax_default_matmul_precision`, float32 and float64 factors are multiplied with all their
+    digits: JAX's default keeps 11 bits of float32 on GPUs, and 8 on TPUs.
     """
     if precision is None and jax.config.jax_default_matmul_precision is None and jnp.finfo(dtype).bits >= 32:  # pyright: ignore[reportAttributeAccessIssue]
         return jax.lax.Precision.HIGHEST
@@ -263,7 +264,7 @@ def _check_precision(function: str, precision: Any, dtype: Any) -> Any:
         wanted = ", ".join(repr(p.name.lower()) for p in jax.lax.Precision)
         raise ValueError(
             f"{function}: precision must be None, a jax.lax.Precision or one of {wanted}; got "
-            f"{precision!r}. Leave it out for the backend's."
+            f"{precision!r}. Leave it out: float32 factors keep all their digits."
         ) from None
     return given
 
@@ -288,9 +289,10 @@ def _block_sizes(
 
 
 _DEFAULTS = {"cpu": (1024, 2048), "gpu": (4096, 4096)}
-"""Tokens and classes of a block, by backend; measured on CPU (benchmarks/NOTES.md)."""
+"""Tokens and classes of a block, by backend, measured on CPU (benchmarks/NOTES.md); GPUs and TPUs take them where the
+caller gives the classes alone."""
 
-_ON_ACCELERATORS = 2**26
+_ACCELERATOR_SCORES = 2**26
 """How many scores a block has in programs for GPUs and TPUs: 256 MiB of float32."""
 
 

@@ -62,19 +62,19 @@ class Plan(NamedTuple):
     """Over which the classes are sharded: the head has one part of them."""
     shards: int = 1
     """How many parts the classes have, or are to be cut into."""
-    elsewhere: Any = None
-    """Tokens and classes of a block in programs for GPUs and TPUs; None: as on CPU."""
-    rates: Any = None
+    accelerator_block: Any = None
+    """Tokens and classes of a block in programs for GPUs and TPUs; None: as in the plan itself."""
+    tangent_precision: Any = None
     """The precision of products of tangents, and backwards of cotangents, where it is not that of the scores."""
 
     def on_accelerators(self) -> "Plan":
-        """All tokens by blocks of classes; what is multiplied with narrow factors is rounded to their dtype."""
-        tokens, classes = self.elsewhere
-        narrow = _OF_DTYPE.get(jnp.dtype(self.dtype).name) if self.precision is None else None
-        return self._replace(tokens=tokens, classes=classes, rates=narrow)
+        """All tokens by blocks of classes, or the caller's blocks; tangents are rounded to narrow factors' dtype."""
+        tokens, classes = self.accelerator_block or (self.tokens, self.classes)
+        narrow = _DOT_ALGORITHMS.get(jnp.dtype(self.dtype).name) if self.precision is None else None
+        return self._replace(tokens=tokens, classes=classes, tangent_precision=narrow)
 
 
-_OF_DTYPE = {
+_DOT_ALGORITHMS = {
     "bfloat16": lax.DotAlgorithmPreset.BF16_BF16_F32,
     "float16": lax.DotAlgorithmPreset.F16_F16_F32,
 }
@@ -96,7 +96,7 @@ def _narrow_products(hidden: Array, weight: Array, plan: Plan) -> Array:
 def _narrow_products_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """On CPU tangents are not narrowed, nor, backwards, what is summed over blocks."""
     (hidden, weight), (hidden_dot, weight_dot) = primals, tangents
-    precision = plan.precision if plan.rates is None else plan.rates
+    precision = plan.precision if plan.tangent_precision is None else plan.tangent_precision
     product = functools.partial(_wide_products, precision=precision, wide=hidden.dtype)
     return _narrow_products(*primals, plan), product(hidden_dot, weight) + product(hidden, weight_dot)
 
@@ -219,18 +219,18 @@ def over_classes(  # noqa: PLR0917
     step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
 ) -> Any:
     """The state after all classes, in the blocks of the platform that the program is compiled for."""
-    on_cpu = functools.partial(over_blocks, step, plan=plan)
-    if plan.elsewhere in (None, (plan.tokens, plan.classes)):
+    on_cpu = functools.partial(_over_blocks, step, plan=plan)
+    elsewhere = functools.partial(_over_blocks, step, plan=plan.on_accelerators())
+    if plan.on_accelerators() == plan:
         return on_cpu(heads, dots, known, state)
-    elsewhere = functools.partial(over_blocks, step, plan=plan.on_accelerators())
     return lax.platform_dependent(heads, dots, known, state, cpu=on_cpu, default=elsewhere)
 
 
-def over_blocks(  # noqa: PLR0917
+def _over_blocks(  # noqa: PLR0917
     step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
 ) -> Any:
-    """The state `[N, …]` after the step, of blocks, their tangents, start, known, state and plan, for each block of
-    classes and tokens.
+    """The state `[N, …]` after step(blocks, their tangents, start=, known=, state=, plan=) for each block of classes
+    and tokens.
 
     The heads have one vocabulary and the same tokens; `known` is what is known of the tokens. Blocks of classes are the
     outer loop: the gradient of a block's weight is summed over the tokens before it is narrowed. Where blocks divide

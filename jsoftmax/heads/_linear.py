@@ -1,4 +1,4 @@
-"""What the heads of an order-2 φ ask of their arguments, and products that keep their digits on every device."""
+"""What heads ask of matrices, labels and an order-2 φ, and products that keep their digits on every device."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from jsoftmax import _arguments
 from jsoftmax.maps import check_phi
 from jsoftmax.phi import Phi
 
-# squares of scores lose twice the digits that scores lose: TF32, the default of a GPU for float32, keeps 11 bits
+# JAX's default for float32 keeps 11 bits on GPUs and 8 on TPUs; squares of scores would lose twice as many digits
 precise = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 

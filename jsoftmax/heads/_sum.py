@@ -1,4 +1,4 @@
-"""Σ w loss over the tokens, its gradient made while the loss is: three products instead of four (MATH 11.5)."""
+"""Σ w loss over the tokens, its gradient made while the loss is: on CPU by three products, not four (MATH 11.5)."""
 
 import functools
 from typing import Any, NamedTuple
@@ -88,9 +88,10 @@ def _weighted_sum_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, A
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]:
-    """Σ w loss and its gradient: on CPU by three products, elsewhere by four, fewer and larger ones."""
+    """Σ w loss and its gradient: on CPU, or in blocks that the caller chose, by three products; otherwise by four,
+    which are fewer and larger kernels."""
     on_cpu = functools.partial(_by_token_blocks, plan=plan)
-    if plan.elsewhere in (None, (plan.tokens, plan.classes)):
+    if plan.accelerator_block in (None, (plan.tokens, plan.classes)):
         return on_cpu(given)
 
     def elsewhere(given: Weighed) -> tuple[Array, _Gradients]:

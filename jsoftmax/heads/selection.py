@@ -28,7 +28,7 @@ CHUNK = 128
 
 def _chunk_normalizers(head: Head, plan: Plan) -> Array:
     """log Σ e^x over each chunk of this shard `[N, chunks]`: 1/128 of the scores' numbers."""
-    sizes = (plan.classes, plan.classes if plan.elsewhere is None else plan.elsewhere[1])
+    sizes = (plan.classes, plan.classes if plan.accelerator_block is None else plan.accelerator_block[1])
     chunks = max(-(-head.weight.shape[0] // classes) * classes for classes in sizes) // CHUNK
     first = _head.first_class(head, plan)
 

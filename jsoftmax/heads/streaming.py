@@ -146,15 +146,17 @@ def linear_cross_entropy_sum(
     axis_name: AxisName = None,
     shards: int = 1,
 ) -> Float[Array, ""]:
-    """Σ w loss over the tokens, one number, with the gradient made during the forward pass: three products, not four.
+    """Σ w loss over the tokens, one number, its gradient made during the forward pass: on CPU three products, not four.
 
     It equals
 
         loss = linear_cross_entropy(hidden, weight, labels, bias, …)
         jnp.sum(token_weights * loss)                                              (MATH 11.5)
 
-    and is faster where the weight's gradient is wanted, for it keeps the products of a block of tokens with all classes
-    (256 × V numbers by default). An unreduced loss cannot have this: its weights come after the tokens are summed up.
+    and on CPU is faster where the weight's gradient is wanted, for it keeps the products of a block of tokens with all
+    classes (256 × V numbers by default). GPUs and TPUs do so where `block_size` is given; by default they take the
+    blocks and the four products of `linear_cross_entropy`. An unreduced loss cannot have this: its weights come after
+    the tokens are summed up.
     For the mean over tokens that count divide by their number: `/ jnp.sum(labels != ignore_label)`.
 
     Args:
@@ -162,7 +164,7 @@ def linear_cross_entropy_sum(
         precision, axis_name, shards: as in `linear_cross_entropy`.
       token_weights: w, broadcastable to `[...]`; differentiable. None: 1. A token with weight 0 and a label out of
         range counts nothing.
-      block_size: as there; the tokens of a block, times V, are what is kept.
+      block_size: as there; where products are kept, they are the tokens of a block times V.
     Returns: a number, float32 at least. Forward mode and Hessian products work; they, and derivatives by anything but
       hidden, weight, bias and token_weights, take the rule of `linear_cross_entropy`, as does all with `shards`. With
       `axis_name` the gradient merges block of tokens by block; a jitted `jax.vmap(axis_name=…)` of it can be

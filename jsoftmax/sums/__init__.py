@@ -1,7 +1,8 @@
 """Σ e^x over the classes and what is made of it: the one door to its two forms (MATH 4).
 
 `reference` is the mathematics. `cpu` holds what XLA's CPU compiler needs for large arrays, function by function equal
-to the reference but for the care of MATH 4.5. Which of them runs is decided here, by the size of the array and by the
+to the reference but for the care of MATH 4.5. GPUs and TPUs run the reference; derivatives of rows of up to 16,384
+classes stand behind a barrier there (`_rate`). Which of them runs is decided here, by the size of the array and by the
 platform that a program is compiled for; `explain` says what was decided.
 """
 
@@ -73,7 +74,7 @@ def _by_platform(on_cpu: Callable[..., Any], otherwise: Callable[..., Any], apar
 def normalized(
     x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
 ) -> Normalized:
-    """log p, p and L. order: of the derivative that they are for."""
+    """log p, p, L and 1 − p. order: of the derivative that they are for."""
     return _by_platform(
         functools.partial(cpu.normalized, axis=axis, axis_name=axis_name, want=want, order=order),
         functools.partial(reference.normalized, axis=axis, axis_name=axis_name),
@@ -121,7 +122,7 @@ def centred_rate(x: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_n
     """ẋ − Σ p ẋ."""
 
     def otherwise(x: Array, x_dot: Array) -> Array:
-        return reference.differences(x, x_dot, axis, axis_name)[0]
+        return reference.centred_tangent(x, x_dot, axis, axis_name)[0]
 
     return _rate(cpu.centred_rate, otherwise, x, p, x_dot, axis, axis_name)
 
@@ -158,8 +159,8 @@ def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     return _rate(on_cpu, otherwise, x, p, x_dot, axis, axis_name, beside_value=want == "log_p" and order == 0)
 
 
-_ROW = 16384
-"""Up to so many classes a GPU makes one kernel of a whole row."""
+_ROW_KERNEL_CLASSES = 16384
+"""Up to so many classes XLA for GPUs makes one kernel of a whole row."""
 
 
 def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
@@ -172,22 +173,25 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     axis_name: AxisName,
     beside_value: bool = False,
 ) -> Array:
-    """A derivative along ẋ. Checkpointed: for the backward pass p and x are kept, of which CPU reads p, others x.
+    """A derivative along ẋ. beside_value: whether the same program also has the value, or a loss's p, as a result.
 
-    Behind a barrier the reference computes e^u again, in one kernel with the derivative: XLA would write p for both.
+    Checkpointed: of few scores x alone is kept for the backward pass; of many x and p, for a program for CPU reads p
+    and any other x. Behind the barrier e^u is computed again, in one kernel with the derivative; without it XLA would
+    write p for the value and the derivative to read.
     """
     classes = math.prod(x.shape[i] for i in axis)
 
-    def again(x: Array, _: Array, x_dot: Array) -> Array:
+    def recomputed(x: Array, _: Array, x_dot: Array) -> Array:
         return otherwise(
-            lax.optimization_barrier(x) if beside_value and classes <= _ROW and axis_name is None else x, x_dot
+            lax.optimization_barrier(x) if beside_value and classes <= _ROW_KERNEL_CLASSES and axis_name is None else x,
+            x_dot,
         )
 
     def along(x: Array, p: Array, x_dot: Array) -> Array:
         if not cpu.is_large(x):
             return otherwise(x, x_dot)
         return lax.platform_dependent(
-            x, p, x_dot, cpu=functools.partial(on_cpu, axis=axis, axis_name=axis_name), default=again
+            x, p, x_dot, cpu=functools.partial(on_cpu, axis=axis, axis_name=axis_name), default=recomputed
         )
 
     return jax.checkpoint(along, prevent_cse=False)(x, p, x_dot)

@@ -24,11 +24,11 @@ from jsoftmax.sums.reference import (
     LabelRates,
     Normalized,
     class_sum,
+    complement_of,
     is_empty,
-    lacking,
     not_negative,
     rest_of,
-    weight,
+    total_weight,
 )
 
 LARGE = 2**17
@@ -46,8 +46,8 @@ _MANY_SCORES = 4096
 
 
 Want = Literal["all", "p", "log_p", "L", "H", "loss"]
-"""What is wanted: all of log p, p and L, or one of them; the entropy; the sums of a loss. It changes no result but by
-rounding, only the way to it."""
+"""What is wanted: all of log p, p, L and 1 − p, or one of them; the entropy; the sums of a loss. It changes no result
+but by rounding, only the way to it."""
 
 
 class Form(NamedTuple):
@@ -105,7 +105,7 @@ def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want,
     if _within_rules(how):  # the derivative is 0 where a class is left out
         log_p = jnp.where(jnp.isneginf(x), lax.stop_gradient(log_p), log_p)
     L = jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total)
-    return Normalized(log_p, e / total, L, lacking(e, rest))
+    return Normalized(log_p, e / total, L, complement_of(e, rest))
 
 
 def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> tuple[Array, Array]:
@@ -128,7 +128,8 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
 
 
 def centred_rate(_: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    """`reference.differences`, without its care of p > ¾: that class has an absolute error of some ulp of ẋ."""
+    """The first result of `reference.centred_tangent`, without its care of p > ¾: that class has an absolute error of
+    some ulp of ẋ."""
     return x_dot - class_sum(p * x_dot, axis, axis_name)
 
 
@@ -148,14 +149,14 @@ def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, hand them on)
 def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, hand them on)
     x: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName, order: int
 ) -> Array:
-    """`reference.log_p_rate` of p, in the same way."""
+    """`reference.log_p_rate`, from p, in the same way."""
     mean = class_sum(p * x_dot, axis, axis_name)
     return jnp.where(jnp.isneginf(x), 0, x_dot - _beside_classes(mean, x, x_dot, axis, Form("log_p", order)))
 
 
 def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
     """`reference.weighed_differences`, in the same way."""
-    return w * (x_dot - class_sum(w / weight(w, axis) * x_dot, axis))
+    return w * (x_dot - class_sum(w / total_weight(w, axis) * x_dot, axis))
 
 
 def compares_labels(x_dot: Array) -> bool:

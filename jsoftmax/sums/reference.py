@@ -46,7 +46,7 @@ class Normalized(NamedTuple):
     log_p: Array
     p: Array
     log_normalizer: Array
-    lacks: Array
+    complement: Array
 
 
 class ExpSums(NamedTuple):
@@ -109,7 +109,7 @@ def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> N
     left_out = -jnp.inf - lax.stop_gradient(log_total)  # NaN in a row that is NaN
     log_p = jnp.where(x > -jnp.inf, u - log_total, left_out)
     L = jnp.where(peak == jnp.inf, peak, peak + log_total)
-    return Normalized(log_p, e / (1 + rest), L, lacking(e, rest))
+    return Normalized(log_p, e / (1 + rest), L, complement_of(e, rest))
 
 
 def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> tuple[Array, Array]:
@@ -140,55 +140,56 @@ def difference(x: Array, peak: Array) -> Array:
 
 
 def minus_mean(  # noqa: PLR0917  (a mean has its weights, what they sum up to, and its axes)
-    a: Array, w: Array, total: Any, lacks: Array, lead: Array, axis: tuple[int, ...], axis_name: AxisName = None
+    a: Array, w: Array, total: Any, complement: Array, is_top: Array, axis: tuple[int, ...], axis_name: AxisName = None
 ) -> tuple[Array, Array]:
-    """a − Σ p a, and Σ p a, for p = w / total. Where p > ¾: lead is True, and lacks is 1 − p with its digits.
+    """a − Σ p a, and Σ p a, for p = w / total. complement: 1 − p with its digits. is_top: marks the class with p > ¾ if
+    there is one; in rows without one it may mark ties.
 
-    There the difference is lacks a − Σ p a over the other classes: a − p a would lose the digits of a small 1 − p, here
-    and, transposed, in gradients. Not of sharded classes (MATH 4.5).
+    For a class with p > ¾ the difference is (1 − p) a − Σ p a over the other classes: a − p a would lose the digits of
+    a small 1 − p, here and, transposed, in gradients. Not of sharded classes (MATH 4.5).
     """
     w_a = w * a
     mean = class_sum(w_a, axis, axis_name) / total
     if axis_name is not None:
         return a - mean, mean
-    of_others = class_sum(jnp.where(lead, 0, w_a), axis) / total
-    return jnp.where(w > SURE * total, lacks * a - of_others, a - mean), mean
+    of_others = class_sum(jnp.where(is_top, 0, w_a), axis) / total
+    return jnp.where(w > SURE * total, complement * a - of_others, a - mean), mean
 
 
-def differences(
+def centred_tangent(
     x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None
 ) -> tuple[Array, Array, Array]:
     """ẋ − Σ p ẋ; e^u and Σ e^u."""
     _, e, rest, *_ = shifted(x, axis, axis_name)
-    difference, _ = minus_mean(x_dot, e, 1 + rest, lacking(e, rest), e == 1, axis, axis_name)
+    difference, _ = minus_mean(x_dot, e, 1 + rest, complement_of(e, rest), e == 1, axis, axis_name)
     return difference, e, 1 + rest
 
 
-def lacking(e: Array, rest: Array) -> Array:
+def complement_of(e: Array, rest: Array) -> Array:
     """1 − p = (Σ e^u − 1 + (1 − e^u)) / Σ e^u, with the digits of a small one  (MATH 4.2)."""
     return (rest + (1 - e)) / (1 + rest)
 
 
 def p_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """ṗ = p (ẋ − Σ p ẋ)  (MATH 1.2)."""
-    difference, e, total = differences(x, x_dot, axis, axis_name)
+    difference, e, total = centred_tangent(x, x_dot, axis, axis_name)
     return e * difference / total
 
 
 def log_p_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """l̇ = ẋ − Σ p ẋ, 0 where a class is left out  (MATH 1.4)."""
-    return jnp.where(jnp.isneginf(x), 0, differences(x, x_dot, axis, axis_name)[0])
+    return jnp.where(jnp.isneginf(x), 0, centred_tangent(x, x_dot, axis, axis_name)[0])
 
 
 def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
     """w (ẋ − Σ w̄ ẋ), w̄ = w / Σ w, 0 in a row without weight  (MATH 8.3)."""
-    total = weight(w, axis)
-    lead = w > SURE * total
-    lacks = class_sum(jnp.where(lead, 0, w), axis) / total
-    return w * minus_mean(x_dot, w, total, lacks, lead, axis)[0]
+    total = total_weight(w, axis)
+    is_top = w > SURE * total
+    complement = class_sum(jnp.where(is_top, 0, w), axis) / total
+    return w * minus_mean(x_dot, w, total, complement, is_top, axis)[0]
 
 
-def weight(w: Array, axis: tuple[int, ...]) -> Array:
+def total_weight(w: Array, axis: tuple[int, ...]) -> Array:
     """Σ w, and 1 for a row without weight, for what divides by it."""
     total = class_sum(w, axis)
     return jnp.where(total == 0, 1, total)

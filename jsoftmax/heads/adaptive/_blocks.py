@@ -118,7 +118,8 @@ def _product(weight: Array, a: Array) -> Array:
 
 
 def _precision(weight: Array) -> lax.Precision | None:
-    """Of products with weights: all digits of wide ones (see `_linear.precise`)."""
+    """Of products with weights: all digits where they are wide (`_linear.precise`); by narrow ones a GPU may multiply
+    numbers of 11 bits."""
     return lax.Precision.HIGHEST if weight.dtype.itemsize >= 4 else None
 
 
