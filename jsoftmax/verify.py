@@ -238,7 +238,7 @@ def _cell_at(index: int, orders: int) -> Cell:
 
 
 def cells(orders: int = 4) -> Iterator[Cell]:
-    """Each pair's cell as soon as it is done. orders: how many are compared; 3 ends with second derivatives, 4 with third.
+    """Each pair's cell as soon as it is done. orders: how many are compared, 4 with third derivatives.
 
     On CPU in two processes, since tracing and mpmath are Python.
     """

@@ -170,3 +170,29 @@ def test_narrow_scores_lose_only_the_last_rounding(dtype, scale):
     gradient = jax.grad(lambda z: jsoftmax.entropy(z).sum())
     assert gradient(z).dtype == dtype
     np.testing.assert_allclose(np.float32(gradient(z)), gradient(wide), rtol=half, atol=1e-7)
+
+
+def softmax_products(x, w, v):
+    """H v of Σ w log p and of Σ w p in float64, by differences of classes: no digit is lost beside a p near 1."""
+    x, w, v = (np.float64(a) for a in (x, w, v))
+    p = np.exp(x - x.max())
+    p = p / p.sum()
+
+    def centred(a):
+        return np.sum(p * (a[:, None] - a[None, :]), 1)
+
+    p_dot = p * centred(v)
+    return -w.sum() * p_dot, p_dot * centred(w) - p * np.sum(p * centred(v) * centred(w))
+
+
+@pytest.mark.parametrize("gap", [5.0, 20.0, 50.0, 80.0])
+@pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse"])
+def test_second_derivatives_beside_a_probability_near_1(mode, gap):
+    x, w, v = jnp.array([gap, 0.0, 1.0]), jnp.array([0.3, -1.1, 0.7]), jnp.array([0.9, 0.4, -1.3])
+    for f, want in zip((jsoftmax.log_softmax, jsoftmax.softmax), softmax_products(x, w, v), strict=True):
+        gradient = jax.grad(lambda x, f=f: jnp.sum(w * f(x)))
+        if mode == "forward over reverse":
+            found = jax.jvp(gradient, (x,), (v,))[1]
+        else:
+            found = jax.grad(lambda x, g=gradient: jnp.vdot(g(x), v))(x)
+        np.testing.assert_allclose(np.float64(found), want, rtol=3e-6)

@@ -4,6 +4,7 @@ GPUs and TPUs run this, and small arrays run it everywhere. A class is left out 
 classes keep their axes with length 1.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -80,11 +81,24 @@ def shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, beside:
     x = read(x)
     peak = all_max(jnp.max(lax.stop_gradient(x), axis, keepdims=True, initial=-jnp.inf), axis_name)
     u = not_below(x) - not_below(peak)
-    e = jnp.exp(jnp.where(x > -jnp.inf, u, x))  # NaN of NaN too, which a maximum may have dropped
+    e = exponential(x, u)
+    rest, beside = sum_without_one(e, axis, axis_name, beside)
+    return Shifted(u, e, rest, peak, beside)
+
+
+def exponential(x: Array, u: Array) -> Array:
+    """e^u, 0 where x = −∞; NaN of NaN too, which a maximum may have dropped."""
+    return jnp.exp(jnp.where(x > -jnp.inf, u, x))
+
+
+def sum_without_one(
+    e: Array, axis: tuple[int, ...], axis_name: AxisName = None, beside: Any = None
+) -> tuple[Array, Any]:
+    """Σ e − 1, and what is to be summed over the shards beside."""
     whole = jnp.round(e)
     small, ones = (jnp.sum(a, axis, keepdims=True) for a in (e - whole, whole))
     small, ones, beside = all_sum((small, ones, beside), axis_name)
-    return Shifted(u, e, rest_of(small, ones), peak, beside)
+    return rest_of(small, ones), beside
 
 
 def rest_of(small: Array, ones: Array) -> Array:
@@ -156,11 +170,32 @@ def minus_mean(  # noqa: PLR0917  (a mean has its weights, what they sum up to, 
     return jnp.where(w > SURE * total, complement * a - of_others, a - mean), mean
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def about_top(u: Array, rest: Array, axis: tuple[int, ...]) -> Array:
+    """u, with derivatives about that of the class with p > ¾, where a row has one.
+
+    What depends on differences of u alone may take them so, and keeps their digits: the derivative of that class's e^u
+    is 0 then, not one that cancels.
+    """
+    return u
+
+
+@about_top.defjvp
+def _about_top_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (u, rest), (u_dot, _) = primals, tangents
+    top = (u == 0) & (rest < 1 / SURE - 1)
+    of_top = class_sum(jnp.where(top, u_dot, 0), axis)
+    return about_top(u, rest, axis), jnp.where(top, 0, u_dot - of_top)  # 0 as it is, backwards too
+
+
 def centred_tangent(
     x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None
 ) -> tuple[Array, Array, Array]:
-    """ẋ − Σ p ẋ; e^u and Σ e^u."""
-    _, e, rest, *_ = shifted(x, axis, axis_name)
+    """ẋ − Σ p ẋ; e^u and Σ e^u. Their derivatives keep their digits beside a p near 1, too (`about_top`)."""
+    u, e, rest, *_ = shifted(x, axis, axis_name)
+    if axis_name is None:
+        e = exponential(read(x), about_top(u, rest, axis))
+        rest, _ = sum_without_one(e, axis)
     difference, _ = minus_mean(x_dot, e, 1 + rest, complement_of(e, rest), e == 1, axis, axis_name)
     return difference, e, 1 + rest
 
