@@ -18,11 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from benchmarks import measure
-from benchmarks.programs import CASES, Case, in_mode
-from jsoftmax import heads
+from benchmarks.programs import CASES, CLASSES, FEATURES, HEADS, TOKENS, Case, in_mode, value_and_gradients
 
 SHAPES = ((8192, 8192), (512, 131072), (8_388_608, 8), (65536, 1000))
 DTYPES = ("float32", "bfloat16")
@@ -120,19 +118,6 @@ def copy_rate(shape: tuple[int, ...]) -> float:
     return 2 * z.nbytes / ms / 1e6
 
 
-TOKENS, FEATURES, CLASSES = 8192, 2048, 131072
-HEADS = {
-    "ours, linear_cross_entropy": heads.linear_cross_entropy,
-    "ours, linear_cross_entropy_sum": heads.linear_cross_entropy_sum,
-    "ours, linear_statistics": lambda h, W, y: sum(jnp.sum(a) for a in heads.linear_statistics(h, W, y)[:3]),
-    "optax, all logits in float32": lambda h, W, y: optax.softmax_cross_entropy_with_integer_labels(
-        jnp.matmul(h, W.T, preferred_element_type=jnp.float32), y
-    ),
-    "optax, all logits in bfloat16": lambda h, W, y: optax.softmax_cross_entropy_with_integer_labels(h @ W.T, y),
-}
-"""Losses of a language model's last layer, whose value and gradients are taken."""
-
-
 def heads_rows(sizes: tuple[int, int, int]) -> list[dict[str, Any]]:
     """Times of the heads, their temporaries, and how many TFLOP/s the fewest three products would be."""
     tokens, features, classes = sizes
@@ -143,8 +128,7 @@ def heads_rows(sizes: tuple[int, int, int]) -> list[dict[str, Any]]:
     labels = jax.random.randint(jax.random.key(2), (tokens,), 0, classes)
     rows = []
     for name, f in HEADS.items():
-        total = jax.value_and_grad(lambda h, W, y, f=f: jnp.sum(f(h, W, y), dtype=jnp.float32), (0, 1))
-        program = jax.jit(total).lower(hidden, weight, labels).compile()
+        program = jax.jit(value_and_gradients(f)).lower(hidden, weight, labels).compile()
         call = functools.partial(program, hidden, weight, labels)
         ms = interleaved({name: (call, jax.block_until_ready)})["ms"][name]
         memory = program.memory_analysis().temp_size_in_bytes / 2**20  # pyright: ignore[reportOptionalMemberAccess]

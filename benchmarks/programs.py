@@ -22,7 +22,7 @@ from jax.experimental import topologies
 import jsoftmax as js
 from benchmarks import hlo
 from benchmarks.family import plain_entropy
-from jsoftmax import gumbel, losses
+from jsoftmax import gumbel, heads, losses
 
 F = Callable[..., Any]
 
@@ -153,6 +153,24 @@ CASES = (
 )
 
 
+TOKENS, FEATURES, CLASSES = 8192, 2048, 131072
+HEADS = {
+    "ours, linear_cross_entropy": heads.linear_cross_entropy,
+    "ours, linear_cross_entropy_sum": heads.linear_cross_entropy_sum,
+    "ours, linear_statistics": lambda h, W, y: sum(jnp.sum(a) for a in heads.linear_statistics(h, W, y)[:3]),
+    "optax, all logits in float32": lambda h, W, y: optax.softmax_cross_entropy_with_integer_labels(
+        jnp.matmul(h, W.T, preferred_element_type=jnp.float32), y
+    ),
+    "optax, all logits in bfloat16": lambda h, W, y: optax.softmax_cross_entropy_with_integer_labels(h @ W.T, y),
+}
+"""Losses of a language model's last layer, whose value and gradients are taken."""
+
+
+def value_and_gradients(f: F) -> F:
+    """Of the sum over the tokens, by hidden and weight."""
+    return jax.value_and_grad(lambda h, W, y: jnp.sum(f(h, W, y), dtype=jnp.float32), (0, 1))
+
+
 def in_mode(f: F, mode: str, z: Any, more: tuple[Any, ...]) -> tuple[F, tuple[Any, ...]]:
     """The function that is compiled, and its arguments: z, what else it takes, a cotangent, a tangent."""
     if mode == "value":
@@ -186,9 +204,22 @@ def cells() -> list[tuple[Case, str, tuple[int, ...], str]]:
     ]
 
 
+def heads_rows(where: Any) -> list[dict[str, Any]]:
+    """The counts of the heads."""
+    shapes = ((TOKENS, FEATURES), jnp.bfloat16), ((CLASSES, FEATURES), jnp.bfloat16), ((TOKENS,), jnp.int32)
+    given = tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    rows = []
+    for name, f in HEADS.items():
+        counts = dataclasses.asdict(compiled(where, value_and_gradients(f), given))
+        rows.append({"name": name, "sizes": [TOKENS, FEATURES, CLASSES], **counts})
+        print(f"{name}: {counts['kernels']} kernels, {counts['traffic'] / 2**30:.1f} GiB", flush=True)
+    return rows
+
+
 def run(kind: str, output: pathlib.Path) -> None:
     """Compile every cell for the device and write the counts."""
     where = device(kind)
+    of_heads = heads_rows(where)
     rows = []
     for case, mode, shape, dtype in cells():
         z, more = jax.ShapeDtypeStruct(shape, dtype), case.more(shape, jnp.dtype(dtype))
@@ -199,7 +230,7 @@ def run(kind: str, output: pathlib.Path) -> None:
         rows.append(row)
         print(line(row), flush=True)
     versions = {"device": kind, "jax": jax.__version__, "optax": optax.__version__, "jsoftmax": js.__version__}
-    output.write_text(json.dumps({**versions, "rows": rows}, indent=1) + "\n")
+    output.write_text(json.dumps({**versions, "heads": of_heads, "rows": rows}, indent=1) + "\n")
 
 
 def line(row: dict[str, Any]) -> str:

@@ -106,8 +106,16 @@ def programs() -> str:
     parts = [ABOUT_PROGRAMS]
     for path in sorted(RESULTS.glob("programs-*.json")):
         run = json.loads(path.read_text())
+        parts.append(f"## {run['device']}, jax {run['jax']}")
+        tokens, features, classes = run["heads"][0]["sizes"]
+        title = f"{tokens:,} × {features:,} × {classes:,}, bfloat16, value and gradients"
+        lines = [f"| {title} | kernels | traffic, GiB | temporaries, MiB |", "|---|" + "---:|" * 3]
+        for row in run["heads"]:
+            memory = f"{row['traffic'] / 2**30:.1f} | {row['temporaries'] / 2**20:,.0f}"
+            lines.append(f"| {row['name']} | {row['kernels']} | {memory} |")
+        parts.append("\n".join(lines))
         head = "| | | scores | kernels | traffic, MiB | the peer's kernels | its traffic, MiB | ratio |"
-        parts.append(f"## {run['device']}, jax {run['jax']}\n\n{head}\n|---|---|---|" + "---:|" * 5)
+        parts.append(f"{head}\n|---|---|---|" + "---:|" * 5)
         for row in run["rows"]:
             name, shape = label(row)
             ours, peer = row["ours"], row.get("peer")
