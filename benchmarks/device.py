@@ -8,7 +8,6 @@ another in one process.
 
 import concurrent.futures
 import functools
-import itertools
 import json
 import pathlib
 import statistics
@@ -20,10 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import measure
-from benchmarks.programs import CASES, CLASSES, FEATURES, HEADS, TOKENS, Case, in_mode, value_and_gradients
+from benchmarks.programs import CLASSES, FEATURES, HEADS, TOKENS, Case, cells, in_mode, value_and_gradients
 
 SHAPES = ((8192, 8192), (512, 131072), (8_388_608, 8), (65536, 1000))
-DTYPES = ("float32", "bfloat16")
 ROUNDS = 7
 QUEUED_MS = 10.0
 """A queue is as many calls as last about so long."""
@@ -98,16 +96,6 @@ def interleaved(programs: dict[str, tuple[Call, Callable[[Any], Any]]]) -> dict[
         "ms": {name: statistics.median(turn[name] for turn in rounds) for name in programs},
         "ratio": {name: statistics.quantiles([turn[first] / turn[name] for turn in rounds], n=4) for name in others},
     }
-
-
-def cells(shapes: tuple[tuple[int, ...], ...]) -> list[tuple[Case, str, tuple[int, ...], str]]:
-    """Every case in each of its modes; bfloat16 for the first two shapes."""
-    return [
-        (case, mode, shape, dtype)
-        for shape, dtype, case in itertools.product(shapes, DTYPES, CASES)
-        if dtype == "float32" or shape in shapes[:2]
-        for mode in case.modes
-    ]
 
 
 def copy_rate(shape: tuple[int, ...]) -> float:

@@ -194,12 +194,12 @@ def compiled(where: Any, f: F, given: tuple[Any, ...]) -> hlo.Program:
     return hlo.read(jax.jit(f).lower(*placed).compile())
 
 
-def cells() -> list[tuple[Case, str, tuple[int, ...], str]]:
-    """Every case in each of its modes; bfloat16 for two shapes."""
+def cells(shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[tuple[Case, str, tuple[int, ...], str]]:
+    """Every case in each of its modes; bfloat16 for the first two shapes."""
     return [
         (case, mode, shape, dtype)
-        for case, dtype, shape in itertools.product(CASES, DTYPES, SHAPES)
-        if dtype == "float32" or shape in SHAPES[:2]
+        for case, dtype, shape in itertools.product(CASES, DTYPES, shapes)
+        if dtype == "float32" or shape in shapes[:2]
         for mode in case.modes
     ]
 

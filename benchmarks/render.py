@@ -154,10 +154,9 @@ def devices() -> str:
             "|---|---|---|" + "---:|" * (1 + len(peers)),
         ]
         for row in run["rows"]:
-            ratios = [
-                f"{m:.2f} [{a:.2f}, {b:.2f}]" for a, m, b in (row["ratio"][p] for p in peers if p in row["ratio"])
-            ]
-            cells = [*label(row), f"{row['ms']['ours']:.3f}", *ratios, *[""] * (len(peers) - len(ratios))]
+            ratios = [row["ratio"].get(peer) for peer in peers]
+            shown = [f"{r[1]:.2f} [{r[0]:.2f}, {r[2]:.2f}]" if r else "" for r in ratios]
+            cells = [*label(row), f"{row['ms']['ours']:.3f}", *shown]
             lines.append("| " + " | ".join((cells[0], row["mode"], *cells[1:])) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(part.strip() for part in parts) + "\n"

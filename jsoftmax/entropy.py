@@ -93,7 +93,7 @@ def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: 
     (x_p, x_q), (x_p_dot, x_q_dot) = primals, [_arguments.widened(dot) for dot in tangents]
     (log_p, p, L_p, complement_p), (log_q, q, _, complement_q) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     r, _ = log_ratio(log_p, p, log_q)
-    by_p = p * sums.minus_mean(r, p, 1, complement_p, p > sums.SURE, axis, axis_name)[0]
+    by_p = p * sums.minus_mean(r, p, 1, complement_p, p > sums.SURE, axis, axis_name)
     # q − p where both are above ½ by 1 − p and 1 − q, which have the digits
     q_minus_p = jnp.where((p > 0.5) & (q > 0.5), complement_p - complement_q, q - p)
     by_q = jnp.where(jnp.isneginf(x_q) | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q_minus_p)

@@ -59,7 +59,8 @@ def test_sink_is_a_class_that_is_dropped():
     ours, theirs = (jax.jacrev(f, (0, 1))(z, sink) for f in (js.sink_softmax, extended))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(js.sink_softmax(z, -inf), js.softmax(z), rtol=2.5e-7)  # 2 ulp: two programs
+    with jax.default_device(jax.devices("cpu")[0]):  # elsewhere two programs may differ by an ulp
+        np.testing.assert_allclose(js.sink_softmax(z, -inf), js.softmax(z))
     np.testing.assert_allclose(js.sink_softmax(z.T, sink.T, axis=0).T, js.sink_softmax(z, sink), rtol=1e-6)
     keep = jnp.array([True, False, True, True, False])
     np.testing.assert_allclose(js.sink_softmax(z, where=keep)[:, keep], js.sink_softmax(z[:, keep]), rtol=1e-6)

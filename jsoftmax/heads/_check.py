@@ -21,6 +21,7 @@ from jsoftmax._collectives import (
     typed_as,
 )
 from jsoftmax.heads._head import PER_TOKEN, Head, Plan, first_class, vocabulary
+from jsoftmax.heads._linear import full_precision
 from jsoftmax.heads._statistics import Statistics
 
 NO_LABELS: Any = object()
@@ -256,17 +257,17 @@ def _check_precision(function: str, precision: Any, dtype: Any) -> Any:
     Left out, and without `jax_default_matmul_precision`, float32 and float64 factors are multiplied with all their
     digits: JAX's default keeps 11 bits of float32 on GPUs, and 8 on TPUs.
     """
-    if precision is None and jax.config.jax_default_matmul_precision is None and jnp.finfo(dtype).bits >= 32:  # pyright: ignore[reportAttributeAccessIssue]
-        return jax.lax.Precision.HIGHEST
+    if precision is None:
+        chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+        return full_precision(dtype) if chosen is None else None
     try:
-        given = None if precision is None else jax.lax.Precision(precision)
+        return jax.lax.Precision(precision)
     except ValueError:
         wanted = ", ".join(repr(p.name.lower()) for p in jax.lax.Precision)
         raise ValueError(
             f"{function}: precision must be None, a jax.lax.Precision or one of {wanted}; got "
             f"{precision!r}. Leave it out: float32 factors keep all their digits."
         ) from None
-    return given
 
 
 def _block_sizes(

@@ -215,18 +215,18 @@ def checkpointed_scan(body: Callable[..., Any], state: Any, xs: Any) -> Any:
     return lax.scan(jax.checkpoint(body, prevent_cse=False), state, xs)
 
 
-def over_classes(  # noqa: PLR0917
+def over_classes(  # noqa: PLR0917  (what a loop over blocks takes)
     step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
 ) -> Any:
     """The state after all classes, in the blocks of the platform that the program is compiled for."""
-    on_cpu = functools.partial(_over_blocks, step, plan=plan)
-    elsewhere = functools.partial(_over_blocks, step, plan=plan.on_accelerators())
-    if plan.on_accelerators() == plan:
+    other_plan = plan.on_accelerators()
+    on_cpu, elsewhere = (functools.partial(_over_blocks, step, plan=p) for p in (plan, other_plan))
+    if other_plan == plan:
         return on_cpu(heads, dots, known, state)
     return lax.platform_dependent(heads, dots, known, state, cpu=on_cpu, default=elsewhere)
 
 
-def _over_blocks(  # noqa: PLR0917
+def _over_blocks(  # noqa: PLR0917  (as `over_classes` has them)
     step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
 ) -> Any:
     """The state `[N, …]` after step(blocks, their tangents, start=, known=, state=, plan=) for each block of classes

@@ -16,6 +16,11 @@ from jsoftmax.phi import Phi
 precise = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
+def full_precision(dtype: Any) -> lax.Precision | None:
+    """The precision of products of factors of which the narrowest has the dtype: all digits of wide ones."""
+    return lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
+
+
 def check_matrix(function: str, argument: str, value: Any, wanted: str, ndim: int | None = None) -> Array:
     """A floating array with at least one dimension, or with as many as `ndim`, none of the last two empty."""
     array = _arguments.as_array(function, argument, value)

@@ -90,14 +90,9 @@ def _weighted_sum_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, A
 def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]:
     """Σ w loss and its gradient: on CPU, or in blocks that the caller chose, by three products; otherwise by four,
     which are fewer and larger kernels."""
-    on_cpu = functools.partial(_by_token_blocks, plan=plan)
+    on_cpu, elsewhere = (functools.partial(f, plan=plan) for f in (_by_token_blocks, _streamed))
     if plan.accelerator_block in (None, (plan.tokens, plan.classes)):
         return on_cpu(given)
-
-    def elsewhere(given: Weighed) -> tuple[Array, _Gradients]:
-        value, gradients = _streamed(given, plan)
-        return value, jax.tree.map(lambda a: a.astype(value.dtype), gradients)
-
     return lax.platform_dependent(given, cpu=on_cpu, default=elsewhere)
 
 
@@ -140,9 +135,7 @@ def _by_token_blocks(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]:
 def _value_and_gradients_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     """Derivatives of the gradient are those of the streamed gradient."""
     (given,), dots = primals, without_zeros(tangents[0])
-    (value, gradients), rates = jvp_of_live(functools.partial(_streamed, plan=plan), given, dots)
-    wide = [jax.tree.map(lambda a: a.astype(value.dtype), tree) for tree in (gradients, rates)]
-    return (value, wide[0]), wide[1]
+    return jvp_of_live(functools.partial(_streamed, plan=plan), given, dots)
 
 
 def _streamed(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]:
@@ -154,7 +147,7 @@ def _streamed(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]:
 
     wanted = _Gradients.of(given)._replace(token_weights=None)
     shares, (value, losses) = jax.grad(of, has_aux=True)(wanted)
-    return value, shares._replace(token_weights=losses)
+    return value, jax.tree.map(lambda a: a.astype(value.dtype), shares._replace(token_weights=losses))
 
 
 def _of_token_block(rows: Weighed, blocks: Head, first: Array, sums: Any, plan: Plan) -> Any:

@@ -120,11 +120,7 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
 
 def centred_rate(x: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """ẋ − Σ p ẋ."""
-
-    def otherwise(x: Array, x_dot: Array) -> Array:
-        return reference.centred_tangent(x, x_dot, axis, axis_name)[0]
-
-    return _rate(cpu.centred_rate, otherwise, x, p, x_dot, axis, axis_name)
+    return _rate(cpu.centred_rate, reference.centred_rate, x, p, x_dot, axis, axis_name)
 
 
 def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
@@ -138,10 +134,8 @@ def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
 ) -> Array:
     """ṗ along ẋ."""
     on_cpu = functools.partial(cpu.p_rate, want=want, order=order)
-    otherwise = functools.partial(reference.p_rate, axis=axis, axis_name=axis_name)
-    return _rate(
-        on_cpu, otherwise, x, p, x_dot, axis, axis_name, beside_value=want == "loss" or (want == "p" and order == 0)
-    )
+    beside_value = want == "loss" or (want == "p" and order == 0)
+    return _rate(on_cpu, reference.p_rate, x, p, x_dot, axis, axis_name, beside_value)
 
 
 def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
@@ -155,8 +149,7 @@ def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
 ) -> Array:
     """(log p)˙ along ẋ."""
     on_cpu = functools.partial(cpu.log_p_rate, order=order)
-    otherwise = functools.partial(reference.log_p_rate, axis=axis, axis_name=axis_name)
-    return _rate(on_cpu, otherwise, x, p, x_dot, axis, axis_name, beside_value=want == "log_p" and order == 0)
+    return _rate(on_cpu, reference.log_p_rate, x, p, x_dot, axis, axis_name, want == "log_p" and order == 0)
 
 
 _ROW_KERNEL_CLASSES = 16384
@@ -165,7 +158,7 @@ _ROW_KERNEL_CLASSES = 16384
 
 def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     on_cpu: Callable[..., Array],
-    otherwise: Callable[[Array, Array], Array],
+    otherwise: Callable[..., Array],
     x: Array,
     p: Array,
     x_dot: Array,
@@ -179,20 +172,14 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     and any other x. Behind the barrier e^u is computed again, in one kernel with the derivative; without it XLA would
     write p for the value and the derivative to read.
     """
-    classes = math.prod(x.shape[i] for i in axis)
+    large, classes = cpu.is_large(x), math.prod(x.shape[i] for i in axis)
+    behind_barrier = large and beside_value and classes <= _ROW_KERNEL_CLASSES and axis_name is None
 
     def recomputed(x: Array, _: Array, x_dot: Array) -> Array:
-        return otherwise(
-            lax.optimization_barrier(x) if beside_value and classes <= _ROW_KERNEL_CLASSES and axis_name is None else x,
-            x_dot,
-        )
+        return otherwise(lax.optimization_barrier(x) if behind_barrier else x, x_dot, axis, axis_name)
 
     def along(x: Array, p: Array, x_dot: Array) -> Array:
-        if not cpu.is_large(x):
-            return otherwise(x, x_dot)
-        return lax.platform_dependent(
-            x, p, x_dot, cpu=functools.partial(on_cpu, axis=axis, axis_name=axis_name), default=recomputed
-        )
+        return _by_platform(functools.partial(on_cpu, axis=axis, axis_name=axis_name), recomputed, large, x, p, x_dot)
 
     return jax.checkpoint(along, prevent_cse=False)(x, p, x_dot)
 

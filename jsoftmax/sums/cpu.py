@@ -128,8 +128,7 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
 
 
 def centred_rate(_: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    """The first result of `reference.centred_tangent`, without its care of p > ¾: that class has an absolute error of
-    some ulp of ẋ."""
+    """`reference.centred_rate`, without its care of p > ¾: that class has an absolute error of some ulp of ẋ."""
     return x_dot - class_sum(p * x_dot, axis, axis_name)
 
 

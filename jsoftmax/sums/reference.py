@@ -155,8 +155,8 @@ def difference(x: Array, peak: Array) -> Array:
 
 def minus_mean(  # noqa: PLR0917  (a mean has its weights, what they sum up to, and its axes)
     a: Array, w: Array, total: Any, complement: Array, is_top: Array, axis: tuple[int, ...], axis_name: AxisName = None
-) -> tuple[Array, Array]:
-    """a − Σ p a, and Σ p a, for p = w / total. complement: 1 − p with its digits. is_top: marks the class with p > ¾ if
+) -> Array:
+    """a − Σ p a, for p = w / total. complement: 1 − p with its digits. is_top: marks the class with p > ¾ if
     there is one; in rows without one it may mark ties.
 
     For a class with p > ¾ the difference is (1 − p) a − Σ p a over the other classes: a − p a would lose the digits of
@@ -165,9 +165,9 @@ def minus_mean(  # noqa: PLR0917  (a mean has its weights, what they sum up to, 
     w_a = w * a
     mean = class_sum(w_a, axis, axis_name) / total
     if axis_name is not None:
-        return a - mean, mean
+        return a - mean
     of_others = class_sum(jnp.where(is_top, 0, w_a), axis) / total
-    return jnp.where(w > SURE * total, complement * a - of_others, a - mean), mean
+    return jnp.where(w > SURE * total, complement * a - of_others, a - mean)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -196,13 +196,17 @@ def centred_tangent(
     if axis_name is None:
         e = exponential(read(x), about_top(u, rest, axis))
         rest, _ = sum_without_one(e, axis)
-    difference, _ = minus_mean(x_dot, e, 1 + rest, complement_of(e, rest), e == 1, axis, axis_name)
-    return difference, e, 1 + rest
+    return minus_mean(x_dot, e, 1 + rest, complement_of(e, rest), e == 1, axis, axis_name), e, 1 + rest
 
 
 def complement_of(e: Array, rest: Array) -> Array:
     """1 − p = (Σ e^u − 1 + (1 − e^u)) / Σ e^u, with the digits of a small one  (MATH 4.2)."""
     return (rest + (1 - e)) / (1 + rest)
+
+
+def centred_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+    """ẋ − Σ p ẋ."""
+    return centred_tangent(x, x_dot, axis, axis_name)[0]
 
 
 def p_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
@@ -213,7 +217,7 @@ def p_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = 
 
 def log_p_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """l̇ = ẋ − Σ p ẋ, 0 where a class is left out  (MATH 1.4)."""
-    return jnp.where(jnp.isneginf(x), 0, centred_tangent(x, x_dot, axis, axis_name)[0])
+    return jnp.where(jnp.isneginf(x), 0, centred_rate(x, x_dot, axis, axis_name))
 
 
 def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
@@ -221,7 +225,7 @@ def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
     total = total_weight(w, axis)
     is_top = w > SURE * total
     complement = class_sum(jnp.where(is_top, 0, w), axis) / total
-    return w * minus_mean(x_dot, w, total, complement, is_top, axis)[0]
+    return w * minus_mean(x_dot, w, total, complement, is_top, axis)
 
 
 def total_weight(w: Array, axis: tuple[int, ...]) -> Array:

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._series import expm1
 from jsoftmax.heads._head import cut
-from jsoftmax.heads._linear import precise
+from jsoftmax.heads._linear import full_precision, precise
 from jsoftmax.heads._statistics import Running, merged
 from jsoftmax.phi import Phi, log_phi, slope
 from jsoftmax.sums import difference, not_negative
@@ -114,13 +114,7 @@ def _scores(weight: Array, phi: Phi, a: Array, start: Array, classes: int) -> tu
 
 
 def _product(weight: Array, a: Array) -> Array:
-    return lax.dot_general(weight.astype(a.dtype), a, (((1,), (1,)), ((), ())), _precision(weight))
-
-
-def _precision(weight: Array) -> lax.Precision | None:
-    """Of products with weights: all digits where they are wide (`_linear.precise`); by narrow ones a GPU may multiply
-    numbers of 11 bits."""
-    return lax.Precision.HIGHEST if weight.dtype.itemsize >= 4 else None
+    return lax.dot_general(weight.astype(a.dtype), a, (((1,), (1,)), ((), ())), full_precision(weight.dtype))
 
 
 def _maximum_and_rest(x: Array) -> Running:
@@ -213,7 +207,7 @@ def _along(primals: Any, tangents: Any, out: TailLoss, length: int, by_label: bo
                 hit = jnp.arange(length, dtype=label.dtype)[:, None] == label - start
                 q = jnp.where(hit, expm1(-out.loss), q)
             by_score = q * slope(phi, o)
-            mean = lax.dot_general(w.astype(a.dtype), by_score, (((0,), (0,)), ((), ())), _precision(w))
+            mean = lax.dot_general(w.astype(a.dtype), by_score, (((0,), (0,)), ((), ())), full_precision(w.dtype))
             result = jnp.sum(mean.T * a_dot, -1) + jnp.sum(by_score * _product(w_dot, a), 0)
             if not jax.tree.leaves(live):
                 return result
