@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from platforms import as_on_accelerators
 
 import jsoftmax as js
 from jsoftmax import gumbel, losses
@@ -81,6 +82,23 @@ def test_draws_of_131072_classes(dtype):
     assert_frequencies(counts[by_size].sum(1), p[by_size].sum(1))
     rank = np.argsort(np.argsort(p)) // 16_384
     assert_frequencies(np.bincount(rank[one_each], minlength=8), np.bincount(rank, p))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6, -3e38])
+def test_a_single_draw_on_accelerators(offset, monkeypatch):
+    """By noise, which an offset of the scores does not round away; bad rows and rows without classes."""
+    jax.clear_caches()
+    as_on_accelerators(monkeypatch)
+    log_weights = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05, 1e-4, 0.0]))
+    rows = jnp.full((400_000, 6), offset)
+    draws = jax.jit(lambda z: gumbel.categorical(KEY, z, log_weights=log_weights))(rows)
+    p = js.softmax(rows[0] + log_weights)  # what float32 leaves of these scores
+    assert_frequencies(np.bincount(draws, minlength=6), p)
+    inf, nan = np.inf, np.nan
+    bad = jnp.array([[0, nan, 1], [nan, 0, 0], [inf, 0, 0], [0, 0, inf], [-inf] * 3, [-inf, -inf, 0], [3e38, -3e38, 0]])
+    for f in (lambda z: gumbel.categorical(KEY, z), jax.vmap(lambda z: gumbel.categorical(KEY, z))):
+        np.testing.assert_array_equal(f(bad), [-1, -1, -1, -1, -1, 2, 0])
+    jax.clear_caches()
 
 
 def test_rare_classes_are_drawn_at_their_rate():

@@ -1,4 +1,4 @@
-"""Classes drawn from p, by the inverse of its distribution function in whole numbers (MATH 10.2)."""
+"""Classes drawn from p, by the inverse of its distribution function in whole numbers, or by noise (MATH 10.2)."""
 
 import functools
 import math
@@ -138,6 +138,27 @@ def _keep_possible(drawn: Array, x: Array, axis_name: AxisName) -> Array:
     return jnp.where(impossible, -1, drawn)
 
 
+@jax.jit
+def _draw_by_noise(key: Any, x: Array) -> Array:
+    """`[..., 1]` classes, that of the largest x + g; −1 in a row without classes, or with a score of NaN or +inf.
+
+    GPUs and TPUs compute the noise while they read x, once. Two classes are compared by their differences, so that an x
+    far from 0 does not round the noise away.
+    """
+    x = lax.stop_gradient(x)
+    classes = jnp.where(jnp.abs(x) < jnp.inf, lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1), -1)
+
+    def larger(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        (x_a, g_a, k_a), (x_b, g_b, k_b) = a, b
+        ahead, behind = x_a - x_b, g_b - g_a
+        first = (ahead > behind) | ((ahead == behind) & (k_a < k_b)) | ~(x_a < jnp.inf)  # or x_a makes the row bad
+        return tuple(jnp.where(first, one, other) for one, other in zip(a, b, strict=True))
+
+    start = jnp.array(-jnp.inf, x.dtype), jnp.zeros((), x.dtype), jnp.full((), -1, jnp.int32)
+    noise = _noise.gumbel(key, x.shape, x.dtype)
+    return lax.reduce((x, noise, classes), start, larger, (x.ndim - 1,))[2][..., None]
+
+
 @public
 def categorical(  # noqa: PLR0917  (as jax.random has them)
     key: PRNGKeyArray | ArrayLike,
@@ -157,7 +178,8 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
     P(k) = p_k;   k = #{j: F_j ≤ U F_K},  F cumulative sums of 2^31 p in whole numbers     (MATH 10.2)
 
     By one random number a draw and p once, where `jax.random.categorical` takes one a draw and class: a million draws
-    from one row need no array of draws × classes.
+    from one row need no array of draws × classes. GPUs and TPUs take one a class for a single draw of each row, which
+    is faster there and, by the same key, another draw than CPU's.
 
     Args:
       key: a PRNG key.
@@ -173,7 +195,8 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
         key, which is the same on all. Not with `mode`.
     Returns: int32 of the given shape. Each class is drawn with its p, within the rounding of p or 2^-32, whichever is
       more, and in the mean over keys however small p is: the draws of one call share whole numbers that p was rounded
-      to, in steps of 2^-31. A class with p = 0 is never drawn. A row without classes, or with a score of NaN or +inf:
+      to, in steps of 2^-31; a single draw on GPUs and TPUs never gives a class with p far below 2^-32. A class with
+      p = 0 is never drawn. A row without classes, or with a score of NaN or +inf:
       −1; so are draws without replacement beyond the classes that are left. No derivatives.
     Raises: as `jsoftmax.softmax`; ValueError for a `shape` that does not end so, more distinct draws than classes, or
       another `mode`.
@@ -200,11 +223,22 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
     if mode is not None:
         drawn = jax.random.categorical(key, given.x, -1, (*prefix, *batch), replace, mode)
         drawn = jnp.moveaxis(drawn.reshape(count, *batch), 0, -1).astype(jnp.int32)
+        drawn = _keep_possible(drawn, given.x, axis_name)
     elif replace:
-        drawn = by_rows(lambda x, key: _draw(key, x, count, axis_name), given.x, key, axis_name=axis_name)
+
+        def by_sums(x: Array, key: Any) -> Array:
+            return _keep_possible(_draw(key, x, count, axis_name), x, axis_name)
+
+        def of_rows(x: Array, key: Any) -> Array:
+            if count != 1 or axis_name is not None:
+                return by_sums(x, key)
+            return lax.platform_dependent(x, key, cpu=by_sums, default=lambda x, key: _draw_by_noise(key, x))
+
+        drawn = by_rows(of_rows, given.x, key, axis_name=axis_name)
     else:
         _, drawn = _noise.top_perturbed(key, given.x, count, axis_name)
-    return jnp.moveaxis(_keep_possible(drawn, given.x, axis_name), -1, 0).reshape(*prefix, *batch)
+        drawn = _keep_possible(drawn, given.x, axis_name)
+    return jnp.moveaxis(drawn, -1, 0).reshape(*prefix, *batch)
 
 
 def check_distinct(function: str, replace: bool, count: int, classes: int) -> None:
