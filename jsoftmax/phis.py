@@ -32,11 +32,12 @@ def _scaled(coefficients: list[Any], z: Array) -> Array:
     """Σ a_j z^j, over z^degree where |z| > 1: a ratio of two of one degree never overflows."""
     far = jnp.abs(z) > 1
     x = jnp.where(far, 1 / jnp.where(far, z, 1), z)
+    return jnp.where(far, _horner(coefficients[::-1], x), _horner(coefficients, x))
 
-    def horner(a: list[Any]) -> Array:
-        return functools.reduce(lambda total, a_j: total * x + a_j, reversed(a), jnp.zeros_like(z))
 
-    return jnp.where(far, horner(coefficients[::-1]), horner(coefficients))
+def _horner(coefficients: list[Any], x: Array) -> Array:
+    """Σ a_j x^j."""
+    return functools.reduce(lambda total, a_j: total * x + a_j, reversed(coefficients), jnp.zeros_like(x))
 
 
 def _log_polynomial(coefficients: list[Any], z: Array) -> Array:
@@ -59,8 +60,14 @@ class Taylor(Phi):
     def _a(self) -> list[float]:
         return [1 / math.factorial(j) for j in range(self.order + 1)]
 
-    def log_phi(self, z: Array) -> Array:
-        return _log_polynomial(self._a, z)
+    def log_phi(self, z: Array) -> Array:  # beyond `limit` all terms but the last are below rounding
+        n, limit = self.order, 8 * self.order / float(jnp.finfo(z.dtype).eps)
+        if limit**n > float(jnp.finfo(z.dtype).max):
+            return _log_polynomial(self._a, z)
+        far = jnp.abs(z) > limit
+        total = _horner(self._a, jnp.where(far, 0, z))
+        log = jnp.log(jnp.where(far, jnp.abs(z), total))
+        return jnp.where(far, n * log + math.log(self._a[n]), log)
 
     def slope(self, z: Array) -> Array:  # s = φ_{n−1} / φ_n
         return _scaled([*self._a[:-1], 0.0], z) / _scaled(self._a, z)

@@ -43,6 +43,14 @@ def terms(x: Array, label: Array, axis_name: AxisName = None, mean: bool = False
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _terms(x: Array, label: Array, axis_name: AxisName, mean: bool, order: int) -> Terms:
     """−l_y = log1p(rest) + (max x − x_y), and its mean: terms that are not negative  (MATH 7.1, 7.2)."""
+    by_label = functools.partial(_terms_by_label, axis_name=axis_name, mean=mean, order=order)
+    if axis_name is not None or not sums.is_read_once(x, (x.ndim - 1,)):
+        return by_label(x, label)
+    return lax.platform_dependent(x, label, cpu=by_label, default=functools.partial(_terms_by_class, mean=mean))
+
+
+def _terms_by_label(x: Array, label: Array, axis_name: AxisName, mean: bool, order: int) -> Terms:
+    """From the maximum, the sum and the label's score, which is picked."""
     axis = (x.ndim - 1,)
     share = share_at_label(lambda own: pick(x, own), label, x.shape[-1], axis_name)
     peak, rest, x_y = sums.exp_sums(x, axis, axis_name, order, _arguments.read(share))
@@ -52,6 +60,19 @@ def _terms(x: Array, label: Array, axis_name: AxisName, mean: bool, order: int) 
         not_negative(log_total - difference(x_y, peak)),
         jnp.where(is_empty(rest), -jnp.inf, jnp.where(peak == jnp.inf, peak, peak + log_total)),
         not_negative(log_total - _mean_of_kept(difference(x, peak), x, axis_name)) if mean else None,
+    )
+
+
+def _terms_by_class(x: Array, label: Array, mean: bool) -> Terms:
+    """From −l of every class, by sums over the classes: one kernel of a GPU, which reads a row once."""
+    axis = (x.ndim - 1,)
+    out = sums.normalized(x, axis)
+    n, x = -out.log_p, _arguments.read(x)
+    at_label = jnp.where(_is_label(x, label, None), n, 0)
+    return Terms(
+        not_negative(class_sum(at_label, axis)),
+        out.log_normalizer,
+        not_negative(_mean_of_kept(n, x, None)) if mean else None,
     )
 
 
@@ -96,9 +117,9 @@ def _mean_of_kept(a: Array, x: Array, axis_name: AxisName) -> Array:
 
 
 def _is_label(x: Array, label: Array, axis_name: AxisName) -> Array:
-    """1_y in the dtype of x; XLA fuses it, and no one-hot array is built."""
+    """1_y, of booleans; XLA fuses it, and no one-hot array is built."""
     own, inside = own_label(label, x.shape[-1], axis_name)
-    return ((lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) == own) & inside).astype(x.dtype)
+    return (lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) == own) & inside
 
 
 def _count(kept: Array, dtype: Any) -> Array:
@@ -151,7 +172,7 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
     alone = given.by_label and (smoothing is None or given.class_weights is None)  # x is read once, and may be narrow
     z = z if alone and margin is None else _arguments.read(z)
     if margin is not None:
-        z = z - margin * _is_label(z, label, axis_name)
+        z = z - margin * _is_label(z, label, axis_name).astype(z.dtype)
     x = maps.weighted_scores(phi, z, given.where, given.log_weights)
     if alone:
         loss, L, spread = terms(x, label, axis_name, smoothing is not None)

@@ -48,6 +48,7 @@ __all__ = [
     "explain",
     "gap_sum",
     "is_empty",
+    "is_read_once",
     "label_rates",
     "log_p_rate",
     "minus_mean",
@@ -156,6 +157,11 @@ _ROW_KERNEL_CLASSES = 16384
 """Up to so many classes XLA for GPUs makes one kernel of a whole row."""
 
 
+def is_read_once(x: Array, axis: tuple[int, ...]) -> bool:
+    """Whether there are many scores, in rows that GPUs read once for all that one result takes."""
+    return cpu.is_large(x) and math.prod(x.shape[i] for i in axis) <= _ROW_KERNEL_CLASSES
+
+
 def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     on_cpu: Callable[..., Array],
     otherwise: Callable[..., Array],
@@ -172,8 +178,8 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     and any other x. Behind the barrier e^u is computed again, in one kernel with the derivative; without it XLA would
     write p for the value and the derivative to read.
     """
-    large, classes = cpu.is_large(x), math.prod(x.shape[i] for i in axis)
-    behind_barrier = large and beside_value and classes <= _ROW_KERNEL_CLASSES and axis_name is None
+    large = cpu.is_large(x)
+    behind_barrier = beside_value and is_read_once(x, axis) and axis_name is None
 
     def recomputed(x: Array, _: Array, x_dot: Array) -> Array:
         return otherwise(lax.optimization_barrier(x) if behind_barrier else x, x_dot, axis, axis_name)

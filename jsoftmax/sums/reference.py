@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax._arguments import read
+from jsoftmax._arguments import read, widened
 from jsoftmax._collectives import AxisName, all_max, all_sum
 
 FAR = 1e4
@@ -170,32 +170,38 @@ def minus_mean(  # noqa: PLR0917  (a mean has its weights, what they sum up to, 
     return jnp.where(w > SURE * total, complement * a - of_others, a - mean)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def about_top(u: Array, rest: Array, axis: tuple[int, ...]) -> Array:
-    """u, with derivatives about that of the class with p > ¾, where a row has one.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def exp_about_top(x: Array, axis: tuple[int, ...]) -> tuple[Array, Array]:
+    """e^u and Σ e^u − 1, with derivatives about those of the class with p > ¾, where a row has one.
 
-    What depends on differences of u alone may take them so, and keeps their digits: the derivative of that class's e^u
-    is 0 then, not one that cancels.
+    What depends on differences of u alone may take them so, and keeps its digits: that class's e^u has the derivative
+    0 then, not one that cancels. The masks of the rule's sums know nothing of Σ e^u: one pass makes them all.
     """
-    return u
+    _, e, rest, *_ = shifted(x, axis)
+    return e, rest
 
 
-@about_top.defjvp
-def _about_top_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
-    (u, rest), (u_dot, _) = primals, tangents
-    top = (u == 0) & (rest < 1 / SURE - 1)
-    of_top = class_sum(jnp.where(top, u_dot, 0), axis)
-    return about_top(u, rest, axis), jnp.where(top, 0, u_dot - of_top)  # 0 as it is, backwards too
+@exp_about_top.defjvp
+def _exp_about_top_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """(e^u)˙ = e^u (ẋ − ẋ_top), (Σ e^u − 1)˙ = Σ_{k ≠ top} e^u ẋ − (Σ e^u − 1) ẋ_top, for u̇_top = 0."""
+    (x,), (x_dot,) = primals, tangents
+    e, rest = exp_about_top(x, axis)
+    x_dot, is_max = widened(x_dot), e == 1
+    of_max = class_sum(jnp.where(is_max, x_dot, 0), axis)
+    of_others = class_sum(jnp.where(is_max, 0, e * x_dot), axis)
+    sure = rest < 1 / SURE - 1
+    e_dot = jnp.where(sure & is_max, 0, e * (x_dot - jnp.where(sure, of_max, 0)))  # 0 as it is, backwards too
+    return (e, rest), (e_dot, of_others + of_max * jnp.where(sure, -rest, 1))
 
 
 def centred_tangent(
     x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None
 ) -> tuple[Array, Array, Array]:
-    """ẋ − Σ p ẋ; e^u and Σ e^u. Their derivatives keep their digits beside a p near 1, too (`about_top`)."""
-    u, e, rest, *_ = shifted(x, axis, axis_name)
+    """ẋ − Σ p ẋ; e^u and Σ e^u. Their derivatives keep their digits beside a p near 1, too (`exp_about_top`)."""
     if axis_name is None:
-        e = exponential(read(x), about_top(u, rest, axis))
-        rest, _ = sum_without_one(e, axis)
+        e, rest = exp_about_top(x, axis)
+    else:
+        _, e, rest, *_ = shifted(x, axis, axis_name)
     return minus_mean(x_dot, e, 1 + rest, complement_of(e, rest), e == 1, axis, axis_name), e, 1 + rest
 
 
