@@ -46,7 +46,8 @@ def _terms(x: Array, label: Array, axis_name: AxisName, mean: bool, order: int) 
     by_label = functools.partial(_terms_by_label, axis_name=axis_name, mean=mean, order=order)
     if axis_name is not None or not sums.is_read_once(x, (x.ndim - 1,)):
         return by_label(x, label)
-    return lax.platform_dependent(x, label, cpu=by_label, default=functools.partial(_terms_by_class, mean=mean))
+    by_class = functools.partial(_terms_by_class, mean=mean)
+    return lax.platform_dependent(x, label, cuda=by_class, rocm=by_class, default=by_label)
 
 
 def _terms_by_label(x: Array, label: Array, axis_name: AxisName, mean: bool, order: int) -> Terms:
