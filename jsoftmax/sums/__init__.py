@@ -2,7 +2,7 @@
 
 `reference` is the mathematics. `cpu` holds what XLA's CPU compiler needs for large arrays, function by function equal
 to the reference but for the care of MATH 4.5. GPUs and TPUs run the reference; derivatives of rows of up to 16,384
-classes stand behind a barrier there (`_rate`). Which of them runs is decided here, by the size of the array and by the
+classes stand behind a barrier on GPUs (`_rate`). Which of them runs is decided here, by the size of the array and by the
 platform that a program is compiled for; `explain` says what was decided.
 """
 
@@ -175,17 +175,23 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     """A derivative along ẋ. beside_value: whether the same program also has the value, or a loss's p, as a result.
 
     Checkpointed: of few scores x alone is kept for the backward pass; of many x and p, for a program for CPU reads p
-    and any other x. Behind the barrier e^u is computed again, in one kernel with the derivative; without it XLA would
+    and any other x. Behind the barrier GPUs compute e^u again, in one kernel with the derivative; without it XLA would
     write p for the value and the derivative to read.
     """
-    large = cpu.is_large(x)
     behind_barrier = beside_value and is_read_once(x, axis) and axis_name is None
 
     def recomputed(x: Array, _: Array, x_dot: Array) -> Array:
-        return otherwise(lax.optimization_barrier(x) if behind_barrier else x, x_dot, axis, axis_name)
+        return otherwise(x, x_dot, axis, axis_name)
+
+    def in_one_kernel(x: Array, p: Array, x_dot: Array) -> Array:
+        return recomputed(lax.optimization_barrier(x) if behind_barrier else x, p, x_dot)
 
     def along(x: Array, p: Array, x_dot: Array) -> Array:
-        return _by_platform(functools.partial(on_cpu, axis=axis, axis_name=axis_name), recomputed, large, x, p, x_dot)
+        if not cpu.is_large(x):
+            return recomputed(x, p, x_dot)
+        own = functools.partial(on_cpu, axis=axis, axis_name=axis_name)
+        of_gpus = {"cuda": in_one_kernel, "rocm": in_one_kernel}
+        return lax.platform_dependent(x, p, x_dot, cpu=own, **of_gpus, default=recomputed)
 
     return jax.checkpoint(along, prevent_cse=False)(x, p, x_dot)
 
