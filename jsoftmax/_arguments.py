@@ -5,7 +5,7 @@ import importlib
 import inspect
 import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar, cast
 
 import jax
@@ -54,9 +54,31 @@ _OTHERS_NAMES = {
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+_ARRAYS = {"z", "z_p", "z_q", "logits", "labels", "targets", "key", "where", "log_weights", "class_weights"}
+_STATIC = {"axis", "axis_name", "keepdims", "ignore_label", "shape", "replace", "mode", "k"}
+
+
+def _all_plain(arguments: Iterable[tuple[str, Any]]) -> bool:
+    """Whether arguments may cross `jax.jit` before they are checked: arrays whose values no check asks for, a φ, and
+    what is static and hashable."""
+    for name, value in arguments:
+        if name in _ARRAYS:
+            plain = value is None or (isinstance(value, jax.Array) and not isinstance(value, Tracer))
+        elif name == "phi":
+            plain = hasattr(value, "log_phi")
+        else:
+            plain = name in _STATIC and (value is None or type(value) in {int, str, bool, tuple})
+        if not plain:
+            return False
+    return True
+
+
 def public(f: _Function) -> _Function:
-    """A function of ours that answers an unexpected keyword of PyTorch's, and of others, with ours."""
+    """A public function: outside `jit` one compiled program of its checks and its arithmetic, where the arguments let
+    it be; an unexpected keyword of PyTorch's, and of others, is answered with ours."""
     parameters = inspect.signature(f).parameters
+    names, all_plain = tuple(parameters), _all_plain
+    compiled = jax.jit(f, static_argnames=tuple(_STATIC & parameters.keys()))
     foreign = {name: ours for name, ours in _OTHERS_NAMES.items() if name not in parameters}
 
     def answer(name: str) -> str:
@@ -69,7 +91,8 @@ def public(f: _Function) -> _Function:
             raise TypeError(
                 f"{f.__name__}: an unexpected keyword {name}=; wanted some of {', '.join(parameters)}. {answer(name)}."
             )
-        return f(*args, **keywords)
+        plain = len(args) <= len(names) and all_plain(zip(names, args, strict=False)) and all_plain(keywords.items())
+        return compiled(*args, **keywords) if plain else f(*args, **keywords)
 
     # with the globals of f, by which doctest tells the functions of a module
     wrapper = types.FunctionType(call.__code__, f.__globals__, f.__name__, None, call.__closure__)
