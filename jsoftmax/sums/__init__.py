@@ -1,9 +1,9 @@
 """Σ e^x over the classes and what is made of it: the one door to its two forms (MATH 4).
 
 `reference` is the mathematics. `cpu` holds what XLA's CPU compiler needs for large arrays, function by function equal
-to the reference but for the care of MATH 4.5. GPUs and TPUs run the reference; derivatives of rows of up to 16,384
-classes stand behind a barrier on GPUs (`_rate`). Which of them runs is decided here, by the size of the array and by the
-platform that a program is compiled for; `explain` says what was decided.
+to the reference but for the care of MATH 4.5. GPUs and TPUs run the reference; on GPUs derivatives of rows of up to
+16,384 classes stand behind a barrier (`_rate`). Which of them runs is decided here, by the size of the array and by
+the platform that a program is compiled for; `explain` says what was decided.
 """
 
 import functools
