@@ -13,26 +13,22 @@ from jsoftmax import _arguments, maps, sums
 from jsoftmax._arguments import Axis, public
 from jsoftmax._collectives import AxisName
 from jsoftmax._orders import renyi, tsallis
+from jsoftmax._rules import compiled_rule
 from jsoftmax._series import excess_series
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
 from jsoftmax.sums import Want, class_sum
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@compiled_rule("axis", "axis_name", "want", "order")
 def centred_log_p(
     x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
 ) -> tuple[Array, Array]:
     """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes. want, order: as in `maps.normalize`."""
-    return _centred_log_p(x, axis, axis_name, want, order)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
-def _centred_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> tuple[Array, Array]:
     return sums.centred(x, axis, axis_name, want, order)
 
 
-@_centred_log_p.defjvp
+@centred_log_p.defjvp
 def _centred_log_p_jvp(  # noqa: PLR0917  (a rule has no keywords)
     axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int, primals: Any, tangents: Any
 ) -> tuple[Any, Any]:

@@ -12,27 +12,20 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import _arguments, sums
 from jsoftmax._arguments import Axis, public
 from jsoftmax._collectives import AxisName, check_axis_name, check_parts, check_sharded
+from jsoftmax._rules import compiled_rule
 from jsoftmax.phi import Exponential, Phi, exp, log_phi
 from jsoftmax.sums import Normalized, Want
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@compiled_rule("axis", "axis_name", "want", "order")
 def normalize(
     x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
 ) -> Normalized:
-    """l = log p, p, L and 1 − p; x = −inf leaves a class out. want: what is wanted; order: of the derivative.
-
-    Compiled by itself: rules call it again and again, and JAX keeps its trace.
-    """
-    return _normalize(x, axis, axis_name, want, order)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
-def _normalize(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> Normalized:
+    """l = log p, p, L and 1 − p; x = −inf leaves a class out. want: what is wanted; order: of the derivative."""
     return sums.normalized(x, axis, axis_name, want, order)
 
 
-@_normalize.defjvp
+@normalize.defjvp
 def _normalize_jvp(  # noqa: PLR0917  (a rule has no keywords)
     axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int, primals: Any, tangents: Any
 ) -> tuple[Normalized, Normalized]:

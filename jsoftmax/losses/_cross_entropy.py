@@ -15,6 +15,7 @@ from jsoftmax import _arguments, _labels, maps, sums
 from jsoftmax._arguments import Axis, public
 from jsoftmax._collectives import AxisName, all_sum, by_rows, own_label, pick, share_at_label
 from jsoftmax._labels import Labelled
+from jsoftmax._rules import compiled_rule
 from jsoftmax._series import expm1, expm1_ratio
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
@@ -34,15 +35,12 @@ class Terms(NamedTuple):
     """The mean of −l over the classes that are kept, 0 of none; None where it is not wanted."""
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@compiled_rule("axis_name", "mean", "order")
 def terms(x: Array, label: Array, axis_name: AxisName = None, mean: bool = False, order: int = 0) -> Terms:
-    """−l_y, L and, if wanted, the mean of −l, over the last axis of `x`, for labels `[..., 1]` in [0, K)."""
-    return _terms(x, label, axis_name, mean, order)
+    """−l_y, L and, if wanted, the mean of −l, over the last axis of `x`, for labels `[..., 1]` in [0, K).
 
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _terms(x: Array, label: Array, axis_name: AxisName, mean: bool, order: int) -> Terms:
-    """−l_y = log1p(rest) + (max x − x_y), and its mean: terms that are not negative  (MATH 7.1, 7.2)."""
+    −l_y = log1p(rest) + (max x − x_y), and its mean: terms that are not negative  (MATH 7.1, 7.2).
+    """
     by_label = functools.partial(_terms_by_label, axis_name=axis_name, mean=mean, order=order)
     if axis_name is not None or not sums.is_read_once(x, (x.ndim - 1,)):
         return by_label(x, label)
@@ -77,7 +75,7 @@ def _terms_by_class(x: Array, label: Array, mean: bool) -> Terms:
     )
 
 
-@_terms.defjvp
+@terms.defjvp
 def _terms_jvp(axis_name: AxisName, mean: bool, order: int, primals: Any, tangents: Any) -> tuple[Terms, Terms]:
     """Σ p ẋ − ẋ_y, whose coefficient at the label is expm1(l_y); Σ p ẋ; Σ p ẋ − (1/K) Σ ẋ  (MATH 7.1, 7.2)."""
     (x, label), (x_dot, _) = primals, tangents
