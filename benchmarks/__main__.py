@@ -32,7 +32,7 @@ def main() -> None:
         else:
             benchmark.run()
     if arguments.render:
-        from benchmarks import render  # noqa: PLC0415
+        from benchmarks import render  # noqa: PLC0415  (it needs what only pages and pictures need)
 
         render.render()
 

@@ -53,7 +53,10 @@ def cases() -> list[Case]:
     one = {"ours": lambda z: gumbel.categorical(KEY, z), "jax.random": lambda z: jax.random.categorical(KEY, z)}
     if peer := numpyro_categorical():
         one["numpyro"] = peer
-    noise = lambda z: z + jax.random.gumbel(KEY, z.shape)  # noqa: E731
+
+    def noise(z: jax.Array) -> jax.Array:
+        return z + jax.random.gumbel(KEY, z.shape)
+
     relaxed = {
         "ours": lambda z: gumbel.gumbel_softmax(KEY, z, 0.5),
         "jax.random": lambda z: jax.nn.softmax(noise(z) / 0.5),

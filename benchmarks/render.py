@@ -61,7 +61,7 @@ def models() -> str:
 def picture(runs: list[dict[str, Any]]) -> None:
     """Ratios as dots with their quartiles, on a log axis; left of 1 ours is faster."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (an extra)
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415  (an extra)
 
     names = ["  ".join(label(row)) for row in runs[0]["rows"]]
     figure = Figure(figsize=(10, 0.26 * len(names) + 1.5), layout="constrained")

@@ -179,8 +179,8 @@ def joint_shape(function: str, arrays: dict[str, jax.Array]) -> tuple[int, ...]:
         ) from None
 
 
-def per_row(  # noqa: PLR0917
-    function: str, argument: str, value: Any, shape: tuple[int, ...], axes: tuple[int, ...], dtype: Any
+def per_row(
+    function: str, argument: str, value: Any, shape: tuple[int, ...], *, axes: tuple[int, ...], dtype: Any
 ) -> jax.Array:
     """One number for each row of scores of that shape, of length 1 along the class axes."""
     array = as_number(function, argument, value).astype(dtype)

@@ -48,19 +48,44 @@ def shard_index(axis_name: AxisName) -> Array:
     return jnp.zeros((), jnp.int32) if axis_name is None else lax.axis_index(axis_name)
 
 
+def place_in_block(label: Array, start: Array, classes: int) -> tuple[Array, Array]:
+    """Where a label is among as many classes from `start` on, 0 if it is not, and whether it is there."""
+    place = label - start.astype(label.dtype)
+    inside = (place >= 0) & (place < classes)
+    return jnp.where(inside, place, 0), inside
+
+
 def own_label(label: Array, classes: int, axis_name: AxisName) -> tuple[Array, Array]:
-    """Where a label `[..., 1]` is among this shard's classes, 0 if it is another's, and whether it is there."""
+    """Where a label is among this shard's classes, 0 if it is another's, and whether it is there; of labels in range
+    and unsharded classes the label itself."""
     if axis_name is None:
         return label, jnp.ones((), bool)
-    own = label - shard_index(axis_name).astype(label.dtype) * classes
-    inside = (own >= 0) & (own < classes)
-    return jnp.where(inside, own, 0), inside
+    return place_in_block(label, shard_index(axis_name) * classes, classes)
+
+
+def is_label(shape: tuple[int, ...], label: Array, axis_name: AxisName = None, start: Array | None = None) -> Array:
+    """Whether a class of an array of that shape, the classes last, is the label `[..., 1]`. start: the number of the
+    first class, where the array is a block or a shard. XLA fuses it, and no one-hot array is built."""
+    if axis_name is not None:
+        start = shard_index(axis_name) * shape[-1]
+    if start is not None:
+        label = label - start.astype(label.dtype)
+    return lax.broadcasted_iota(label.dtype, shape, len(shape) - 1) == label
 
 
 def share_at_label(pick: Callable[[Array], Array], label: Array, classes: int, axis_name: AxisName) -> Array:
     """pick(label) on the shard that has the label, 0 on the others."""
     own, inside = own_label(label, classes, axis_name)
     return jnp.where(inside, pick(own), 0)
+
+
+def keeps_label(kept: Callable[[Array], Array], label: Array, classes: int, axis_name: AxisName) -> Array:
+    """Whether a mask, of which kept(label) reads this shard's part, keeps the class of a label."""
+
+    def count(own: Array) -> Array:
+        return kept(own).astype(jnp.int32)
+
+    return all_sum(share_at_label(count, label, classes, axis_name), axis_name) > 0
 
 
 def all_sum(tree: Any, axis_name: AxisName) -> Any:

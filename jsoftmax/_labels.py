@@ -10,15 +10,14 @@ from jaxtyping import Array
 from jsoftmax import _arguments, maps
 from jsoftmax._collectives import (
     AxisName,
-    all_sum,
     check_axis_name,
     check_not_explicit,
     check_parts,
     check_sharded,
+    keeps_label,
     pick,
     shard_count,
     sharded_as,
-    share_at_label,
 )
 from jsoftmax.phi import exp
 
@@ -70,16 +69,13 @@ class Labelled(NamedTuple):
             rows = self.labels.shape[:-1]
             return jnp.zeros((*rows, 1), jnp.int32), jnp.ones((*rows, 1), bool)
         labels = self.labels if self.rows is None else jnp.where(self.rows, self.labels, 0)
-        return in_range(labels, self.classes, axis_name)
+        label, valid = in_range(labels, self.classes, axis_name)
+        return label[..., None], valid[..., None]
 
     def keeps(self, label: Array, axis_name: AxisName = None) -> Array:
         """Whether the mask keeps the class of a label."""
         where: Any = self.where
-
-        def kept(own: Array) -> Array:
-            return pick(where, own).astype(jnp.int32)
-
-        return all_sum(share_at_label(kept, label, self.classes, axis_name), axis_name) > 0
+        return keeps_label(lambda own: pick(where, own), label, self.classes, axis_name)
 
     def finish(self, loss: Array, valid: Array) -> Array:
         """The loss `[..., 1]` as `[...]`: 0 in rows that do not count, NaN for a label out of range, whose derivatives
@@ -116,7 +112,19 @@ def check(
         by_class = {n: a for n, a in (("where", where), (names[1], labels)) if np.ndim(a) == z.ndim}
         check_parts(function, z.shape, axes, axis_name, log_weights=log_weights, **by_class)
         check_parts(function, of_classes, tuple(range(len(axes))), axis_name, class_weights=class_weights)
-    labels = _check_labels(function, names[1], labels, z, batch=batch, axes=axes, axis_name=axis_name)
+    way_out = f"The classes of {z.shape} are the axes {axes}: name others by axis=…"
+    if axis_name is not None and np.size(labels) * shard_count(axis_name) == math.prod(batch):
+        way_out = f"They are the same on all devices along axis_name={axis_name!r}: leave it out of their in_specs"
+    labels = check_labels(
+        function,
+        names[1],
+        labels,
+        batch,
+        of="the logits' shape without the classes,",
+        way_out=way_out,
+        distributions=z.shape,
+        of_distributions="the logits' shape",
+    )
     check_ignore_label(function, ignore_label, "mask their rows: where=….")
     classes, rows = check_mask(function, where, z.shape, batch)
     log_weights = _arguments.check_log_weights(function, log_weights, z.shape, dtype)
@@ -129,7 +137,7 @@ def check(
 
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         reject_given(function, {"class_weights": class_weights, "ignore_label": ignore_label})
-        labels = last(sharded_as(labels, z))
+        labels = last(sharded_as(labels.astype(dtype), z))
     elif ignore_label is not None:
         known = labels != ignore_label
         rows = known if rows is None else rows & known
@@ -181,55 +189,58 @@ def check_option(function: str, value: Any, dtype: Any, **limits: tuple[float, f
     return array.astype(dtype)
 
 
+def option_if_given(function: str, value: Any, dtype: Any, **limits: tuple[float, float]) -> Array | None:
+    """The same, and None for a plain 0, the default, which so costs nothing."""
+    checked = check_option(function, value, dtype, **limits)
+    return None if _arguments.is_concrete_number(value) and value == 0 else checked
+
+
 def in_range(labels: Array, classes: int, axis_name: AxisName = None) -> tuple[Array, Array]:
-    """Labels `[..., 1]`, 0 where one is out of range, and where that is not so; of `classes` on each shard."""
-    valid = ((labels >= 0) & (labels < classes * shard_count(axis_name)))[..., None]
-    return jnp.where(valid, labels[..., None], 0), valid
+    """Labels, 0 where one is out of range, and where that is not so; of `classes` on each shard."""
+    valid = (labels >= 0) & (labels < classes * shard_count(axis_name))
+    return jnp.where(valid, labels, 0), valid
 
 
-def _check_labels(
+def check_labels(
     function: str,
     argument: str,
     labels: Any,
-    z: Array,
+    shape: tuple[int, ...],
     *,
-    batch: tuple[int, ...],
-    axes: tuple[int, ...],
-    axis_name: AxisName,
+    of: str,
+    way_out: str,
+    distributions: tuple[int, ...] | None = None,
+    of_distributions: str = "",
 ) -> Array:
-    """Labels as an array of the right shape."""
+    """Class numbers of a shape, in 32 bits at least; or floating numbers of the shape `distributions`, if it is given.
+
+    of, of_distributions: whose shapes these are, for the messages. way_out: what to say where the shape that came tells
+    nothing.
+    """
     array = _arguments.as_array(function, argument, labels)
-    if jnp.issubdtype(array.dtype, jnp.integer):
-        if array.shape != batch:
-            if array.shape == z.shape:
-                way_out = f"One-hot vectors and distributions are floating: {argument}.astype(float)."
-            elif axis_name is not None and array.size * shard_count(axis_name) == math.prod(batch):
-                way_out = (
-                    f"They are the same on all devices along axis_name={axis_name!r}: leave it out of their in_specs."
-                )
-            elif math.prod(array.shape) == math.prod(batch):
-                way_out = f"Write {argument}.reshape{batch}."
-            else:
-                way_out = f"The classes of {z.shape} are the axes {axes}: name others by axis=…."
-            raise ValueError(
-                f"{function}: integer {argument} must have the logits' shape without the classes, {batch}; got shape "
-                f"{array.shape}. {way_out}"
-            )
-        return _arguments.wide_integers(array)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    whole = jnp.issubdtype(array.dtype, jnp.integer)
+    if not whole and (distributions is None or not jnp.issubdtype(array.dtype, jnp.floating)):
+        wanted = "integers" if distributions is None else "integers or floating distributions"
         raise TypeError(
-            f"{function}: {argument} must be integers or floating distributions; got dtype {array.dtype}. Convert "
-            f"them, e.g. {argument}.astype(int)."
+            f"{function}: {argument} must be {wanted}; got dtype {array.dtype}. Convert class numbers: "
+            f"{argument}.astype(int); of one-hot vectors and distributions take jnp.argmax({argument}, axis)."
         )
-    if array.shape != z.shape:
-        way_out = f"Class numbers are passed as integers: {argument}.astype(int)."
-        if array.shape != batch:
-            way_out = f"Write jnp.broadcast_to({argument}, {z.shape}), where it is to be repeated."
-        raise ValueError(
-            f"{function}: {argument} that are distributions must have the logits' shape {z.shape}; got shape "
-            f"{array.shape}. {way_out}"
-        )
-    return array.astype(_arguments.accumulation_dtype(z.dtype))
+    wanted = shape if whole or distributions is None else distributions
+    if array.shape == wanted:
+        return _arguments.wide_integers(array) if whole else array
+    if whole and array.shape == distributions:
+        way_out = f"One-hot vectors and distributions are floating: {argument}.astype(float)"
+    elif not whole and array.shape == shape:
+        way_out = f"Class numbers are passed as integers: {argument}.astype(int)"
+    elif array.size == math.prod(wanted):
+        way_out = f"Write {argument}.reshape{wanted}"
+    elif not whole:
+        way_out = f"Write jnp.broadcast_to({argument}, {wanted}), where it is to be repeated"
+    kind = f"integer {argument}" if whole else f"{argument} that are distributions"
+    raise ValueError(
+        f"{function}: {argument if distributions is None else kind} must have {of if whole else of_distributions} "
+        f"{wanted}; got shape {array.shape}. {way_out}."
+    )
 
 
 def check_mask(

@@ -269,7 +269,7 @@ def _of_order(function: str, f: Any, z: Any, alpha: Any, *options: Any) -> Array
         raise ValueError(f"{function}: alpha must be >= 0 and finite; got {alpha}. 1 is Shannon's entropy, 2 is usual.")
     arguments = maps.check(function, {"z": z}, axis, where, phi, log_weights, axis_name)
     (scores,) = arguments.scores
-    order = _arguments.per_row(function, "alpha", alpha, scores.shape, arguments.axis, scores.dtype)
+    order = _arguments.per_row(function, "alpha", alpha, scores.shape, axes=arguments.axis, dtype=scores.dtype)
     return maps.reduce_classes(f, arguments, phi, _arguments.check_flag(function, "keepdims", keepdims), (order,))
 
 

@@ -111,7 +111,7 @@ def sink_softmax(
     """
     arguments = maps.check("sink_softmax", {"z": z}, axis, where, exp, None)
     (scores,) = arguments.scores
-    per_row = _arguments.per_row("sink_softmax", "sink", sink, scores.shape, arguments.axis, scores.dtype)
+    per_row = _arguments.per_row("sink_softmax", "sink", sink, scores.shape, axes=arguments.axis, dtype=scores.dtype)
     return maps.keep_classes(_with_sink, arguments, exp, (per_row,))
 
 

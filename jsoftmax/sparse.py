@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, _labels, maps
 from jsoftmax._arguments import Axis, public
+from jsoftmax._collectives import is_label
 from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
 from jsoftmax.sums import difference, weighed_differences
 
@@ -192,7 +193,7 @@ def _fenchel_young(z: Array, labels: Array, alpha: Array, power: int) -> Array:
     """Ω*(z) + Ω(q) − ⟨z, q⟩ as a sum of terms that are not negative  (MATH 8.4)."""
     p, v = _solve(z, alpha, power)
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        others = jnp.where(lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1) == labels, 0, p)
+        others = jnp.where(is_label(z.shape, labels), 0, p)
         p_y, v_y = (jnp.take_along_axis(a, labels, -1) for a in (p, v))
         of_label = _surplus(jnp.ones_like(p_y), p_y, v_y, jnp.sum(others, -1, keepdims=True), alpha)
         return of_label + jnp.sum(_power_sum(others, alpha), -1, keepdims=True)
@@ -205,13 +206,13 @@ def _fenchel_young_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, 
     (z, labels, alpha), (z_dot, q_dot, alpha_dot) = primals, tangents
     p = _entmax(z, alpha, power)
     by_label = jnp.issubdtype(labels.dtype, jnp.integer)
-    is_label = lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1) == labels if by_label else None
-    q = labels if is_label is None else is_label.astype(p.dtype)
+    at_label = is_label(z.shape, labels) if by_label else None
+    q = labels if at_label is None else at_label.astype(p.dtype)
     total = jnp.zeros((*p.shape[:-1], 1), p.dtype)
     if not isinstance(z_dot, SymbolicZero):
         excess = p - q
-        if is_label is not None:  # p_y − 1 from the other classes, whose digits it has
-            excess = jnp.where(is_label, -jnp.sum(jnp.where(is_label, 0, p), -1, keepdims=True), p)
+        if at_label is not None:  # p_y − 1 from the other classes, whose digits it has
+            excess = jnp.where(at_label, -jnp.sum(jnp.where(at_label, 0, p), -1, keepdims=True), p)
         total = total + jnp.sum(jnp.where(jnp.isneginf(z), 0, excess) * z_dot, -1, keepdims=True)
     if not by_label and not isinstance(q_dot, SymbolicZero):
         at_zero = jnp.where(alpha > 1, -1 / jnp.where(alpha > 1, alpha - 1, 1), 0)
@@ -242,7 +243,7 @@ def _check_alpha(function: str, alpha: Any, shape: tuple[int, ...], axes: tuple[
         )
     if _arguments.is_concrete_number(alpha):
         power = next((k for k in (1, 2, 3, 4) if alpha == 1 + 1 / k), 0)
-    array = _arguments.per_row(function, "alpha", alpha, shape, axes, dtype)
+    array = _arguments.per_row(function, "alpha", alpha, shape, axes=axes, dtype=dtype)
     batch = [length for i, length in enumerate(shape) if i not in axes]
     return jnp.moveaxis(array, axes, range(-len(axes), 0)).reshape(*batch, 1), power
 

@@ -9,7 +9,7 @@ import pytest
 
 import jsoftmax as js
 from jsoftmax import gumbel
-from jsoftmax.gumbel._noise import _top_k_of_many
+from jsoftmax._top_k import top_k_of_many
 
 KEY = jax.random.key(0)
 Z = jnp.array([[0.3, -1.2, 2.0, 0.7], [-0.5, 0.1, -2.0, 1.5]])
@@ -120,7 +120,7 @@ def test_largest_by_blocks(classes, k):
     for f in (lambda top: top(a, k), lambda top: jax.grad(lambda a: jnp.sum(jnp.sin(top(a, k)[0][3:])))(a)):
         with jax.default_device(jax.devices("cpu")[0]):  # GPUs take the last of several NaN first
             wanted = jax.tree.leaves(f(jax.lax.top_k))
-        for found, want in zip(jax.tree.leaves(f(_top_k_of_many)), wanted, strict=True):
+        for found, want in zip(jax.tree.leaves(f(top_k_of_many)), wanted, strict=True):
             np.testing.assert_array_equal(found, want)
 
 

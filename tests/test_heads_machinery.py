@@ -383,12 +383,12 @@ WRONG = {
     "labels' shape": (
         lambda: heads.linear_cross_entropy(H, W, Y[:2]),
         ValueError,
-        r"integer labels must have the shape \(4,\), that of hidden .* one token with one label",
+        r"integer labels must have the shape of hidden without its last axis, \(4,\); .* one token with one label",
     ),
     "float labels": (
         lambda: heads.linear_cross_entropy(H, W, jnp.zeros(4)),
         ValueError,
-        r"must have the shape \(4, 5\), .* labels.astype\(int\) are class numbers",
+        r"must have the shape of hidden .*, and the classes, \(4, 5\); .* labels.astype\(int\)",
     ),
     "cap": (lambda: heads.linear_cross_entropy(H, W, Y, soft_cap=0), ValueError, "soft_cap must be > 0"),
     "smoothing": (

@@ -126,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
     ways = arms(arguments.loss, arguments.phi, arguments.margin)
     jobs = [(model, arm) for model in HIDDEN for arm in ways]
     steps = track(jobs, "training", console=console, transient=True)
-    results = [fit(model, arm, optimizer, train, test, arguments.seeds) for model, arm in steps]
+    results = [fit(model, arm, optimizer, train=train, test=test, seeds=arguments.seeds) for model, arm in steps]
     if arguments.markdown:
         print(_markdown(_COLUMNS, map(_cells, results)))
     else:
@@ -193,8 +193,8 @@ def loss(parameters: Any, data: Data, arm: Arm) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("arm", "optimizer"))
-def _fit(  # noqa: PLR0917
-    parameters: Any, batches: jax.Array, arm: Arm, optimizer: Optimizer, train: Data, test: Data
+def _fit(
+    parameters: Any, batches: jax.Array, arm: Arm, optimizer: Optimizer, *, train: Data, test: Data
 ) -> tuple[jax.Array, ...]:
     """Training over batches `[seeds, epochs, steps, BATCH]` of row numbers, vmapped over the seeds."""
     transformation = optimizer.make()
@@ -235,13 +235,11 @@ def _start(key: jax.Array, sizes: tuple[int, ...], rows: int) -> tuple[Any, jax.
     return initial(first, sizes), shuffled[:, : steps * BATCH].reshape(EPOCHS, steps, BATCH)
 
 
-def fit(  # noqa: PLR0917
-    model: str, arm: Arm, optimizer: Optimizer, train: Data, test: Data, seeds: int
-) -> Result:
+def fit(model: str, arm: Arm, optimizer: Optimizer, *, train: Data, test: Data, seeds: int) -> Result:
     """Train one model in one way for several seeds at once."""
     sizes = (train.inputs.shape[1], *HIDDEN[model], CLASSES)
     parameters, batches = _start(jax.random.split(jax.random.key(0), seeds), sizes, len(train.labels))
-    results = map(np.asarray, _fit(parameters, batches, arm, optimizer, train, test))
+    results = map(np.asarray, _fit(parameters, batches, arm, optimizer, train=train, test=test))
     return Result(model, arm.name, arm.shown_phi, *results)
 
 

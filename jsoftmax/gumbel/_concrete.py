@@ -174,7 +174,7 @@ def _subset(perturbed: Array, temperature: Array, k: int) -> Array:
     def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         a, total = carry
         x, axis = _divide(a, temperature), (a.ndim - 1,)
-        log_p, p, L, _ = normalize(x, axis)
+        log_p, p, L = normalize(x, axis)[:3]
         top = jnp.arange(a.shape[-1]) == jnp.argmax(x, -1, keepdims=True)
         of_others = maps.log_sum(jnp.where(top, -jnp.inf, x), axis)
         out, alone = jnp.isneginf(x), jnp.isneginf(of_others)

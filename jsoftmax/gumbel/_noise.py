@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
-from jsoftmax import _arguments, maps
-from jsoftmax._collectives import AxisName, by_rows, even_length, shard_count, shard_index, side_by_side
+from jsoftmax import _arguments, _labels, maps
+from jsoftmax._collectives import AxisName, by_rows, shard_count, shard_index, side_by_side
+from jsoftmax._top_k import top_k, top_k_of_many
 
 
 def gumbel(key: Any, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -67,7 +67,7 @@ def check_relaxed(  # noqa: PLR0917  (as the public functions have them)
     check_positive(function, temperature)
     shape = jnp.moveaxis(given.x, -1, given.axis).shape
     axes = (given.axis + given.x.ndim,)
-    tau = _arguments.per_row(function, "temperature", temperature, shape, axes, given.x.dtype)
+    tau = _arguments.per_row(function, "temperature", temperature, shape, axes=axes, dtype=given.x.dtype)
     return given, jnp.moveaxis(tau, given.axis, -1)
 
 
@@ -135,53 +135,17 @@ def check_count(function: str, k: Any, classes: int) -> int:
 
 def check_index(function: str, index: Any, x: Array) -> Array:
     """Classes `[...]`, one for each row."""
-    array = _arguments.as_array(function, "index", index)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(
-            f"{function}: index must be integers, the classes that were drawn; got dtype {array.dtype}. Of one-hot "
-            "vectors take jnp.argmax(index, axis)."
-        )
-    if array.shape != x.shape[:-1]:
-        raise ValueError(
-            f"{function}: index must have the scores' shape without the classes, {x.shape[:-1]}; got shape "
-            f"{array.shape}. For several draws of one row map over them: jax.vmap."
-        )
-    return _arguments.wide_integers(array)
-
-
-def top_k(a: Array, k: int) -> tuple[Array, Array]:
-    """The k largest and where they are; the barriers keep XLA on CPU from sorting the whole row for slices of them.
-
-    One for each: before one round both XLA aborts under `jax.shard_map` (jax 0.10).
-    """
-    best, index = lax.top_k(a, k)
-    return lax.optimization_barrier(best), lax.optimization_barrier(index)
-
-
-def _top_k_of_many(a: Array, k: int) -> tuple[Array, Array]:
-    """As `top_k`, of rows without NaN or of NaN only.
-
-    The k largest are in the k blocks with the largest maxima, so no sharded row is gathered for them.
-    """
-    classes = a.shape[-1]
-    length = even_length(classes, math.isqrt(classes // max(k, 1))) or even_length(classes, 256)
-    if not length or 2 * (classes // length + k * length) > classes:
-        return top_k(a, k)
-    blocks = a.reshape(*a.shape[:-1], classes // length, length)
-    _, chosen = top_k(jnp.max(lax.stop_gradient(blocks), -1), k)
-    chosen = jnp.sort(chosen, -1)  # so that of equal scores the first comes first
-    candidates = jnp.take_along_axis(blocks, chosen[..., None], -2).reshape(*a.shape[:-1], k * length)
-    best, at = top_k(candidates, k)
-    return best, jnp.take_along_axis(chosen, at // length, -1) * length + at % length
+    of, way_out = "the scores' shape without the classes,", "For several draws of one row map over them: jax.vmap"
+    return _labels.check_labels(function, "index", index, x.shape[:-1], of=of, way_out=way_out)
 
 
 def top_perturbed(key: Any, a: Array, k: int, axis_name: AxisName = None) -> tuple[Array, Array]:
     """The k largest of a + g and which classes they are, over all shards, each with noise of its own."""
     if axis_name is None:
-        return by_rows(lambda a, key: _top_k_of_many(a + gumbel(key, a.shape, a.dtype), k), a, key)
+        return by_rows(lambda a, key: top_k_of_many(a + gumbel(key, a.shape, a.dtype), k), a, key)
     own, shards = a.shape[-1], shard_count(axis_name)
     g = gumbel(jax.random.fold_in(key, shard_index(axis_name)), a.shape, a.dtype)
-    best, index = _top_k_of_many(a + g, min(k, own))
+    best, index = top_k_of_many(a + g, min(k, own))
     best = side_by_side(best, shards, axis_name)
     index = side_by_side(index + shard_index(axis_name) * own, shards, axis_name)
     best, at = top_k(best, k)

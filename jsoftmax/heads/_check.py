@@ -1,5 +1,6 @@
 """The arguments of the streaming heads, checked; and the tokens in order, those that count first."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,17 +13,18 @@ from jaxtyping import Array
 from jsoftmax import _arguments, _labels, maps
 from jsoftmax._collectives import (
     AxisName,
-    all_sum,
     check_axis_name,
     check_not_explicit,
     check_parts,
     check_sharded,
+    keeps_label,
     shard_count,
     typed_as,
 )
-from jsoftmax.heads._head import PER_TOKEN, Head, Plan, first_class, vocabulary
+from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
 from jsoftmax.heads._linear import full_precision
 from jsoftmax.heads._statistics import Statistics
+from jsoftmax.losses._cross_entropy import regularized
 
 NO_LABELS: Any = object()
 """Of a function that takes none."""
@@ -102,7 +104,6 @@ def check(
     where = _arguments.check_where(function, where, (classes,))
     log_weights = _arguments.check_log_weights(function, log_weights, (classes,), wide)
     cap = None if soft_cap is None else _labels.check_option(function, soft_cap, wide, soft_cap=(_TINY, math.inf))
-    m = _labels.check_option(function, margin, wide, margin=(-math.inf, math.inf))
     head = Head(
         hidden=hidden.reshape(math.prod(batch), hidden.shape[-1]).astype(wide),
         weight=weight,
@@ -111,7 +112,7 @@ def check(
         where=None if where is None else jnp.broadcast_to(where, (classes,)),
         phi=phi,
         soft_cap=cap,
-        margin=None if _is_zero(margin) else m,
+        margin=_labels.option_if_given(function, margin, wide, margin=(-math.inf, math.inf)),
     )
     rows = None
     of_shard = classes if axis_name is not None else classes // shards
@@ -153,10 +154,6 @@ def _with_accelerator_block(given: Given, chunks: int, chunk: int) -> Given:
         return given
     classes = chunk * _near_divisor(chunks, max(1, _ACCELERATOR_SCORES // (tokens * chunk)))
     return given._replace(plan=given.plan._replace(accelerator_block=(tokens, classes)))
-
-
-def _is_zero(value: Any) -> bool:
-    return _arguments.is_concrete_number(value) and value == 0
 
 
 def _check_floating(function: str, argument: str, a: Any) -> Array:
@@ -223,32 +220,25 @@ def _check_of_classes(function: str, argument: str, value: Any, classes: int) ->
 
 def _check_labels(function: str, labels: Any, batch: tuple[int, ...], classes: int, wide: Any) -> Array:
     """Integers of the tokens' shape, or distributions with the classes behind it."""
-    array = _arguments.as_array(function, "labels", labels)
-    whole = jnp.issubdtype(array.dtype, jnp.integer)
-    if not whole and not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"{function}: labels must be integers or floating distributions; got dtype {array.dtype}. Convert "
-            "them, e.g. labels.astype(int)."
+    shape, of = np.shape(labels), "the shape of hidden without its last axis"
+    way_out = "Each row of hidden is one token with one label: cut both alike"
+    if len(shape) > len(batch) and shape[len(shape) - len(batch) :] == batch:
+        several = ", ".join(map(str, (*shape, "d")))
+        way_out = (
+            f"For several labels of each token write jnp.broadcast_to(hidden, ({several})), or map over the labels: "
+            "jax.vmap"
         )
-    wanted = batch if whole else (*batch, classes)
-    if array.shape != wanted:
-        if array.shape == ((*batch, classes) if whole else batch):
-            way_out = "labels.astype(float) are distributions" if whole else "labels.astype(int) are class numbers"
-        elif array.size == math.prod(wanted):
-            way_out = f"Write labels.reshape{wanted}"
-        elif array.shape[array.ndim - len(wanted) :] == wanted:
-            several = ", ".join(map(str, (*array.shape, "d")))
-            way_out = (
-                f"For several labels of each token write jnp.broadcast_to(hidden, ({several})), or map over the "
-                "labels: jax.vmap"
-            )
-        else:
-            way_out = "Each row of hidden is one token with one label: cut both alike"
-        raise ValueError(
-            f"{function}: {'integer' if whole else 'floating'} labels must have the shape {wanted}, that of hidden "
-            f"without its last axis{'' if whole else ', and the classes'}; got shape {array.shape}. {way_out}."
-        )
-    return _arguments.wide_integers(array) if whole else array.astype(wide)
+    array = _labels.check_labels(
+        function,
+        "labels",
+        labels,
+        batch,
+        of=f"{of},",
+        way_out=way_out,
+        distributions=(*batch, classes),
+        of_distributions=f"{of}, and the classes,",
+    )
+    return array if jnp.issubdtype(array.dtype, jnp.integer) else array.astype(wide)
 
 
 def _check_precision(function: str, precision: Any, dtype: Any) -> Any:
@@ -354,10 +344,8 @@ def check_pair(function: str, p: Given, q: Given) -> None:
 
 def loss_options(function: str, given: Given, label_smoothing: Any, z_loss: Any) -> tuple[Array | None, Array | None]:
     """Both in the accumulation dtype; None for a plain 0."""
-    dtype = given.head.hidden.dtype
-    a = _labels.check_option(function, label_smoothing, dtype, label_smoothing=(0.0, 1.0))
-    z = _labels.check_option(function, z_loss, dtype, z_loss=(0.0, math.inf))
-    return None if _is_zero(label_smoothing) else a, None if _is_zero(z_loss) else z
+    option = functools.partial(_labels.option_if_given, function, dtype=given.head.hidden.dtype)
+    return option(label_smoothing, label_smoothing=(0.0, 1.0)), option(z_loss, z_loss=(0.0, math.inf))
 
 
 def loss_of_tokens(
@@ -369,15 +357,10 @@ def loss_of_tokens(
     """
     loss: Any = found.loss
     if head.labels is not None and head.where is not None:
-        loss = jnp.where(_keeps_label(head, plan), loss, 0)
-    if smoothing is not None:
-        mean = found.log_total + found.spread / jnp.maximum(found.kept_count, 1)
-        loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
-        loss = (1 - smoothing) * loss + smoothing * mean
-    if z_loss is not None:
-        L = found.log_normalizer
-        loss = loss + z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
-    return in_vocabulary(loss, head, plan)
+        kept = keeps_label(lambda own: head.where[own], head.labels, head.weight.shape[0], plan.axis_name)
+        loss = jnp.where(kept, loss, 0)
+    mean = None if smoothing is None else found.log_total + found.spread / jnp.maximum(found.kept_count, 1)
+    return in_vocabulary(regularized(loss, mean, found.log_normalizer, smoothing, z_loss), head, plan)
 
 
 def in_vocabulary(a: Array, head: Head, plan: Plan) -> Array:
@@ -385,14 +368,5 @@ def in_vocabulary(a: Array, head: Head, plan: Plan) -> Array:
     return a if head.labels is None else jnp.where(_is_valid(head, plan), a, jnp.nan)
 
 
-def _keeps_label(head: Head, plan: Plan) -> Array:
-    """Whether the mask keeps the label's class, of all shards."""
-    classes = head.weight.shape[0]
-    own = head.labels - first_class(head, plan).astype(head.labels.dtype)
-    inside = (own >= 0) & (own < classes)
-    kept = inside & head.where[jnp.where(inside, own, 0)]
-    return all_sum(kept.astype(jnp.int32), plan.axis_name) > 0
-
-
 def _is_valid(head: Head, plan: Plan) -> Array:
-    return _labels.in_range(head.labels, vocabulary(head, plan))[1][..., 0]
+    return _labels.in_range(head.labels, vocabulary(head, plan))[1]

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import maps
-from jsoftmax._collectives import AxisName, shard_index, typed_as
+from jsoftmax._collectives import AxisName, is_label, shard_index, typed_as
 
 
 class Head(NamedTuple):
@@ -108,12 +108,6 @@ def products(hidden: Array, weight: Array, plan: Plan) -> Array:
     return _narrow_products(hidden, weight, plan)
 
 
-def is_label(head: Head, start: Array, classes: int) -> Array:
-    """Whether a class of the block is its token's label."""
-    shape = (head.labels.shape[0], classes)
-    return lax.broadcasted_iota(head.labels.dtype, shape, 1) == (head.labels - start.astype(head.labels.dtype))[:, None]
-
-
 def block_scores(head: Head, start: Array, plan: Plan) -> Array:
     """x of a widened block whose first class is `start`  (MATH 11.1)."""
     return of_products(head, start, products(head.hidden, head.weight, plan))
@@ -126,7 +120,7 @@ def of_products(head: Head, start: Array, o: Array) -> Array:
     if head.soft_cap is not None:
         o = head.soft_cap * jnp.tanh(o / head.soft_cap)
     if head.margin is not None:
-        o = o - jnp.where(is_label(head, start, o.shape[1]), head.margin, 0)
+        o = o - jnp.where(is_label(o.shape, head.labels[:, None], start=start), head.margin, 0)
     return maps.weighted_scores(head.phi, o, head.where, head.log_weights)
 
 
@@ -258,7 +252,9 @@ def _over_blocks(  # noqa: PLR0917  (as `over_classes` has them)
     return checkpointed_scan(body, state, (blocks, rates, starts))[0]
 
 
-def _over_tokens(step: Any, heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan) -> Any:  # noqa: PLR0917
+def _over_tokens(  # noqa: PLR0917  (as `over_classes` has them)
+    step: Any, heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
+) -> Any:
     """The state after the step for each block of tokens; blocks of tokens that do not count are skipped."""
     tokens, counted = heads[0].hidden.shape[0], heads[0].counted
     if tokens == plan.tokens:

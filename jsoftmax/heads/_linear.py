@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax import _arguments
+from jsoftmax import _arguments, _labels
 from jsoftmax.maps import check_phi
 from jsoftmax.phi import Phi
 
@@ -46,21 +46,10 @@ def check_width(function: str, hidden: Array, width: int) -> None:
         )
 
 
-def check_labels(function: str, labels: Any, batch: tuple[int, ...] | None) -> Array:
+def check_labels(function: str, labels: Any, batch: tuple[int, ...]) -> Array:
     """Integers, one for each row of `hidden`."""
-    array = _arguments.as_array(function, "labels", labels)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(
-            f"{function}: labels must be integers; got dtype {array.dtype}. Class numbers that came as floats: "
-            "labels.astype(int); distributions over V classes are for losses.cross_entropy."
-        )
-    if batch is not None and array.shape != batch:
-        way_out = f"Write labels.reshape{batch}." if array.size == math.prod(batch) else "Give each row its label."
-        raise ValueError(
-            f"{function}: labels must have the shape of hidden without its last axis, {batch}; got shape "
-            f"{array.shape}. {way_out}"
-        )
-    return _arguments.wide_integers(array)
+    of = "the shape of hidden without its last axis,"
+    return _labels.check_labels(function, "labels", labels, batch, of=of, way_out="Give each row its label")
 
 
 def check_quadratic(function: str, phi: Any) -> Phi:

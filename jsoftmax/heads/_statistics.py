@@ -9,11 +9,11 @@ from jax import lax
 from jax.custom_derivatives import zero_from_primal
 from jaxtyping import Array
 
-from jsoftmax._collectives import all_max, all_sum, in_slot, typed_as
+from jsoftmax._collectives import all_max, all_sum, in_slot, is_label, own_label, place_in_block, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._series import expm1
-from jsoftmax.gumbel import _noise
-from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, first_class, is_label, over_classes
+from jsoftmax._top_k import top_k, top_k_by_blocks
+from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, over_classes
 from jsoftmax.sums import FAR, difference, exp_sums, gap_sum, is_empty, not_negative
 
 
@@ -99,7 +99,7 @@ def of_block(head: Head, wanted: Wanted, start: Array, x: Array, plan: Plan) -> 
     if wanted.entropy:
         made["gap"] = gap_sum(x, peak, axis)[:, 0]
     if head.labels is not None:
-        inside, label = _local(head.labels[:, None], start, x.shape[1])
+        label, inside = place_in_block(head.labels[:, None], start, x.shape[1])
         made["label"] = jnp.where(inside, jnp.take_along_axis(x, label, 1), -jnp.inf)[:, 0]
     if head.targets is not None or wanted.spread:
         kept = ~jnp.isneginf(x)
@@ -113,15 +113,9 @@ def of_block(head: Head, wanted: Wanted, start: Array, x: Array, plan: Plan) -> 
             made["spread"] = jnp.sum(below, 1)
             made["kept_count"] = jnp.sum(kept, 1, dtype=jnp.int32).astype(x.dtype)
     if wanted.top:
-        made["top"], places = _largest(x, min(wanted.top, x.shape[1]), plan)
+        made["top"], places = _top_k_of_block(x, min(wanted.top, x.shape[1]), plan)
         made["top_class"] = start + places
     return Running(top[:, 0], rest[:, 0], **made)
-
-
-def _local(classes: Any, start: Array, count: int) -> tuple[Array, Array]:
-    """Whether classes are among as many from `start` on, and their places there."""
-    place = classes - start.astype(classes.dtype)
-    return (place >= 0) & (place < count), jnp.clip(place, 0, count - 1)
 
 
 def merged(a: Running, b: Running, plan: Plan | None = None) -> Running:
@@ -179,7 +173,7 @@ def over_shards(part: Running, head: Head, plan: Plan) -> Running:
     if part.gap is not None:
         made["gap"] = _moved_gap(part, falls)
     if part.label is not None:
-        made["label"] = jnp.where(_local(head.labels, first_class(head, plan), head.weight.shape[0])[0], part.label, 0)
+        made["label"] = jnp.where(own_label(head.labels, head.weight.shape[0], plan.axis_name)[1], part.label, 0)
     if part.below is not None:
         made |= {"below": _moved_sum(part.below, part.mass, falls), "mass": part.mass}
     if part.spread is not None:
@@ -203,23 +197,21 @@ def _top_k(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:
     if k == 1:
         places = jnp.argmax(x, 1, keepdims=True)
     elif plan is None or plan.axis_name != SHARDS:
-        return _noise.top_k(x, k)
+        return top_k(x, k)
     else:
         descending = jnp.where(jnp.isnan(x), -jnp.inf, -lax.stop_gradient(x))
         places = lax.sort_key_val(descending, lax.broadcasted_iota(jnp.int32, x.shape, 1), 1)[1][:, :k]
     return jnp.take_along_axis(x, places, 1), places.astype(jnp.int32)
 
 
-def _largest(x: Array, k: int, plan: Plan) -> tuple[Array, Array]:
-    """The same of a block: the k largest of a row are in the k parts of it with the largest maxima."""
-    length, classes = 64, x.shape[1]
-    if k * length >= classes:
+def _top_k_of_block(x: Array, k: int, plan: Plan) -> tuple[Array, Array]:
+    """The same of a block of classes."""
+    if k * _TOP_K_LENGTH >= x.shape[1]:
         return _top_k(x, k, plan)
-    parts = jnp.pad(x, [(0, 0), (0, -classes % length)], constant_values=-jnp.inf).reshape(x.shape[0], -1, length)
-    _, best = _top_k(jnp.max(lax.stop_gradient(parts), 2), k, plan)
-    best = jnp.sort(best, 1)
-    values, places = _top_k(jnp.take_along_axis(parts, best[:, :, None], 1).reshape(x.shape[0], -1), k, plan)
-    return values, jnp.take_along_axis(best, places // length, 1) * length + places % length
+    return top_k_by_blocks(x, k, _TOP_K_LENGTH, functools.partial(_top_k, plan=plan))
+
+
+_TOP_K_LENGTH = 64
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -319,7 +311,7 @@ class Rates(NamedTuple):
     top: Any = None
 
 
-def block_rates(  # noqa: PLR0917
+def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last, is transposed)
     block: Head, dots: Head, start: Array, known: Known, like: Rates, x: Array, x_dot: Array
 ) -> Rates:
     """A block's terms of the rule, those that `like` has; linear in ẋ and the targets' tangent."""
@@ -340,7 +332,7 @@ def block_rates(  # noqa: PLR0917
         made["spread"] = -total(jnp.where(jnp.isneginf(x), 0, x_dot))
     if like.loss is not None and block.labels is not None:
         at_label = expm1(-known.loss)[:, None]  # p_y − 1
-        made["loss"] = total(jnp.where(is_label(block, start, x.shape[1]), at_label, p) * x_dot)
+        made["loss"] = total(jnp.where(is_label(x.shape, block.labels[:, None], start=start), at_label, p) * x_dot)
     elif like.loss is not None:
         kept = ~jnp.isneginf(x)
         q = jnp.where(kept, block.targets, 0)
@@ -352,6 +344,6 @@ def block_rates(  # noqa: PLR0917
     if like.mass is not None:
         made.setdefault("mass", jnp.zeros_like(like.mass))
     if like.top is not None:
-        inside, place = _local(known.top_class, start, x.shape[1])
+        place, inside = place_in_block(known.top_class, start, x.shape[1])
         made["top"] = -jnp.where(inside, jnp.take_along_axis(x_dot, place, 1), 0)
     return Rates(**made)

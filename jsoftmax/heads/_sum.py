@@ -14,6 +14,7 @@ from jsoftmax.heads import _head, _statistics
 from jsoftmax.heads._check import loss_of_tokens
 from jsoftmax.heads._head import SHARDS, Head, Plan
 from jsoftmax.heads._statistics import Known, Rates, Statistics, Wanted, statistics
+from jsoftmax.losses._cross_entropy import without_weightless
 
 
 class Weighed(NamedTuple):
@@ -32,7 +33,7 @@ class Weighed(NamedTuple):
     def losses(self, found: Statistics, plan: Plan) -> Array:
         """Of each token; 0, not infinity, where the weight is."""
         loss = loss_of_tokens(self.head, plan, found, self.smoothing, self.z_loss)
-        return jnp.where((self.token_weights == 0) & jnp.isposinf(loss), 0, loss)
+        return without_weightless(loss, self.token_weights)
 
     def total(self, found: Statistics, plan: Plan) -> tuple[Array, Array]:
         """Σ w loss, and the losses."""

@@ -95,7 +95,7 @@ def divergence(heads: Heads, plan: Plan) -> Array:
 
 
 @public
-def linear_kl(  # noqa: PLR0917
+def linear_kl(  # noqa: PLR0917  (two heads, each by position as in `linear_cross_entropy`)
     hidden_p: ArrayLike,
     weight_p: ArrayLike,
     hidden_q: ArrayLike,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -120,19 +121,19 @@ def _scores(state: State, hidden: Array, label: Array) -> _Scores:
 
 @jax.jit
 def _loss(state: State, hidden: Array, labels: Array, loss: SphericalLoss) -> Array:
-    label, valid = (a[..., 0] for a in _labels.in_range(labels, len(state.rows)))
+    label, valid = _labels.in_range(labels, len(state.rows))
     found = _scores(state, hidden, label)
     values = loss.of(found.first, found.square, found.score, len(state.rows))
     return jnp.where(valid, values, jnp.nan)
 
 
 @jax.jit
-def _step(  # noqa: PLR0917
-    state: State, h: Array, labels: Array, eta: Array, decay: Array, limit: Array, loss: SphericalLoss
+def _step(
+    state: State, h: Array, labels: Array, *, eta: Array, decay: Array, limit: Array, loss: SphericalLoss
 ) -> tuple[Array, Array, State]:
     """W ← ρ W − η ∇, ρ = 1 − η λ, in factored form, with the letters of MATH 12.2."""
     (count, d), classes, dtype = h.shape, len(state.rows), h.dtype
-    label, valid = (a[..., 0] for a in _labels.in_range(labels, classes))
+    label, valid = _labels.in_range(labels, classes)
     P, W_y, *numbers = _scores(state, h, label)  # P = hQ
     values, pull = jax.vjp(lambda first, square, score: loss.of(first, square, score, classes), *numbers)
     by_first, by_square, by_score = pull(jnp.full(count, 1 / count, dtype))
@@ -329,7 +330,7 @@ def loss_and_update(
     eta = _labels.check_option(function, learning_rate, h.dtype, learning_rate=(0.0, math.inf))
     decay = _labels.check_option(function, weight_decay, h.dtype, weight_decay=(0.0, math.inf))
     limit = _labels.check_option(function, fold_beyond, h.dtype, fold_beyond=(1.0, math.inf))
-    value, gradient, new = _step(state, h, y, eta, decay, limit, loss)
+    value, gradient, new = _step(state, h, y, eta=eta, decay=decay, limit=limit, loss=loss)
     return Step(value, gradient.reshape(*batch, -1).astype(jnp.asarray(hidden).dtype), new)
 
 
@@ -385,9 +386,9 @@ def rows(state: State, labels: ArrayLike) -> Float[Array, "... d"]:
            [nan, nan]], dtype=float32)
     """
     _check_state("rows", state)
-    label, valid = _labels.in_range(_linear.check_labels("rows", labels, None), len(state.rows))
-    found = precise(state.rows[label[..., 0]], state.mix) + state.offset
-    return jnp.where(valid, found, jnp.nan)
+    label, valid = _labels.in_range(_linear.check_labels("rows", labels, np.shape(labels)), len(state.rows))
+    found = precise(state.rows[label], state.mix) + state.offset
+    return jnp.where(valid[..., None], found, jnp.nan)
 
 
 def _check_state(function: str, state: Any) -> None:

@@ -68,9 +68,7 @@ def moments(weight: Array, bias: Array | None, where: Array | None, dtype: Any) 
 
 
 @jax.jit
-def _loss(  # noqa: PLR0917
-    hidden: Array, weight: Array, labels: Array, bias: Array | None, where: Array | None, phi: Phi
-) -> Array:
+def _loss(hidden: Array, weight: Array, labels: Array, *, bias: Array | None, where: Array | None, phi: Phi) -> Array:
     """log Σ φ(o) − log φ(o_y), hidden `[N, d]` in the accumulation dtype  (MATH 12.1)."""
     dtype = hidden.dtype
     coefficients: Any = phi.quadratic
@@ -80,7 +78,7 @@ def _loss(  # noqa: PLR0917
     square = jnp.sum((precise(hidden, sums.gram) + 2 * sums.cross) * hidden, -1) + sums.bias[1]
     total = sums.classes * a0 + a1 * first + a2 * square
 
-    label, valid = (a[..., 0] for a in _labels.in_range(labels, weight.shape[0]))
+    label, valid = _labels.in_range(labels, weight.shape[0])
     kept = jnp.ones(label.shape, bool) if where is None else where[label]
     score = jnp.sum(jnp.where(kept[:, None], weight[label].astype(dtype), 0) * hidden, -1)
     if bias is not None:
@@ -143,5 +141,5 @@ def quadratic_cross_entropy(
     b = None if bias is None else _linear.check_flag(function, "bias", bias, jnp.floating, w.shape[0])
     kept = None if where is None else _linear.check_flag(function, "where", where, jnp.bool_, w.shape[0])
     dtype = _arguments.accumulation_dtype(max(h.dtype, w.dtype, key=lambda dtype: jnp.finfo(dtype).bits))
-    loss = _loss(h.reshape(-1, h.shape[-1]).astype(dtype), w, y.reshape(-1), b, kept, phi)
+    loss = _loss(h.reshape(-1, h.shape[-1]).astype(dtype), w, y.reshape(-1), bias=b, where=kept, phi=phi)
     return loss.reshape(y.shape)

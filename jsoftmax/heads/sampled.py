@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from jsoftmax import _arguments, maps
 from jsoftmax._arguments import public
+from jsoftmax._labels import in_range
 from jsoftmax._series import log1p_exp
 from jsoftmax.gumbel import categorical
 from jsoftmax.gumbel._noise import check_key
@@ -146,7 +147,7 @@ def nce_loss(
 
 def _scores(given: _Given, phi: Phi, draws: Array) -> tuple[Array, Array, Array]:
     """x of the labels `[rows]` and of the draws `[rows, n]`, and the labels, 0 where one is out of range."""
-    label = jnp.where((given.labels >= 0) & (given.labels < given.weight.shape[0]), given.labels, 0).astype(jnp.int32)
+    label = in_range(given.labels, given.weight.shape[0])[0].astype(jnp.int32)
     own = jnp.sum(given.hidden * given.weight[label], -1)
     other = precise(given.hidden, given.weight[draws].T)
     if given.bias is not None:
@@ -162,7 +163,7 @@ def _corrected(x: Array, log_q: Array, draws: Array) -> Array:
 
 def _finish(loss: Array, given: _Given, draws: Array) -> Array:
     """NaN, with derivatives 0, for a label out of range or draws that are none; 0 in rows that do not count."""
-    valid = (given.labels >= 0) & (given.labels < given.weight.shape[0]) & jnp.all(draws >= 0)
+    valid = in_range(given.labels, given.weight.shape[0])[1] & jnp.all(draws >= 0)
     loss = jnp.where(valid, loss, jnp.nan)
     return loss if given.rows is None else jnp.where(given.rows, loss, 0)
 

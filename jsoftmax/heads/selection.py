@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 from jsoftmax import _arguments
 from jsoftmax._arguments import public
 from jsoftmax._collectives import AxisName, all_sum, shard_index, side_by_side
+from jsoftmax._top_k import top_k
 from jsoftmax.gumbel import _noise, categorical
 from jsoftmax.gumbel._categorical import check_distinct
 from jsoftmax.gumbel._estimators import conditional
@@ -81,13 +82,13 @@ def _draw(given: tuple[Any, Head], count: int, replace: bool, plan: Plan) -> Arr
         drawn = jnp.where(place >= 0, _head.first_class(head, plan) + number * CHUNK + place, -1)
         return jnp.where(chunk >= 0, all_sum(jnp.where(inside, drawn, 0), plan.axis_name), -1)
     # the largest x + g of a chunk is a Gumbel variable at its L; those of `count` chunks have the `count` largest
-    best, chunk = _noise.top_k(L + _noise.gumbel(of_chunks, L.shape, L.dtype), min(count, L.shape[1]))
+    best, chunk = top_k(L + _noise.gumbel(of_chunks, L.shape, L.dtype), min(count, L.shape[1]))
     inside, number = here(chunk)
     x = jnp.where(inside[:, :, None], jnp.moveaxis(lax.map(scores_of, number.T), 0, 1), 0)
     x = all_sum(x, plan.axis_name)
     of_place, of_noise = jax.random.split(of_classes)
     perturbed = conditional(of_noise, x, categorical(of_place, x), best[..., None]).reshape(x.shape[0], -1)
-    best, at = _noise.top_k(perturbed, count)
+    best, at = top_k(perturbed, count)
     chunk = jnp.take_along_axis(chunk, at // CHUNK, 1)
     bad = ~(jnp.max(L, 1, keepdims=True) < jnp.inf)
     first = chunk // chunks * classes + chunk % chunks * CHUNK

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from jsoftmax import _arguments, _labels, maps, sums
 from jsoftmax._arguments import Axis, public
-from jsoftmax._collectives import AxisName, all_sum, by_rows, own_label, pick, share_at_label
+from jsoftmax._collectives import AxisName, all_sum, by_rows, is_label, pick, share_at_label
 from jsoftmax._labels import Labelled
 from jsoftmax._rules import compiled_rule
 from jsoftmax._series import expm1, expm1_ratio
@@ -67,7 +67,7 @@ def _terms_by_class(x: Array, label: Array, mean: bool) -> Terms:
     axis = (x.ndim - 1,)
     out = sums.normalized(x, axis)
     n, x = -out.log_p, _arguments.read(x)
-    at_label = jnp.where(_is_label(x, label, None), n, 0)
+    at_label = jnp.where(is_label(x.shape, label), n, 0)
     return Terms(
         not_negative(class_sum(at_label, axis)),
         out.log_normalizer,
@@ -115,16 +115,28 @@ def _mean_of_kept(a: Array, x: Array, axis_name: AxisName) -> Array:
     return total / jnp.maximum(count, 1)
 
 
-def _is_label(x: Array, label: Array, axis_name: AxisName) -> Array:
-    """1_y, of booleans; XLA fuses it, and no one-hot array is built."""
-    own, inside = own_label(label, x.shape[-1], axis_name)
-    return (lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) == own) & inside
-
-
 def _count(kept: Array, dtype: Any) -> Array:
     if kept.shape[-1] and kept.shape[-1] % 32 == 0:
         kept = jnp.sum(kept.reshape(*kept.shape[:-1], -1, 32), -1)
     return jnp.sum(kept, -1, keepdims=True).astype(dtype)
+
+
+# --- what losses and heads make of them ----------------------------------------------------------------------
+
+
+def without_weightless(loss: Array, weight: Array) -> Array:
+    """The loss, 0 instead of +∞ where its weight is 0: 0 · ∞ is 0."""
+    return jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
+
+
+def regularized(loss: Array, mean: Any, L: Array, smoothing: Array | None, z_loss: Array | None) -> Array:
+    """(1 − a) loss + a mean + z_loss L², for the mean of −l over the classes kept  (MATH 7.2); an option that is None
+    costs nothing, and without smoothing there need be no mean."""
+    if smoothing is not None:
+        loss = (1 - smoothing) * without_weightless(loss, 1 - smoothing) + smoothing * mean
+    if z_loss is not None:
+        loss = loss + z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
+    return loss
 
 
 # --- cross-entropy and its kin -------------------------------------------------------------------------------
@@ -139,7 +151,7 @@ def _weighted(given: Labelled, loss: Array, label: Array, axis_name: AxisName) -
             return by_rows(lambda own, weights: weights[own], own, weights, axis_name=axis_name)
 
         weight = all_sum(share_at_label(of_label, label, given.classes, axis_name), axis_name)
-        loss = weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)  # 0 · ∞ is 0
+        loss = weight * without_weightless(loss, weight)
     if given.where is not None:
         loss = jnp.where(given.keeps(label, axis_name), loss, 0)
     return loss
@@ -171,7 +183,7 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
     alone = given.by_label and (smoothing is None or given.class_weights is None)  # x is read once, and may be narrow
     z = z if alone and margin is None else _arguments.read(z)
     if margin is not None:
-        z = z - margin * _is_label(z, label, axis_name).astype(z.dtype)
+        z = z - margin * is_label(z.shape, label, axis_name).astype(z.dtype)
     x = maps.weighted_scores(phi, z, given.where, given.log_weights)
     if alone:
         loss, L, spread = terms(x, label, axis_name, smoothing is not None)
@@ -185,12 +197,7 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
             loss, L = all_sum(_expected(given, x, n), axis_name), maps.log_sum(x, (x.ndim - 1,), axis_name)
     if given.by_label:
         loss = _weighted(given, loss, label, axis_name)
-    if smoothing is not None and spread is not None:  # both or none
-        loss = jnp.where((smoothing == 1) & jnp.isposinf(loss), 0, loss)
-        loss = (1 - smoothing) * loss + smoothing * spread
-    if z_loss is not None:
-        loss = loss + z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
-    return given.finish(loss, valid)
+    return given.finish(regularized(loss, spread, L, smoothing, z_loss), valid)
 
 
 @functools.partial(jax.jit, static_argnames=("f", "axis_name"))
@@ -290,10 +297,7 @@ def cross_entropy(
     options = {"log_weights": log_weights, "class_weights": class_weights, "ignore_label": ignore_label}
     given = _labels.check(function, logits, labels, axis, where, phi=phi, axis_name=axis_name, **options)
 
-    def option(value: ArrayLike, **limits: tuple[float, float]) -> Array | None:
-        checked = _labels.check_option(function, value, given.dtype, **limits)
-        return None if _arguments.is_concrete_number(value) and value == 0 else checked
-
+    option = functools.partial(_labels.option_if_given, function, dtype=given.dtype)
     m = option(margin, margin=(-math.inf, math.inf))
     if not given.by_label:
         _labels.reject_given(function, {"margin": m})

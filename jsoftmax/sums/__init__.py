@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import _arguments
-from jsoftmax._collectives import AxisName, own_label
+from jsoftmax._collectives import AxisName, is_label, own_label
 from jsoftmax.sums import cpu, reference
 from jsoftmax.sums.cpu import Want
 from jsoftmax.sums.reference import (
@@ -214,8 +214,8 @@ def label_rates(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     own, inside = own_label(label, x_dot.shape[-1], axis_name)
 
     def compared(p: Array, kept: Array | None, at_label: Array, x_dot: Array) -> LabelRates:
-        is_label = (lax.broadcasted_iota(label.dtype, x_dot.shape, x_dot.ndim - 1) == own) & inside
-        return reference.label_rates(p, kept, at_label, _arguments.widened(x_dot), is_label)
+        here = is_label(x_dot.shape, label, axis_name)
+        return reference.label_rates(p, kept, at_label, _arguments.widened(x_dot), here)
 
     if cpu.compares_labels(x_dot):
         return compared(p, kept, at_label, x_dot)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jsoftmax import _arguments, maps
 from jsoftmax._arguments import public
-from jsoftmax._labels import check_ignore_label
+from jsoftmax._labels import check_ignore_label, in_range
 from jsoftmax.entropy import centred_log_p, shannon
 from jsoftmax.heads._head import cut
 from jsoftmax.heads._linear import check_labels, precise
@@ -68,10 +68,10 @@ def _log_prob(params: AdaptiveParams, phi: Phi, hidden: Array, labels: Array, wh
     count = len(params.tails)
     if where is not None:  # rows left out may hold anything
         hidden, labels = maps.where_not(~where[:, None], hidden), jnp.where(where, labels, 0)
-    valid = (labels >= 0) & (labels < classes)
+    known, valid = in_range(labels, classes)
     kept = valid if where is None else valid & where
     cluster = sum(((labels >= start).astype(jnp.int32) for start in starts), jnp.zeros(labels.shape, jnp.int32))
-    known = jnp.where(valid, labels, 0).astype(jnp.int32)
+    known = known.astype(jnp.int32)
     in_tail = kept & (cluster > 0)
     tail = jnp.maximum(cluster - 1, 0)
     of_head = jnp.where(in_tail, params.cutoffs[0] + tail, jnp.where(valid & (cluster == 0), known, 0))

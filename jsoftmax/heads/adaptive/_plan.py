@@ -175,12 +175,13 @@ def plan_clusters(
     edges = _grid(len(counts), candidates)
     mass = np.concatenate([[0.0], np.cumsum(counts) / np.sum(counts)])[edges]
     widths = [w for w in tail_widths(d, max_tails, div_value) if w]
-    plans = [_best_cutoffs(edges, mass, d, batch, cost_model, widths[:tails]) for tails in range(len(widths) + 1)]
+    sizes: Any = {"d": d, "batch": batch, "cost_model": cost_model}
+    plans = [_best_cutoffs(edges, mass, widths[:tails], **sizes) for tails in range(len(widths) + 1)]
     return min(plans, key=lambda plan: plan.seconds)
 
 
-def _best_cutoffs(  # noqa: PLR0917
-    edges: np.ndarray, mass: np.ndarray, d: int, batch: int, cost_model: CostModel, widths: list[int]
+def _best_cutoffs(
+    edges: np.ndarray, mass: np.ndarray, widths: list[int], *, d: int, batch: int, cost_model: CostModel
 ) -> ClusterPlan:
     """The dynamic programme for one number of tails: of the first i, the least cost that ends at each edge."""
     least = cost_model(edges + len(widths), batch, d)
