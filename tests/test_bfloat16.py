@@ -9,7 +9,7 @@ from sharding import DEVICES, exchanged, mesh
 
 import jsoftmax as js
 from jsoftmax import losses
-from jsoftmax.sums.cpu import block_length
+from jsoftmax.sums.cpu.paths import block_length
 
 ROWS = 8
 LABELS = jnp.arange(ROWS) % 3

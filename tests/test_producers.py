@@ -22,7 +22,7 @@ from sharding import mesh
 
 import jsoftmax as js
 from jsoftmax import gumbel, heads, losses
-from jsoftmax.sums import cpu
+from jsoftmax.sums.cpu import paths
 from jsoftmax.verify import DERIVATIVES, FUNCTIONS, LOSSES, OTHERS, SPARSE_MAPS
 
 
@@ -193,7 +193,7 @@ def allowed(function, producer, shape, dtype, mode, want):  # noqa: PLR0917
         size = np.max(size.reshape(len(want), -1), 1).reshape(-1, *[1] * (want.ndim - 1))
     absolute = 32 * producer.ulps * eps
     no_bound = function in DERIVATIVES or function in SPARSE_MAPS or function.name == "entropy_expansion"
-    if no_bound or mode == "HVP" or (mode != "value" and math.prod(shape) >= cpu.LARGE):
+    if no_bound or mode == "HVP" or (mode != "value" and math.prod(shape) >= paths.LARGE):
         absolute = absolute + 32 * eps * max(1.0, np.max(np.abs(want)))
     return relative * size + absolute + 1e-30
 

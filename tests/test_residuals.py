@@ -10,10 +10,10 @@ import pytest
 
 import jsoftmax as js
 from jsoftmax import losses
-from jsoftmax.sums import cpu
+from jsoftmax.sums.cpu import paths
 from jsoftmax.verify import FUNCTIONS, LOSSES, OTHERS, SPARSE_MAPS
 
-SHAPES = [(6, 12), (2 * cpu.LARGE // 512, 512)]
+SHAPES = [(6, 12), (2 * paths.LARGE // 512, 512)]
 """Few scores and many; rows of several lengths and the masks of losses are far fewer than either."""
 
 

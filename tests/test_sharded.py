@@ -12,7 +12,7 @@ from sharding import DEVICES, assert_close, collectives, exchanged, mesh
 import jsoftmax as js
 from jsoftmax import gumbel, losses
 from jsoftmax.gumbel._noise import gumbel as noise
-from jsoftmax.sums.cpu import block_length
+from jsoftmax.sums.cpu.paths import block_length
 
 ROWS, CLASSES = 5, 24
 WHOLE, PARTS = PartitionSpec(), PartitionSpec(None, "v")

@@ -10,6 +10,7 @@ from platforms import as_on_accelerators
 
 from jsoftmax import sums
 from jsoftmax.sums import cpu, reference
+from jsoftmax.sums.cpu import paths
 from jsoftmax.verify import DERIVATIVES, FUNCTIONS, LOSSES
 
 ROWS = {
@@ -113,8 +114,8 @@ def _by_every_form(function, dtype, monkeypatch):
     for large, on_cpu in ((2**60, True), (0, True), (0, False)):
         jax.clear_caches()
         with monkeypatch.context() as patch:
-            patch.setattr(cpu, "LARGE", large)
-            patch.setattr(cpu, "SHORT", cpu.SHORT if large == 0 else 2**60)
+            patch.setattr(paths, "LARGE", large)
+            patch.setattr(paths, "SHORT", paths.SHORT if large == 0 else 2**60)
             if not on_cpu:
                 as_on_accelerators(patch)
             found.append([jax.jit(functools.partial(everything, function))(a) for a in z])

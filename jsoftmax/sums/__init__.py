@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jsoftmax import _arguments
 from jsoftmax._collectives import AxisName, is_label, own_label
 from jsoftmax.sums import cpu, reference
-from jsoftmax.sums.cpu import Want
+from jsoftmax.sums.cpu import Want, paths
 from jsoftmax.sums.reference import (
     FAR,
     SURE,
@@ -64,7 +64,7 @@ def has_form_for_cpu(shape: tuple[int, ...], axis: tuple[int, ...]) -> bool:
     """Whether scores of a shape have a form of their own on CPU: many scores, or so many classes that XLA on CPU loses
     digits when it adds them up one after the other."""
     size = math.prod(shape)
-    return size > 0 and (size >= cpu.LARGE or math.prod(shape[i] for i in axis) > cpu.SHORT)
+    return size > 0 and (size >= paths.LARGE or math.prod(shape[i] for i in axis) > paths.SHORT)
 
 
 def _by_platform(on_cpu: Callable[..., Any], otherwise: Callable[..., Any], apart: bool, *arrays: Any) -> Any:
@@ -240,6 +240,6 @@ def explain(shape: tuple[int, ...], axis: _arguments.Axis = -1, platform: str | 
     platform = jax.default_backend() if platform is None else platform
     if platform != "cpu":
         return f"reference: compiled for {platform}"
-    if math.prod(shape) >= cpu.LARGE:
+    if math.prod(shape) >= paths.LARGE:
         return "cpu: many scores, compiled for cpu"
     return "cpu: many classes, compiled for cpu; the derivative rules by the reference: few scores"

@@ -1,0 +1,328 @@
+"""Sums of the rows of a large array, in the forms that XLA's CPU compiler makes fast (benchmarks/NOTES.md)."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jsoftmax._arguments import read
+from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows, in_type
+from jsoftmax.sums.cpu.paths import (
+    MANY_SCORES,
+    SHORT,
+    Form,
+    Want,
+    adds_slices,
+    choose_form,
+    may_be_large,
+    row_block_length,
+    serves_rules,
+)
+from jsoftmax.sums.reference import FAR, ExpSums, Normalized, class_sum, complement_of, is_empty, not_negative, rest_of
+
+# --- the functions of the reference --------------------------------------------------------------------------
+
+
+def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> Normalized:
+    """`reference.normalized`, fastest for what is wanted of it."""
+    how = choose_form(x, want, order)
+    u, e, rest, total, peak, empty = _shifted_sums(x, axis, axis_name, how)
+    log_total = jnp.log1p(rest)
+    infinite = jnp.where(empty, -jnp.inf, jnp.inf)
+    log_p = u - log_total
+    if serves_rules(how):  # the derivative is 0 where a class is left out
+        log_p = jnp.where(jnp.isneginf(x), lax.stop_gradient(log_p), log_p)
+    L = jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total)
+    return Normalized(log_p, e / total, L, complement_of(e, rest))
+
+
+def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> tuple[Array, Array]:
+    """`reference.centred`."""
+    how, x = choose_form(x, want, order), read(x)
+    u, e, rest, total, peak, _ = _shifted_sums(x, axis, axis_name, how)
+    m = _careful_sum(_gap_terms, x, peak, axis, axis_name, how) / total
+    return jnp.where(e == 0, 0, u + m), not_negative(jnp.log1p(rest) + m)
+
+
+def exp_sums(x: Array, beside: Any, axis: tuple[int, ...], axis_name: AxisName, order: int) -> ExpSums:
+    """`reference.exp_sums`."""
+    _, _, rest, _, peak, _ = _shifted_sums(x, axis, axis_name, choose_form(x, "loss", order))
+    return ExpSums(peak, rest, all_sum(beside, axis_name))
+
+
+def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
+    """`reference.gap_sum`."""
+    return _careful_sum(_gap_terms, x, peak, axis, None, Form("H"))
+
+
+# --- u = x − max x, e^u and their sums -----------------------------------------------------------------------
+
+
+class _ShiftedSums(NamedTuple):
+    """As `reference.Shifted`; all but u and e keep the reduced axes."""
+
+    u: Array
+    e: Array
+    rest: Array
+    total: Array
+    """Σ e^u, or a little for an empty row, for what divides by it: in rules of L and log p without `rest`."""
+    peak: Array
+    """max x, the least finite number for an empty row."""
+    empty: Array
+    """Whether a row has no class."""
+
+
+def _shifted_sums(given: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> _ShiftedSums:
+    """`reference.shifted` of an x as it is given.
+
+    Both sums and the result read one e^u, but where that is not wanted a long axis is cut into blocks; few classes are
+    cut into slices. Right under plain autodiff too. Of sharded classes one maximum is taken over all devices and one
+    sum of both parts.
+    """
+    x = read(given)
+    if adds_slices(x, axis, form):
+        return _shifted_sums_of_slices(x, axis, axis_name, form)
+    length = row_block_length(x, axis, form)
+    if length:
+        rest, peak = by_rows(lambda given: _sum_without_one_by_blocks(given, length, axis_name, form), given)
+        total = 1 + (_fusion_barrier(rest) if form.bfloat16 else rest)  # many rows' kernel would want x widened
+        u = _difference(x, peak, form)
+        return _ShiftedSums(u, jnp.exp(u), rest, total, peak, is_empty(rest))
+    short = axis == (x.ndim - 1,) and x.shape[-1] <= SHORT
+    top = all_max(_maximum(x, axis, short), axis_name)
+    peak = jnp.maximum(top, jnp.finfo(x.dtype).min) if short else top
+    e = jnp.exp(_difference(x, peak, form))
+    ones = jnp.floor(e)
+    # rules of L and log p divide by Σ e^u itself, a sum less where the value is not wanted
+    by_one_sum = form.in_rule_of_sum and x.size >= MANY_SCORES
+    counted = short and not by_one_sum  # else XLA would write the ones, for two sums to read them
+    small, summed = _sum_in_parts(e - ones, axis), _sum_in_parts(ones if counted else e, axis)
+    small, summed = all_sum((small, summed), axis_name)
+    rest = _rest(small, summed if counted else jnp.round(summed - small), peak, form)
+    # not 0 for an empty row, by a step that leaves sums from 1 on unchanged; a maximum would drop a NaN
+    total = 1 + rest
+    if by_one_sum:
+        little = float(jnp.finfo(x.dtype).eps) / 4
+        total = summed + (little + (peak - peak) if form.keeps_small_results else little)
+    # rules of log p and H read u and e^u in different kernels, those of L no u, and p as a result is one kernel
+    u = _difference(x, _distinct_copy(peak, 1) if form.want in ("H", "log_p") and form.order else peak, form)
+    # of a short row XLA would write the ones for a second reader of `rest`
+    return _ShiftedSums(u, e, rest, total, peak, jnp.isneginf(top) if short else is_empty(rest))
+
+
+def _shifted_sums_of_slices(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> _ShiftedSums:
+    """`_shifted_sums` of few classes, one by one."""
+    parts = _class_slices(x, axis[0])
+    top = all_max(_reduce_by_halves(jnp.maximum, [lax.stop_gradient(part) for part in parts]), axis_name)
+    peak = jnp.maximum(top, jnp.finfo(x.dtype).min)
+    e = [jnp.exp(_difference(part, peak, form)) for part in parts]
+    ones = [jnp.floor(part) for part in e]
+    small = _reduce_by_halves(jnp.add, [a - b for a, b in zip(e, ones, strict=True)])
+    small, count = all_sum((small, _reduce_by_halves(jnp.add, ones)), axis_name)
+    rest = _rest(small, count, peak, form)
+    # XLA writes e^u of each slice for two readers of rest, unless a select is between them or, in rules of L and log p,
+    # a logarithm, which it does not take twice
+    total = jnp.exp(jnp.log1p(rest)) if form.in_rule_of_sum else 1 + _fusion_barrier(rest)
+    u = _difference(x, lax.optimization_barrier(peak), form)
+    return _ShiftedSums(u, jnp.exp(u), rest, total, peak, jnp.isneginf(top))
+
+
+def _sum_without_one_by_blocks(given: Array, length: int, axis_name: AxisName, form: Form) -> tuple[Array, Array]:
+    """Σ e^u − 1 and max x over the last axis, in blocks.
+
+    The barriers keep XLA from fusing the careful block's gather and sums into the pass over all classes, which it would
+    then not vectorise.
+    """
+    x = read(given)
+    cut, tail = _split(x, length)
+    still = lax.stop_gradient(cut)
+    if form.bfloat16:
+        still = _in_bfloat16(given, length)
+        cut = _widened(cut, still)
+    blocks = cut.shape[-2]
+    block_peak = lax.optimization_barrier(jnp.max(still, -1).astype(x.dtype))
+    tail_peak = jnp.max(lax.stop_gradient(tail), -1, keepdims=True, initial=-jnp.inf)
+    peak = jnp.maximum(jnp.max(block_peak, -1, keepdims=True), tail_peak)
+    peak = all_max(jnp.maximum(peak, jnp.finfo(x.dtype).min), axis_name)
+    block_sum = lax.optimization_barrier(jnp.sum(jnp.exp(_difference(cut, peak[..., None], form)), -1))
+    even = not tail.shape[-1]
+    total = _sum_by_halves(block_sum, jnp.exp(_difference(tail, peak, form)), even=even)
+    # the block of the maximum; any, where the tail has it
+    best = jnp.min(jnp.where(block_peak == peak, jnp.arange(blocks), blocks - 1), -1, keepdims=True)
+    others = jnp.where(jnp.arange(blocks) == best, 0, block_sum)
+    if form.bfloat16:  # from x itself, or both would read one wider array
+        block = jnp.take_along_axis(x, best * length + jnp.arange(length), -1)
+    else:
+        block = jnp.take_along_axis(cut, best[..., None], -2)[..., 0, :]
+    e = jnp.exp(_difference(jnp.concatenate([block, tail], -1), peak, form))
+    e, others = lax.optimization_barrier((e - jnp.floor(e), others))
+    small = _sum_by_halves(e, others, even=even)
+    small, total = all_sum((small, total), axis_name)
+    ones = jnp.round(total - small)  # an integer, exact until an error of 1 is below rounding
+    return _rest(small, ones, peak, form), peak
+
+
+def _careful_sum(  # noqa: PLR0917  (as `_shifted_sums` has them)
+    f: Callable[[Array], Array], x: Array, peak: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form
+) -> Array:
+    """Σ f(x − peak), summed as `_shifted_sums` sums e^u in that form."""
+    if adds_slices(x, axis, form):
+        return all_sum(
+            _reduce_by_halves(jnp.add, [f(_difference(part, peak, form, True)) for part in _class_slices(x, axis[0])]),
+            axis_name,
+        )
+    length = row_block_length(x, axis, form)
+    if not length:
+        if not form.order:
+            return all_sum(_sum_in_parts(f(_difference(x, peak, form, True)), axis), axis_name)
+        return _fusion_barrier(
+            all_sum(_sum_in_parts(f(_difference(x, _distinct_copy(peak, 2), form, True)), axis), axis_name)
+        )
+
+    def of_rows(x: Array, peak: Array) -> Array:
+        cut, tail = _split(x, length)
+        peak = lax.optimization_barrier(
+            peak
+        )  # else XLA writes the e^u that `_shifted_sums` computes too, for both to read
+        block_sum = _fusion_barrier(jnp.sum(f(_difference(cut, peak[..., None], form, True)), -1))
+        return all_sum(
+            _sum_by_halves(block_sum, f(_difference(tail, peak, form, True)), even=not tail.shape[-1]), axis_name
+        )
+
+    return by_rows(of_rows, x, peak)
+
+
+def _gap_terms(u: Array) -> Array:
+    """e^u (−u), and 0 · log 0 = 0, its derivatives too."""
+    return jnp.exp(u) * -jnp.maximum(u, -FAR)
+
+
+def _difference(x: Array, peak: Array, form: Form, apart: bool = False) -> Array:
+    """x − max x.
+
+    Where small results are wanted, a minimum with the largest finite number keeps a product that x may be and the
+    subtraction apart (MATH 4.1). It changes no x but +∞, whose row `_rest` makes NaN. Behind the barrier XLA leaves the
+    constant first: where it makes one kernel of many rows, only the second operand's NaN is kept. apart: XLA shall not
+    see that another difference has the same minimum, for it would write what two kernels share.
+    """
+    if not form.keeps_small_results:
+        return x - peak
+    largest = lax.optimization_barrier(jnp.array(jnp.finfo(x.dtype).max, x.dtype))
+    if apart:
+        largest = jnp.maximum(largest, peak)
+    return jnp.minimum(largest, x) - peak
+
+
+def _rest(small: Array, ones: Array, peak: Array, form: Form) -> Array:
+    """Σ e^u − 1, and NaN where the maximum is infinite."""
+    rest = rest_of(small, ones)
+    return rest + (peak - peak) if form.keeps_small_results else rest
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------
+
+
+def _maximum(x: Array, axis: tuple[int, ...], short: bool) -> Array:
+    """The maximum; of a long axis the least finite number for an empty row, in one step, for XLA does not fuse the e^u
+    of a long axis with two."""
+    x, least = lax.stop_gradient(x), jnp.array(jnp.finfo(x.dtype).min, x.dtype)
+    if short:
+        return jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
+    if math.prod(x.shape[i] for i in axis) <= 1:  # XLA forgets the start value of a single class
+        return jnp.maximum(jnp.max(x, axis, keepdims=True, initial=-jnp.inf), least)
+    return jnp.expand_dims(lax.reduce(x, least, lax.max, axis), axis)
+
+
+def _distinct_copy(peak: Array, number: int) -> Array:
+    """The same array, which XLA does not know, another for each number: it would write x − peak where two kernels read
+    it."""
+    return jnp.where(peak == number, number, peak)
+
+
+def _fusion_barrier(a: Array) -> Array:
+    """The same array; at a select XLA on CPU ends a kernel, which it would not vectorise with what follows."""
+    return jnp.where(jnp.isnan(a), -lax.stop_gradient(a), a)  # a constant NaN would stop jax_debug_nans
+
+
+def _sum_in_parts(a: Array, axis: tuple[int, ...]) -> Array:
+    """Σ over the classes; many classes of few rows in parts of 8, for XLA on CPU would add them up one by one.
+
+    First the classes are cut into up to 16 equal parts, so that under plain `jit` each device adds up its own.
+    """
+    classes = a.shape[-1]
+    if axis != (a.ndim - 1,) or classes <= SHORT or may_be_large(a) or in_type(a):
+        return class_sum(a, axis)
+    a = a.reshape(*a.shape[:-1], math.gcd(classes, 16), -1)
+    a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -a.shape[-1] % 8)])
+    parts = _fusion_barrier(jnp.sum(a.reshape(*a.shape[:-1], -1, 8), -1))  # else XLA makes one sum of both
+    return jnp.sum(_pairwise_sum(parts), -2)
+
+
+def _class_slices(a: Array, axis: int) -> list[Array]:
+    """A few classes one by one."""
+    return [lax.slice_in_dim(a, i, i + 1, axis=axis) for i in range(a.shape[axis])]
+
+
+def _reduce_by_halves(op: Callable[[Array, Array], Array], parts: list[Array]) -> Array:
+    while len(parts) > 1:
+        half = len(parts) // 2
+        parts = [*map(op, parts[:half], parts[half : 2 * half]), *parts[2 * half :]]
+    return parts[0]
+
+
+def _split(x: Array, length: int) -> tuple[Array, Array]:
+    """The last axis as blocks, and the tail that they leave over."""
+    blocks = x.shape[-1] // length
+    return x[..., : blocks * length].reshape(*x.shape[:-1], blocks, length), x[..., blocks * length :]
+
+
+def _in_bfloat16(x: Array, length: int) -> Array:
+    """The blocks of an x in bfloat16; cut as integers, for jax 0.10 would widen what it cuts, and XLA would drop the
+    rounding of what is made in the same program."""
+    bits = lax.bitcast_convert_type(lax.stop_gradient(x), jnp.uint16)
+    return lax.bitcast_convert_type(_split(bits, length)[0], jnp.bfloat16)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _widened(a: Array, narrow: Array) -> Array:
+    """a, read from the same numbers in bfloat16. Checkpointed, for in a scan jax 0.10 would differentiate the body, and
+    there is no derivative of integers."""
+    return _as_read(a, narrow)
+
+
+@jax.custom_jvp
+def _as_read(a: Array, narrow: Array) -> Array:
+    return narrow.astype(a.dtype)
+
+
+@_as_read.defjvp
+def _as_read_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _widened(*primals), tangents[0]
+
+
+def _sum_by_halves(*given: Array, even: bool) -> Array:
+    """Σ over the last axis of all given, by halves: the rounding error grows as log n, that of a running sum as n.
+
+    Of even blocks, without a tail, each array by halves within up to 16 parts, which are added one after the other: so
+    under plain `jit` each device adds up its own blocks, and the devices' sums are added once.
+    """
+    if not even:
+        return _pairwise_sum(jnp.concatenate(given, -1))
+
+    def in_parts(a: Array) -> Array:
+        parts = math.gcd(a.shape[-1], 16)
+        return jnp.sum(_pairwise_sum(a.reshape(*a.shape[:-1], parts, a.shape[-1] // parts)), -2)
+
+    return functools.reduce(jnp.add, (in_parts(a) for a in given if a.shape[-1]))
+
+
+def _pairwise_sum(a: Array) -> Array:
+    while a.shape[-1] > 1:
+        half = a.shape[-1] // 2
+        a = jnp.concatenate([a[..., :half] + a[..., half : 2 * half], a[..., 2 * half :]], -1)
+    return a
