@@ -1,60 +1,20 @@
-"""Plain SGD on a linear head whose time does not grow with its number of classes (MATH 12.2 to 12.4)."""
+"""The loss of a factored head, and its step of SGD (MATH 12.2, 12.4)."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jsoftmax import _arguments, _labels
+from jsoftmax import _labels
 from jsoftmax._arguments import public
 from jsoftmax.heads import _linear
 from jsoftmax.heads._linear import precise
-from jsoftmax.heads._spherical import SphericalLoss, log_loss, z_loss
-from jsoftmax.heads.quadratic import moments
-
-__all__ = [
-    "SphericalLoss",
-    "State",
-    "Step",
-    "init",
-    "log_loss",
-    "loss",
-    "loss_and_update",
-    "refresh",
-    "rows",
-    "to_weight",
-    "z_loss",
-]
-
-_BLOCK = 2048
-
-
-# --- the state -------------------------------------------------------------------------------------------------
-
-
-class State(NamedTuple):
-    """W = V̂ U + 1 qᵀ with its moments; made by `init`, and only the functions of this module should change it."""
-
-    rows: Array
-    """V̂ `[V, d]`."""
-    mix: Array
-    """U `[d, d]`."""
-    inverse: Array
-    """U⁻¹ `[d, d]`."""
-    offset: Array
-    """q `[d]`."""
-    gram: Array
-    """Q = WᵀW `[d, d]`."""
-    total: Array
-    """m = Wᵀ1 `[d]`."""
-    probes: Array
-    """Unit vectors `[2, d]` near the largest singular directions of U and U⁻¹."""
+from jsoftmax.heads.factored._losses import SphericalLoss
+from jsoftmax.heads.factored._state import State, check_state, fold_rows
 
 
 class Step(NamedTuple):
@@ -63,42 +23,6 @@ class Step(NamedTuple):
     loss: Array
     gradient: Array
     state: State
-
-
-def _fold(rows: Array, mix: Array, offset: Array, wanted: Array | bool) -> tuple[Array, Array, Array]:
-    """V̂ ← V̂ U + 1 qᵀ in place, block by block, with Q and m of it; nothing where it is not wanted.
-
-    A loop of no turns leaves the rows where they are. Each block is read once, before it is written, and by one product
-    alone: were it read again, XLA would copy all rows in each turn.
-    """
-
-    def body(i: Array, carry: tuple[Array, Array, Array], first: int, length: int) -> tuple[Array, Array, Array]:
-        rows, gram, total = carry
-        start = first + i * length
-        block = precise(lax.dynamic_slice_in_dim(rows, start, length), mix) + offset
-        rows = lax.dynamic_update_slice_in_dim(rows, block, start, 0)
-        return rows, gram + precise(block.T, block), total + precise(jnp.ones(length, rows.dtype), block)
-
-    d, tail = rows.shape[1], rows.shape[0] % _BLOCK
-    carry = rows, jnp.zeros((d, d), rows.dtype), jnp.zeros(d, rows.dtype)
-    for first, length, turns in ((0, _BLOCK, rows.shape[0] // _BLOCK), (rows.shape[0] - tail, tail, 1)):
-        if length and turns:
-            one = functools.partial(body, first=first, length=length)
-            carry = lax.fori_loop(0, jnp.where(wanted, turns, 0), one, carry)
-    return carry
-
-
-def _fresh(rows: Array, gram: Array, total: Array) -> State:
-    """V̂ = W, U = I, q = 0."""
-    d, dtype = rows.shape[1], rows.dtype
-    U, inverse = jnp.eye(d, dtype=dtype), jnp.eye(d, dtype=dtype)  # two buffers: one cannot be donated twice
-    # any vectors will do that are not orthogonal to a singular one; numbers from a seed are not
-    probes = jax.random.normal(jax.random.key(0), (2, d), dtype)
-    probes = probes / jnp.linalg.norm(probes, axis=-1, keepdims=True)
-    return State(rows, U, inverse, jnp.zeros(d, dtype), gram, total, probes)
-
-
-# --- loss and step ---------------------------------------------------------------------------------------------
 
 
 class _Scores(NamedTuple):
@@ -174,7 +98,7 @@ def _step(
     probes = jnp.stack([_power(U, state.probes[0]), _power(inverse, state.probes[1])])
     size = jnp.linalg.norm(probes, axis=-1)
     fold = fine & ~(regular & jnp.all(size <= limit**2))
-    rows, gram, total = _fold(state.rows, U, q, fold)
+    rows, gram, total = fold_rows(state.rows, U, q, fold)
     eye = jnp.eye(d, dtype=dtype)
     rows = rows.at[label].add(jnp.where(fine, r[:, None] * jnp.where(fold, h, Y), 0))
     half = precise(h.T, jnp.where(fold, 0, K) + K_y)
@@ -216,35 +140,6 @@ def _power(matrix: Array, probe: Array) -> Array:
     return precise(precise(matrix, probe), matrix)
 
 
-# --- the public functions --------------------------------------------------------------------------------------
-
-
-@public
-def init(weight: ArrayLike) -> State:
-    """The state of a weight W `[V, d]`: a copy of it, with Q = WᵀW and m = Wᵀ1.
-
-    W = V̂ U + 1 qᵀ     (MATH 12.2)
-
-    A bias is one more column of W, and one more entry, 1, of each hidden: it is learned like the others.
-
-    Args:
-      weight: W, floating; narrower than float32 is widened, since a small step would be lost in bfloat16.
-    Returns: a `State`, a pytree of V d + 3 d² + 4 d numbers. The weight is copied, so that it survives the donation of
-      the state.
-    Raises: ValueError or TypeError for a weight that is no floating matrix.
-    Source: Vincent, de Brébisson & Bouthillier 2015, section 3.
-
-    >>> state = init(jnp.array([[1., 0.], [0., 1.], [1., 1.]]))
-    >>> state.gram
-    Array([[2., 1.],
-           [1., 2.]], dtype=float32)
-    """
-    array = _linear.check_matrix("init", "weight", weight, "[V, d]", 2)
-    copy = jnp.array(array, _arguments.accumulation_dtype(array.dtype), copy=True)
-    sums = moments(copy, None, None, copy.dtype)
-    return _fresh(copy, sums.gram, sums.total)
-
-
 @public
 def loss(state: State, hidden: ArrayLike, labels: ArrayLike, *, loss: SphericalLoss) -> Float[Array, "..."]:
     """The loss of each row, without an update: for held-out data.
@@ -262,6 +157,7 @@ def loss(state: State, hidden: ArrayLike, labels: ArrayLike, *, loss: SphericalL
     Source: Vincent, de Brébisson & Bouthillier 2015, section 3.1.
 
     >>> from jsoftmax import taylor
+    >>> from jsoftmax.heads.factored import init, log_loss
     >>> state = init(jnp.array([[1., 0.], [0., 1.], [1., 1.]]))
     >>> loss(state, jnp.array([2., 1.]), jnp.array(2), loss=log_loss(taylor(2)))
     Array(0.63252..., dtype=float32)
@@ -315,6 +211,7 @@ def loss_and_update(
       Vincent 2016; arXiv:1604.08859 (Z-loss).
 
     >>> from jsoftmax import taylor
+    >>> from jsoftmax.heads.factored import init, log_loss, to_weight
     >>> state = init(jnp.array([[1., 0.], [0., 1.], [1., 1.]]))
     >>> step = loss_and_update(state, jnp.array([[2., 1.]]), jnp.array([2]), 0.1, loss=log_loss(taylor(2)))
     >>> step.loss, to_weight(step.state)[2]
@@ -334,82 +231,9 @@ def loss_and_update(
     return Step(value, gradient.reshape(*batch, -1).astype(jnp.asarray(hidden).dtype), new)
 
 
-@public
-def refresh(state: State) -> State:
-    """The same weight with V̂ = W, U = I and q = 0, and Q and m summed anew: what `loss_and_update` does by itself.
-
-    V̂ ← V̂ U + 1 qᵀ,   Q ← V̂ᵀV̂,   m ← V̂ᵀ1     (MATH 12.4)
-
-    For times of your own, or to drop the rounding errors of a long run in Q and m. A cost of V d², in place if the
-    state is donated.
-
-    Args:
-      state: of `init` or `loss_and_update`.
-    Returns: a `State`.
-    Raises: TypeError if `state` is none.
-
-    >>> refresh(init(jnp.ones((3, 2)))).total
-    Array([3., 3.], dtype=float32)
-    """
-    _check_state("refresh", state)
-    return _fresh(*_fold(state.rows, state.mix, state.offset, True))
-
-
-@public
-def to_weight(state: State) -> Float[Array, "V d"]:
-    """The weight W = V̂ U + 1 qᵀ `[V, d]` (MATH 12.2), at a cost of V d².
-
-    Args:
-      state: of `init` or `loss_and_update`.
-    Returns: `[V, d]`, in the state's dtype: for saving, and for other heads.
-    Raises: TypeError if `state` is none.
-
-    >>> to_weight(init(jnp.ones((3, 2)))).shape
-    (3, 2)
-    """
-    _check_state("to_weight", state)
-    return precise(state.rows, state.mix) + state.offset
-
-
-@public
-def rows(state: State, labels: ArrayLike) -> Float[Array, "... d"]:
-    """Rows of the weight, W_y = V̂_y U + q (MATH 12.2), at a cost of d² each: embeddings that are tied to the head.
-
-    Args:
-      state: of `init` or `loss_and_update`.
-      labels: integers of any shape `[...]`.
-    Returns: `[..., d]`, in the state's dtype; NaN for a label out of range.
-    Raises: TypeError if `state` is none, or for labels that are no integers.
-
-    >>> rows(init(jnp.array([[1., 0.], [0., 1.]])), jnp.array([1, 2]))
-    Array([[ 0.,  1.],
-           [nan, nan]], dtype=float32)
-    """
-    _check_state("rows", state)
-    label, valid = _labels.in_range(_linear.check_labels("rows", labels, np.shape(labels)), len(state.rows))
-    found = precise(state.rows[label], state.mix) + state.offset
-    return jnp.where(valid[..., None], found, jnp.nan)
-
-
-def _check_state(function: str, state: Any) -> None:
-    if not isinstance(state, State):
-        raise TypeError(
-            f"{function}: state must be a State; got {type(state).__name__}. Make one of a weight [V, d]: "
-            "heads.factored.init(weight)."
-        )
-    d = jnp.shape(state.rows)[-1] if jnp.ndim(state.rows) == 2 else None
-    wanted = {"mix": (d, d), "inverse": (d, d), "offset": (d,), "gram": (d, d), "total": (d,), "probes": (2, d)}
-    for name, shape in wanted.items():
-        if jnp.shape(getattr(state, name)) != shape or d is None:
-            raise ValueError(
-                f"{function}: state must have rows [V, d] and {name} {list(shape)}; got {jnp.shape(state.rows)} and "
-                f"{jnp.shape(getattr(state, name))}. Several states are mapped over: jax.vmap."
-            )
-
-
 def _check(function: str, state: Any, hidden: Any, labels: Any, loss: Any) -> tuple[Array, Array, tuple[int, ...]]:
     """Hidden `[N, d]` in the state's dtype, labels `[N]`, and the shape of the batch."""
-    _check_state(function, state)
+    check_state(function, state)
     if not isinstance(loss, SphericalLoss):
         raise TypeError(
             f"{function}: loss must be log_loss(φ) or z_loss(…) of heads.factored; got {loss!r}. Write e.g. "
