@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from jsoftmax._arguments import widened
-from jsoftmax._collectives import AxisName
 from jsoftmax._series import excess_series, expm1_ratio, log1p_deficit
+from jsoftmax.checks.arguments import widened
 from jsoftmax.maps import normalize
+from jsoftmax.sharding import AxisName
 from jsoftmax.sums import class_sum, not_negative
 
 

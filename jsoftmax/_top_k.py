@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax._collectives import even_length
+from jsoftmax.sharding import even_length
 
 TopK = Callable[[Array, int], tuple[Array, Array]]
 """Maps a row and k to the k largest, in descending order, and their places."""

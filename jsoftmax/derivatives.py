@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import maps
-from jsoftmax._arguments import public
+from jsoftmax.checks.arguments import public
 from jsoftmax.entropy import centred_log_p
 from jsoftmax.maps import normalize
 from jsoftmax.operators import DiagonalPlusLowRank

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _arguments, maps, sums
-from jsoftmax._arguments import Axis, public
-from jsoftmax._collectives import AxisName
+from jsoftmax import maps, sums
 from jsoftmax._orders import renyi, tsallis
 from jsoftmax._rules import compiled_rule
 from jsoftmax._series import excess_series
+from jsoftmax.checks.arguments import Axis, all_known, check_flag, is_int, per_row, public, widened
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
+from jsoftmax.sharding import AxisName
 from jsoftmax.sums import Want, class_sum
 
 
@@ -34,7 +34,7 @@ def _centred_log_p_jvp(  # noqa: PLR0917  (a rule has no keywords)
 ) -> tuple[Any, Any]:
     """Ḣ = −Σ p c ẋ, ċ = ẋ − Σ p ẋ + Ḣ  (MATH 1.5)."""
     (x,), (x_dot,) = primals, tangents
-    x_dot = _arguments.widened(x_dot)
+    x_dot = widened(x_dot)
     c, H = centred_log_p(x, axis, axis_name, want, order + 1)
     p = normalize(x, axis, axis_name, want, order + 1).p
     H_dot = -class_sum(p * c * x_dot, axis, axis_name)
@@ -52,7 +52,7 @@ def _varentropy(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
 def _varentropy_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """V̇ = Σ p (c² + 2c − V) ẋ  (MATH 6.2)."""
     (x,), (x_dot,) = primals, tangents
-    x_dot = _arguments.widened(x_dot)
+    x_dot = widened(x_dot)
     (c, _), p, V = centred_log_p(x, axis, axis_name), normalize(x, axis, axis_name).p, _varentropy(x, axis, axis_name)
     return V, class_sum(p * (c**2 + 2 * c - V) * x_dot, axis, axis_name)
 
@@ -86,7 +86,7 @@ def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> A
 @_kl.defjvp
 def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4); finite where D is not: those classes have r = 0."""
-    (x_p, x_q), (x_p_dot, x_q_dot) = primals, [_arguments.widened(dot) for dot in tangents]
+    (x_p, x_q), (x_p_dot, x_q_dot) = primals, [widened(dot) for dot in tangents]
     (log_p, p, L_p, complement_p), (log_q, q, _, complement_q) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     r, _ = log_ratio(log_p, p, log_q)
     by_p = p * sums.minus_mean(r, p, 1, complement_p, p > sums.SURE, axis, axis_name)
@@ -169,7 +169,7 @@ def entropy(
     Array([-0., -0.], dtype=float32)
     """
     arguments = maps.check("entropy", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return maps.reduce_classes(shannon, arguments, phi, _arguments.check_flag("entropy", "keepdims", keepdims))
+    return maps.reduce_classes(shannon, arguments, phi, check_flag("entropy", "keepdims", keepdims))
 
 
 @public
@@ -198,7 +198,7 @@ def varentropy(
     Array(0.196611..., dtype=float32)
     """
     arguments = maps.check("varentropy", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return maps.reduce_classes(_varentropy, arguments, phi, _arguments.check_flag("varentropy", "keepdims", keepdims))
+    return maps.reduce_classes(_varentropy, arguments, phi, check_flag("varentropy", "keepdims", keepdims))
 
 
 @public
@@ -265,12 +265,12 @@ def renyi_entropy(
 
 def _of_order(function: str, f: Any, z: Any, alpha: Any, *options: Any) -> Array:
     axis, where, phi, log_weights, keepdims, axis_name = options
-    if not _arguments.all_known(alpha, lambda a: (a >= 0) & (a < math.inf)):
+    if not all_known(alpha, lambda a: (a >= 0) & (a < math.inf)):
         raise ValueError(f"{function}: alpha must be >= 0 and finite; got {alpha}. 1 is Shannon's entropy, 2 is usual.")
     arguments = maps.check(function, {"z": z}, axis, where, phi, log_weights, axis_name)
     (scores,) = arguments.scores
-    order = _arguments.per_row(function, "alpha", alpha, scores.shape, axes=arguments.axis, dtype=scores.dtype)
-    return maps.reduce_classes(f, arguments, phi, _arguments.check_flag(function, "keepdims", keepdims), (order,))
+    order = per_row(function, "alpha", alpha, scores.shape, axes=arguments.axis, dtype=scores.dtype)
+    return maps.reduce_classes(f, arguments, phi, check_flag(function, "keepdims", keepdims), (order,))
 
 
 @public
@@ -335,7 +335,7 @@ def entropy_expansion(
     >>> entropy_expansion(z, dz), entropy(z + dz)
     (Array(0.87445..., dtype=float32), Array(0.87434..., dtype=float32))
     """
-    if not _arguments.is_int(order) or order not in (1, 2):
+    if not is_int(order) or order not in (1, 2):
         raise ValueError(
             f"entropy_expansion: order must be 1 or 2, known at trace time; got {order!r}. "
             "For higher orders differentiate entropy itself, e.g. with nested jax.jvp."

@@ -9,11 +9,23 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _arguments, sums
-from jsoftmax._arguments import Axis, public
-from jsoftmax._collectives import AxisName, check_axis_name, check_parts, check_sharded
+from jsoftmax import sums
 from jsoftmax._rules import compiled_rule
+from jsoftmax.checks.arguments import (
+    Axis,
+    accumulation_dtype,
+    as_scores,
+    canonical_axis,
+    check_flag,
+    check_log_weights,
+    check_where,
+    joint_shape,
+    public,
+    read,
+    widened,
+)
 from jsoftmax.phi import Exponential, Phi, exp, log_phi
+from jsoftmax.sharding import AxisName, check_axis_name, check_parts, check_sharded
 from jsoftmax.sums import Normalized, Want
 
 
@@ -32,7 +44,7 @@ def _normalize_jvp(  # noqa: PLR0917  (a rule has no keywords)
     """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ, (1 − p)˙ = −ṗ  (MATH 1.2 to 1.4)."""
     (x,), (x_dot,) = primals, tangents
     out = normalize(x, axis, axis_name, want, order + 1)
-    x_dot = _arguments.widened(x_dot)
+    x_dot = widened(x_dot)
     p_dot = sums.p_rate(x, out.p, x_dot, axis, axis_name, want, order)
     return out, Normalized(
         sums.log_p_rate(x, out.p, x_dot, axis, axis_name, want, order),
@@ -43,7 +55,7 @@ def _normalize_jvp(  # noqa: PLR0917  (a rule has no keywords)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def where_not(left_out: Array, a: Array) -> Array:
+def zero_where(left_out: Array, a: Array) -> Array:
     """a, and 0 where a class is left out; checkpointed, for the backward pass would keep the zeros too."""
     return jnp.where(left_out, 0, a)
 
@@ -54,7 +66,7 @@ def weighted_scores(phi: Phi, z: Array, where: Array | None, log_weights: Array 
     In the accumulation dtype, but where x is z itself, which stays as narrow as it is given.
     """
     if log_weights is not None or not isinstance(phi, Exponential):
-        z = _arguments.read(z)
+        z = read(z)
     if where is None and log_weights is None:
         return log_phi(phi, z)
     kept = jnp.ones((), bool) if where is None else where
@@ -82,7 +94,7 @@ class Arguments(NamedTuple):
     @property
     def scores(self) -> tuple[Array, ...]:
         """The scores in the accumulation dtype."""
-        return tuple(_arguments.read(z) for z in self.given)
+        return tuple(read(z) for z in self.given)
 
 
 def check(  # noqa: PLR0917  (as the public functions have them)
@@ -96,22 +108,22 @@ def check(  # noqa: PLR0917  (as the public functions have them)
 ) -> Arguments:
     """The arguments of a public function, checked, promoted and broadcast; `scores` by the names users know."""
     check_phi(function, phi)
-    arrays = {name: _arguments.as_scores(function, name, z) for name, z in scores.items()}
+    arrays = {name: as_scores(function, name, z) for name, z in scores.items()}
     check_axis_name(function, axis_name)
     for name, z in arrays.items():
         check_sharded(function, name, z, axis_name)
         if z.ndim == max(a.ndim for a in arrays.values()):
-            check_parts(function, z.shape, _arguments.canonical_axis(function, axis, z.ndim), axis_name, **arrays)
-    shape = _arguments.joint_shape(function, arrays)
+            check_parts(function, z.shape, canonical_axis(function, axis, z.ndim), axis_name, **arrays)
+    shape = joint_shape(function, arrays)
     narrow = jnp.result_type(*arrays.values())
-    axes = tuple(sorted(_arguments.canonical_axis(function, axis, len(shape))))
+    axes = tuple(sorted(canonical_axis(function, axis, len(shape))))
     check_parts(function, shape, axes, axis_name, where=where, log_weights=log_weights)
     return Arguments(
         tuple(jnp.broadcast_to(z.astype(narrow), shape) for z in arrays.values()),
         axes,
         axis_name,
-        _arguments.check_where(function, where, shape),
-        _arguments.check_log_weights(function, log_weights, shape, _arguments.accumulation_dtype(narrow)),
+        check_where(function, where, shape),
+        check_log_weights(function, log_weights, shape, accumulation_dtype(narrow)),
     )
 
 
@@ -260,7 +272,7 @@ def log_normalizer(
     Array(2.06115...e-09, dtype=float32)
     """
     arguments = check("log_normalizer", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return reduce_classes(log_sum, arguments, phi, _arguments.check_flag("log_normalizer", "keepdims", keepdims))
+    return reduce_classes(log_sum, arguments, phi, check_flag("log_normalizer", "keepdims", keepdims))
 
 
 def _p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _arguments, maps
-from jsoftmax._arguments import Axis, public
-from jsoftmax._collectives import AxisName
+from jsoftmax import maps
 from jsoftmax._series import expm1, sigmoid
+from jsoftmax.checks.arguments import Axis, as_scores, per_row, public
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sharding import AxisName
 from jsoftmax.sums import class_sum
 
 
@@ -60,7 +60,7 @@ def mixture_log_softmax(
     function = "mixture_log_softmax"
     arguments = maps.check(function, {"z": z}, axis, None, phi, None)
     (scores,), axes = arguments.scores, arguments.axis
-    logits = _arguments.as_scores(function, "mixture_logits", mixture_logits).astype(scores.dtype)
+    logits = as_scores(function, "mixture_logits", mixture_logits).astype(scores.dtype)
     if len(axes) != 1 or scores.ndim < 2:
         raise ValueError(
             f"{function}: z must have one class axis and one of components; got shape {scores.shape} and axis {axis}. "
@@ -111,8 +111,8 @@ def sink_softmax(
     """
     arguments = maps.check("sink_softmax", {"z": z}, axis, where, exp, None)
     (scores,) = arguments.scores
-    per_row = _arguments.per_row("sink_softmax", "sink", sink, scores.shape, axes=arguments.axis, dtype=scores.dtype)
-    return maps.keep_classes(_with_sink, arguments, exp, (per_row,))
+    sinks = per_row("sink_softmax", "sink", sink, scores.shape, axes=arguments.axis, dtype=scores.dtype)
+    return maps.keep_classes(_with_sink, arguments, exp, (sinks,))
 
 
 def _with_sink(x: Array, sink: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jsoftmax import _arguments
 from jsoftmax._pytree import pytree_class, static
+from jsoftmax.checks.arguments import as_scores, optional_package
 
 
 @pytree_class
@@ -164,7 +164,7 @@ class DiagonalPlusLowRank:
                 "DiagonalPlusLowRank.to_lineax: the operator must be one matrix; got a batch of shape "
                 f"{jnp.shape(self.d)[:-1]}. Map over the batch: jax.vmap(lambda A: ... A.to_lineax() ...)(operator)."
             )
-        lineax = _arguments.optional_package("DiagonalPlusLowRank.to_lineax", "lineax", "lineax")
+        lineax = optional_package("DiagonalPlusLowRank.to_lineax", "lineax", "lineax")
         low_rank = lineax.MatrixLinearOperator(self.left) @ lineax.MatrixLinearOperator(self.right.T)
         operator = lineax.DiagonalLinearOperator(self.d) + low_rank
         return lineax.TaggedLinearOperator(operator, lineax.symmetric_tag) if self.symmetric else operator
@@ -172,7 +172,7 @@ class DiagonalPlusLowRank:
     def _damped(self, method: str, damping: ArrayLike) -> tuple[Array, Array]:
         """D = diag(d) + damping, and the capacitance I + Vᵀ D⁻¹ U; a zero of D is left to the caller."""
         function = f"DiagonalPlusLowRank.{method}"
-        damping = _arguments.as_scores(function, "damping", damping).astype(self.d.dtype)
+        damping = as_scores(function, "damping", damping).astype(self.d.dtype)
         try:
             jnp.broadcast_shapes(damping.shape, self.d.shape[:-1])
         except ValueError:
@@ -188,7 +188,7 @@ class DiagonalPlusLowRank:
 
 def _vector(method: str, argument: str, v: Any, d: Array) -> Array:
     """`v` in the operator's dtype; it must have the classes last and broadcast with the batch."""
-    v = _arguments.as_scores(f"DiagonalPlusLowRank.{method}", argument, v).astype(d.dtype)
+    v = as_scores(f"DiagonalPlusLowRank.{method}", argument, v).astype(d.dtype)
     try:
         jnp.broadcast_shapes(v.shape[:-1], d.shape[:-1])
         fits = v.ndim > 0 and v.shape[-1] == d.shape[-1]

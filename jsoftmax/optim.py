@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jsoftmax import _arguments, maps
-from jsoftmax._arguments import public
+from jsoftmax import maps
+from jsoftmax.checks.arguments import all_known, as_number, is_int, optional_package, public
 from jsoftmax.derivatives import cross_entropy_hessian, fisher_information
 from jsoftmax.operators import DiagonalPlusLowRank
 from jsoftmax.phi import Phi, exp
@@ -73,14 +73,14 @@ def _check_callable(function: str, argument: str, f: Any, arguments: str, exampl
 
 def _check_steps(function: str, damping: Any, iterations: Any) -> jax.Array:
     """`damping` as a scalar; both in range, where that is known at trace time."""
-    array = _arguments.as_number(function, "damping", damping)
-    if array.ndim or not _arguments.all_known(damping, lambda a: a > 0):
+    array = as_number(function, "damping", damping)
+    if array.ndim or not all_known(damping, lambda a: a > 0):
         got = f"shape {array.shape}" if array.ndim else damping
         raise ValueError(
             f"{function}: damping must be > 0, one number; got {got}. The matrix is singular without (scores have a "
             "shift that changes nothing): take e.g. 1e-3."
         )
-    if not _arguments.is_int(iterations) or iterations < 1:
+    if not is_int(iterations) or iterations < 1:
         raise ValueError(f"{function}: iterations must be an int >= 1; got {iterations!r}. The default is 50.")
     return array
 
@@ -128,7 +128,7 @@ def _by_cg(
     iterations: Any,
 ) -> Any:
     """−(Jᵀ B J / N + damping · I)⁻¹ gradient as an optax transformation; `operator` gets z and the extra arguments."""
-    optax = _arguments.optional_package(function, "optax", "'jsoftmax[train]'")
+    optax = optional_package(function, "optax", "'jsoftmax[train]'")
     maps.check_phi(function, phi)
     _check_callable(function, "scores", scores, "(parameters, inputs)", "lambda W, inputs: inputs @ W")
     strength = _check_steps(function, damping, iterations)

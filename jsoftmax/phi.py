@@ -18,8 +18,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jsoftmax import _arguments
 from jsoftmax._pytree import jvp_of_live, pytree_class, without_zeros
+from jsoftmax.checks.arguments import accumulation_dtype, as_scores
 
 
 class Phi(abc.ABC):
@@ -67,8 +67,8 @@ class Phi(abc.ABC):
         >>> spherical(1.).log(jnp.array([0., 1e30])).round(2)
         Array([  0.  , 138.16], dtype=float32)
         """
-        z = _arguments.as_scores(f"{self}.log", "z", z)
-        return log_phi(self, z.astype(_arguments.accumulation_dtype(z.dtype))).astype(z.dtype)
+        z = as_scores(f"{self}.log", "z", z)
+        return log_phi(self, z.astype(accumulation_dtype(z.dtype))).astype(z.dtype)
 
     def __call__(self, z: ArrayLike) -> Float[Array, "..."]:
         """φ(z) = e^ψ(z) elementwise.
@@ -76,8 +76,8 @@ class Phi(abc.ABC):
         >>> exp(1.)
         Array(2.71828..., dtype=float32)
         """
-        z = _arguments.as_scores(str(self), "z", z)
-        return jnp.exp(log_phi(self, z.astype(_arguments.accumulation_dtype(z.dtype)))).astype(z.dtype)
+        z = as_scores(str(self), "z", z)
+        return jnp.exp(log_phi(self, z.astype(accumulation_dtype(z.dtype)))).astype(z.dtype)
 
     def __repr__(self) -> str:
         values = [_number(getattr(self, f.name)) for f in dataclasses.fields(self)]  # pyright: ignore[reportArgumentType]

@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jsoftmax import _arguments
 from jsoftmax._pytree import pytree_class, static
 from jsoftmax._series import log1p_deficit, log1p_exp, sigmoid
+from jsoftmax.checks.arguments import all_known, as_number, is_concrete_number
 from jsoftmax.phi import Phi, exp, from_callable
 
 
 def _parameter(function: str, argument: str, value: Any, wanted: str, fits: Callable[[Any], bool]) -> Any:
     """A number as a float (an int cannot be differentiated), an array as it is, unless it is out of range."""
-    if not _arguments.all_known(value, np.vectorize(fits, otypes=[bool])):
+    if not all_known(value, np.vectorize(fits, otypes=[bool])):
         raise ValueError(f"{function}: {argument} must be {wanted}; got {value}. Choose one in that range.")
-    if _arguments.is_concrete_number(value):  # no array: an import must not start a backend
+    if is_concrete_number(value):  # no array: an import must not start a backend
         return float(value)
-    return _arguments.as_number(function, argument, value)
+    return as_number(function, argument, value)
 
 
 # --- polynomials ---------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def quadratic(a0: Any, a1: Any, a2: Any) -> Phi:
     a0 = _parameter("quadratic", "a0", a0, "> 0 and finite", lambda a: 0 < a < math.inf)
     a1 = _parameter("quadratic", "a1", a1, "finite", math.isfinite)
     a2 = _parameter("quadratic", "a2", a2, "> 0 and finite", lambda a: 0 < a < math.inf)
-    if all(map(_arguments.is_concrete_number, numbers)) and not a1 / a0 * (a1 / a2) < 4:
+    if all(map(is_concrete_number, numbers)) and not a1 / a0 * (a1 / a2) < 4:
         raise ValueError(
             f"quadratic: a0, a1, a2 must have a1² < 4 a0 a2, or φ is not positive everywhere; got {a0:g}, {a1:g}, "
             f"{a2:g}. Take a0 above a1²/(4 a2) = {a1 / 4 * (a1 / a2):g}."

@@ -11,11 +11,12 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _arguments, _labels, maps
-from jsoftmax._arguments import Axis, public
-from jsoftmax._collectives import is_label
+from jsoftmax import maps
 from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
-from jsoftmax.sums import difference, weighed_differences
+from jsoftmax.checks.arguments import Axis, all_known, canonical_axis, is_concrete_number, per_row, public, read
+from jsoftmax.checks.labels import Labelled, check_labelled
+from jsoftmax.sharding import is_label
+from jsoftmax.sums import difference, weighted_deviations
 
 # --- p = P [1 + (α − 1) v]_+^{1/(α−1)}, v = P^{1−α} u, u = z − max z, for the largest p, P ----------------------
 
@@ -124,7 +125,7 @@ def _entmax_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
     total = jnp.where(total == 0, 1, total)  # of an empty row
     p_dot = jnp.zeros_like(p)
     if not isinstance(z_dot, SymbolicZero):
-        p_dot = weighed_differences(w, z_dot, (w.ndim - 1,))
+        p_dot = weighted_deviations(w, z_dot, (w.ndim - 1,))
     if not isinstance(alpha_dot, SymbolicZero):
         g = _by_alpha(p, alpha)
         p_dot = p_dot + (g - w * (jnp.sum(g, -1, keepdims=True) / total)) * alpha_dot
@@ -237,13 +238,13 @@ def _fenchel_young_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, 
 def _check_alpha(function: str, alpha: Any, shape: tuple[int, ...], axes: tuple[int, ...], dtype: Any) -> Any:
     """α as an array `[..., 1]` for classes last, and 1/(α − 1) where that is a small integer known at trace time."""
     power = 0
-    if not _arguments.all_known(alpha, lambda a: (a >= 1) & (a < math.inf)):
+    if not all_known(alpha, lambda a: (a >= 1) & (a < math.inf)):
         raise ValueError(
             f"{function}: alpha must be >= 1 and finite; got {alpha}. 1 is the softmax, 1.5 and 2 are usual."
         )
-    if _arguments.is_concrete_number(alpha):
+    if is_concrete_number(alpha):
         power = next((k for k in (1, 2, 3, 4) if alpha == 1 + 1 / k), 0)
-    array = _arguments.per_row(function, "alpha", alpha, shape, axes=axes, dtype=dtype)
+    array = per_row(function, "alpha", alpha, shape, axes=axes, dtype=dtype)
     batch = [length for i, length in enumerate(shape) if i not in axes]
     return jnp.moveaxis(array, axes, range(-len(axes), 0)).reshape(*batch, 1), power
 
@@ -355,16 +356,16 @@ def fenchel_young_loss(
     Array([0.18437..., 0.        ], dtype=float32)
     """
     function = "fenchel_young_loss"
-    given = _labels.check(function, logits, labels, axis, where, ignore_label=ignore_label)
+    given = check_labelled(function, logits, labels, axis, where, ignore_label=ignore_label)
     shape = jnp.shape(logits)
-    axes = _arguments.canonical_axis(function, axis, len(shape))
+    axes = canonical_axis(function, axis, len(shape))
     alpha, power = _check_alpha(function, alpha, shape, axes, given.dtype)
     return _loss(given, alpha, power)
 
 
 @functools.partial(jax.jit, static_argnames="power")
-def _loss(given: _labels.Labelled, alpha: Array, power: int) -> Array:
-    z, (label, valid) = _arguments.read(given.scores()), given.label()
+def _loss(given: Labelled, alpha: Array, power: int) -> Array:
+    z, (label, valid) = read(given.scores()), given.label()
     if given.where is not None:
         z = jnp.where(given.where, z, -jnp.inf)
     if not given.by_label:

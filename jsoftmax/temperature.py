@@ -9,8 +9,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _arguments, maps
-from jsoftmax._arguments import Axis, public
+from jsoftmax import maps
+from jsoftmax.checks.arguments import Axis, broadcast_number, public
 from jsoftmax.entropy import centred_log_p
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Exponential, Phi, exp, log_phi, slope
@@ -134,7 +134,7 @@ def temperature_for_entropy(
     arguments = maps.check(function, {"z": z}, axis, where, phi, None)
     (scores,), axes, mask = arguments.scores, arguments.axis, arguments.where
     batch = tuple(length for i, length in enumerate(scores.shape) if i not in axes)
-    wanted = _arguments.broadcast_number(function, "target", target, batch, "the scores without their classes,")
+    wanted = broadcast_number(function, "target", target, batch, "the scores without their classes,")
     wanted = wanted.astype(scores.dtype)
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)

@@ -62,8 +62,8 @@ def test_each_function_equals_the_reference(shape, dtype, order):
         c, H = jax.jit(functools.partial(cpu.centred, axis=axis, axis_name=None, want="H", order=order))(x)
         want_c, want_H = jax.jit(functools.partial(reference.centred, axis=axis))(x)
         same((c[fine], H), (want_c[fine], want_H))
-        got = jax.jit(functools.partial(cpu.exp_sums, beside=None, axis=axis, axis_name=None, order=order))(x)
-        want = jax.jit(functools.partial(reference.exp_sums, beside=None, axis=axis))(x)
+        got = jax.jit(functools.partial(cpu.exp_sums, row_sums=None, axis=axis, axis_name=None, order=order))(x)
+        want = jax.jit(functools.partial(reference.exp_sums, row_sums=None, axis=axis))(x)
         same([got.rest, got.peak[fine]], [want.rest, want.peak[fine]])
         same(cpu.gap_sum(x[fine], peak[fine], axis), reference.gap_sum(x[fine], peak[fine], axis))
         x_dot, p = jnp.cos(jnp.where(jnp.isfinite(x), x, 0)), n.p
@@ -72,7 +72,7 @@ def test_each_function_equals_the_reference(shape, dtype, order):
         got = cpu.log_p_rate(x[fine], p[fine], x_dot[fine], axis, None, order)
         same(got, reference.log_p_rate(x[fine], x_dot[fine], axis))
         same(cpu.centred_rate(x, p, x_dot, axis, None), reference.centred_rate(x, x_dot, axis))
-        same(cpu.weighed_differences(p**2, x_dot, axis), reference.weighed_differences(p**2, x_dot, axis))
+        same(cpu.weighted_deviations(p**2, x_dot, axis), reference.weighted_deviations(p**2, x_dot, axis))
         label = jnp.arange(shape[0])[:, None] % (shape[1] + 2) - 1  # some are on another shard
         inside, own = (label >= 0) & (label < shape[1]), jnp.clip(label, 0, shape[1] - 1)
         is_label = (jnp.arange(shape[1]) == own) & inside

@@ -10,22 +10,22 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Integer, PRNGKeyArray
 
-from jsoftmax import _arguments
-from jsoftmax._arguments import public
-from jsoftmax._collectives import (
-    AxisName,
-    all_sum,
-    by_rows,
-    check_same,
-    pick,
-    shard_count,
-    shard_index,
-    share_at_label,
-    side_by_side,
-)
+from jsoftmax.checks.arguments import check_flag, public
+from jsoftmax.checks.sampling import check_key, check_shape
 from jsoftmax.gumbel import _noise
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sharding import (
+    AxisName,
+    apply_to_rows,
+    check_same,
+    concatenate_shards,
+    local_value_at_label,
+    pick,
+    psum,
+    shard_count,
+    shard_index,
+)
 
 _TOTAL = float(2**31 - 2**7)  # the largest float32 that int32 holds
 _GROUPS = 16
@@ -77,7 +77,7 @@ def _draw(key: Any, x: Array, draws: int, axis_name: AxisName) -> Array:
     length = _block_length(classes // groups, groups * draws) if few else 1
     blocks = _in_blocks(w.reshape(*x.shape[:-1], groups, classes // groups), length)
     F = _cumulative(jnp.sum(blocks, -1, dtype=jnp.uint32))
-    totals = side_by_side(F[..., -1], shard_count(axis_name), axis_name)
+    totals = concatenate_shards(F[..., -1], shard_count(axis_name), axis_name)
     ends = jnp.cumsum(totals, -1)
     before = lax.dynamic_slice_in_dim(ends - totals, shard_index(axis_name) * groups, groups, -1)
     if not few:  # to search every group would take longer than to add them up
@@ -92,7 +92,7 @@ def _draw(key: Any, x: Array, draws: int, axis_name: AxisName) -> Array:
         left = own - jnp.where(drawn > 0, jnp.take_along_axis(F, drawn - 1, -1), 0)
         drawn = drawn * length + _within(jnp.take_along_axis(blocks, drawn[..., None], -2), left)
     first = shard_index(axis_name) * classes + classes // groups * jnp.arange(groups, dtype=jnp.int32)
-    return all_sum(jnp.sum(jnp.where(inside, first[:, None] + drawn, 0), -2, dtype=jnp.int32), axis_name)
+    return psum(jnp.sum(jnp.where(inside, first[:, None] + drawn, 0), -2, dtype=jnp.int32), axis_name)
 
 
 def _block_length(classes: int, searches: int) -> int:
@@ -133,8 +133,8 @@ def _keep_possible(drawn: Array, x: Array, axis_name: AxisName) -> Array:
     def left_out(own: Array) -> Array:
         return (~(pick(x, own) > -jnp.inf)).astype(jnp.int32)
 
-    out = share_at_label(left_out, drawn, x.shape[-1], axis_name)
-    impossible = all_sum(bad.astype(jnp.int32) + out, axis_name) > 0
+    out = local_value_at_label(left_out, drawn, x.shape[-1], axis_name)
+    impossible = psum(bad.astype(jnp.int32) + out, axis_name) > 0
     return jnp.where(impossible, -1, drawn)
 
 
@@ -207,11 +207,11 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
     0.9
     """
     function = "categorical"
-    _noise.check_key(function, key)
+    check_key(function, key)
     given = _noise.check(function, z, axis, where, phi, log_weights, axis_name)
     batch = given.x.shape[:-1]
-    prefix = _noise.check_shape(function, shape, batch)
-    count, replace = math.prod(prefix), _arguments.check_flag(function, "replace", replace)
+    prefix = check_shape(function, shape, batch)
+    count, replace = math.prod(prefix), check_flag(function, "replace", replace)
     if mode not in (None, "low", "high"):
         raise ValueError(f"{function}: mode must be None, 'low' or 'high'; got {mode!r}. Leave it out.")
     check_same(function, "key", key, axis_name)
@@ -234,7 +234,7 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
                 return by_sums(x, key)
             return lax.platform_dependent(x, key, cpu=by_sums, default=lambda x, key: _draw_by_noise(key, x))
 
-        drawn = by_rows(of_rows, given.x, key, axis_name=axis_name)
+        drawn = apply_to_rows(of_rows, given.x, key, axis_name=axis_name)
     else:
         _, drawn = _noise.top_perturbed(key, given.x, count, axis_name)
         drawn = _keep_possible(drawn, given.x, axis_name)

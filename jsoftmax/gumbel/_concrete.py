@@ -9,9 +9,18 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jsoftmax import _arguments, maps
-from jsoftmax._arguments import public
+from jsoftmax import maps
 from jsoftmax._series import expm1, log1p_exp
+from jsoftmax.checks.arguments import (
+    as_scores,
+    broadcast_number,
+    canonical_axis,
+    check_flag,
+    joint_shape,
+    one_axis,
+    public,
+)
+from jsoftmax.checks.sampling import check_count, check_int, check_key, check_positive
 from jsoftmax.gumbel import _noise
 from jsoftmax.maps import Normalized, normalize
 from jsoftmax.phi import Phi, exp
@@ -86,11 +95,11 @@ def gumbel_softmax(
     Array([0., 0., 1.], dtype=float32)
     """
     function = "gumbel_softmax"
-    _noise.check_key(function, key)
+    check_key(function, key)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
     perturbed = given.samples(function, shape).perturbed(key)
     soft = relaxed(perturbed, tau).p
-    if _arguments.check_flag(function, "hard", hard):
+    if check_flag(function, "hard", hard):
         best = jnp.argmax(perturbed, -1) if perturbed.shape[-1] else jnp.full(perturbed.shape[:-1], -1)
         soft = straight_through(_noise.one_hot(best, perturbed), soft)
     return given.restore(soft)
@@ -122,7 +131,7 @@ def exp_concrete(
     (3,)
     """
     function = "exp_concrete"
-    _noise.check_key(function, key)
+    check_key(function, key)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
     return given.restore(relaxed(given.samples(function, shape).perturbed(key), tau).log_p)
 
@@ -158,10 +167,10 @@ def subset_softmax(  # noqa: PLR0917  (as the others have them)
     Array([0., 0., 1., 1.], dtype=float32)
     """
     function = "subset_softmax"
-    _noise.check_key(function, key)
-    _noise.check_int(function, "k", k)
+    check_key(function, key)
+    check_int(function, "k", k)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
-    count = _noise.check_count(function, k, given.x.shape[-1])
+    count = check_count(function, k, given.x.shape[-1])
     return given.restore(_subset(given.samples(function, shape).perturbed(key), tau, count))
 
 
@@ -208,10 +217,10 @@ def _check_sample(  # noqa: PLR0917  (as the public functions have them)
     function: str, x: Any, z: Any, temperature: Any, axis: Any, where: Any, phi: Any, log_weights: Any
 ) -> tuple[Array, _noise.Scores, Array]:
     """Samples `[..., K]`, the scores and τ, broadcast together; the axis is the scores', counted from the end."""
-    arrays = {"x": _arguments.as_scores(function, "x", x), "z": _arguments.as_scores(function, "z", z)}
-    shape = _arguments.joint_shape(function, arrays)
+    arrays = {"x": as_scores(function, "x", x), "z": as_scores(function, "z", z)}
+    shape = joint_shape(function, arrays)
     sample, scores = arrays.values()
-    at = _arguments.one_axis(function, axis, _arguments.canonical_axis(function, axis, scores.ndim)) - scores.ndim
+    at = one_axis(function, axis, canonical_axis(function, axis, scores.ndim)) - scores.ndim
     if sample.shape[at:][:1] != scores.shape[at:][:1]:
         raise ValueError(
             f"{function}: x must have the classes of z, {scores.shape[at]} along axis {at}; got shape {sample.shape} "
@@ -337,8 +346,8 @@ def binary_concrete_log_density(
     function = "binary_concrete_log_density"
     arguments = maps.check(function, {"x": x, "z": z}, None, where, phi, log_weights)
     sample, scores = arguments.scores
-    _noise.check_positive(function, temperature)
-    tau = _arguments.broadcast_number(function, "temperature", temperature, sample.shape, "the scores' shape")
+    check_positive(function, temperature)
+    tau = broadcast_number(function, "temperature", temperature, sample.shape, "the scores' shape")
     x = maps.weighted_scores(phi, scores, arguments.where, arguments.log_weights)
     return _binary(sample, x, tau.astype(sample.dtype))
 

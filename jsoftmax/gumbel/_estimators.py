@@ -9,8 +9,9 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from jsoftmax import _arguments, maps
-from jsoftmax._arguments import public
+from jsoftmax import maps
+from jsoftmax.checks.arguments import broadcast_number, is_int, public
+from jsoftmax.checks.sampling import check_index, check_key
 from jsoftmax.gumbel import _noise
 from jsoftmax.gumbel._categorical import categorical
 from jsoftmax.gumbel._concrete import relaxed, straight_through
@@ -75,14 +76,14 @@ def conditional_gumbels(
     2
     """
     function = "conditional_gumbels"
-    _noise.check_key(function, key)
+    check_key(function, key)
     given = _noise.check(function, z, axis, where, phi, log_weights)
     top = None
     if maximum is not None:
         batch = given.x.shape[:-1]
-        top = _arguments.broadcast_number(function, "maximum", maximum, batch, "the scores without their classes,")
+        top = broadcast_number(function, "maximum", maximum, batch, "the scores without their classes,")
         top = top.astype(given.x.dtype)[..., None]
-    return given.restore(conditional(key, given.x, _noise.check_index(function, index, given.x), top))
+    return given.restore(conditional(key, given.x, check_index(function, index, given.x), top))
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -123,11 +124,11 @@ def rao_blackwellised(  # noqa: PLR0917  (as `gumbel_softmax` has them)
     Array([0., 1., 0.], dtype=float32)
     """
     function = "rao_blackwellised"
-    _noise.check_key(function, key)
+    check_key(function, key)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
-    index = _noise.check_index(function, index, given.x)
-    if not _arguments.is_int(samples) or samples < 1:
-        kind = ValueError if _arguments.is_int(samples) else TypeError
+    index = check_index(function, index, given.x)
+    if not is_int(samples) or samples < 1:
+        kind = ValueError if is_int(samples) else TypeError
         raise kind(f"{function}: samples must be an int >= 1, known at trace time; got {samples!r}. 10 is usual.")
     soft = _rao_blackwellised(key, given.x, index, tau, int(samples))
     return given.restore(straight_through(_noise.one_hot(index, given.x), soft))
@@ -161,7 +162,7 @@ def reinmax(
     Array([0., 0., 1.], dtype=float32)
     """
     function = "reinmax"
-    _noise.check_key(function, key)
+    check_key(function, key)
     given, tau = _noise.check_relaxed(function, z, temperature, axis, where, phi, log_weights)
     x = given.samples(function, shape).x
     hard = _noise.one_hot(categorical(key, lax.stop_gradient(x)), x)

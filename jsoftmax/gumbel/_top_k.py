@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from jsoftmax import _arguments, maps
-from jsoftmax._arguments import public
-from jsoftmax._collectives import AxisName, check_same, shard_count
+from jsoftmax import maps
 from jsoftmax._series import expm1_ratio
+from jsoftmax.checks.arguments import accumulation_dtype, as_scores, joint_shape, public
+from jsoftmax.checks.sampling import check_count, check_int, check_key
 from jsoftmax.gumbel import _noise
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sharding import AxisName, check_same, shard_count
 
 
 class TopK(NamedTuple):
@@ -63,12 +64,12 @@ def gumbel_top_k(
     ((2,), True)
     """
     function = "gumbel_top_k"
-    _noise.check_key(function, key)
-    _noise.check_int(function, "k", k)
+    check_key(function, key)
+    check_int(function, "k", k)
     given = _noise.check(function, z, axis, where, phi, log_weights, axis_name)
     check_same(function, "key", key, axis_name)
     classes = given.x.shape[-1] * shard_count(axis_name)
-    count = _noise.check_count(function, k, classes)
+    count = check_count(function, k, classes)
     log_p = maps.log_p(given.x, (given.x.ndim - 1,), axis_name)
     best, index = _noise.top_perturbed(key, log_p, min(count + 1, classes), axis_name)
     index = jnp.where(best > -jnp.inf, index, -1)
@@ -104,10 +105,10 @@ def log_inclusion_probability(log_p: ArrayLike, threshold: ArrayLike) -> Float[A
     ()
     """
     function = "log_inclusion_probability"
-    arrays = {"log_p": _arguments.as_scores(function, "log_p", log_p)}
-    arrays["threshold"] = _arguments.as_scores(function, "threshold", threshold)
-    shape = _arguments.joint_shape(function, arrays)
-    dtype = _arguments.accumulation_dtype(jnp.result_type(*arrays.values()))
+    arrays = {"log_p": as_scores(function, "log_p", log_p)}
+    arrays["threshold"] = as_scores(function, "threshold", threshold)
+    shape = joint_shape(function, arrays)
+    dtype = accumulation_dtype(jnp.result_type(*arrays.values()))
     return _log_q(*(jnp.broadcast_to(a.astype(dtype), shape) for a in arrays.values()))
 
 

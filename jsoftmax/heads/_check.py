@@ -10,27 +10,39 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax import _arguments, _labels, maps
-from jsoftmax._collectives import (
+from jsoftmax import maps
+from jsoftmax.checks.arguments import (
+    accumulation_dtype,
+    as_array,
+    as_scores,
+    broadcast_number,
+    check_log_weights,
+    check_option,
+    check_where,
+    is_int,
+    option_if_given,
+)
+from jsoftmax.checks.labels import check_ignore_label, check_labels, in_range, reject_given
+from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
+from jsoftmax.heads._linear import full_precision
+from jsoftmax.heads._statistics import Statistics
+from jsoftmax.losses._cross_entropy import regularized
+from jsoftmax.sharding import (
     AxisName,
     check_axis_name,
     check_not_explicit,
     check_parts,
     check_sharded,
     keeps_label,
+    match_varying_axes,
     shard_count,
-    typed_as,
 )
-from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
-from jsoftmax.heads._linear import full_precision
-from jsoftmax.heads._statistics import Statistics
-from jsoftmax.losses._cross_entropy import regularized
 
 NO_LABELS: Any = object()
 """Of a function that takes none."""
 
 
-class Given(NamedTuple):
+class CheckedHead(NamedTuple):
     """A head, its plan, and how per-token results go back into the tokens' shape."""
 
     head: Head
@@ -45,7 +57,7 @@ class Given(NamedTuple):
 
     def in_dtype(self, dtype: Any) -> Head:
         """The head beside another one, for factors of both."""
-        wide = _arguments.accumulation_dtype(dtype)
+        wide = accumulation_dtype(dtype)
         names = ("hidden", "log_weights", "soft_cap", "margin")
         cast = {name: getattr(self.head, name) for name in names}
         return self.head._replace(**{name: None if a is None else a.astype(wide) for name, a in cast.items()})
@@ -78,7 +90,7 @@ def check(
     token_weights: Any = None,
     chunk: int = 1,
     names: tuple[str, str, str] = ("hidden", "weight", "bias"),
-) -> Given:
+) -> CheckedHead:
     """Everything as a `Head`, in the accumulation dtype but for what belongs to the vocabulary."""
     maps.check_phi(function, phi)
     hidden, weight = (_check_floating(function, n, a) for n, a in zip(names, (hidden, weight), strict=False))
@@ -89,11 +101,11 @@ def check(
     shards = _check_shards(function, shards, axis_name, weight)
     classes, batch = weight.shape[0], hidden.shape[:-1]
     dtype = jnp.result_type(hidden, weight)
-    wide = _arguments.accumulation_dtype(dtype)
+    wide = accumulation_dtype(dtype)
     of_one = {names[2]: bias, "where": where, "log_weights": log_weights}
     check_parts(function, (classes,), (0,), axis_name, **of_one)
     if bias is not None:
-        bias = _arguments.as_scores(function, names[2], bias)
+        bias = as_scores(function, names[2], bias)
         if bias.shape != (classes,):
             raise ValueError(
                 f"{function}: {names[2]} must have one number for each class, shape {(classes,)}; got shape "
@@ -101,9 +113,9 @@ def check(
             )
     for argument, value in (("where", where), ("log_weights", log_weights)):
         _check_of_classes(function, argument, value, classes)
-    where = _arguments.check_where(function, where, (classes,))
-    log_weights = _arguments.check_log_weights(function, log_weights, (classes,), wide)
-    cap = None if soft_cap is None else _labels.check_option(function, soft_cap, wide, soft_cap=(_TINY, math.inf))
+    where = check_where(function, where, (classes,))
+    log_weights = check_log_weights(function, log_weights, (classes,), wide)
+    cap = None if soft_cap is None else check_option(function, soft_cap, wide, soft_cap=(_TINY, math.inf))
     head = Head(
         hidden=hidden.reshape(math.prod(batch), hidden.shape[-1]).astype(wide),
         weight=weight,
@@ -112,7 +124,7 @@ def check(
         where=None if where is None else jnp.broadcast_to(where, (classes,)),
         phi=phi,
         soft_cap=cap,
-        margin=_labels.option_if_given(function, margin, wide, margin=(-math.inf, math.inf)),
+        margin=option_if_given(function, margin, wide, margin=(-math.inf, math.inf)),
     )
     rows = None
     of_shard = classes if axis_name is not None else classes // shards
@@ -124,17 +136,17 @@ def check(
         if axis_name is not None and np.ndim(labels) > len(batch):
             check_parts(function, (*batch, classes), (len(batch),), axis_name, labels=labels)
         labels = _check_labels(function, labels, batch, classes, wide)
-        _labels.check_ignore_label(function, ignore_label, "give them all one number: jnp.where(…, ignored, labels).")
+        check_ignore_label(function, ignore_label, "give them all one number: jnp.where(…, ignored, labels).")
         if jnp.issubdtype(labels.dtype, jnp.integer):
             head = head._replace(labels=labels.reshape(-1))
             rows = None if ignore_label is None else head.labels != ignore_label
         else:
             given = {"ignore_label": ignore_label, "margin": head.margin}
-            _labels.reject_given(function, given)
+            reject_given(function, given)
             head = head._replace(targets=labels.reshape(-1, classes))
     if token_weights is not None:
-        of_tokens = _arguments.broadcast_number(function, "token_weights", token_weights, batch, "the tokens' shape")
-        token_weights = typed_as(of_tokens.reshape(-1).astype(wide), head.hidden)
+        of_tokens = broadcast_number(function, "token_weights", token_weights, batch, "the tokens' shape")
+        token_weights = match_varying_axes(of_tokens.reshape(-1).astype(wide), head.hidden)
         if head.labels is not None:  # padding: no weight and no label
             counts = (token_weights != 0) | _is_valid(head, plan)
             rows = counts if rows is None else rows & counts
@@ -147,7 +159,7 @@ def check(
 _TINY = 1e-37
 
 
-def _with_accelerator_block(given: Given, chunks: int, chunk: int) -> Given:
+def _with_accelerator_block(given: CheckedHead, chunks: int, chunk: int) -> CheckedHead:
     """For GPUs and TPUs all tokens at a time, and as many classes as make a block of _ACCELERATOR_SCORES."""
     tokens = given.head.hidden.shape[0]
     if not tokens:
@@ -157,7 +169,7 @@ def _with_accelerator_block(given: Given, chunks: int, chunk: int) -> Given:
 
 
 def _check_floating(function: str, argument: str, a: Any) -> Array:
-    array = _arguments.as_array(function, argument, a)
+    array = as_array(function, argument, a)
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array
     raise TypeError(
@@ -190,8 +202,8 @@ def _check_shapes(function: str, hidden: Array, weight: Array, names: tuple[str,
 
 def _check_shards(function: str, shards: Any, axis_name: AxisName, weight: Array) -> int:
     """How many parts the classes have, or are to be cut into."""
-    if not _arguments.is_int(shards) or shards < 1:
-        raise (TypeError if not _arguments.is_int(shards) else ValueError)(
+    if not is_int(shards) or shards < 1:
+        raise (TypeError if not is_int(shards) else ValueError)(
             f"{function}: shards must be a positive int known at trace time; got {shards!r}. It is the number of "
             "devices that the classes of a sharded weight are cut over, or a multiple."
         )
@@ -228,7 +240,7 @@ def _check_labels(function: str, labels: Any, batch: tuple[int, ...], classes: i
             f"For several labels of each token write jnp.broadcast_to(hidden, ({several})), or map over the labels: "
             "jax.vmap"
         )
-    array = _labels.check_labels(
+    array = check_labels(
         function,
         "labels",
         labels,
@@ -271,7 +283,7 @@ def _block_sizes(
     if block_size is None:
         return min(tokens, of_tokens), chunk * _near_divisor(classes // chunk, of_classes // chunk)
     pair = block_size if isinstance(block_size, tuple) else (of_tokens, block_size)
-    if len(pair) != 2 or not all(_arguments.is_int(n) and n > 0 for n in pair):
+    if len(pair) != 2 or not all(is_int(n) and n > 0 for n in pair):
         raise ValueError(
             f"{function}: block_size must be a positive int, how many classes, or (tokens, classes); got "
             f"{block_size!r}. Leave it out for a good choice."
@@ -295,7 +307,7 @@ def _near_divisor(classes: int, wanted: int) -> int:
     return next(divisors, wanted)
 
 
-def _in_order(head: Head, plan: Plan, batch: tuple[int, ...], rows: Array | None, weights: Array | None) -> Given:
+def _in_order(head: Head, plan: Plan, batch: tuple[int, ...], rows: Array | None, weights: Array | None) -> CheckedHead:
     """The tokens that count first, then those that do not, made harmless; padded to whole blocks."""
     order = None
     if rows is not None:
@@ -319,7 +331,7 @@ def _in_order(head: Head, plan: Plan, batch: tuple[int, ...], rows: Array | None
     if length:
         head = head._replace(**(_each(head, padded) | {"hidden": padded(head.hidden, "edge")}))
         weights = padded(weights)
-    return Given(head, plan, batch, rows, order, weights)
+    return CheckedHead(head, plan, batch, rows, order, weights)
 
 
 def _each(head: Head, f: Any) -> dict[str, Any]:
@@ -327,7 +339,7 @@ def _each(head: Head, f: Any) -> dict[str, Any]:
     return {name: f(getattr(head, name)) for name in PER_TOKEN}
 
 
-def check_pair(function: str, p: Given, q: Given) -> None:
+def check_pair(function: str, p: CheckedHead, q: CheckedHead) -> None:
     """Two heads over one vocabulary and the same tokens."""
     if p.batch != q.batch:
         raise ValueError(
@@ -342,9 +354,11 @@ def check_pair(function: str, p: Given, q: Given) -> None:
         )
 
 
-def loss_options(function: str, given: Given, label_smoothing: Any, z_loss: Any) -> tuple[Array | None, Array | None]:
+def loss_options(
+    function: str, given: CheckedHead, label_smoothing: Any, z_loss: Any
+) -> tuple[Array | None, Array | None]:
     """Both in the accumulation dtype; None for a plain 0."""
-    option = functools.partial(_labels.option_if_given, function, dtype=given.head.hidden.dtype)
+    option = functools.partial(option_if_given, function, dtype=given.head.hidden.dtype)
     return option(label_smoothing, label_smoothing=(0.0, 1.0)), option(z_loss, z_loss=(0.0, math.inf))
 
 
@@ -369,4 +383,4 @@ def in_vocabulary(a: Array, head: Head, plan: Plan) -> Array:
 
 
 def _is_valid(head: Head, plan: Plan) -> Array:
-    return _labels.in_range(head.labels, vocabulary(head, plan))[1]
+    return in_range(head.labels, vocabulary(head, plan))[1]

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import maps
-from jsoftmax._collectives import AxisName, is_label, shard_index, typed_as
+from jsoftmax.sharding import AxisName, is_label, match_varying_axes, shard_index
 
 
 class Head(NamedTuple):
@@ -45,7 +45,7 @@ class Head(NamedTuple):
         weight, bias = (None if a is None else a.astype(wide) for a in (self.weight, self.bias))
         return self._replace(weight=weight, bias=bias)
 
-    def with_fields(self, part: "Head") -> "Head":
+    def merge_fields(self, part: "Head") -> "Head":
         """All fields, those that the part has from there."""
         return Head(*(a if b is None else b for a, b in zip(self, part, strict=True)))
 
@@ -110,10 +110,10 @@ def products(hidden: Array, weight: Array, plan: Plan) -> Array:
 
 def block_scores(head: Head, start: Array, plan: Plan) -> Array:
     """x of a widened block whose first class is `start`  (MATH 11.1)."""
-    return of_products(head, start, products(head.hidden, head.weight, plan))
+    return scores_from_products(head, start, products(head.hidden, head.weight, plan))
 
 
-def of_products(head: Head, start: Array, o: Array) -> Array:
+def scores_from_products(head: Head, start: Array, o: Array) -> Array:
     """x = ψ(z) + log w,  z = c tanh((o + b)/c) − m 1_y,  o = h Wᵀ  (MATH 11.1)."""
     if head.bias is not None:
         o = o + head.bias
@@ -129,7 +129,7 @@ PER_CLASS, PER_TOKEN = ("weight", "bias", "log_weights", "where"), ("hidden", "l
 # --- shards of the classes -----------------------------------------------------------------------------------
 
 
-def in_shards(f: Callable[..., Any], given: Any, plan: Plan, *static: Any) -> Any:
+def map_shards(f: Callable[..., Any], given: Any, plan: Plan, *static: Any) -> Any:
     """f(given, *static, plan), where the heads in `given` are their parts of one shard; f merges over `plan.axis_name`.
 
     Shards of one array are mapped over, all at once: where XLA has cut the array over devices it moves nothing, and
@@ -180,8 +180,8 @@ def _own(given: Any, axis_name: AxisName) -> Any:
             return head
         of_classes = head.only(*PER_CLASS, "targets")
         others = head._replace(**dict.fromkeys((*PER_CLASS, "targets")))
-        others = typed_as(others, head.weight, axis_name)
-        return others.with_fields(typed_as(of_classes, others.hidden))
+        others = match_varying_axes(others, head.weight, axis_name)
+        return others.merge_fields(match_varying_axes(of_classes, others.hidden))
 
     return jax.tree.map(own, given, is_leaf=_is_head)
 
@@ -209,18 +209,18 @@ def checkpointed_scan(body: Callable[..., Any], state: Any, xs: Any) -> Any:
     return lax.scan(jax.checkpoint(body, prevent_cse=False), state, xs)
 
 
-def over_classes(  # noqa: PLR0917  (what a loop over blocks takes)
+def scan_classes(  # noqa: PLR0917  (what a loop over blocks takes)
     step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
 ) -> Any:
     """The state after all classes, in the blocks of the platform that the program is compiled for."""
     other_plan = plan.on_accelerators()
-    on_cpu, elsewhere = (functools.partial(_over_blocks, step, plan=p) for p in (plan, other_plan))
+    on_cpu, elsewhere = (functools.partial(_scan_blocks, step, plan=p) for p in (plan, other_plan))
     if other_plan == plan:
         return on_cpu(heads, dots, known, state)
     return lax.platform_dependent(heads, dots, known, state, cpu=on_cpu, default=elsewhere)
 
 
-def _over_blocks(  # noqa: PLR0917  (as `over_classes` has them)
+def _scan_blocks(  # noqa: PLR0917  (as `scan_classes` has them)
     step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
 ) -> Any:
     """The state `[N, …]` after step(blocks, their tangents, start=, known=, state=, plan=) for each block of classes
@@ -233,7 +233,7 @@ def _over_blocks(  # noqa: PLR0917  (as `over_classes` has them)
     """
     classes, wide = heads[0].weight.shape[0], heads[0].hidden.dtype
     heads = tuple(with_padding(head, plan) for head in heads)
-    blocks = jax.tree.map(lambda a: cut(a, plan.classes), [_only(trees, PER_CLASS) for trees in (heads, dots)])
+    blocks = jax.tree.map(lambda a: cut(a, plan.classes), [_select_fields(trees, PER_CLASS) for trees in (heads, dots)])
     padded = [jax.tree.map(lambda q: jnp.pad(q, [(0, 0), (0, -classes % plan.classes)]), h.targets) for h in heads]
     rates = [jax.tree.map(lambda q: cut(q, plan.classes, 1), d.targets) for d in dots]
     starts = jnp.arange(0, classes, plan.classes, dtype=jnp.int32)
@@ -243,16 +243,16 @@ def _over_blocks(  # noqa: PLR0917  (as `over_classes` has them)
         (of_heads, of_dots), rates, start = xs
         (of_heads, of_dots) = (tuple(part.widened(wide) for part in parts) for parts in (of_heads, of_dots))
         targets = jax.tree.map(lambda q: lax.dynamic_slice_in_dim(q, start, plan.classes, 1), padded)
-        whole = _joined(heads, [h._replace(targets=q) for h, q in zip(of_heads, targets, strict=True)])
-        whole_dots = _joined(dots, [d._replace(targets=q) for d, q in zip(of_dots, rates, strict=True)])
-        return _over_tokens(
+        whole = _merge_fields(heads, [h._replace(targets=q) for h, q in zip(of_heads, targets, strict=True)])
+        whole_dots = _merge_fields(dots, [d._replace(targets=q) for d, q in zip(of_dots, rates, strict=True)])
+        return _scan_tokens(
             functools.partial(step, start=first + start, plan=plan), whole, whole_dots, known, state, plan
         ), None
 
     return checkpointed_scan(body, state, (blocks, rates, starts))[0]
 
 
-def _over_tokens(  # noqa: PLR0917  (as `over_classes` has them)
+def _scan_tokens(  # noqa: PLR0917  (as `scan_classes` has them)
     step: Any, heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
 ) -> Any:
     """The state after the step for each block of tokens; blocks of tokens that do not count are skipped."""
@@ -264,23 +264,23 @@ def _over_tokens(  # noqa: PLR0917  (as `over_classes` has them)
         rows, rows_dots, known, old = xs
 
         def run(old: Any) -> Any:
-            return step(_joined(heads, rows), _joined(dots, rows_dots), known=known, state=old)
+            return step(_merge_fields(heads, rows), _merge_fields(dots, rows_dots), known=known, state=old)
 
         new = run(old) if counted is None else lax.cond(first < counted, run, lambda old: old, old)
         return first + plan.tokens, new
 
-    rows = (_only(heads, PER_TOKEN), _only(dots, PER_TOKEN), known, state)
+    rows = (_select_fields(heads, PER_TOKEN), _select_fields(dots, PER_TOKEN), known, state)
     xs = jax.tree.map(lambda a: cut(a, plan.tokens), rows)
     _, new = checkpointed_scan(body, jnp.zeros((), jnp.int32), xs)
     return jax.tree.map(lambda a: a.reshape(tokens, *a.shape[2:]), new)
 
 
-def _only(heads: Heads, names: tuple[str, ...]) -> Heads:
+def _select_fields(heads: Heads, names: tuple[str, ...]) -> Heads:
     return tuple(head.only(*names) for head in heads)
 
 
-def _joined(heads: Heads, parts: Any) -> Heads:
-    return tuple(head.with_fields(part) for head, part in zip(heads, parts, strict=True))
+def _merge_fields(heads: Heads, parts: Any) -> Heads:
+    return tuple(head.merge_fields(part) for head, part in zip(heads, parts, strict=True))
 
 
 def with_padding(head: Head, plan: Plan) -> Head:

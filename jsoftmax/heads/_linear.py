@@ -1,16 +1,10 @@
-"""What heads ask of matrices, labels and an order-2 φ, and products that keep their digits on every device."""
+"""Products that keep their digits on every device."""
 
 import functools
-import math
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
-
-from jsoftmax import _arguments, _labels
-from jsoftmax.maps import check_phi
-from jsoftmax.phi import Phi
 
 # JAX's default for float32 keeps 11 bits on GPUs and 8 on TPUs; squares of scores would lose twice as many digits
 precise = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -19,68 +13,3 @@ precise = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 def full_precision(dtype: Any) -> lax.Precision | None:
     """The precision of products of factors of which the narrowest has the dtype: all digits of wide ones."""
     return lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
-
-
-def check_matrix(function: str, argument: str, value: Any, wanted: str, ndim: int | None = None) -> Array:
-    """A floating array with at least one dimension, or with as many as `ndim`, none of the last two empty."""
-    array = _arguments.as_array(function, argument, value)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"{function}: {argument} must be floating, {wanted}; got dtype {array.dtype}. Convert whole numbers: "
-            f"{argument}.astype(float)."
-        )
-    if not array.ndim or (ndim is not None and array.ndim != ndim) or not math.prod(array.shape[-(ndim or 1) :]):
-        raise ValueError(
-            f"{function}: {argument} must have shape {wanted}; got shape {array.shape}. The weight has a row for each "
-            "class, as long as the last axis of hidden."
-        )
-    return array
-
-
-def check_width(function: str, hidden: Array, width: int) -> None:
-    """The last axis of `hidden` is as long as the rows of the weight."""
-    if hidden.shape[-1] != width:
-        raise ValueError(
-            f"{function}: hidden must end with the width {width} of the weight's rows; got shape {hidden.shape}. The "
-            "weight is [V, d], a row for each class: transpose it if it is [d, V]."
-        )
-
-
-def check_labels(function: str, labels: Any, batch: tuple[int, ...]) -> Array:
-    """Integers, one for each row of `hidden`."""
-    of = "the shape of hidden without its last axis,"
-    return _labels.check_labels(function, "labels", labels, batch, of=of, way_out="Give each row its label")
-
-
-def check_quadratic(function: str, phi: Any) -> Phi:
-    """A φ of the second order, whose three numbers serve all classes."""
-    check_phi(function, phi)
-    numbers = phi.quadratic
-    if numbers is None:
-        raise ValueError(
-            f"{function}: phi must be of the second order: taylor(2), spherical(ε) or quadratic(a0, a1, a2); got "
-            f"{phi}. For any φ there is losses.cross_entropy of the scores hidden @ weight.T, or "
-            "heads.linear_cross_entropy, which never holds them all."
-        )
-    shapes = [jnp.shape(a) for a in numbers]
-    if any(shapes):
-        raise ValueError(
-            f"{function}: phi must have one number for all classes in each place; got shapes {shapes} in {phi.name}. "
-            "Parameters by class are for losses.cross_entropy."
-        )
-    return phi
-
-
-def check_flag(function: str, argument: str, value: Any, dtype: Any, length: int) -> Array:
-    """An array `[V]`, one entry for each class."""
-    array = _arguments.as_array(function, argument, value)
-    if not jnp.issubdtype(array.dtype, dtype):
-        what = "boolean" if dtype == jnp.bool_ else "floating"
-        way_out = "Compare first, e.g. where=mask > 0." if dtype == jnp.bool_ else f"Write {argument}.astype(float)."
-        raise TypeError(f"{function}: {argument} must be {what}; got dtype {array.dtype}. {way_out}")
-    if array.shape != (length,):
-        raise ValueError(
-            f"{function}: {argument} must have one entry for each class, shape ({length},); got shape {array.shape}. "
-            "It belongs to the rows of the weight, not to those of hidden."
-        )
-    return array

@@ -9,15 +9,15 @@ from jax import lax
 from jax.custom_derivatives import zero_from_primal
 from jaxtyping import Array
 
-from jsoftmax._collectives import all_max, all_sum, in_slot, is_label, own_label, place_in_block, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._series import expm1
 from jsoftmax._top_k import top_k, top_k_by_blocks
-from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, over_classes
+from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, scan_classes
+from jsoftmax.sharding import is_label, local_label, match_varying_axes, place_in_block, pmax, psum, shard_slot
 from jsoftmax.sums import FAR, difference, exp_sums, gap_sum, is_empty, not_negative
 
 
-class Wanted(NamedTuple):
+class Extras(NamedTuple):
     """What is computed beside the log-normaliser and what the labels or targets ask for."""
 
     entropy: bool = False
@@ -51,7 +51,7 @@ class Statistics(NamedTuple):
     """Which classes they are, int32; −1 beyond the classes kept."""
 
 
-class Running(NamedTuple):
+class PartialStatistics(NamedTuple):
     """Of the blocks so far, about their own peak, −inf while there is no class  (MATH 11.2)."""
 
     peak: Array
@@ -72,10 +72,10 @@ class Running(NamedTuple):
     top_class: Any = None
 
 
-def initial(head: Head, wanted: Wanted) -> Running:
+def initial(head: Head, wanted: Extras) -> PartialStatistics:
     """No class so far. Zeros of the arguments, which are sharded as they are, not of a shape."""
     zero = jnp.zeros_like(head.hidden[:, 0])
-    return Running(
+    return PartialStatistics(
         zero - jnp.inf,
         zero - 1,
         zero if wanted.entropy else None,
@@ -89,7 +89,7 @@ def initial(head: Head, wanted: Wanted) -> Running:
     )
 
 
-def of_block(head: Head, wanted: Wanted, start: Array, x: Array, plan: Plan) -> Running:
+def block_statistics(head: Head, wanted: Extras, start: Array, x: Array, plan: Plan) -> PartialStatistics:
     """The statistics of a block with the scores x, about its own peak  (MATH 11.2)."""
     axis = (1,)
     peak, rest, _ = exp_sums(x, axis)
@@ -115,15 +115,15 @@ def of_block(head: Head, wanted: Wanted, start: Array, x: Array, plan: Plan) -> 
     if wanted.top:
         made["top"], places = _top_k_of_block(x, min(wanted.top, x.shape[1]), plan)
         made["top_class"] = start + places
-    return Running(top[:, 0], rest[:, 0], **made)
+    return PartialStatistics(top[:, 0], rest[:, 0], **made)
 
 
-def merged(a: Running, b: Running, plan: Plan | None = None) -> Running:
+def merge(a: PartialStatistics, b: PartialStatistics, plan: Plan | None = None) -> PartialStatistics:
     """Two parts of a row about the higher peak; no digit of a small sum is lost  (MATH 11.2)."""
     peak = jnp.maximum(a.peak, b.peak)
     falls = [jnp.where(part.peak == peak, 0, peak - part.peak) for part in (a, b)]
 
-    def moved(part: Running, fall: Array) -> Array:
+    def moved(part: PartialStatistics, fall: Array) -> Array:
         return (1 + part.rest) * jnp.exp(-fall)
 
     rest = jnp.where(a.peak >= b.peak, a.rest + moved(b, falls[1]), b.rest + moved(a, falls[0]))
@@ -146,7 +146,7 @@ def merged(a: Running, b: Running, plan: Plan | None = None) -> Running:
         x, classes = (jnp.concatenate(pair, 1) for pair in ((a.top, b.top), (a.top_class, b.top_class)))
         made["top"], places = _top_k(x, a.top.shape[1], plan)
         made["top_class"] = jnp.take_along_axis(classes, places, 1)
-    return Running(peak, rest, **made)
+    return PartialStatistics(peak, rest, **made)
 
 
 def _moved_gap(part: Any, fall: Array) -> Array:
@@ -158,11 +158,11 @@ def _moved_sum(total: Any, weight: Any, fall: Array) -> Array:
     return total + jnp.where(weight == 0, 0, weight * fall)
 
 
-def over_shards(part: Running, head: Head, plan: Plan) -> Running:
+def merge_shards(part: PartialStatistics, head: Head, plan: Plan) -> PartialStatistics:
     """The parts of all shards, merged by one maximum and one sum of all else  (MATH 13.1)."""
     if plan.axis_name is None:
         return part
-    peak = all_max(part.peak, plan.axis_name)
+    peak = pmax(part.peak, plan.axis_name)
     falls = jnp.where(part.peak == peak, 0, peak - part.peak)
     has_peak = (part.peak == peak) & (peak > -jnp.inf)
     moved = (1 + part.rest) * jnp.exp(-falls)
@@ -173,20 +173,22 @@ def over_shards(part: Running, head: Head, plan: Plan) -> Running:
     if part.gap is not None:
         made["gap"] = _moved_gap(part, falls)
     if part.label is not None:
-        made["label"] = jnp.where(own_label(head.labels, head.weight.shape[0], plan.axis_name)[1], part.label, 0)
+        made["label"] = jnp.where(local_label(head.labels, head.weight.shape[0], plan.axis_name)[1], part.label, 0)
     if part.below is not None:
         made |= {"below": _moved_sum(part.below, part.mass, falls), "mass": part.mass}
     if part.spread is not None:
         made |= {"spread": _moved_sum(part.spread, part.kept_count, falls), "kept_count": part.kept_count}
     if part.top is not None:
-        made["top"], made["top_class"] = (in_slot(a, plan.shards, plan.axis_name) for a in (part.top, part.top_class))
-    made = all_sum(made, plan.axis_name)
+        made["top"], made["top_class"] = (
+            shard_slot(a, plan.shards, plan.axis_name) for a in (part.top, part.top_class)
+        )
+    made = psum(made, plan.axis_name)
     if part.top is not None:
         made["top"], places = _top_k(made["top"], part.top.shape[1], plan)
         made["top_class"] = jnp.take_along_axis(made["top_class"], places, 1)
     made["rest"] = made["rest"] + (made.pop("ones") - 1)
     # the maximum over devices may have dropped a NaN
-    return Running(jnp.where(jnp.isnan(made["rest"]) & ~jnp.isposinf(peak), jnp.nan, peak), **made)
+    return PartialStatistics(jnp.where(jnp.isnan(made["rest"]) & ~jnp.isposinf(peak), jnp.nan, peak), **made)
 
 
 def _top_k(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:
@@ -215,18 +217,20 @@ _TOP_K_LENGTH = 64
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def statistics(head: Head, wanted: Wanted, plan: Plan) -> Statistics:
+def statistics(head: Head, wanted: Extras, plan: Plan) -> Statistics:
     """One pass: each block's statistics about its own peak, merged."""
 
-    def step(blocks: Heads, _: Heads, *, start: Array, known: None, state: Running, plan: Plan) -> Running:
+    def step(
+        blocks: Heads, _: Heads, *, start: Array, known: None, state: PartialStatistics, plan: Plan
+    ) -> PartialStatistics:
         (block,) = blocks
-        return merged(state, of_block(block, wanted, start, block_scores(block, start, plan), plan), plan)
+        return merge(state, block_statistics(block, wanted, start, block_scores(block, start, plan), plan), plan)
 
-    running = over_classes(step, (head,), (Head(),), None, initial(head, wanted), plan)
-    return finished(over_shards(running, head, plan))
+    running = scan_classes(step, (head,), (Head(),), None, initial(head, wanted), plan)
+    return finish(merge_shards(running, head, plan))
 
 
-def finished(done: Running) -> Statistics:
+def finish(done: PartialStatistics) -> Statistics:
     """What the merged blocks say."""
     empty = jnp.isneginf(done.peak)
     peak = lax.stop_gradient(jnp.where(empty, 0, done.peak))
@@ -253,23 +257,23 @@ def finished(done: Running) -> Statistics:
 
 
 @functools.partial(statistics.defjvp, symbolic_zeros=True)
-def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> tuple[Statistics, Statistics]:
+def _statistics_jvp(wanted: Extras, plan: Plan, primals: Any, tangents: Any) -> tuple[Statistics, Statistics]:
     """L̇ = Σ p ẋ, (Σ p (−u))˙ = −Σ p (1 + u + gap) ẋ, (−l_y)˙ = Σ p ẋ − ẋ_y, (Σ q (−l))˙ = Σ (Q p − q) ẋ − Σ q̇ l
     (MATH 11.3)."""
     (head,), dots = primals, without_zeros(tangents[0])
     out = statistics(head, wanted, plan)
 
-    own = typed_as(out, head.weight, plan.axis_name)
-    known = Known.of(own)
+    own = match_varying_axes(out, head.weight, plan.axis_name)
+    known = TokenConstants.of(own)
     zero = jnp.zeros_like(out.peak)
     zeros = jax.tree.map(jnp.zeros_like, Rates(*[getattr(own, name) for name in Rates._fields]))
 
-    def step(blocks: Heads, dots: Heads, *, start: Array, known: Known, state: Rates, plan: Plan) -> Rates:
+    def step(blocks: Heads, dots: Heads, *, start: Array, known: TokenConstants, state: Rates, plan: Plan) -> Rates:
         (block,), (block_dots,) = blocks, dots
         x, x_dot = jvp_of_live(lambda block: block_scores(block, start, plan), block, block_dots)
         return jax.tree.map(jnp.add, state, block_rates(block, block_dots, start, known, state, x, x_dot))
 
-    rates = all_sum(over_classes(step, (head,), (dots,), known, zeros, plan), plan.axis_name)
+    rates = psum(scan_classes(step, (head,), (dots,), known, zeros, plan), plan.axis_name)
     return out, Statistics(
         zero,
         rates.log_total,
@@ -284,7 +288,7 @@ def _statistics_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> 
     )
 
 
-class Known(NamedTuple):
+class TokenConstants(NamedTuple):
     """Of each token, what the rule takes as it is."""
 
     peak: Array
@@ -296,8 +300,8 @@ class Known(NamedTuple):
     """Σ q."""
 
     @staticmethod
-    def of(found: Statistics) -> "Known":
-        return Known(found.peak, found.log_total, found.gap, found.loss, found.top_class, found.mass)
+    def of(found: Statistics) -> "TokenConstants":
+        return TokenConstants(found.peak, found.log_total, found.gap, found.loss, found.top_class, found.mass)
 
 
 class Rates(NamedTuple):
@@ -312,7 +316,7 @@ class Rates(NamedTuple):
 
 
 def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last, is transposed)
-    block: Head, dots: Head, start: Array, known: Known, like: Rates, x: Array, x_dot: Array
+    block: Head, dots: Head, start: Array, known: TokenConstants, like: Rates, x: Array, x_dot: Array
 ) -> Rates:
     """A block's terms of the rule, those that `like` has; linear in ẋ and the targets' tangent."""
     u = difference(x, known.peak[:, None])

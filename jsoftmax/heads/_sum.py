@@ -8,16 +8,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax._collectives import all_sum, of_first, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.heads import _head, _statistics
 from jsoftmax.heads._check import loss_of_tokens
 from jsoftmax.heads._head import SHARDS, Head, Plan
-from jsoftmax.heads._statistics import Known, Rates, Statistics, Wanted, statistics
-from jsoftmax.losses._cross_entropy import without_weightless
+from jsoftmax.heads._statistics import Extras, Rates, Statistics, TokenConstants, statistics
+from jsoftmax.losses._cross_entropy import zero_weightless
+from jsoftmax.sharding import first_shard_share, match_varying_axes, psum
 
 
-class Weighed(NamedTuple):
+class WeightedHead(NamedTuple):
     """A head, a weight for each of its tokens, and the loss's options."""
 
     head: Head
@@ -27,13 +27,13 @@ class Weighed(NamedTuple):
     z_loss: Array | None
 
     @property
-    def wanted(self) -> Wanted:
-        return Wanted(spread=self.smoothing is not None)
+    def wanted(self) -> Extras:
+        return Extras(spread=self.smoothing is not None)
 
     def losses(self, found: Statistics, plan: Plan) -> Array:
         """Of each token; 0, not infinity, where the weight is."""
         loss = loss_of_tokens(self.head, plan, found, self.smoothing, self.z_loss)
-        return without_weightless(loss, self.token_weights)
+        return zero_weightless(loss, self.token_weights)
 
     def total(self, found: Statistics, plan: Plan) -> tuple[Array, Array]:
         """Σ w loss, and the losses."""
@@ -54,17 +54,17 @@ class _Gradients(NamedTuple):
     token_weights: Any
 
     @staticmethod
-    def of(given: Weighed) -> "_Gradients":
+    def of(given: WeightedHead) -> "_Gradients":
         """What has such a gradient, or its tangents."""
         return _Gradients(given.head.hidden, given.head.weight, given.head.bias, given.token_weights)
 
-    def within(self, given: Weighed) -> Weighed:
+    def within(self, given: WeightedHead) -> WeightedHead:
         head = given.head._replace(hidden=self.hidden, weight=self.weight, bias=self.bias)
         return given._replace(head=head, token_weights=self.token_weights)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def weighted_sum(given: Weighed, plan: Plan) -> Array:
+def weighted_sum(given: WeightedHead, plan: Plan) -> Array:
     """Σ w loss  (MATH 11.5)."""
     return given.by_streaming(plan)[0]
 
@@ -83,12 +83,12 @@ def _weighted_sum_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, A
     *shares, of_weights = [
         None if b is None else jnp.sum(a * b.astype(a.dtype)) for a, b in zip(gradients, rates, strict=True)
     ]
-    rate = all_sum(sum(share for share in shares if share is not None), plan.axis_name)
+    rate = psum(sum(share for share in shares if share is not None), plan.axis_name)
     return value, rate if of_weights is None else rate + of_weights
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]:
+def _value_and_gradients(given: WeightedHead, plan: Plan) -> tuple[Array, _Gradients]:
     """Σ w loss and its gradient: on CPU, or in blocks that the caller chose, by three products; otherwise by four,
     which are fewer and larger kernels."""
     on_cpu, elsewhere = (functools.partial(f, plan=plan) for f in (_by_token_blocks, _streamed))
@@ -97,7 +97,7 @@ def _value_and_gradients(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]
     return lax.platform_dependent(given, cpu=on_cpu, default=elsewhere)
 
 
-def _by_token_blocks(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]:
+def _by_token_blocks(given: WeightedHead, plan: Plan) -> tuple[Array, _Gradients]:
     """One block of tokens after the other, each with all classes: its products h Wᵀ, tokens × V numbers, are kept."""
     head = _head.with_padding(given.head, plan)
     blocks = jax.tree.map(lambda a: _head.cut(a, plan.classes), head.only(*_head.PER_CLASS))
@@ -106,11 +106,11 @@ def _by_token_blocks(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]:
     zero = jnp.zeros_like(head.hidden, shape=())  # sharded as tokens and classes are, and so are the sums
     zeros = [None if a is None else jnp.zeros_like(a, wide) + zero for a in (blocks.weight, blocks.bias)]
 
-    def body(carry: Any, rows: Weighed) -> tuple[Any, Any]:
+    def body(carry: Any, rows: WeightedHead) -> tuple[Any, Any]:
         first, sums = carry
 
         def run(sums: Any) -> Any:
-            whole = rows._replace(head=head.with_fields(rows.head), smoothing=given.smoothing, z_loss=given.z_loss)
+            whole = rows._replace(head=head.merge_fields(rows.head), smoothing=given.smoothing, z_loss=given.z_loss)
             return _of_token_block(whole, blocks, start_of_shard, sums, plan)
 
         def skip(sums: Any) -> Any:
@@ -122,7 +122,7 @@ def _by_token_blocks(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]:
         sums, made = run_or_skip(sums)
         return (first + plan.tokens, sums), made
 
-    rows = Weighed(head.only("hidden", "labels"), given.token_weights, None, None)
+    rows = WeightedHead(head.only("hidden", "labels"), given.token_weights, None, None)
     rows = jax.tree.map(lambda a: _head.cut(a, plan.tokens), rows)
     start = (jnp.zeros((), jnp.int32), zeros)
     (_, sums), (values, by_hidden, losses) = _head.checkpointed_scan(body, start, rows)
@@ -139,19 +139,19 @@ def _value_and_gradients_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     return jvp_of_live(functools.partial(_streamed, plan=plan), given, dots)
 
 
-def _streamed(given: Weighed, plan: Plan) -> tuple[Array, _Gradients]:
+def _streamed(given: WeightedHead, plan: Plan) -> tuple[Array, _Gradients]:
     """The same by the rule of `statistics`."""
 
     def of(wanted: _Gradients) -> Any:
         value, losses = wanted._replace(token_weights=given.token_weights).within(given).by_streaming(plan)
-        return of_first(value, plan.axis_name), (value, losses)
+        return first_shard_share(value, plan.axis_name), (value, losses)
 
     wanted = _Gradients.of(given)._replace(token_weights=None)
     shares, (value, losses) = jax.grad(of, has_aux=True)(wanted)
     return value, jax.tree.map(lambda a: a.astype(value.dtype), shares._replace(token_weights=losses))
 
 
-def _of_token_block(rows: Weighed, blocks: Head, first: Array, sums: Any, plan: Plan) -> Any:
+def _of_token_block(rows: WeightedHead, blocks: Head, first: Array, sums: Any, plan: Plan) -> Any:
     """The sums [∂W, ∂b] with its share; Σ w loss, ∂h and the losses of its tokens."""
     head, wide = rows.head, rows.head.hidden.dtype
     numbers = jnp.arange(blocks.weight.shape[0], dtype=jnp.int32)
@@ -159,24 +159,24 @@ def _of_token_block(rows: Weighed, blocks: Head, first: Array, sums: Any, plan: 
 
     def forward(running: Any, xs: Any) -> tuple[Any, Array]:
         block, start = xs
-        whole = head.with_fields(block.widened(wide))
+        whole = head.merge_fields(block.widened(wide))
         o = _head.products(head.hidden, whole.weight, plan)
-        x = _head.of_products(whole, start, o)
-        return _statistics.merged(running, _statistics.of_block(whole, rows.wanted, start, x, plan), plan), o
+        x = _head.scores_from_products(whole, start, o)
+        return _statistics.merge(running, _statistics.block_statistics(whole, rows.wanted, start, x, plan), plan), o
 
     running, products = _head.checkpointed_scan(forward, _statistics.initial(head, rows.wanted), (blocks, starts))
-    found = _statistics.finished(_statistics.over_shards(running, head, plan))
+    found = _statistics.finish(_statistics.merge_shards(running, head, plan))
     (value, losses), by = jax.value_and_grad(rows.total, has_aux=True)(found, plan)
     log_total = None if rows.smoothing is None and rows.z_loss is None else by.log_total + by.log_normalizer
     wanted = Rates(log_total, loss=by.loss, spread=by.spread)
-    known, wanted = typed_as((Known.of(found), wanted), head.weight, plan.axis_name)
+    known, wanted = match_varying_axes((TokenConstants.of(found), wanted), head.weight, plan.axis_name)
     product = functools.partial(jnp.matmul, precision=plan.precision)
 
     def backward(carry: Any, xs: Any) -> tuple[Any, None]:
         by_hidden, (by_weight, by_bias) = carry
         block, number, start, o = xs
-        whole = head.with_fields(block.widened(wide))
-        x, of_x = jax.vjp(functools.partial(_head.of_products, whole, start), o)
+        whole = head.merge_fields(block.widened(wide))
+        x, of_x = jax.vjp(functools.partial(_head.scores_from_products, whole, start), o)
         rates = functools.partial(_statistics.block_rates, whole, Head(), start, known, wanted, x)
         (by_o,) = of_x(*jax.linear_transpose(rates, x)(wanted))
         by_hidden = by_hidden + product(by_o, whole.weight)

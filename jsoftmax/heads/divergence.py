@@ -8,18 +8,18 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax._arguments import public
-from jsoftmax._collectives import AxisName, all_sum, typed_as
 from jsoftmax._pytree import jvp_of_live, without_zeros
+from jsoftmax.checks.arguments import public
 from jsoftmax.entropy import kl_terms, log_ratio
 from jsoftmax.heads import _check
-from jsoftmax.heads._head import Head, Heads, Plan, block_scores, in_shards, over_classes
-from jsoftmax.heads._statistics import Wanted, statistics
+from jsoftmax.heads._head import Head, Heads, Plan, block_scores, map_shards, scan_classes
+from jsoftmax.heads._statistics import Extras, statistics
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sharding import AxisName, match_varying_axes, psum
 from jsoftmax.sums import difference
 
 
-class _Known(NamedTuple):
+class _TokenConstants(NamedTuple):
     """Of each token: what makes x − L, and D."""
 
     peak_p: Array
@@ -36,9 +36,9 @@ class _Known(NamedTuple):
         return log_p, difference(x_q, self.peak_q[:, None]) - self.log_total_q[:, None]
 
 
-def _known(p: Head, q: Head, plan: Plan) -> _Known:
-    of_p, of_q = (statistics(head, Wanted(), plan) for head in (p, q))
-    return _Known(of_p.peak, of_p.log_total, of_q.peak, of_q.log_total, jnp.isneginf(of_p.log_normalizer))
+def _known(p: Head, q: Head, plan: Plan) -> _TokenConstants:
+    of_p, of_q = (statistics(head, Extras(), plan) for head in (p, q))
+    return _TokenConstants(of_p.peak, of_p.log_total, of_q.peak, of_q.log_total, jnp.isneginf(of_p.log_normalizer))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -46,7 +46,7 @@ def _divergence(p: Head, q: Head, plan: Plan) -> tuple[Array, Array]:
     """D = Σ p r, r = log p − log q, in terms p (e^−r − 1 + r) ≥ 0: so both normalisers come first; and Σ p r over the
     classes that both have, which is finite where D is not  (MATH 11.6)."""
 
-    def step(blocks: Heads, _: Heads, *, start: Array, known: _Known, state: Any, plan: Plan) -> Any:
+    def step(blocks: Heads, _: Heads, *, start: Array, known: _TokenConstants, state: Any, plan: Plan) -> Any:
         x_p, x_q = (block_scores(block, start, plan) for block in blocks)
         log_p, log_q = known.log_probs(x_p, x_q)
         p, q = jnp.exp(log_p), jnp.exp(log_q)
@@ -56,11 +56,11 @@ def _divergence(p: Head, q: Head, plan: Plan) -> tuple[Array, Array]:
         return jax.tree.map(jnp.add, state, made)
 
     known = _known(p, q, plan)
-    own = typed_as(known, p.weight, plan.axis_name)
+    own = match_varying_axes(known, p.weight, plan.axis_name)
     zero = jnp.zeros_like(own.peak_p)
     state = (zero, zero, zero.astype(jnp.int32))
-    sums = over_classes(step, (p, q), (Head(), Head()), own, state, plan)
-    D, mean, impossible = all_sum(sums, plan.axis_name)
+    sums = scan_classes(step, (p, q), (Head(), Head()), own, state, plan)
+    D, mean, impossible = psum(sums, plan.axis_name)
     finite = jnp.where(known.empty, 0, jnp.where(impossible > 0, jnp.inf, D))
     return jnp.where(jnp.isnan(D), D, finite), jnp.where(impossible > 0, mean, D)
 
@@ -71,7 +71,7 @@ def _divergence_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     p, q = primals
     D, mean = _divergence(p, q, plan)
 
-    def step(blocks: Heads, dots: Heads, *, start: Array, known: _Known, state: Array, plan: Plan) -> Array:
+    def step(blocks: Heads, dots: Heads, *, start: Array, known: _TokenConstants, state: Array, plan: Plan) -> Array:
         (x_p, x_p_dot), (x_q, x_q_dot) = (
             jvp_of_live(lambda block: block_scores(block, start, plan), block, dot)
             for block, dot in zip(blocks, dots, strict=True)
@@ -83,9 +83,9 @@ def _divergence_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
         by_q = jnp.where(jnp.isneginf(x_q) | (known.empty[:, None] & ~jnp.isnan(q)), 0, q - p)
         return state + jnp.sum(p * c * x_p_dot + by_q * x_q_dot, 1)
 
-    own = typed_as(_known(p, q, plan)._replace(mean=mean), p.weight, plan.axis_name)
-    part = over_classes(step, (p, q), without_zeros(tangents), own, jnp.zeros_like(own.peak_p), plan)
-    rate = all_sum(part, plan.axis_name)
+    own = match_varying_axes(_known(p, q, plan)._replace(mean=mean), p.weight, plan.axis_name)
+    part = scan_classes(step, (p, q), without_zeros(tangents), own, jnp.zeros_like(own.peak_p), plan)
+    rate = psum(part, plan.axis_name)
     return (D, mean), (rate, rate)
 
 
@@ -151,4 +151,4 @@ def linear_kl(  # noqa: PLR0917  (two heads, each by position as in `linear_cros
     _check.check_pair(function, p, q)
     dtype = jnp.result_type(p.plan.dtype, q.plan.dtype)
     heads = (p.in_dtype(dtype), q.in_dtype(dtype))
-    return p.restore(in_shards(divergence, heads, p.plan._replace(dtype=dtype)))
+    return p.restore(map_shards(divergence, heads, p.plan._replace(dtype=dtype)))

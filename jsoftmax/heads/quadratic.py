@@ -9,9 +9,9 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _arguments, _labels
-from jsoftmax._arguments import public
-from jsoftmax.heads import _linear
+from jsoftmax.checks.arguments import accumulation_dtype, public
+from jsoftmax.checks.labels import in_range
+from jsoftmax.checks.matrices import check_matrix, check_per_class, check_quadratic, check_row_labels, check_width
 from jsoftmax.heads._linear import precise
 from jsoftmax.phi import Phi, log_phi
 
@@ -78,7 +78,7 @@ def _loss(hidden: Array, weight: Array, labels: Array, *, bias: Array | None, wh
     square = jnp.sum((precise(hidden, sums.gram) + 2 * sums.cross) * hidden, -1) + sums.bias[1]
     total = sums.classes * a0 + a1 * first + a2 * square
 
-    label, valid = _labels.in_range(labels, weight.shape[0])
+    label, valid = in_range(labels, weight.shape[0])
     kept = jnp.ones(label.shape, bool) if where is None else where[label]
     score = jnp.sum(jnp.where(kept[:, None], weight[label].astype(dtype), 0) * hidden, -1)
     if bias is not None:
@@ -133,13 +133,13 @@ def quadratic_cross_entropy(
     Array([0.63252..., 1.79175...], dtype=float32)
     """
     function = "quadratic_cross_entropy"
-    phi = _linear.check_quadratic(function, phi)
-    h = _linear.check_matrix(function, "hidden", hidden, "[..., d]")
-    w = _linear.check_matrix(function, "weight", weight, "[V, d]", 2)
-    _linear.check_width(function, h, w.shape[1])
-    y = _linear.check_labels(function, labels, h.shape[:-1])
-    b = None if bias is None else _linear.check_flag(function, "bias", bias, jnp.floating, w.shape[0])
-    kept = None if where is None else _linear.check_flag(function, "where", where, jnp.bool_, w.shape[0])
-    dtype = _arguments.accumulation_dtype(max(h.dtype, w.dtype, key=lambda dtype: jnp.finfo(dtype).bits))
+    phi = check_quadratic(function, phi)
+    h = check_matrix(function, "hidden", hidden, "[..., d]")
+    w = check_matrix(function, "weight", weight, "[V, d]", 2)
+    check_width(function, h, w.shape[1])
+    y = check_row_labels(function, labels, h.shape[:-1])
+    b = None if bias is None else check_per_class(function, "bias", bias, jnp.floating, w.shape[0])
+    kept = None if where is None else check_per_class(function, "where", where, jnp.bool_, w.shape[0])
+    dtype = accumulation_dtype(max(h.dtype, w.dtype, key=lambda dtype: jnp.finfo(dtype).bits))
     loss = _loss(h.reshape(-1, h.shape[-1]).astype(dtype), w, y.reshape(-1), bias=b, where=kept, phi=phi)
     return loss.reshape(y.shape)

@@ -13,18 +13,19 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from jsoftmax import _arguments, maps
-from jsoftmax._arguments import public
-from jsoftmax._labels import in_range
+from jsoftmax import maps
 from jsoftmax._series import log1p_exp
+from jsoftmax.checks.arguments import accumulation_dtype, as_array, as_scores, check_where, is_int, public
+from jsoftmax.checks.labels import in_range
+from jsoftmax.checks.matrices import check_row_labels
+from jsoftmax.checks.sampling import check_key
 from jsoftmax.gumbel import categorical
-from jsoftmax.gumbel._noise import check_key
-from jsoftmax.heads._linear import check_labels, precise
+from jsoftmax.heads._linear import precise
 from jsoftmax.losses._cross_entropy import negative_log_p
 from jsoftmax.phi import Phi, exp, log_phi
 
 
-class _Given(NamedTuple):
+class _CheckedArguments(NamedTuple):
     """Checked: rows as one axis, in the accumulation dtype but for the weights."""
 
     hidden: Array
@@ -50,8 +51,8 @@ def log_uniform_proposal(num_classes: int) -> Float[Array, " V"]:
     >>> jnp.exp(log_uniform_proposal(3))
     Array([0.5..., 0.29..., 0.20...], dtype=float32)
     """
-    if not _arguments.is_int(num_classes) or num_classes < 1:
-        raise (ValueError if _arguments.is_int(num_classes) else TypeError)(
+    if not is_int(num_classes) or num_classes < 1:
+        raise (ValueError if is_int(num_classes) else TypeError)(
             f"log_uniform_proposal: num_classes must be an int >= 1; got {num_classes!r}. It shapes the result."
         )
     rank = jnp.arange(1, num_classes + 1).astype(jnp.result_type(float))
@@ -145,7 +146,7 @@ def nce_loss(
     return _nce(given, phi, draws).reshape(shape)
 
 
-def _scores(given: _Given, phi: Phi, draws: Array) -> tuple[Array, Array, Array]:
+def _scores(given: _CheckedArguments, phi: Phi, draws: Array) -> tuple[Array, Array, Array]:
     """x of the labels `[rows]` and of the draws `[rows, n]`, and the labels, 0 where one is out of range."""
     label = in_range(given.labels, given.weight.shape[0])[0].astype(jnp.int32)
     own = jnp.sum(given.hidden * given.weight[label], -1)
@@ -161,7 +162,7 @@ def _corrected(x: Array, log_q: Array, draws: Array) -> Array:
     return jnp.where(never, jnp.inf, x - jnp.where(never, 0, log_q) - math.log(draws.shape[0]))
 
 
-def _finish(loss: Array, given: _Given, draws: Array) -> Array:
+def _finish(loss: Array, given: _CheckedArguments, draws: Array) -> Array:
     """NaN, with derivatives 0, for a label out of range or draws that are none; 0 in rows that do not count."""
     valid = in_range(given.labels, given.weight.shape[0])[1] & jnp.all(draws >= 0)
     loss = jnp.where(valid, loss, jnp.nan)
@@ -169,7 +170,7 @@ def _finish(loss: Array, given: _Given, draws: Array) -> Array:
 
 
 @jax.jit
-def _sampled(given: _Given, phi: Phi, draws: Array) -> Array:
+def _sampled(given: _CheckedArguments, phi: Phi, draws: Array) -> Array:
     own, other, label = _scores(given, phi, draws)
     hit = draws == label[:, None]
     x = jnp.concatenate([own[:, None], jnp.where(hit, -jnp.inf, _corrected(other, given.log_q[draws], draws))], -1)
@@ -177,7 +178,7 @@ def _sampled(given: _Given, phi: Phi, draws: Array) -> Array:
 
 
 @jax.jit
-def _nce(given: _Given, phi: Phi, draws: Array) -> Array:
+def _nce(given: _CheckedArguments, phi: Phi, draws: Array) -> Array:
     own, other, label = _scores(given, phi, draws)
     noise = log1p_exp(_corrected(other, given.log_q[draws], draws))
     return _finish(log1p_exp(-_corrected(own, given.log_q[label], draws)) + jnp.sum(noise, -1), given, draws)
@@ -194,14 +195,14 @@ def _check(  # noqa: PLR0917  (as the public functions have them)
     bias: Any,
     where: Any,
     phi: Any,
-) -> tuple[_Given, Array, tuple[int, ...]]:
+) -> tuple[_CheckedArguments, Array, tuple[int, ...]]:
     """The arguments, the draws, and the shape of the result."""
     check_key(function, key)
     maps.check_phi(function, phi)
-    arrays = {"hidden": _arguments.as_array(function, "hidden", hidden)}
-    arrays["weight"] = _arguments.as_array(function, "weight", weight)
+    arrays = {"hidden": as_array(function, "hidden", hidden)}
+    arrays["weight"] = as_array(function, "weight", weight)
     if bias is not None:
-        arrays["bias"] = _arguments.as_array(function, "bias", bias)
+        arrays["bias"] = as_array(function, "bias", bias)
     for name, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{function}: {name} must be floating; got dtype {array.dtype}. Convert it: astype(float).")
@@ -211,25 +212,25 @@ def _check(  # noqa: PLR0917  (as the public functions have them)
             f"{function}: weight must be [V, d] with the d of hidden [..., d]; got {W.shape} and {h.shape}. "
             "Transpose it."
         )
-    y = check_labels(function, labels, h.shape[:-1])
-    if not _arguments.is_int(num_samples) or num_samples < 1:
-        raise (ValueError if _arguments.is_int(num_samples) else TypeError)(
+    y = check_row_labels(function, labels, h.shape[:-1])
+    if not is_int(num_samples) or num_samples < 1:
+        raise (ValueError if is_int(num_samples) else TypeError)(
             f"{function}: num_samples must be an int >= 1, known at trace time; got {num_samples!r}. It "
             "shapes the scores: pass a Python int."
         )
-    dtype = _arguments.accumulation_dtype(functools.reduce(jnp.promote_types, [a.dtype for a in arrays.values()]))
-    log_q = _arguments.as_scores(function, "log_proposal", log_proposal)
+    dtype = accumulation_dtype(functools.reduce(jnp.promote_types, [a.dtype for a in arrays.values()]))
+    log_q = as_scores(function, "log_proposal", log_proposal)
     for name, array in {"log_proposal": log_q, "bias": arrays.get("bias", log_q)}.items():
         if array.shape != W.shape[:1]:
             raise ValueError(
                 f"{function}: {name} must have one number for each class, shape {W.shape[:1]}; got shape "
                 f"{array.shape}. For equal ones write jnp.zeros(V)."
             )
-    mask = _arguments.check_where(function, where, y.shape, "the labels' shape")
+    mask = check_where(function, where, y.shape, "the labels' shape")
     rows = None if mask is None else jnp.broadcast_to(mask, y.shape).reshape(-1)
     hidden = h.reshape(-1, h.shape[-1]).astype(dtype)
     if rows is not None:
-        hidden = maps.where_not(~rows[:, None], hidden)  # they may hold anything
+        hidden = maps.zero_where(~rows[:, None], hidden)  # they may hold anything
     log_q = lax.stop_gradient(log_q).astype(dtype)
     log_p = maps.log_p(log_q, (0,))
     draws = categorical(key, log_q, shape=(int(num_samples),))
@@ -237,4 +238,4 @@ def _check(  # noqa: PLR0917  (as the public functions have them)
     if rows is not None:
         labels = jnp.where(rows, labels, 0)
     bias = arrays["bias"].astype(dtype) if bias is not None else None
-    return _Given(hidden, W.astype(dtype), bias, labels, rows, log_p), draws, y.shape
+    return _CheckedArguments(hidden, W.astype(dtype), bias, labels, rows, log_p), draws, y.shape

@@ -10,18 +10,18 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from jsoftmax import _arguments
-from jsoftmax._arguments import public
-from jsoftmax._collectives import AxisName, all_sum, shard_index, side_by_side
 from jsoftmax._top_k import top_k
+from jsoftmax.checks.arguments import check_flag, is_int, public
+from jsoftmax.checks.sampling import check_count, check_key, check_shape
 from jsoftmax.gumbel import _noise, categorical
 from jsoftmax.gumbel._categorical import check_distinct
 from jsoftmax.gumbel._estimators import conditional
 from jsoftmax.heads import _check, _head
-from jsoftmax.heads._head import Head, Heads, Plan, in_shards, over_classes
-from jsoftmax.heads._statistics import Wanted, statistics
+from jsoftmax.heads._head import Head, Heads, Plan, map_shards, scan_classes
+from jsoftmax.heads._statistics import Extras, statistics
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sharding import AxisName, concatenate_shards, psum, shard_index
 
 CHUNK = 128
 """Classes of a chunk; fixed, so that a draw does not depend on the sizes of blocks."""
@@ -39,7 +39,7 @@ def _chunk_normalizers(head: Head, plan: Plan) -> Array:
         return lax.dynamic_update_slice_in_dim(state, L, (start - first) // CHUNK, 1)
 
     state = jnp.zeros_like(head.hidden, shape=(head.hidden.shape[0], chunks))
-    L = over_classes(step, (head,), (Head(),), None, state, plan)
+    L = scan_classes(step, (head,), (Head(),), None, state, plan)
     return L[:, : -(-head.weight.shape[0] // CHUNK)]
 
 
@@ -51,7 +51,7 @@ def _scores_of(head: Head, plan: Plan) -> Callable[[Array], Array]:
     def of_token(xs: tuple[Array, Array]) -> Array:
         hidden, number = xs
         here = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, number, keepdims=False), chunks)
-        whole = head.with_fields(here.widened(hidden.dtype))._replace(hidden=hidden[None])
+        whole = head.merge_fields(here.widened(hidden.dtype))._replace(hidden=hidden[None])
         return _head.block_scores(whole, number * CHUNK, plan)[0]
 
     return lambda chunk: lax.map(of_token, (head.hidden, chunk), batch_size=64)
@@ -63,7 +63,7 @@ def _draw(given: tuple[Any, Head], count: int, replace: bool, plan: Plan) -> Arr
     of_chunks, of_classes = jax.random.split(key)
     own, scores_of = _chunk_normalizers(head, plan), _scores_of(head, plan)
     classes, chunks, shard = head.weight.shape[0], own.shape[1], shard_index(plan.axis_name)
-    L = side_by_side(own, plan.shards, plan.axis_name)
+    L = concatenate_shards(own, plan.shards, plan.axis_name)
 
     def here(chunk: Array) -> tuple[Array, Array]:
         """Whether chunks are this shard's, and their numbers in it."""
@@ -80,12 +80,12 @@ def _draw(given: tuple[Any, Head], count: int, replace: bool, plan: Plan) -> Arr
 
         place = lax.map(within, (jax.random.split(of_classes, count), number))
         drawn = jnp.where(place >= 0, _head.first_class(head, plan) + number * CHUNK + place, -1)
-        return jnp.where(chunk >= 0, all_sum(jnp.where(inside, drawn, 0), plan.axis_name), -1)
+        return jnp.where(chunk >= 0, psum(jnp.where(inside, drawn, 0), plan.axis_name), -1)
     # the largest x + g of a chunk is a Gumbel variable at its L; those of `count` chunks have the `count` largest
     best, chunk = top_k(L + _noise.gumbel(of_chunks, L.shape, L.dtype), min(count, L.shape[1]))
     inside, number = here(chunk)
     x = jnp.where(inside[:, :, None], jnp.moveaxis(lax.map(scores_of, number.T), 0, 1), 0)
-    x = all_sum(x, plan.axis_name)
+    x = psum(x, plan.axis_name)
     of_place, of_noise = jax.random.split(of_classes)
     perturbed = conditional(of_noise, x, categorical(of_place, x), best[..., None]).reshape(x.shape[0], -1)
     best, at = top_k(perturbed, count)
@@ -140,7 +140,7 @@ def linear_top_k(
     Array([[1, 2]], dtype=int32)
     """
     function = "linear_top_k"
-    if not _arguments.is_int(k):
+    if not is_int(k):
         raise TypeError(
             f"{function}: k must be an int known at trace time, after hidden and weight; got {type(k).__name__}. It "
             "shapes the result; bias comes after it."
@@ -159,8 +159,8 @@ def linear_top_k(
         axis_name=axis_name,
         shards=shards,
     )
-    k = _noise.check_count(function, k, _head.vocabulary(given.head, given.plan))
-    found: Any = in_shards(statistics, given.head, given.plan, Wanted(top=k))
+    k = check_count(function, k, _head.vocabulary(given.head, given.plan))
+    found: Any = map_shards(statistics, given.head, given.plan, Extras(top=k))
     log_prob = -(found.log_total[:, None] + found.top)
     left_out = jnp.isneginf(log_prob)  # its derivative is 0
     log_prob = jnp.where(left_out, lax.stop_gradient(log_prob), log_prob)
@@ -215,7 +215,7 @@ def linear_categorical(
     0.9
     """
     function = "linear_categorical"
-    _noise.check_key(function, key)
+    check_key(function, key)
     given = _check.check(
         function,
         hidden,
@@ -231,9 +231,9 @@ def linear_categorical(
         shards=shards,
         chunk=CHUNK,
     )
-    prefix = _noise.check_shape(function, shape, given.batch)
+    prefix = check_shape(function, shape, given.batch)
     count = math.prod(prefix)
-    replace = _arguments.check_flag(function, "replace", replace)
+    replace = check_flag(function, "replace", replace)
     check_distinct(function, replace, count, _head.vocabulary(given.head, given.plan))
-    drawn = in_shards(_draw, (key, given.head), given.plan, count, replace)
+    drawn = map_shards(_draw, (key, given.head), given.plan, count, replace)
     return jax.vmap(given.restore)(drawn).reshape(*prefix, *given.batch)

@@ -5,13 +5,13 @@ from typing import Any, NamedTuple, cast
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax._arguments import public
-from jsoftmax._collectives import AxisName
+from jsoftmax.checks.arguments import public
 from jsoftmax.heads import _check
-from jsoftmax.heads._head import in_shards
-from jsoftmax.heads._statistics import Wanted, statistics
-from jsoftmax.heads._sum import Weighed, weighted_sum
+from jsoftmax.heads._head import map_shards
+from jsoftmax.heads._statistics import Extras, statistics
+from jsoftmax.heads._sum import WeightedHead, weighted_sum
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sharding import AxisName
 from jsoftmax.sums import not_negative
 
 
@@ -121,7 +121,7 @@ def linear_cross_entropy(
         shards=shards,
     )
     smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
-    found = in_shards(statistics, given.head, given.plan, Wanted(spread=smoothing is not None))
+    found = map_shards(statistics, given.head, given.plan, Extras(spread=smoothing is not None))
     return given.restore(_check.loss_of_tokens(given.head, given.plan, found, smoothing, z))
 
 
@@ -197,8 +197,8 @@ def linear_cross_entropy_sum(
         token_weights=1.0 if token_weights is None else token_weights,
     )
     smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
-    weighed = Weighed(given.head, cast("Array", given.token_weights), smoothing, z)
-    return in_shards(weighted_sum, weighed, given.plan)
+    weighed = WeightedHead(given.head, cast("Array", given.token_weights), smoothing, z)
+    return map_shards(weighted_sum, weighed, given.plan)
 
 
 @public
@@ -259,7 +259,7 @@ def linear_statistics(
         axis_name=axis_name,
         shards=shards,
     )
-    found: Any = in_shards(statistics, given.head, given.plan, Wanted(entropy=True, top=1))
+    found: Any = map_shards(statistics, given.head, given.plan, Extras(entropy=True, top=1))
     return LinearStatistics(
         given.restore(-_check.in_vocabulary(found.loss, given.head, given.plan)),
         given.restore(not_negative(found.log_total + found.gap)),
@@ -315,4 +315,4 @@ def linear_log_normalizer(
         axis_name=axis_name,
         shards=shards,
     )
-    return given.restore(in_shards(statistics, given.head, given.plan, Wanted()).log_normalizer)
+    return given.restore(map_shards(statistics, given.head, given.plan, Extras()).log_normalizer)

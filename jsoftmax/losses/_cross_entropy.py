@@ -11,14 +11,14 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _arguments, _labels, maps, sums
-from jsoftmax._arguments import Axis, public
-from jsoftmax._collectives import AxisName, all_sum, by_rows, is_label, pick, share_at_label
-from jsoftmax._labels import Labelled
+from jsoftmax import maps, sums
 from jsoftmax._rules import compiled_rule
 from jsoftmax._series import expm1, expm1_ratio
+from jsoftmax.checks.arguments import Axis, check_option, option_if_given, public, read
+from jsoftmax.checks.labels import Labelled, check_labelled, reject_given
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sharding import AxisName, apply_to_rows, is_label, local_value_at_label, pick, psum
 from jsoftmax.sums import class_sum, difference, is_empty, not_negative
 
 # --- −l_y, the mean of −l, and L, with their one rule --------------------------------------------------------
@@ -51,9 +51,9 @@ def terms(x: Array, label: Array, axis_name: AxisName = None, mean: bool = False
 def _terms_by_label(x: Array, label: Array, axis_name: AxisName, mean: bool, order: int) -> Terms:
     """From the maximum, the sum and the label's score, which is picked."""
     axis = (x.ndim - 1,)
-    share = share_at_label(lambda own: pick(x, own), label, x.shape[-1], axis_name)
-    peak, rest, x_y = sums.exp_sums(x, axis, axis_name, order, _arguments.read(share))
-    x = _arguments.read(x)
+    share = local_value_at_label(lambda own: pick(x, own), label, x.shape[-1], axis_name)
+    peak, rest, x_y = sums.exp_sums(x, axis, axis_name, order, read(share))
+    x = read(x)
     log_total = jnp.log1p(rest)
     return Terms(
         not_negative(log_total - difference(x_y, peak)),
@@ -66,7 +66,7 @@ def _terms_by_class(x: Array, label: Array, mean: bool) -> Terms:
     """From −l of every class, by sums over the classes: one kernel of a GPU, which reads a row once."""
     axis = (x.ndim - 1,)
     out = sums.normalized(x, axis)
-    n, x = -out.log_p, _arguments.read(x)
+    n, x = -out.log_p, read(x)
     at_label = jnp.where(is_label(x.shape, label), n, 0)
     return Terms(
         not_negative(class_sum(at_label, axis)),
@@ -96,11 +96,11 @@ def _terms_rate(  # noqa: PLR0917  (what `jax.checkpoint` keeps has no keywords)
     """
     p_y, at_label = jnp.exp(-n), expm1(-n)
     if of_sharded:
-        p_y = share_at_label(lambda own: pick(p, own), label, p.shape[-1], axis_name)
+        p_y = local_value_at_label(lambda own: pick(p, own), label, p.shape[-1], axis_name)
         at_label = p_y - 1
     rates = sums.label_rates(p, kept, p_y, at_label, x_dot, label, axis_name)
     count = None if kept is None else _count(kept, p.dtype)
-    (label_rate, L_dot, of_kept), count = all_sum((rates, count), axis_name)
+    (label_rate, L_dot, of_kept), count = psum((rates, count), axis_name)
     return Terms(label_rate, L_dot, None if kept is None else L_dot - of_kept / jnp.maximum(count, 1))
 
 
@@ -111,7 +111,7 @@ def negative_log_p(x: Array, label: Array, axis_name: AxisName = None) -> Array:
 
 def _mean_of_kept(a: Array, x: Array, axis_name: AxisName) -> Array:
     kept, axis = ~jnp.isneginf(x), (x.ndim - 1,)
-    total, count = all_sum((class_sum(jnp.where(kept, a, 0), axis), _count(kept, a.dtype)), axis_name)
+    total, count = psum((class_sum(jnp.where(kept, a, 0), axis), _count(kept, a.dtype)), axis_name)
     return total / jnp.maximum(count, 1)
 
 
@@ -124,7 +124,7 @@ def _count(kept: Array, dtype: Any) -> Array:
 # --- what losses and heads make of them ----------------------------------------------------------------------
 
 
-def without_weightless(loss: Array, weight: Array) -> Array:
+def zero_weightless(loss: Array, weight: Array) -> Array:
     """The loss, 0 instead of +∞ where its weight is 0: 0 · ∞ is 0."""
     return jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
 
@@ -133,7 +133,7 @@ def regularized(loss: Array, mean: Any, L: Array, smoothing: Array | None, z_los
     """(1 − a) loss + a mean + z_loss L², for the mean of −l over the classes kept  (MATH 7.2); an option that is None
     costs nothing, and without smoothing there need be no mean."""
     if smoothing is not None:
-        loss = (1 - smoothing) * without_weightless(loss, 1 - smoothing) + smoothing * mean
+        loss = (1 - smoothing) * zero_weightless(loss, 1 - smoothing) + smoothing * mean
     if z_loss is not None:
         loss = loss + z_loss * jnp.where(jnp.isneginf(L), 0, L) ** 2
     return loss
@@ -148,10 +148,10 @@ def _weighted(given: Labelled, loss: Array, label: Array, axis_name: AxisName) -
         weights = given.class_weights
 
         def of_label(own: Array) -> Array:
-            return by_rows(lambda own, weights: weights[own], own, weights, axis_name=axis_name)
+            return apply_to_rows(lambda own, weights: weights[own], own, weights, axis_name=axis_name)
 
-        weight = all_sum(share_at_label(of_label, label, given.classes, axis_name), axis_name)
-        loss = weight * without_weightless(loss, weight)
+        weight = psum(local_value_at_label(of_label, label, given.classes, axis_name), axis_name)
+        loss = weight * zero_weightless(loss, weight)
     if given.where is not None:
         loss = jnp.where(given.keeps(label, axis_name), loss, 0)
     return loss
@@ -181,7 +181,7 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
     """MATH 7.2; None for what is not asked for, which costs nothing."""
     z, (label, valid) = given.scores(), given.label(axis_name)
     alone = given.by_label and (smoothing is None or given.class_weights is None)  # x is read once, and may be narrow
-    z = z if alone and margin is None else _arguments.read(z)
+    z = z if alone and margin is None else read(z)
     if margin is not None:
         z = z - margin * is_label(z.shape, label, axis_name).astype(z.dtype)
     x = maps.weighted_scores(phi, z, given.where, given.log_weights)
@@ -194,7 +194,7 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
         if given.by_label:
             loss, L, _ = terms(x, label, axis_name)
         else:
-            loss, L = all_sum(_expected(given, x, n), axis_name), maps.log_sum(x, (x.ndim - 1,), axis_name)
+            loss, L = psum(_expected(given, x, n), axis_name), maps.log_sum(x, (x.ndim - 1,), axis_name)
     if given.by_label:
         loss = _weighted(given, loss, label, axis_name)
     return given.finish(regularized(loss, spread, L, smoothing, z_loss), valid)
@@ -211,7 +211,7 @@ def _of_log_p(
         loss = f(negative_log_p(x, label, axis_name), parameter)
         return given.finish(_weighted(given, loss, label, axis_name), valid)
     loss = _expected(given, x, f(_minus_log_p(x, axis_name), parameter))
-    return given.finish(all_sum(loss, axis_name), valid)
+    return given.finish(psum(loss, axis_name), valid)
 
 
 def _focal(n: Array, gamma: Array) -> Array:
@@ -295,12 +295,12 @@ def cross_entropy(
     """
     function = "cross_entropy"
     options = {"log_weights": log_weights, "class_weights": class_weights, "ignore_label": ignore_label}
-    given = _labels.check(function, logits, labels, axis, where, phi=phi, axis_name=axis_name, **options)
+    given = check_labelled(function, logits, labels, axis, where, phi=phi, axis_name=axis_name, **options)
 
-    option = functools.partial(_labels.option_if_given, function, dtype=given.dtype)
+    option = functools.partial(option_if_given, function, dtype=given.dtype)
     m = option(margin, margin=(-math.inf, math.inf))
     if not given.by_label:
-        _labels.reject_given(function, {"margin": m})
+        reject_given(function, {"margin": m})
     a = option(label_smoothing, label_smoothing=(0.0, 1.0))
     return _cross_entropy(given, phi, m, a, option(z_loss, z_loss=(0.0, math.inf)), axis_name)
 
@@ -337,8 +337,8 @@ def focal_cross_entropy(
     """
     function = "focal_cross_entropy"
     options = {"log_weights": log_weights, "class_weights": class_weights, "ignore_label": ignore_label}
-    given = _labels.check(function, logits, labels, axis, where, phi=phi, axis_name=axis_name, **options)
-    gamma = _labels.check_option(function, gamma, given.dtype, gamma=(0.0, math.inf))
+    given = check_labelled(function, logits, labels, axis, where, phi=phi, axis_name=axis_name, **options)
+    gamma = check_option(function, gamma, given.dtype, gamma=(0.0, math.inf))
     return _of_log_p(_focal, given, phi, gamma, axis_name)
 
 
@@ -373,6 +373,6 @@ def poly_cross_entropy(
     """
     function = "poly_cross_entropy"
     options = {"log_weights": log_weights, "class_weights": class_weights, "ignore_label": ignore_label}
-    given = _labels.check(function, logits, labels, axis, where, phi=phi, axis_name=axis_name, **options)
-    epsilon = _labels.check_option(function, epsilon, given.dtype, epsilon=(-math.inf, math.inf))
+    given = check_labelled(function, logits, labels, axis, where, phi=phi, axis_name=axis_name, **options)
+    epsilon = check_option(function, epsilon, given.dtype, epsilon=(-math.inf, math.inf))
     return _of_log_p(_poly, given, phi, epsilon, axis_name)

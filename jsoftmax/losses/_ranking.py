@@ -6,9 +6,10 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from jsoftmax import _arguments, _labels, maps
-from jsoftmax._arguments import public
+from jsoftmax import maps
 from jsoftmax._series import log1p_exp
+from jsoftmax.checks.arguments import as_array, one_axis, public, wide_integers
+from jsoftmax.checks.labels import check_logits, check_mask
 from jsoftmax.phi import Phi, exp
 
 
@@ -68,12 +69,10 @@ def plackett_luce_log_prob(
     Array(-1.09861..., dtype=float32)
     """
     function = "plackett_luce_log_prob"
-    arguments = maps.check(
-        function, {"scores": _labels.check_logits(function, "scores", scores)}, axis, None, phi, log_weights
-    )
-    chosen = _arguments.as_array(function, "order", order)
+    arguments = maps.check(function, {"scores": check_logits(function, "scores", scores)}, axis, None, phi, log_weights)
+    chosen = as_array(function, "order", order)
     z, *_ = arguments.scores
-    at = _arguments.one_axis(function, axis, arguments.axis)
+    at = one_axis(function, axis, arguments.axis)
     if not jnp.issubdtype(chosen.dtype, jnp.integer):
         raise TypeError(
             f"{function}: order must be integers, the classes by rank; got dtype {chosen.dtype}. Of scores it is made "
@@ -84,10 +83,13 @@ def plackett_luce_log_prob(
             f"{function}: order must have the scores' shape {z.shape} but for the length of axis {at}; got shape "
             f"{chosen.shape}. Write jnp.broadcast_to to rank many rows alike."
         )
-    classes, rows = _labels.check_mask(function, where, z.shape, z.shape[:at] + z.shape[at + 1 :])
+    classes, rows = check_mask(function, where, z.shape, z.shape[:at] + z.shape[at + 1 :])
     if rows is not None:  # they may hold anything
         out = ~jnp.expand_dims(rows, at)
-        z, chosen = maps.where_not(out, z), jnp.where(out, lax.broadcasted_iota(chosen.dtype, chosen.shape, at), chosen)
+        z, chosen = (
+            maps.zero_where(out, z),
+            jnp.where(out, lax.broadcasted_iota(chosen.dtype, chosen.shape, at), chosen),
+        )
     x = maps.weighted_scores(phi, z, classes, arguments.log_weights)
-    log_prob = _plackett_luce(jnp.moveaxis(x, at, -1), jnp.moveaxis(_arguments.wide_integers(chosen), at, -1))
+    log_prob = _plackett_luce(jnp.moveaxis(x, at, -1), jnp.moveaxis(wide_integers(chosen), at, -1))
     return log_prob if rows is None else jnp.where(rows, log_prob, 0)

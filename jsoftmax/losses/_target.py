@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _arguments, _labels, maps
-from jsoftmax._arguments import Axis, public
-from jsoftmax._labels import Labelled
+from jsoftmax import maps
 from jsoftmax._series import excess_series, expm1
+from jsoftmax.checks.arguments import Axis, public, widened
+from jsoftmax.checks.labels import Labelled, check_labelled
 from jsoftmax.entropy import log_ratio
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
@@ -42,7 +42,7 @@ def _kl_to_target_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tup
     excess = jnp.where(first, of_others + Q * expm1(jnp.where(first, log_p, 0)), Q * p - q)
     by_x = jnp.where(jnp.isneginf(x), 0, excess)
     by_q = jnp.where(q == 0, 0, log_ratio(_log(q), q, log_p)[0] + 1)
-    return _kl_to_target(x, q, axis), class_sum(by_x * _arguments.widened(x_dot) + by_q * q_dot, axis)
+    return _kl_to_target(x, q, axis), class_sum(by_x * widened(x_dot) + by_q * q_dot, axis)
 
 
 def _log(q: Array) -> Array:
@@ -89,7 +89,7 @@ def kl_to_target(
     """
     function = "kl_to_target"
     names = ("logits", "targets")
-    given = _labels.check(function, logits, targets, axis, where, phi=phi, log_weights=log_weights, names=names)
+    given = check_labelled(function, logits, targets, axis, where, phi=phi, log_weights=log_weights, names=names)
     if given.by_label:
         raise TypeError(
             f"{function}: targets must be floating distributions; got dtype {given.labels.dtype}. For class numbers "

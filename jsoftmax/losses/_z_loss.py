@@ -9,11 +9,10 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _arguments, _labels
-from jsoftmax._arguments import Axis, public
-from jsoftmax._collectives import pick
-from jsoftmax._labels import Labelled
 from jsoftmax._series import log1p_exp
+from jsoftmax.checks.arguments import Axis, check_option, public, read
+from jsoftmax.checks.labels import Labelled, check_labelled
+from jsoftmax.sharding import pick
 from jsoftmax.sums import difference
 
 
@@ -49,7 +48,7 @@ def _mean(a: Array, kept: Array) -> Array:
 
 @jax.jit
 def _z_loss(given: Labelled, scale: Array, shift: Array) -> Array:
-    z, (label, valid) = _arguments.read(given.scores()), given.label()
+    z, (label, valid) = read(given.scores()), given.label()
     kept = ~jnp.isneginf(z) if given.where is None else given.where & ~jnp.isneginf(z)
     t, _ = _standardized(jnp.where(kept, z, 0), kept)
     loss = log1p_exp(scale * (shift - pick(t, label))) / scale
@@ -90,12 +89,12 @@ def spherical_z_loss(
     Array(0.21762..., dtype=float32)
     """
     function = "spherical_z_loss"
-    given = _labels.check(function, logits, labels, axis, where, ignore_label=ignore_label)
+    given = check_labelled(function, logits, labels, axis, where, ignore_label=ignore_label)
     if not given.by_label:
         raise TypeError(
             f"{function}: labels must be integers; got dtype {given.labels.dtype}. Of a distribution take its mode: "
             "jnp.argmax(labels, axis)."
         )
     tiny = float(jnp.finfo(given.dtype).tiny)
-    a = _labels.check_option(function, scale, given.dtype, scale=(tiny, math.inf))
-    return _z_loss(given, a, _labels.check_option(function, shift, given.dtype, shift=(-math.inf, math.inf)))
+    a = check_option(function, scale, given.dtype, scale=(tiny, math.inf))
+    return _z_loss(given, a, check_option(function, shift, given.dtype, shift=(-math.inf, math.inf)))

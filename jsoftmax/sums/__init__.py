@@ -15,8 +15,8 @@ import jax
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax import _arguments
-from jsoftmax._collectives import AxisName, is_label, own_label
+from jsoftmax.checks.arguments import Axis, canonical_axis, widened
+from jsoftmax.sharding import AxisName, is_label, local_label
 from jsoftmax.sums import cpu, reference
 from jsoftmax.sums.cpu import Want, paths
 from jsoftmax.sums.reference import (
@@ -56,7 +56,7 @@ __all__ = [
     "not_below",
     "not_negative",
     "p_rate",
-    "weighed_differences",
+    "weighted_deviations",
 ]
 
 
@@ -101,7 +101,7 @@ def exp_sums(
     axis: tuple[int, ...],
     axis_name: AxisName = None,
     order: int = 0,
-    beside: Any = None,
+    row_sums: Any = None,
 ) -> ExpSums:
     """max x and Σ e^u − 1, u = x − max x; and what is to be summed over the shards beside."""
     return _by_platform(
@@ -109,7 +109,7 @@ def exp_sums(
         functools.partial(reference.exp_sums, axis=axis, axis_name=axis_name),
         has_form_for_cpu(x.shape, axis),
         x,
-        beside,
+        row_sums,
     )
 
 
@@ -135,8 +135,8 @@ def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
 ) -> Array:
     """ṗ along ẋ."""
     on_cpu = functools.partial(cpu.p_rate, want=want, order=order)
-    beside_value = want == "loss" or (want == "p" and order == 0)
-    return _rate(on_cpu, reference.p_rate, x, p, x_dot, axis, axis_name, beside_value)
+    with_value = want == "loss" or (want == "p" and order == 0)
+    return _rate(on_cpu, reference.p_rate, x, p, x_dot, axis, axis_name, with_value)
 
 
 def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
@@ -170,15 +170,15 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     x_dot: Array,
     axis: tuple[int, ...],
     axis_name: AxisName,
-    beside_value: bool = False,
+    with_value: bool = False,
 ) -> Array:
-    """A derivative along ẋ. beside_value: whether the same program also has the value, or a loss's p, as a result.
+    """A derivative along ẋ. with_value: whether the same program also has the value, or a loss's p, as a result.
 
     Checkpointed: of few scores x alone is kept for the backward pass; of many x and p, for a program for CPU reads p
     and any other x. Behind the barrier GPUs compute e^u again, in one kernel with the derivative; without it XLA would
     write p for the value and the derivative to read.
     """
-    behind_barrier = beside_value and is_read_once(x, axis) and axis_name is None
+    behind_barrier = with_value and is_read_once(x, axis) and axis_name is None
 
     def recomputed(x: Array, _: Array, x_dot: Array) -> Array:
         return otherwise(x, x_dot, axis, axis_name)
@@ -196,11 +196,11 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     return jax.checkpoint(along, prevent_cse=False)(x, p, x_dot)
 
 
-def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
+def weighted_deviations(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
     """w (ẋ − Σ w̄ ẋ), w̄ = w / Σ w. Checkpointed: for the backward pass w alone is kept."""
 
     def along(w: Array, x_dot: Array) -> Array:
-        on_cpu, otherwise = (functools.partial(form.weighed_differences, axis=axis) for form in (cpu, reference))
+        on_cpu, otherwise = (functools.partial(form.weighted_deviations, axis=axis) for form in (cpu, reference))
         return _by_platform(on_cpu, otherwise, cpu.is_large(w), w, x_dot)
 
     return jax.checkpoint(along, prevent_cse=False)(w, x_dot)
@@ -211,11 +211,11 @@ def label_rates(  # noqa: PLR0917  (as rules, which have no keywords, call them)
 ) -> LabelRates:
     """Derivatives of −l_y and L along ẋ, and Σ ẋ, over the last axis of this shard, for labels `[..., 1]` that count
     over all shards. at_label: p_y − 1 with its digits."""
-    own, inside = own_label(label, x_dot.shape[-1], axis_name)
+    own, inside = local_label(label, x_dot.shape[-1], axis_name)
 
     def compared(p: Array, kept: Array | None, at_label: Array, x_dot: Array) -> LabelRates:
         here = is_label(x_dot.shape, label, axis_name)
-        return reference.label_rates(p, kept, at_label, _arguments.widened(x_dot), here)
+        return reference.label_rates(p, kept, at_label, widened(x_dot), here)
 
     if cpu.compares_labels(x_dot):
         return compared(p, kept, at_label, x_dot)
@@ -226,7 +226,7 @@ def label_rates(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     return _by_platform(on_cpu, compared, cpu.is_large(x_dot), p, kept, at_label, x_dot)
 
 
-def explain(shape: tuple[int, ...], axis: _arguments.Axis = -1, platform: str | None = None) -> str:
+def explain(shape: tuple[int, ...], axis: Axis = -1, platform: str | None = None) -> str:
     """Which form sums scores of a shape, and why.
 
     >>> explain((64, 100))
@@ -234,7 +234,7 @@ def explain(shape: tuple[int, ...], axis: _arguments.Axis = -1, platform: str | 
     >>> explain((1024, 1024), platform="cuda")
     'reference: compiled for cuda'
     """
-    axes = _arguments.canonical_axis("explain", axis, len(shape))
+    axes = canonical_axis("explain", axis, len(shape))
     if not has_form_for_cpu(shape, axes):
         return "reference: few scores, few classes"
     platform = jax.default_backend() if platform is None else platform

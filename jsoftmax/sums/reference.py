@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax._arguments import read, widened
-from jsoftmax._collectives import AxisName, all_max, all_sum
+from jsoftmax.checks.arguments import read, widened
+from jsoftmax.sharding import AxisName, pmax, psum
 
 FAR = 1e4
 """e^−FAR is 0, in float64 too; where a larger −u would make 0 · ∞ of e^u (−u)."""
@@ -57,7 +57,7 @@ class ExpSums(NamedTuple):
     """max x; the least finite number for a row without classes."""
     rest: Array
     """Σ e^u − 1, u = x − max x, without cancellation."""
-    beside: Any
+    row_sums: Any
     """Numbers of rows that the caller wanted summed over the shards, in the same exchange."""
 
 
@@ -68,10 +68,10 @@ class Shifted(NamedTuple):
     e: Array
     rest: Array
     peak: Array
-    beside: Any
+    row_sums: Any
 
 
-def shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, beside: Any = None) -> Shifted:
+def shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, row_sums: Any = None) -> Shifted:
     """u, e^u and Σ e^u − 1 = Σ (e − [e]) + (Σ [e] − 1), [e] the nearest whole number  (MATH 4.1).
 
     x ← max(x, least finite number) stands between a product that x may be and the subtraction, which are then never one
@@ -79,11 +79,11 @@ def shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, beside:
     constant for derivatives, and so is [e].
     """
     x = read(x)
-    peak = all_max(jnp.max(lax.stop_gradient(x), axis, keepdims=True, initial=-jnp.inf), axis_name)
+    peak = pmax(jnp.max(lax.stop_gradient(x), axis, keepdims=True, initial=-jnp.inf), axis_name)
     u = not_below(x) - not_below(peak)
     e = exponential(x, u)
-    rest, beside = sum_without_one(e, axis, axis_name, beside)
-    return Shifted(u, e, rest, peak, beside)
+    rest, row_sums = sum_without_one(e, axis, axis_name, row_sums)
+    return Shifted(u, e, rest, peak, row_sums)
 
 
 def exponential(x: Array, u: Array) -> Array:
@@ -92,13 +92,13 @@ def exponential(x: Array, u: Array) -> Array:
 
 
 def sum_without_one(
-    e: Array, axis: tuple[int, ...], axis_name: AxisName = None, beside: Any = None
+    e: Array, axis: tuple[int, ...], axis_name: AxisName = None, row_sums: Any = None
 ) -> tuple[Array, Any]:
     """Σ e − 1, and what is to be summed over the shards beside."""
     whole = jnp.round(e)
     small, ones = (jnp.sum(a, axis, keepdims=True) for a in (e - whole, whole))
-    small, ones, beside = all_sum((small, ones, beside), axis_name)
-    return rest_of(small, ones), beside
+    small, ones, row_sums = psum((small, ones, row_sums), axis_name)
+    return rest_of(small, ones), row_sums
 
 
 def rest_of(small: Array, ones: Array) -> Array:
@@ -133,10 +133,10 @@ def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> tupl
     return jnp.where(e == 0, 0, u + m), not_negative(jnp.log1p(rest) + m)
 
 
-def exp_sums(x: Array, beside: Any, axis: tuple[int, ...], axis_name: AxisName = None) -> ExpSums:
+def exp_sums(x: Array, row_sums: Any, axis: tuple[int, ...], axis_name: AxisName = None) -> ExpSums:
     """max x and Σ e^u − 1  (MATH 4.1)."""
-    _, _, rest, peak, beside = shifted(x, axis, axis_name, beside)
-    return ExpSums(jnp.maximum(peak, jnp.finfo(peak.dtype).min), rest, beside)
+    _, _, rest, peak, row_sums = shifted(x, axis, axis_name, row_sums)
+    return ExpSums(jnp.maximum(peak, jnp.finfo(peak.dtype).min), rest, row_sums)
 
 
 def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
@@ -226,7 +226,7 @@ def log_p_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisNam
     return jnp.where(jnp.isneginf(x), 0, centred_rate(x, x_dot, axis, axis_name))
 
 
-def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
+def weighted_deviations(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
     """w (ẋ − Σ w̄ ẋ), w̄ = w / Σ w, 0 in a row without weight  (MATH 8.3)."""
     total = total_weight(w, axis)
     is_top = w > SURE * total
@@ -264,4 +264,4 @@ def label_rates(p: Array, kept: Array | None, at_label: Array, x_dot: Array, is_
 
 def class_sum(a: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """Σ over the classes, whose axes keep length 1."""
-    return all_sum(jnp.sum(a, axis, keepdims=True), axis_name)
+    return psum(jnp.sum(a, axis, keepdims=True), axis_name)

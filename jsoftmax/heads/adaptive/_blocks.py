@@ -17,7 +17,7 @@ from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._series import expm1
 from jsoftmax.heads._head import cut
 from jsoftmax.heads._linear import full_precision, precise
-from jsoftmax.heads._statistics import Running, merged
+from jsoftmax.heads._statistics import PartialStatistics, merge
 from jsoftmax.phi import Phi, log_phi, slope
 from jsoftmax.sums import difference, not_negative
 
@@ -117,7 +117,7 @@ def _product(weight: Array, a: Array) -> Array:
     return lax.dot_general(weight.astype(a.dtype), a, (((1,), (1,)), ((), ())), full_precision(weight.dtype))
 
 
-def _maximum_and_rest(x: Array) -> Running:
+def _maximum_and_rest(x: Array) -> PartialStatistics:
     """max x and Σ e^u − 1 over the classes, which lead  (MATH 4.1).
 
     The barriers keep the three sums apart, each of which XLA on CPU then vectorises.
@@ -136,7 +136,7 @@ def _maximum_and_rest(x: Array) -> Running:
 
     small, ones = (lax.optimization_barrier(total(part)) for part in (0, 1))
     rest = jnp.sum(small, 0) + (jnp.sum(ones, 0) - 1)
-    return Running(peak, jnp.where(jnp.isneginf(peak), -1, rest))
+    return PartialStatistics(peak, jnp.where(jnp.isneginf(peak), -1, rest))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
@@ -154,7 +154,7 @@ def _tail_loss(  # noqa: PLR0917  (a rule has no keywords)
             _, x = _scores(w, phi, a, start, classes)
             inside = (label >= start) & (label < start + length)
             here = jnp.take_along_axis(x, jnp.where(inside, label - start, 0)[None], 0)[0]
-            return merged(so_far, _maximum_and_rest(x)), jnp.where(inside, here, x_label)
+            return merge(so_far, _maximum_and_rest(x)), jnp.where(inside, here, x_label)
 
         def block(_: None, given: Any) -> tuple[None, Any]:
             is_active, *rows = given
@@ -164,7 +164,7 @@ def _tail_loss(  # noqa: PLR0917  (a rule has no keywords)
 
     zero = jnp.zeros_like(a[..., 0])
     starts = length * jnp.arange(-(-classes // length), dtype=jnp.int32)
-    nothing = Running(zero - jnp.inf, zero - 1)
+    nothing = PartialStatistics(zero - jnp.inf, zero - 1)
     ((m, rest, *_), x_label), _ = lax.scan(chunk, (nothing, zero), (starts, cut(weight, length)))
     # an empty row has peak 0, so that x − peak is −inf; +inf makes its row NaN
     peak = jnp.where(jnp.isneginf(m), 0, jnp.where(jnp.isposinf(m), jnp.nan, m))

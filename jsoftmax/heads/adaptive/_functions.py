@@ -10,12 +10,13 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from jsoftmax import _arguments, maps
-from jsoftmax._arguments import public
-from jsoftmax._labels import check_ignore_label, in_range
+from jsoftmax import maps
+from jsoftmax.checks.arguments import accumulation_dtype, as_array, check_where, public
+from jsoftmax.checks.labels import check_ignore_label, in_range
+from jsoftmax.checks.matrices import check_row_labels
 from jsoftmax.entropy import centred_log_p, shannon
 from jsoftmax.heads._head import cut
-from jsoftmax.heads._linear import check_labels, precise
+from jsoftmax.heads._linear import precise
 from jsoftmax.heads.adaptive import _blocks
 from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail, check_params
 from jsoftmax.losses._cross_entropy import negative_log_p
@@ -30,7 +31,7 @@ def _check(function: str, params: Any, hidden: Any, phi: Any) -> tuple[AdaptiveP
     """
     maps.check_phi(function, phi)
     params = check_params(function, params)
-    h = _arguments.as_array(function, "hidden", hidden)
+    h = as_array(function, "hidden", hidden)
     d = params.head.shape[1]
     if not jnp.issubdtype(h.dtype, jnp.floating):
         raise TypeError(f"{function}: hidden must be floating; got dtype {h.dtype}. Convert it: hidden.astype(float).")
@@ -39,7 +40,7 @@ def _check(function: str, params: Any, hidden: Any, phi: Any) -> tuple[AdaptiveP
             f"{function}: hidden must have {d} numbers along its last axis, as the head has; got shape {h.shape}. "
             "Transpose it, or make weights of that d."
         )
-    dtype = _arguments.accumulation_dtype(functools.reduce(jnp.promote_types, [h.dtype, params.head.dtype]))
+    dtype = accumulation_dtype(functools.reduce(jnp.promote_types, [h.dtype, params.head.dtype]))
     tails = tuple(Tail(tail.projection.astype(dtype), tail.weight) for tail in params.tails)
     bias = None if params.bias is None else params.bias.astype(dtype)
     return AdaptiveParams(params.head.astype(dtype), bias, tails), h.reshape(-1, d).astype(dtype), h.shape[:-1]
@@ -67,7 +68,7 @@ def _log_prob(params: AdaptiveParams, phi: Phi, hidden: Array, labels: Array, wh
     *starts, classes = params.cutoffs
     count = len(params.tails)
     if where is not None:  # rows left out may hold anything
-        hidden, labels = maps.where_not(~where[:, None], hidden), jnp.where(where, labels, 0)
+        hidden, labels = maps.zero_where(~where[:, None], hidden), jnp.where(where, labels, 0)
     known, valid = in_range(labels, classes)
     kept = valid if where is None else valid & where
     cluster = sum(((labels >= start).astype(jnp.int32) for start in starts), jnp.zeros(labels.shape, jnp.int32))
@@ -80,7 +81,7 @@ def _log_prob(params: AdaptiveParams, phi: Phi, hidden: Array, labels: Array, wh
         layout = _blocks.lay_out(jnp.where(in_tail, tail, count), count, _blocks.block_length(labels.size))
         inside = jnp.where(in_tail, known - jnp.asarray(starts, jnp.int32)[tail], 0)
         inside = jnp.where(layout.taken, inside[layout.row], 0)
-        rows = maps.where_not(~layout.taken[..., None], hidden[layout.row])
+        rows = maps.zero_where(~layout.taken[..., None], hidden[layout.row])
         by_block = jnp.zeros(layout.row.shape, loss.dtype)
         for i, (projection, weight) in enumerate(params.tails):
             active = layout.group == i
@@ -130,8 +131,8 @@ def log_prob(
     """
     function = "log_prob"
     given, h, shape = _check(function, params, hidden, phi)
-    y = check_labels(function, labels, shape)
-    mask = _arguments.check_where(function, where, shape, "the labels' shape")
+    y = check_row_labels(function, labels, shape)
+    mask = check_where(function, where, shape, "the labels' shape")
     check_ignore_label(function, ignore_label, "mask their rows: where=….")
     if ignore_label is not None:
         mask = y != ignore_label if mask is None else mask & (y != ignore_label)

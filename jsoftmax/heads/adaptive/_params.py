@@ -11,9 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jsoftmax import _arguments
-from jsoftmax._arguments import public
-from jsoftmax.gumbel._noise import check_key
+from jsoftmax.checks.arguments import all_known, is_int, optional_package, public
+from jsoftmax.checks.sampling import check_key
 
 
 class Tail(NamedTuple):
@@ -76,7 +75,7 @@ def init(
     """
     check_key("init", key)
     d, num_classes = _check_size("d", d), _check_size("num_classes", num_classes)
-    if not isinstance(cutoffs, list | tuple) or not all(_arguments.is_int(cutoff) for cutoff in cutoffs):
+    if not isinstance(cutoffs, list | tuple) or not all(is_int(cutoff) for cutoff in cutoffs):
         raise TypeError(f"init: cutoffs must be a tuple of ints; got {cutoffs!r}. Write e.g. (2000, 20000).")
     edges = [0, *map(int, cutoffs), num_classes]
     if any(a >= b for a, b in itertools.pairwise(edges)):
@@ -84,7 +83,7 @@ def init(
             f"init: cutoffs must increase inside [1, num_classes - 1]; got {tuple(cutoffs)} for {num_classes} classes. "
             "The number of classes is not one of them."
         )
-    if not _arguments.all_known(div_value, lambda a: (a > 0) & (a < math.inf)):
+    if not all_known(div_value, lambda a: (a > 0) & (a < math.inf)):
         raise ValueError(f"init: div_value must be > 0 and finite; got {div_value}. 4 is usual.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"init: dtype must be floating; got {dtype}. Take e.g. jnp.float32.")
@@ -116,8 +115,8 @@ def tail_widths(d: int, tails: int, div_value: int | float) -> list[int]:
 
 
 def _check_size(argument: str, value: Any) -> int:
-    if not _arguments.is_int(value) or value < 1:
-        raise (ValueError if _arguments.is_int(value) else TypeError)(
+    if not is_int(value) or value < 1:
+        raise (ValueError if is_int(value) else TypeError)(
             f"init: {argument} must be an int >= 1; got {value!r}. It shapes the weights: pass a Python int."
         )
     return int(value)
@@ -231,5 +230,5 @@ def to_torch(params: AdaptiveParams) -> dict[str, Any]:
     Returns: a dict of tensors, copies; bfloat16 as float32, which load_state_dict casts.
     Raises: ModuleNotFoundError without PyTorch; TypeError or ValueError for other `params`.
     """
-    torch = _arguments.optional_package("to_torch", "torch", "torch")
+    torch = optional_package("to_torch", "torch", "torch")
     return {name: torch.from_numpy(value) for name, value in to_state(params).items()}

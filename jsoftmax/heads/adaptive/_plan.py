@@ -11,8 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jsoftmax import _arguments
-from jsoftmax._arguments import public
+from jsoftmax.checks.arguments import is_int, public
 from jsoftmax.heads.adaptive._functions import log_prob
 from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail, tail_widths
 
@@ -70,8 +69,8 @@ def measure_cost_model(
     """
     given = {"d": d, "batch": batch, "repeats": repeats} | {f"classes[{i}]": k for i, k in enumerate(classes)}
     for argument, value in given.items():
-        if not _arguments.is_int(value) or value < 1:
-            raise (ValueError if _arguments.is_int(value) else TypeError)(
+        if not is_int(value) or value < 1:
+            raise (ValueError if is_int(value) else TypeError)(
                 f"measure_cost_model: {argument} must be an int >= 1; got {value!r}. Pass a Python int."
             )
     if len(classes) < 2:
@@ -212,8 +211,8 @@ def _grid(classes: int, candidates: int) -> np.ndarray:
 def _check_plan(frequencies: Any, **sizes: Any) -> np.ndarray:
     for argument, value in sizes.items():
         low = 0 if argument == "max_tails" else 2 if argument == "candidates" else 1
-        if not _arguments.is_int(value) or value < low:
-            raise (ValueError if _arguments.is_int(value) else TypeError)(
+        if not is_int(value) or value < low:
+            raise (ValueError if is_int(value) else TypeError)(
                 f"plan_clusters: {argument} must be an int >= {low}; got {value!r}. Pass a Python int."
             )
     if isinstance(frequencies, Tracer):

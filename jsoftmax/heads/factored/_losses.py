@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jsoftmax import _arguments, _labels
 from jsoftmax._pytree import pytree_class
 from jsoftmax._series import log1p_exp
-from jsoftmax.heads import _linear
+from jsoftmax.checks.arguments import check_option, is_concrete_number
+from jsoftmax.checks.matrices import check_quadratic
 from jsoftmax.phi import Phi, log_phi
 
 
@@ -74,7 +74,7 @@ def log_loss(phi: Phi) -> SphericalLoss:
     >>> log_loss(taylor(2))
     log_loss(taylor(2))
     """
-    return LogLoss(_linear.check_quadratic("log_loss", phi))
+    return LogLoss(check_quadratic("log_loss", phi))
 
 
 def z_loss(scale: ArrayLike = 1.0, shift: ArrayLike = 0.0) -> SphericalLoss:
@@ -94,7 +94,7 @@ def z_loss(scale: ArrayLike = 1.0, shift: ArrayLike = 0.0) -> SphericalLoss:
     z_loss(2, 0)
     """
     tiny, dtype = float(jnp.finfo(jnp.float32).tiny), jnp.result_type(float)
-    _labels.check_option("z_loss", scale, dtype, scale=(tiny, math.inf))
-    _labels.check_option("z_loss", shift, dtype, shift=(-math.inf, math.inf))
+    check_option("z_loss", scale, dtype, scale=(tiny, math.inf))
+    check_option("z_loss", shift, dtype, shift=(-math.inf, math.inf))
     numbers: tuple[Any, Any] = scale, shift  # as floats: an int cannot be differentiated
-    return ZLoss(*(float(number) if _arguments.is_concrete_number(number) else number for number in numbers))
+    return ZLoss(*(float(number) if is_concrete_number(number) else number for number in numbers))

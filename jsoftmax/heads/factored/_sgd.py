@@ -9,9 +9,9 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jsoftmax import _labels
-from jsoftmax._arguments import public
-from jsoftmax.heads import _linear
+from jsoftmax.checks.arguments import check_option, public
+from jsoftmax.checks.labels import in_range
+from jsoftmax.checks.matrices import check_matrix, check_row_labels, check_width
 from jsoftmax.heads._linear import precise
 from jsoftmax.heads.factored._losses import SphericalLoss
 from jsoftmax.heads.factored._state import State, check_state, fold_rows
@@ -45,7 +45,7 @@ def _scores(state: State, hidden: Array, label: Array) -> _Scores:
 
 @jax.jit
 def _loss(state: State, hidden: Array, labels: Array, loss: SphericalLoss) -> Array:
-    label, valid = _labels.in_range(labels, len(state.rows))
+    label, valid = in_range(labels, len(state.rows))
     found = _scores(state, hidden, label)
     values = loss.of(found.first, found.square, found.score, len(state.rows))
     return jnp.where(valid, values, jnp.nan)
@@ -57,7 +57,7 @@ def _step(
 ) -> tuple[Array, Array, State]:
     """W ← ρ W − η ∇, ρ = 1 − η λ, in factored form, with the letters of MATH 12.2."""
     (count, d), classes, dtype = h.shape, len(state.rows), h.dtype
-    label, valid = _labels.in_range(labels, classes)
+    label, valid = in_range(labels, classes)
     P, W_y, *numbers = _scores(state, h, label)  # P = hQ
     values, pull = jax.vjp(lambda first, square, score: loss.of(first, square, score, classes), *numbers)
     by_first, by_square, by_score = pull(jnp.full(count, 1 / count, dtype))
@@ -224,9 +224,9 @@ def loss_and_update(
             f"{function}: hidden must hold one row at least; got shape {jnp.shape(hidden)}. Skip an empty batch: its "
             "mean loss is 0/0."
         )
-    eta = _labels.check_option(function, learning_rate, h.dtype, learning_rate=(0.0, math.inf))
-    decay = _labels.check_option(function, weight_decay, h.dtype, weight_decay=(0.0, math.inf))
-    limit = _labels.check_option(function, fold_beyond, h.dtype, fold_beyond=(1.0, math.inf))
+    eta = check_option(function, learning_rate, h.dtype, learning_rate=(0.0, math.inf))
+    decay = check_option(function, weight_decay, h.dtype, weight_decay=(0.0, math.inf))
+    limit = check_option(function, fold_beyond, h.dtype, fold_beyond=(1.0, math.inf))
     value, gradient, new = _step(state, h, y, eta=eta, decay=decay, limit=limit, loss=loss)
     return Step(value, gradient.reshape(*batch, -1).astype(jnp.asarray(hidden).dtype), new)
 
@@ -239,7 +239,7 @@ def _check(function: str, state: Any, hidden: Any, labels: Any, loss: Any) -> tu
             f"{function}: loss must be log_loss(φ) or z_loss(…) of heads.factored; got {loss!r}. Write e.g. "
             "loss=log_loss(jsoftmax.taylor(2))."
         )
-    h = _linear.check_matrix(function, "hidden", hidden, "[..., d]")
-    _linear.check_width(function, h, state.rows.shape[1])
-    y = _linear.check_labels(function, labels, h.shape[:-1])
+    h = check_matrix(function, "hidden", hidden, "[..., d]")
+    check_width(function, h, state.rows.shape[1])
+    y = check_row_labels(function, labels, h.shape[:-1])
     return h.reshape(-1, h.shape[-1]).astype(state.rows.dtype), y.reshape(-1), y.shape

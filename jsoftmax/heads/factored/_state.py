@@ -10,9 +10,9 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jsoftmax import _arguments, _labels
-from jsoftmax._arguments import public
-from jsoftmax.heads import _linear
+from jsoftmax.checks.arguments import accumulation_dtype, public
+from jsoftmax.checks.labels import in_range
+from jsoftmax.checks.matrices import check_matrix, check_row_labels
 from jsoftmax.heads._linear import precise
 from jsoftmax.heads.quadratic import moments
 
@@ -108,8 +108,8 @@ def init(weight: ArrayLike) -> State:
     Array([[2., 1.],
            [1., 2.]], dtype=float32)
     """
-    array = _linear.check_matrix("init", "weight", weight, "[V, d]", 2)
-    copy = jnp.array(array, _arguments.accumulation_dtype(array.dtype), copy=True)
+    array = check_matrix("init", "weight", weight, "[V, d]", 2)
+    copy = jnp.array(array, accumulation_dtype(array.dtype), copy=True)
     sums = moments(copy, None, None, copy.dtype)
     return _fresh(copy, sums.gram, sums.total)
 
@@ -166,6 +166,6 @@ def rows(state: State, labels: ArrayLike) -> Float[Array, "... d"]:
            [nan, nan]], dtype=float32)
     """
     check_state("rows", state)
-    label, valid = _labels.in_range(_linear.check_labels("rows", labels, np.shape(labels)), len(state.rows))
+    label, valid = in_range(check_row_labels("rows", labels, np.shape(labels)), len(state.rows))
     found = precise(state.rows[label], state.mix) + state.offset
     return jnp.where(valid[..., None], found, jnp.nan)

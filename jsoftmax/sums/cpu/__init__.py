@@ -13,7 +13,7 @@ from jsoftmax.sums.cpu.rates import (
     label_rates,
     log_p_rate,
     p_rate,
-    weighed_differences,
+    weighted_deviations,
 )
 from jsoftmax.sums.cpu.rows import centred, exp_sums, gap_sum, normalized
 
@@ -29,5 +29,5 @@ __all__ = [
     "log_p_rate",
     "normalized",
     "p_rate",
-    "weighed_differences",
+    "weighted_deviations",
 ]

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jsoftmax._collectives import even_length, in_type
+from jsoftmax.sharding import even_length, has_explicit_sharding
 
 LARGE = 2**17
 """From as many scores on an array is large; smaller ones gain nothing ("Scores that are made in the same program"), and
@@ -88,7 +88,7 @@ def adds_slices(x: Array, axis: tuple[int, ...], form: Form) -> bool:
     Softmax along the first axis of (8, 10⁶): 65 to 135 ms, by slices 10 ("A leading or short axis"). At (10⁶, 8)
     log_normalizer 12 to 7.0 ms, entropy 17 to 3.2 ms ("Few classes"); rules of higher order are faster without.
     """
-    if len(axis) != 1 or x.shape[axis[0]] < 2 or in_type(x) or not may_be_large(x):
+    if len(axis) != 1 or x.shape[axis[0]] < 2 or has_explicit_sharding(x) or not may_be_large(x):
         return False
     if axis[0] < x.ndim - 1:
         return axis[0] == 0 and x.shape[0] <= 16

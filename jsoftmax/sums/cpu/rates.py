@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax._arguments import widened
-from jsoftmax._collectives import AxisName, in_type
+from jsoftmax.checks.arguments import widened
+from jsoftmax.sharding import AxisName, has_explicit_sharding
 from jsoftmax.sums.cpu.paths import Form, Want, adds_slices, is_long
 from jsoftmax.sums.reference import LabelRates, class_sum, total_weight
 
@@ -48,7 +48,7 @@ def broadcast_to_classes(a: Array, x: Array, x_dot: Array, axis: tuple[int, ...]
     return a
 
 
-def weighed_differences(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
+def weighted_deviations(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
     """`reference.weighed_differences`, in the same way."""
     return w * (x_dot - class_sum(w / total_weight(w, axis) * x_dot, axis))
 
@@ -57,7 +57,7 @@ def compares_labels(x_dot: Array) -> bool:
     """Whether comparing each class with the label is the fast way here too: for a few classes (eight of a million rows
     take 33 ms, by a scatter 41), where a gradient will be narrowed (bfloat16 at (1024, 32768): 54 ms, not 75), and
     along sharded classes, which a scatter would gather ("Cross-entropy of labels", "Scores in bfloat16")."""
-    return x_dot.shape[-1] <= 16 or x_dot.dtype == jnp.bfloat16 or in_type(x_dot)
+    return x_dot.shape[-1] <= 16 or x_dot.dtype == jnp.bfloat16 or has_explicit_sharding(x_dot)
 
 
 def label_rates(  # noqa: PLR0917  (as rules, which have no keywords, hand them on)

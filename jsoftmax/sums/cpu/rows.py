@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax._arguments import read
-from jsoftmax._collectives import AxisName, all_max, all_sum, by_rows, in_type
+from jsoftmax.checks.arguments import read
+from jsoftmax.sharding import AxisName, apply_to_rows, has_explicit_sharding, pmax, psum
 from jsoftmax.sums.cpu.paths import (
     MANY_SCORES,
     SHORT,
@@ -49,10 +49,10 @@ def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, or
     return jnp.where(e == 0, 0, u + m), not_negative(jnp.log1p(rest) + m)
 
 
-def exp_sums(x: Array, beside: Any, axis: tuple[int, ...], axis_name: AxisName, order: int) -> ExpSums:
+def exp_sums(x: Array, row_sums: Any, axis: tuple[int, ...], axis_name: AxisName, order: int) -> ExpSums:
     """`reference.exp_sums`."""
     _, _, rest, _, peak, _ = _shifted_sums(x, axis, axis_name, choose_form(x, "loss", order))
-    return ExpSums(peak, rest, all_sum(beside, axis_name))
+    return ExpSums(peak, rest, psum(row_sums, axis_name))
 
 
 def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
@@ -89,12 +89,12 @@ def _shifted_sums(given: Array, axis: tuple[int, ...], axis_name: AxisName, form
         return _shifted_sums_of_slices(x, axis, axis_name, form)
     length = row_block_length(x, axis, form)
     if length:
-        rest, peak = by_rows(lambda given: _sum_without_one_by_blocks(given, length, axis_name, form), given)
+        rest, peak = apply_to_rows(lambda given: _sum_without_one_by_blocks(given, length, axis_name, form), given)
         total = 1 + (_fusion_barrier(rest) if form.bfloat16 else rest)  # many rows' kernel would want x widened
         u = _difference(x, peak, form)
         return _ShiftedSums(u, jnp.exp(u), rest, total, peak, is_empty(rest))
     short = axis == (x.ndim - 1,) and x.shape[-1] <= SHORT
-    top = all_max(_maximum(x, axis, short), axis_name)
+    top = pmax(_maximum(x, axis, short), axis_name)
     peak = jnp.maximum(top, jnp.finfo(x.dtype).min) if short else top
     e = jnp.exp(_difference(x, peak, form))
     ones = jnp.floor(e)
@@ -102,7 +102,7 @@ def _shifted_sums(given: Array, axis: tuple[int, ...], axis_name: AxisName, form
     by_one_sum = form.in_rule_of_sum and x.size >= MANY_SCORES
     counted = short and not by_one_sum  # else XLA would write the ones, for two sums to read them
     small, summed = _sum_in_parts(e - ones, axis), _sum_in_parts(ones if counted else e, axis)
-    small, summed = all_sum((small, summed), axis_name)
+    small, summed = psum((small, summed), axis_name)
     rest = _rest(small, summed if counted else jnp.round(summed - small), peak, form)
     # not 0 for an empty row, by a step that leaves sums from 1 on unchanged; a maximum would drop a NaN
     total = 1 + rest
@@ -118,12 +118,12 @@ def _shifted_sums(given: Array, axis: tuple[int, ...], axis_name: AxisName, form
 def _shifted_sums_of_slices(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> _ShiftedSums:
     """`_shifted_sums` of few classes, one by one."""
     parts = _class_slices(x, axis[0])
-    top = all_max(_reduce_by_halves(jnp.maximum, [lax.stop_gradient(part) for part in parts]), axis_name)
+    top = pmax(_reduce_by_halves(jnp.maximum, [lax.stop_gradient(part) for part in parts]), axis_name)
     peak = jnp.maximum(top, jnp.finfo(x.dtype).min)
     e = [jnp.exp(_difference(part, peak, form)) for part in parts]
     ones = [jnp.floor(part) for part in e]
     small = _reduce_by_halves(jnp.add, [a - b for a, b in zip(e, ones, strict=True)])
-    small, count = all_sum((small, _reduce_by_halves(jnp.add, ones)), axis_name)
+    small, count = psum((small, _reduce_by_halves(jnp.add, ones)), axis_name)
     rest = _rest(small, count, peak, form)
     # XLA writes e^u of each slice for two readers of rest, unless a select is between them or, in rules of L and log p,
     # a logarithm, which it does not take twice
@@ -148,7 +148,7 @@ def _sum_without_one_by_blocks(given: Array, length: int, axis_name: AxisName, f
     block_peak = lax.optimization_barrier(jnp.max(still, -1).astype(x.dtype))
     tail_peak = jnp.max(lax.stop_gradient(tail), -1, keepdims=True, initial=-jnp.inf)
     peak = jnp.maximum(jnp.max(block_peak, -1, keepdims=True), tail_peak)
-    peak = all_max(jnp.maximum(peak, jnp.finfo(x.dtype).min), axis_name)
+    peak = pmax(jnp.maximum(peak, jnp.finfo(x.dtype).min), axis_name)
     block_sum = lax.optimization_barrier(jnp.sum(jnp.exp(_difference(cut, peak[..., None], form)), -1))
     even = not tail.shape[-1]
     total = _sum_by_halves(block_sum, jnp.exp(_difference(tail, peak, form)), even=even)
@@ -162,7 +162,7 @@ def _sum_without_one_by_blocks(given: Array, length: int, axis_name: AxisName, f
     e = jnp.exp(_difference(jnp.concatenate([block, tail], -1), peak, form))
     e, others = lax.optimization_barrier((e - jnp.floor(e), others))
     small = _sum_by_halves(e, others, even=even)
-    small, total = all_sum((small, total), axis_name)
+    small, total = psum((small, total), axis_name)
     ones = jnp.round(total - small)  # an integer, exact until an error of 1 is below rounding
     return _rest(small, ones, peak, form), peak
 
@@ -172,16 +172,16 @@ def _careful_sum(  # noqa: PLR0917  (as `_shifted_sums` has them)
 ) -> Array:
     """Σ f(x − peak), summed as `_shifted_sums` sums e^u in that form."""
     if adds_slices(x, axis, form):
-        return all_sum(
+        return psum(
             _reduce_by_halves(jnp.add, [f(_difference(part, peak, form, True)) for part in _class_slices(x, axis[0])]),
             axis_name,
         )
     length = row_block_length(x, axis, form)
     if not length:
         if not form.order:
-            return all_sum(_sum_in_parts(f(_difference(x, peak, form, True)), axis), axis_name)
+            return psum(_sum_in_parts(f(_difference(x, peak, form, True)), axis), axis_name)
         return _fusion_barrier(
-            all_sum(_sum_in_parts(f(_difference(x, _distinct_copy(peak, 2), form, True)), axis), axis_name)
+            psum(_sum_in_parts(f(_difference(x, _distinct_copy(peak, 2), form, True)), axis), axis_name)
         )
 
     def of_rows(x: Array, peak: Array) -> Array:
@@ -190,11 +190,11 @@ def _careful_sum(  # noqa: PLR0917  (as `_shifted_sums` has them)
             peak
         )  # else XLA writes the e^u that `_shifted_sums` computes too, for both to read
         block_sum = _fusion_barrier(jnp.sum(f(_difference(cut, peak[..., None], form, True)), -1))
-        return all_sum(
+        return psum(
             _sum_by_halves(block_sum, f(_difference(tail, peak, form, True)), even=not tail.shape[-1]), axis_name
         )
 
-    return by_rows(of_rows, x, peak)
+    return apply_to_rows(of_rows, x, peak)
 
 
 def _gap_terms(u: Array) -> Array:
@@ -255,7 +255,7 @@ def _sum_in_parts(a: Array, axis: tuple[int, ...]) -> Array:
     First the classes are cut into up to 16 equal parts, so that under plain `jit` each device adds up its own.
     """
     classes = a.shape[-1]
-    if axis != (a.ndim - 1,) or classes <= SHORT or may_be_large(a) or in_type(a):
+    if axis != (a.ndim - 1,) or classes <= SHORT or may_be_large(a) or has_explicit_sharding(a):
         return class_sum(a, axis)
     a = a.reshape(*a.shape[:-1], math.gcd(classes, 16), -1)
     a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -a.shape[-1] % 8)])

@@ -7,8 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jsoftmax import _arguments, maps
-from jsoftmax._collectives import (
+from jsoftmax import maps
+from jsoftmax.checks.arguments import (
+    SCORES_SHAPE,
+    accumulation_dtype,
+    as_array,
+    as_scores,
+    canonical_axis,
+    check_log_weights,
+    check_where,
+    is_int,
+    wide_integers,
+)
+from jsoftmax.phi import exp
+from jsoftmax.sharding import (
     AxisName,
     check_axis_name,
     check_not_explicit,
@@ -16,10 +28,9 @@ from jsoftmax._collectives import (
     check_sharded,
     keeps_label,
     pick,
+    reshard_like,
     shard_count,
-    sharded_as,
 )
-from jsoftmax.phi import exp
 
 
 class Labelled(NamedTuple):
@@ -47,7 +58,7 @@ class Labelled(NamedTuple):
     @property
     def dtype(self) -> Any:
         """The accumulation dtype."""
-        return _arguments.accumulation_dtype(self.logits.dtype)
+        return accumulation_dtype(self.logits.dtype)
 
     @property
     def classes(self) -> int:
@@ -56,12 +67,12 @@ class Labelled(NamedTuple):
 
     def scores(self) -> Array:
         """The scores, 0 in rows that do not count, which may hold anything: 0 · NaN would be NaN backwards."""
-        return self.logits if self.rows is None else maps.where_not(~self.rows[..., None], self.logits)
+        return self.logits if self.rows is None else maps.zero_where(~self.rows[..., None], self.logits)
 
     def targets(self) -> Array:
         """The distributions, 0 in rows that do not count and on classes that the mask leaves out."""
-        q = self.labels if self.rows is None else maps.where_not(~self.rows[..., None], self.labels)
-        return q if self.where is None else maps.where_not(~self.where, q)
+        q = self.labels if self.rows is None else maps.zero_where(~self.rows[..., None], self.labels)
+        return q if self.where is None else maps.zero_where(~self.where, q)
 
     def label(self, axis_name: AxisName = None) -> tuple[Array, Array]:
         """Labels `[..., 1]` in range, and where they were; of distributions 0 and True."""
@@ -84,7 +95,7 @@ class Labelled(NamedTuple):
         return loss if self.rows is None else jnp.where(self.rows, loss, 0)
 
 
-def check(
+def check_labelled(
     function: str,
     logits: Any,
     labels: Any,
@@ -102,8 +113,8 @@ def check(
     maps.check_phi(function, phi)
     z = check_logits(function, names[0], logits)
     check_sharded(function, names[0], z, check_axis_name(function, axis_name))
-    dtype = _arguments.accumulation_dtype(z.dtype)
-    axes = _arguments.canonical_axis(function, axis, z.ndim)
+    dtype = accumulation_dtype(z.dtype)
+    axes = canonical_axis(function, axis, z.ndim)
     batch = tuple(length for i, length in enumerate(z.shape) if i not in axes)
     of_classes = tuple(z.shape[i] for i in axes)
     if len(axes) > 1:
@@ -127,7 +138,7 @@ def check(
     )
     check_ignore_label(function, ignore_label, "mask their rows: where=….")
     classes, rows = check_mask(function, where, z.shape, batch)
-    log_weights = _arguments.check_log_weights(function, log_weights, z.shape, dtype)
+    log_weights = check_log_weights(function, log_weights, z.shape, dtype)
 
     def last(a: Array | None) -> Any:
         if a is None:
@@ -137,7 +148,7 @@ def check(
 
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         reject_given(function, {"class_weights": class_weights, "ignore_label": ignore_label})
-        labels = last(sharded_as(labels.astype(dtype), z))
+        labels = last(reshard_like(labels.astype(dtype), z))
     elif ignore_label is not None:
         known = labels != ignore_label
         rows = known if rows is None else rows & known
@@ -147,7 +158,7 @@ def check(
 
 def check_ignore_label(function: str, ignore_label: Any, way_out: str) -> None:
     """An int, or None."""
-    if ignore_label is not None and not _arguments.is_int(ignore_label):
+    if ignore_label is not None and not is_int(ignore_label):
         raise TypeError(
             f"{function}: ignore_label must be an int or None; got {ignore_label!r}. For several labels {way_out}"
         )
@@ -155,7 +166,7 @@ def check_ignore_label(function: str, ignore_label: Any, way_out: str) -> None:
 
 def check_logits(function: str, argument: str, logits: Any) -> Array:
     """Floating scores, as optax wants them: integers here are labels in the wrong place."""
-    array = _arguments.as_array(function, argument, logits)
+    array = as_array(function, argument, logits)
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array
     raise TypeError(
@@ -172,27 +183,6 @@ def reject_given(function: str, options: dict[str, Any]) -> None:
                 f"{function}: {name} must be left out where labels are distributions; got {value}. It goes with "
                 "integer labels only."
             )
-
-
-def check_option(function: str, value: Any, dtype: Any, **limits: tuple[float, float]) -> Array:
-    """A scalar in the accumulation dtype, in its limits where it is known at trace time."""
-    ((argument, (low, high)),) = limits.items()
-    if not _arguments.all_known(value, lambda a: (low <= a) & (a <= high) & np.isfinite(a)):
-        above = "> 0" if 0 < low < 1e-30 else f">= {low:g}"
-        limit = (
-            "finite" if math.isinf(low) else f"{above} and finite" if math.isinf(high) else f"in [{low:g}, {high:g}]"
-        )
-        raise ValueError(f"{function}: {argument} must be {limit}; got {value}. Take one in that range.")
-    array = _arguments.as_number(function, argument, value)
-    if array.ndim:
-        raise ValueError(f"{function}: {argument} must be one number; got shape {array.shape}. Map over it: jax.vmap.")
-    return array.astype(dtype)
-
-
-def option_if_given(function: str, value: Any, dtype: Any, **limits: tuple[float, float]) -> Array | None:
-    """The same, and None for a plain 0, the default, which so costs nothing."""
-    checked = check_option(function, value, dtype, **limits)
-    return None if _arguments.is_concrete_number(value) and value == 0 else checked
 
 
 def in_range(labels: Array, classes: int, axis_name: AxisName = None) -> tuple[Array, Array]:
@@ -217,7 +207,7 @@ def check_labels(
     of, of_distributions: whose shapes these are, for the messages. way_out: what to say where the shape that came tells
     nothing.
     """
-    array = _arguments.as_array(function, argument, labels)
+    array = as_array(function, argument, labels)
     whole = jnp.issubdtype(array.dtype, jnp.integer)
     if not whole and (distributions is None or not jnp.issubdtype(array.dtype, jnp.floating)):
         wanted = "integers" if distributions is None else "integers or floating distributions"
@@ -227,7 +217,7 @@ def check_labels(
         )
     wanted = shape if whole or distributions is None else distributions
     if array.shape == wanted:
-        return _arguments.wide_integers(array) if whole else array
+        return wide_integers(array) if whole else array
     if whole and array.shape == distributions:
         way_out = f"One-hot vectors and distributions are floating: {argument}.astype(float)"
     elif not whole and array.shape == shape:
@@ -250,8 +240,8 @@ def check_mask(
     if where is None:
         return None, None
     of_rows = np.ndim(where) == len(batch)
-    what = f"the logits' shape {shape}, to leave classes out, or to the loss's," if of_rows else _arguments.SCORES_SHAPE
-    mask: Any = _arguments.check_where(function, where, batch if of_rows else shape, what)
+    what = f"the logits' shape {shape}, to leave classes out, or to the loss's," if of_rows else SCORES_SHAPE
+    mask: Any = check_where(function, where, batch if of_rows else shape, what)
     if of_rows:
         return None, jnp.broadcast_to(mask, batch)
     if mask.ndim != len(shape):
@@ -265,7 +255,7 @@ def check_mask(
 def _check_class_weights(function: str, weights: Any, shape: tuple[int, ...], dtype: Any) -> Array | None:
     if weights is None:
         return None
-    array = _arguments.as_scores(function, "class_weights", weights)
+    array = as_scores(function, "class_weights", weights)
     if array.shape != shape:
         raise ValueError(
             f"{function}: class_weights must have the shape of the class axes {shape}; got shape {array.shape}. "

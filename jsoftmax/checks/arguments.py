@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+import math
 import operator
 import types
 from collections.abc import Callable, Iterable
@@ -243,6 +244,27 @@ def as_number(function: str, argument: str, value: Any) -> jax.Array:
             "0.0 for False, if that is meant."
         )
     return array
+
+
+def check_option(function: str, value: Any, dtype: Any, **limits: tuple[float, float]) -> jax.Array:
+    """A scalar in the accumulation dtype, in its limits where it is known at trace time."""
+    ((argument, (low, high)),) = limits.items()
+    if not all_known(value, lambda a: (low <= a) & (a <= high) & np.isfinite(a)):
+        above = "> 0" if 0 < low < 1e-30 else f">= {low:g}"
+        limit = (
+            "finite" if math.isinf(low) else f"{above} and finite" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+        )
+        raise ValueError(f"{function}: {argument} must be {limit}; got {value}. Take one in that range.")
+    array = as_number(function, argument, value)
+    if array.ndim:
+        raise ValueError(f"{function}: {argument} must be one number; got shape {array.shape}. Map over it: jax.vmap.")
+    return array.astype(dtype)
+
+
+def option_if_given(function: str, value: Any, dtype: Any, **limits: tuple[float, float]) -> jax.Array | None:
+    """The same, and None for a plain 0, the default, which so costs nothing."""
+    checked = check_option(function, value, dtype, **limits)
+    return None if is_concrete_number(value) and value == 0 else checked
 
 
 def check_flag(function: str, argument: str, value: Any) -> bool:

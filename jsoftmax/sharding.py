@@ -55,7 +55,7 @@ def place_in_block(label: Array, start: Array, classes: int) -> tuple[Array, Arr
     return jnp.where(inside, place, 0), inside
 
 
-def own_label(label: Array, classes: int, axis_name: AxisName) -> tuple[Array, Array]:
+def local_label(label: Array, classes: int, axis_name: AxisName) -> tuple[Array, Array]:
     """Where a label is among this shard's classes, 0 if it is another's, and whether it is there; of labels in range
     and unsharded classes the label itself."""
     if axis_name is None:
@@ -73,9 +73,9 @@ def is_label(shape: tuple[int, ...], label: Array, axis_name: AxisName = None, s
     return lax.broadcasted_iota(label.dtype, shape, len(shape) - 1) == label
 
 
-def share_at_label(pick: Callable[[Array], Array], label: Array, classes: int, axis_name: AxisName) -> Array:
+def local_value_at_label(pick: Callable[[Array], Array], label: Array, classes: int, axis_name: AxisName) -> Array:
     """pick(label) on the shard that has the label, 0 on the others."""
-    own, inside = own_label(label, classes, axis_name)
+    own, inside = local_label(label, classes, axis_name)
     return jnp.where(inside, pick(own), 0)
 
 
@@ -85,29 +85,29 @@ def keeps_label(kept: Callable[[Array], Array], label: Array, classes: int, axis
     def count(own: Array) -> Array:
         return kept(own).astype(jnp.int32)
 
-    return all_sum(share_at_label(count, label, classes, axis_name), axis_name) > 0
+    return psum(local_value_at_label(count, label, classes, axis_name), axis_name) > 0
 
 
-def all_sum(tree: Any, axis_name: AxisName) -> Any:
+def psum(tree: Any, axis_name: AxisName) -> Any:
     """Σ over the shards, of all leaves in one collective."""
     return tree if axis_name is None else lax.psum(tree, axis_name)
 
 
-def all_max(a: Array, axis_name: AxisName) -> Array:
+def pmax(a: Array, axis_name: AxisName) -> Array:
     """The maximum over the shards, a constant for derivatives: `lax.pmax` has none, at any order."""
     return a if axis_name is None else lax.pmax(lax.stop_gradient(a), axis_name)
 
 
-def in_slot(a: Array, shards: int, axis_name: AxisName) -> Array:
+def shard_slot(a: Array, shards: int, axis_name: AxisName) -> Array:
     """`[..., k]` in its place among those of all shards, `[..., shards · k]`; 0 elsewhere."""
     own = jnp.arange(shards, dtype=jnp.int32)[:, None] == shard_index(axis_name)
     return jnp.where(own, a[..., None, :], 0).reshape(*a.shape[:-1], shards * a.shape[-1])
 
 
-def side_by_side(a: Array, shards: int, axis_name: AxisName) -> Array:
+def concatenate_shards(a: Array, shards: int, axis_name: AxisName) -> Array:
     """`[..., k]` of each shard one after the other, `[..., shards · k]`: by a sum, so that it is the same on all shards
     and has its derivatives with check_vma and without."""
-    return a if axis_name is None else all_sum(in_slot(a, shards, axis_name), axis_name)
+    return a if axis_name is None else psum(shard_slot(a, shards, axis_name), axis_name)
 
 
 def check_sharded(function: str, argument: str, a: Array, axis_name: AxisName) -> None:
@@ -157,7 +157,7 @@ def check_same(function: str, argument: str, a: Any, axis_name: AxisName) -> Non
 
 def check_not_explicit(function: str, argument: str, a: Array) -> None:
     """Loops over blocks, and reshapes, cannot be traced along an axis that is sharded in an array's type."""
-    if in_type(a):
+    if has_explicit_sharding(a):
         raise ValueError(
             f"{function}: {argument} must not be sharded over mesh axes of type AxisType.Explicit; got sharding "
             f"{jax.typeof(a).sharding.spec}. Call the function inside jax.shard_map, with axis_name=… for classes that "
@@ -165,18 +165,18 @@ def check_not_explicit(function: str, argument: str, a: Array) -> None:
         )
 
 
-def in_type(a: Array) -> bool:
+def has_explicit_sharding(a: Array) -> bool:
     """Whether an array is sharded over mesh axes of type `AxisType.Explicit`, and not of type Auto or Manual only."""
     return any(part is not None for part in jax.typeof(a).sharding.spec)
 
 
-def by_rows(f: Callable[..., Any], a: Array, *others: Any, axis_name: AxisName = None) -> Any:
+def apply_to_rows(f: Callable[..., Any], a: Array, *others: Any, axis_name: AxisName = None) -> Any:
     """f(a, …) of rows `[..., K]`, whose results `[..., k]` are sharded as the rows are, and k is not.
 
     Along an axis that is sharded in an array's type JAX neither gathers nor reshapes without being told; its
     partitioner does. With an `axis_name` the classes are whole on each device.
     """
-    typed = [b for b in (a, *others) if in_type(b)]
+    typed = [b for b in (a, *others) if has_explicit_sharding(b)]
     if axis_name is not None or not typed:
         return f(a, *others)
     mesh = jax.typeof(typed[0]).sharding.mesh
@@ -185,9 +185,9 @@ def by_rows(f: Callable[..., Any], a: Array, *others: Any, axis_name: AxisName =
     return jax.sharding.auto_axes(f, axes=axes, out_sharding=out)(a, *others)
 
 
-def sharded_as(a: Array, like: Array) -> Array:
+def reshard_like(a: Array, like: Array) -> Array:
     """The same numbers, sharded in their type as those of `like` are, which has the same shape."""
-    return jax.sharding.reshard(a, jax.typeof(like).sharding) if in_type(like) else a
+    return jax.sharding.reshard(a, jax.typeof(like).sharding) if has_explicit_sharding(like) else a
 
 
 @functools.cache
@@ -205,7 +205,7 @@ def even_length(classes: int, usual: int) -> int:
 
 def pick(a: Array, index: Array) -> Array:
     """`jnp.take_along_axis(a, index, -1)`, of rows that may be sharded."""
-    return by_rows(lambda a, index: jnp.take_along_axis(a, index, -1), a, index)
+    return apply_to_rows(lambda a, index: jnp.take_along_axis(a, index, -1), a, index)
 
 
 def _varying(a: Any) -> frozenset[str]:
@@ -213,7 +213,7 @@ def _varying(a: Any) -> frozenset[str]:
     return getattr(getattr(jax.typeof(a), "mat", None), "varying", frozenset())
 
 
-def typed_as(tree: Any, like: Array, axis_name: AxisName = None) -> Any:
+def match_varying_axes(tree: Any, like: Array, axis_name: AxisName = None) -> Any:
     """The same numbers, each device's own copies where the sharded array `like` is each device's own.
 
     Integers stay as they are. Backwards the copies' shares are then summed here, once, and not where a loop uses them,
@@ -232,7 +232,7 @@ def typed_as(tree: Any, like: Array, axis_name: AxisName = None) -> Any:
     return jax.tree.map(typed, tree)
 
 
-def of_first(a: Array, axis_name: AxisName) -> Array:
+def first_shard_share(a: Array, axis_name: AxisName) -> Array:
     """What is the same on all shards, from the first; 0 on the others.
 
     The gradient of this, taken inside, is each shard's share of the gradient, whether `lax.psum` is transposed to

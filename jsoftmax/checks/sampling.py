@@ -1,0 +1,79 @@
+"""Keys, shapes, counts, temperatures and drawn classes, as samples ask for them."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jsoftmax.checks.arguments import all_known, is_int
+from jsoftmax.checks.labels import check_labels
+
+
+def check_key(function: str, key: Any) -> None:
+    """One PRNG key, of the new kind or raw."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
+        return
+    if dtype == jnp.uint32 and shape in ((2,), (4,)):
+        return
+    got = type(key).__name__ if dtype is None else f"dtype {dtype} and shape {shape}"
+    raise TypeError(
+        f"{function}: key must be one PRNG key, the first argument; got {got}. Make one by jax.random.key(seed), and "
+        "map over several: jax.vmap."
+    )
+
+
+def check_int(function: str, argument: str, k: Any) -> None:
+    """An int known at trace time, told before the scores are looked at: they may stand in its place."""
+    if not is_int(k):
+        got = repr(k) if jnp.ndim(k) == 0 else f"an array of shape {jnp.shape(k)}"
+        raise TypeError(
+            f"{function}: {argument} must be an int, known at trace time, which shapes the result; got {got}. Pass a "
+            "Python int, static in jit, behind the scores."
+        )
+
+
+def check_count(function: str, k: Any, classes: int) -> int:
+    """How many of the classes, an int in [1, K]."""
+    check_int(function, "k", k)
+    if not classes:
+        raise ValueError(f"{function}: there must be at least one class; got none, and k={k!r}. Leave the call out.")
+    if not 1 <= k <= classes:
+        raise ValueError(
+            f"{function}: k must be an int in [1, {classes}]; got {k!r}. Ask for one to all of the classes."
+        )
+    return int(k)
+
+
+def check_shape(function: str, shape: Any, batch: tuple[int, ...]) -> tuple[int, ...]:
+    """What stands before the batch in the shape of the result."""
+    if shape is None:
+        return ()
+    whole = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
+    if not all(is_int(length) and length >= 0 for length in whole):
+        raise TypeError(f"{function}: shape must be a tuple of ints >= 0, not traced; got {shape!r}. Write (n,).")
+    split = len(whole) - len(batch)
+    if split < 0 or whole[split:] != batch:
+        several = ", ".join(["n", *map(str, batch)]) if batch else "n,"
+        raise ValueError(
+            f"{function}: shape must end in the scores' shape without the classes, {batch}; got {whole}. For n draws "
+            f"of each row write shape=({several})."
+        )
+    return whole[:split]
+
+
+def check_positive(function: str, temperature: Any) -> None:
+    """A temperature that is known at trace time."""
+    if not all_known(temperature, lambda t: (t > 0) & (t < math.inf)):
+        raise ValueError(
+            f"{function}: temperature must be > 0 and finite; got {temperature}. For samples without relaxation, "
+            "the limit 0, take jsoftmax.gumbel.categorical."
+        )
+
+
+def check_index(function: str, index: Any, x: Array) -> Array:
+    """Classes `[...]`, one for each row."""
+    of, way_out = "the scores' shape without the classes,", "For several draws of one row map over them: jax.vmap"
+    return check_labels(function, "index", index, x.shape[:-1], of=of, way_out=way_out)
