@@ -14,10 +14,11 @@ from jsoftmax.entropy import entropy, entropy_expansion, kl_divergence, renyi_en
 from jsoftmax.maps import log_normalizer, log_softmax, softmax
 from jsoftmax.mixtures import mixture_log_softmax, sink_softmax
 from jsoftmax.operators import DiagonalPlusLowRank
-from jsoftmax.phi import exp, from_callable
-from jsoftmax.phis import (
+from jsoftmax.phi import (
     PHIS,
     elu1,
+    exp,
+    from_callable,
     logistic,
     q_exponential,
     quadratic,

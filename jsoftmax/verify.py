@@ -35,8 +35,7 @@ from jsoftmax._definitions import (
     plain_softmax,
 )
 from jsoftmax._namespaces import ManyDigits, Plain
-from jsoftmax.phi import Phi
-from jsoftmax.phis import PHIS
+from jsoftmax.phi import PHIS, Phi
 
 __all__ = [
     "DERIVATIVES",

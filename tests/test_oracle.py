@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import jsoftmax
-from jsoftmax import cli, phis, verify
+from jsoftmax import cli, verify
+from jsoftmax.phi.polynomials import Spherical
 from jsoftmax.verify import ERRATA, FUNCTIONS, PHIS, Function
 
 
@@ -57,7 +58,7 @@ def test_oracle_sees_a_wrong_function():
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class WrongCurvature(phis.Spherical):
+class WrongCurvature(Spherical):
     def curvature(self, z):
         return -super().curvature(z)
 

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jsoftmax.checks.arguments import Axis, canonical_axis, widened
 from jsoftmax.sharding import AxisName, is_label, local_label
 from jsoftmax.sums import cpu, reference
-from jsoftmax.sums.cpu import Want, paths
+from jsoftmax.sums.cpu import Want, column_exp_sums, paths
 from jsoftmax.sums.reference import (
     FAR,
     SURE,
@@ -43,6 +43,7 @@ __all__ = [
     "centred",
     "centred_rate",
     "class_sum",
+    "column_exp_sums",
     "difference",
     "exp_sums",
     "explain",
@@ -103,7 +104,7 @@ def exp_sums(
     order: int = 0,
     row_sums: Any = None,
 ) -> ExpSums:
-    """max x and Σ e^u − 1, u = x − max x; and what is to be summed over the shards beside."""
+    """max x and Σ e^u − 1, u = x − max x. row_sums: numbers of rows, summed over the shards in the same exchange."""
     return _by_platform(
         functools.partial(cpu.exp_sums, axis=axis, axis_name=axis_name, order=order),
         functools.partial(reference.exp_sums, axis=axis, axis_name=axis_name),

@@ -94,7 +94,7 @@ def exponential(x: Array, u: Array) -> Array:
 def sum_without_one(
     e: Array, axis: tuple[int, ...], axis_name: AxisName = None, row_sums: Any = None
 ) -> tuple[Array, Any]:
-    """Σ e − 1, and what is to be summed over the shards beside."""
+    """Σ e − 1, and row_sums over the shards."""
     whole = jnp.round(e)
     small, ones = (jnp.sum(a, axis, keepdims=True) for a in (e - whole, whole))
     small, ones, row_sums = psum((small, ones, row_sums), axis_name)

@@ -19,7 +19,7 @@ from jsoftmax.heads._head import cut
 from jsoftmax.heads._linear import full_precision, precise
 from jsoftmax.heads._statistics import PartialStatistics, merge
 from jsoftmax.phi import Phi, log_phi, slope
-from jsoftmax.sums import difference, not_negative
+from jsoftmax.sums import column_exp_sums, difference, not_negative
 
 _CHUNK = 2**19  # numbers in a block of scores or of weights: 2 MB in float32
 
@@ -117,26 +117,10 @@ def _product(weight: Array, a: Array) -> Array:
     return lax.dot_general(weight.astype(a.dtype), a, (((1,), (1,)), ((), ())), full_precision(weight.dtype))
 
 
-def _maximum_and_rest(x: Array) -> PartialStatistics:
-    """max x and Σ e^u − 1 over the classes, which lead  (MATH 4.1).
-
-    The barriers keep the three sums apart, each of which XLA on CPU then vectorises.
-    """
-    peak = lax.optimization_barrier(jnp.max(x, 0))
-
-    def parts(x: Array) -> tuple[Array, Array]:
-        e = jnp.exp(difference(x, peak))
-        whole = jnp.floor(e + 0.5)
-        return e - whole, whole
-
-    def total(part: int) -> Array:
-        split = x.shape[0] - x.shape[0] % 64  # in two steps: rounding errors of a long running sum add up
-        blocks = parts(x[:split].reshape(-1, 64, x.shape[1]))[part]
-        return jnp.concatenate([jnp.sum(blocks, 1), parts(x[split:])[part]])
-
-    small, ones = (lax.optimization_barrier(total(part)) for part in (0, 1))
-    rest = jnp.sum(small, 0) + (jnp.sum(ones, 0) - 1)
-    return PartialStatistics(peak, jnp.where(jnp.isneginf(peak), -1, rest))
+def _statistics_of_chunk(x: Array) -> PartialStatistics:
+    """Of classes that lead."""
+    peak, rest = column_exp_sums(x)
+    return PartialStatistics(peak, rest)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
@@ -154,7 +138,7 @@ def _tail_loss(  # noqa: PLR0917  (a rule has no keywords)
             _, x = _scores(w, phi, a, start, classes)
             inside = (label >= start) & (label < start + length)
             here = jnp.take_along_axis(x, jnp.where(inside, label - start, 0)[None], 0)[0]
-            return merge(so_far, _maximum_and_rest(x)), jnp.where(inside, here, x_label)
+            return merge(so_far, _statistics_of_chunk(x)), jnp.where(inside, here, x_label)
 
         def block(_: None, given: Any) -> tuple[None, Any]:
             is_active, *rows = given

@@ -13,13 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jsoftmax._pytree import jvp_of_live, pytree_class, without_zeros
-from jsoftmax.checks.arguments import accumulation_dtype, as_scores
+from jsoftmax.checks.arguments import accumulation_dtype, all_known, as_number, as_scores, is_concrete_number
 
 
 class Phi(abc.ABC):
@@ -174,7 +174,7 @@ def _elementwise(phi: Phi, f: Callable[[Array], Array], z: Array) -> Array:
     return result.astype(z.dtype)
 
 
-# --- the two φ that need no file of their own: exp, and a function of the user's -------------------------------
+# --- exp, which needs no ψ -----------------------------------------------------------------------------------
 
 
 @pytree_class
@@ -199,114 +199,13 @@ class Exponential(Phi):
 exp = Exponential()
 
 
-@pytree_class
-class FromCallable(Phi):
-    """A user's φ or ψ; slope and curvature by autodiff where they are not given (MATH 3.10)."""
-
-    of_phi: Any
-    of_log_phi: Any
-    of_slope: Any
-    of_curvature: Any
-    name = "from_callable"
-
-    def definition(self, z: Any, xp: Any) -> Any:
-        return xp.exp(self.of_log_phi(z)) if self.of_phi is None else self.of_phi(z)
-
-    def log_phi(self, z: Array) -> Array:
-        if self.of_phi is None:
-            return self.of_log_phi(z)
-        value = self.of_phi(z)
-        zero = value == 0
-        return jnp.where(zero, -jnp.inf, jnp.log(jnp.where(zero, 1, value)))
-
-    def slope(self, z: Array) -> Array:
-        if self.of_slope is not None:
-            return self.of_slope(z)
-        psi, s = jax.jvp(self.log_phi, (z,), (jnp.ones_like(z),))
-        return jnp.where(jnp.isneginf(psi), 0, s)
-
-    def curvature(self, z: Array) -> Array:
-        if self.of_curvature is not None:
-            return self.of_curvature(z)
-        return jax.jvp(self.slope, (z,), (jnp.ones_like(z),))[1]
-
-    def __eq__(self, other: object) -> bool:  # functools.partial compares by identity
-        return isinstance(other, FromCallable) and jax.tree.flatten(self) == jax.tree.flatten(other)
-
-    def __hash__(self) -> int:
-        leaves, structure = jax.tree.flatten(self)
-        return hash((tuple(leaves), structure))
-
-    def __repr__(self) -> str:
-        given = self.of_log_phi if self.of_phi is None else self.of_phi
-        function = getattr(given, "func", given)
-        return f"{self.name}({'log_phi=' if self.of_phi is None else ''}{getattr(function, '__name__', function)})"
+# --- what factories ask of parameters ------------------------------------------------------------------------
 
 
-def from_callable(
-    phi: Callable[..., Any] | None = None,
-    *,
-    log_phi: Callable[..., Any] | None = None,
-    slope: Callable[..., Any] | None = None,
-    curvature: Callable[..., Any] | None = None,
-) -> Phi:
-    """A φ from a function of your own: `phi`, or better its logarithm `log_phi`.
-
-    s = ψ' and t = ψ'' come from autodiff where they are not given     (MATH 3.10)
-
-    The function maps an array elementwise and is written in jax.numpy. Positivity is your promise: where φ is negative
-    its row is NaN, where it is 0 the class is left out. Give `log_phi` if φ may overflow. Learnable parameters enter
-    through `jax.tree_util.Partial(f, parameters)`, called as f(parameters, z); they are differentiated. A plain
-    function is part of the compiled program: define it once, since every new lambda compiles again; it must not close
-    over traced values. At 0, where scores that are left out are put, ψ's derivatives in the parameters must be finite:
-    for ψ = a log z write jnp.where(z > 0, a * jnp.log(jnp.where(z > 0, z, 1)), -jnp.inf).
-
-    Args:
-      phi, log_phi: exactly one of them.
-      slope, curvature: s and t as functions of z, where you have closed forms.
-    Raises: TypeError if something given is no function, fails on an array or closes over a traced value, ValueError
-      unless exactly one of `phi` and `log_phi` is given.
-
-    >>> bell = from_callable(log_phi=lambda z: -z**2 / 2)
-    >>> bell.log(jnp.array([0., 1., 2.]))
-    Array([-0. , -0.5, -2. ], dtype=float32)
-    """
-    for argument, f in (("phi", phi), ("log_phi", log_phi), ("slope", slope), ("curvature", curvature)):
-        if f is not None and (isinstance(f, Phi) or not callable(f)):
-            raise TypeError(
-                f"from_callable: {argument} must be a function of an array of scores; got {type(f).__name__}. "
-                "Ready-made φ such as jsoftmax.softplus are passed as they are: phi=jsoftmax.softplus."
-            )
-    if (phi is None) == (log_phi is None):
-        got = "neither" if phi is None else "both"
-        raise ValueError(
-            f"from_callable: exactly one of phi and log_phi is wanted; got {got}. "
-            "Write from_callable(f) for φ, or from_callable(log_phi=f) for ψ = log φ."
-        )
-    made = [_as_pytree(f) for f in (phi, log_phi, slope, curvature)]
-    if any(_closes_over_tracers(f) for f in made if f is not None):
-        raise TypeError(
-            "from_callable: the functions must not close over traced values, whose derivatives would be lost; got one "
-            "that does. Pass them as parameters: from_callable(jax.tree_util.Partial(f, parameters)), called as "
-            "f(parameters, z)."
-        )
-    return FromCallable(*made)
-
-
-def _closes_over_tracers(f: Any) -> bool:
-    """Whether f, traced with its parameters as arguments, reads traced values from elsewhere."""
-    leaves, structure = jax.tree.flatten(f)
-    z = jax.ShapeDtypeStruct((1,), jnp.float32)
-    try:
-        program = jax.make_jaxpr(lambda leaves, z: jax.tree.unflatten(structure, leaves)(z))(leaves, z)
-    except Exception as error:  # whatever a function of the user's raises
-        raise TypeError(
-            "from_callable: the functions must map an array of scores elementwise, in jax.numpy; got one that raised "
-            f"{type(error).__name__}. It is called as f(z), a jax.tree_util.Partial(f, parameters) as f(parameters, z)."
-        ) from error
-    return any(isinstance(value, Tracer) for value in program.consts)
-
-
-def _as_pytree(f: Callable[..., Any] | None) -> Any:
-    """A function as a pytree: callables that are pytrees with their parameters stay, others become static."""
-    return f if f is None or not jax.tree_util.all_leaves([f]) else jax.tree_util.Partial(f)
+def check_parameter(function: str, argument: str, value: Any, wanted: str, fits: Callable[[Any], bool]) -> Any:
+    """A number as a float (an int cannot be differentiated), an array as it is, unless it is out of range."""
+    if not all_known(value, np.vectorize(fits, otypes=[bool])):
+        raise ValueError(f"{function}: {argument} must be {wanted}; got {value}. Choose one in that range.")
+    if is_concrete_number(value):  # no array: an import must not start a backend
+        return float(value)
+    return as_number(function, argument, value)
