@@ -1,4 +1,5 @@
-"""`python -m benchmarks family | losses | gumbel | heads | device | programs | lm | xla | startup`, or `--render`."""
+"""`python -m benchmarks family | losses | gumbel | segments | heads | device | programs | lm | xla | startup`, or
+`--render`."""
 
 import argparse
 import importlib
@@ -10,7 +11,7 @@ def main() -> None:
     parser.add_argument(
         "name",
         nargs="?",
-        choices=["family", "losses", "gumbel", "heads", "device", "programs", "lm", "xla", "startup"],
+        choices=["family", "losses", "gumbel", "segments", "heads", "device", "programs", "lm", "xla", "startup"],
         help="what to measure",
     )
     parser.add_argument("--device", choices=["h100", "v5e"], default="h100", help="what programs are compiled for")
@@ -23,7 +24,7 @@ def main() -> None:
         parser.error("name what to measure, or --render")
     if arguments.name:
         benchmark = importlib.import_module(f"benchmarks.{arguments.name}")  # --render needs no JAX
-        if arguments.name in ("family", "losses", "gumbel", "heads", "device", "startup"):
+        if arguments.name in ("family", "losses", "gumbel", "segments", "heads", "device", "startup"):
             default = pathlib.Path(__file__).parent / "results" / f"{arguments.name}.json"
             benchmark.run(arguments.output or default)
         elif arguments.name == "programs":

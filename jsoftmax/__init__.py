@@ -30,6 +30,7 @@ from jsoftmax.phi import (
 )
 from jsoftmax.sparse import entmax, entmax15, fenchel_young_loss, sparsemax
 from jsoftmax.temperature import temperature_for_entropy
+from jsoftmax.truncation import truncate
 
 __version__ = "0.1.0"
 
@@ -59,10 +60,11 @@ __all__ = [  # noqa: RUF022  (grouped as the README groups them)
     "entmax15",
     "entmax",
     "fenchel_young_loss",
-    # mixtures, sinks, temperatures
+    # mixtures, sinks, temperatures, truncated laws
     "mixture_log_softmax",
     "sink_softmax",
     "temperature_for_entropy",
+    "truncate",
     # positive maps φ
     "exp",
     "taylor",

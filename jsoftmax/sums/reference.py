@@ -187,7 +187,7 @@ def _exp_about_top_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tu
     (x,), (x_dot,) = primals, tangents
     e, rest = exp_about_top(x, axis)
     x_dot, is_max = widened(x_dot), e == 1
-    of_max = class_sum(jnp.where(is_max, x_dot, 0), axis)
+    of_max = class_sum(jnp.where(is_max, e * x_dot, 0), axis)
     of_others = class_sum(jnp.where(is_max, 0, e * x_dot), axis)
     sure = rest < 1 / SURE - 1
     e_dot = jnp.where(sure & is_max, 0, e * (x_dot - jnp.where(sure, of_max, 0)))  # 0 as it is, backwards too

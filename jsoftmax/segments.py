@@ -1,0 +1,292 @@
+"""Ragged rows: the softmax and its kin over segments of one long array, for every φ (MATH 15)."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Integer
+
+from jsoftmax import _arguments, maps
+from jsoftmax._arguments import public
+from jsoftmax.maps import Normalized
+from jsoftmax.phi import Phi, exp
+from jsoftmax.sums import FAR, SURE, not_below, not_negative
+from jsoftmax.sums.reference import complement_of, exponential, rest_of
+
+__all__ = ["segment_entropy", "segment_log_normalizer", "segment_log_softmax", "segment_softmax"]
+
+
+class Layout(NamedTuple):
+    """What of the rows shapes a program."""
+
+    rows: int
+    is_sorted: bool
+
+
+def row_sums(layout: Layout, ids: Array, *arrays: Array) -> list[Array]:
+    """Σ over each row, of several arrays `[N, …]` at once; what is in no row is dropped."""
+    stacked = jnp.stack(arrays, -1)
+    summed = jax.ops.segment_sum(stacked, ids, layout.rows, indices_are_sorted=layout.is_sorted)
+    return [summed[..., i] for i in range(len(arrays))]
+
+
+def spread(layout: Layout, ids: Array, of_rows: Array) -> Array:
+    """A row's number for each of its elements, 0 for what is in no row."""
+    return of_rows.at[ids].get(mode="fill", fill_value=0, indices_are_sorted=layout.is_sorted)
+
+
+class _Shifted(NamedTuple):
+    """As `sums.reference.Shifted`, of ragged rows."""
+
+    u: Array
+    e: Array
+    rest: Array
+    peak: Array
+
+
+def _shifted(x: Array, ids: Array, layout: Layout) -> _Shifted:
+    """u = x − max x, e^u, Σ e^u − 1 and max x of each row  (MATH 4.1)."""
+    peak = jax.ops.segment_max(lax.stop_gradient(x), ids, layout.rows, indices_are_sorted=layout.is_sorted)
+    u = not_below(x) - spread(layout, ids, not_below(peak))
+    e = exponential(x, u)
+    whole = jnp.round(e)
+    return _Shifted(u, e, rest_of(*row_sums(layout, ids, e - whole, whole)), peak)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def normalize(x: Array, ids: Array, layout: Layout) -> Normalized:
+    """log p, p and 1 − p of the elements, L of the rows."""
+    return _normalize(x, ids, layout)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _normalize(x: Array, ids: Array, layout: Layout) -> Normalized:
+    """l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest)  (MATH 4.2)."""
+    u, e, rest, peak = _shifted(x, ids, layout)
+    log_total, rest_beside = jnp.log1p(rest), spread(layout, ids, rest)
+    log_total_beside = jnp.log1p(rest_beside)
+    left_out = -jnp.inf - lax.stop_gradient(log_total_beside)  # NaN in a row that is NaN
+    log_p = jnp.where(x > -jnp.inf, u - log_total_beside, left_out)
+    L = jnp.where(peak == jnp.inf, peak, peak + log_total)
+    return Normalized(log_p, e / (1 + rest_beside), L, complement_of(e, rest_beside))
+
+
+@_normalize.defjvp
+def _normalize_jvp(layout: Layout, primals: Any, tangents: Any) -> tuple[Normalized, Normalized]:
+    """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ, (1 − p)˙ = −ṗ  (MATH 1.2 to 1.4)."""
+    (x, ids), (x_dot, _) = primals, tangents
+    out = normalize(x, ids, layout)
+    difference, mean = _minus_mean(out, ids, x_dot, layout)
+    p_dot = out.p * difference
+    return out, Normalized(jnp.where(jnp.isneginf(x), 0, difference), p_dot, mean, -p_dot)
+
+
+@functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
+def _minus_mean(out: Normalized, ids: Array, x_dot: Array, layout: Layout) -> tuple[Array, Array]:
+    """ẋ − Σ p ẋ and Σ p ẋ; for a class with p > ¾ (1 − p) ẋ − Σ p ẋ over the others  (MATH 4.5)."""
+    top, p_x_dot = out.p > SURE, out.p * x_dot
+    of_others, of_top = row_sums(layout, ids, jnp.where(top, 0, p_x_dot), jnp.where(top, p_x_dot, 0))
+    mean = of_others + of_top
+    beside = spread(layout, ids, jnp.stack([of_others, mean], -1))
+    return jnp.where(top, out.complement * x_dot - beside[..., 0], x_dot - beside[..., 1]), mean
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def centred_log_p(x: Array, ids: Array, layout: Layout) -> tuple[Array, Array]:
+    """c = log p + H of the elements, 0 where p is 0, and H of the rows."""
+    return _centred_log_p(x, ids, layout)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _centred_log_p(x: Array, ids: Array, layout: Layout) -> tuple[Array, Array]:
+    """c = u + m and H = log1p(rest) + m, m = Σ p (−u)  (MATH 4.3)."""
+    u, e, rest, _ = _shifted(x, ids, layout)
+    (gap,) = row_sums(layout, ids, e * -jnp.maximum(u, -FAR))
+    m = gap / (1 + rest)
+    return jnp.where(e == 0, 0, u + spread(layout, ids, m)), not_negative(jnp.log1p(rest) + m)
+
+
+@_centred_log_p.defjvp
+def _centred_log_p_jvp(layout: Layout, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """Ḣ = −Σ p c ẋ, ċ = ẋ − Σ p ẋ + Ḣ  (MATH 1.5)."""
+    (x, ids), (x_dot, _) = primals, tangents
+    c, H = centred_log_p(x, ids, layout)
+    out = normalize(x, ids, layout)
+    (total,) = row_sums(layout, ids, out.p * c * x_dot)
+    return (c, H), (_minus_mean(out, ids, x_dot, layout)[0] - spread(layout, ids, total), -total)
+
+
+# --- the public functions ------------------------------------------------------------------------------------
+
+
+class Segments(NamedTuple):
+    """Checked: x = ψ(z) + log w `[N, …]`, −∞ where a class is left out or in no row."""
+
+    x: Array
+    ids: Array
+    """The row of each element; that of no row is the number of rows."""
+    layout: Layout
+    dtype: Any
+
+
+def check(  # noqa: PLR0917  (as the public functions have them)
+    function: str, z: Any, segment_ids: Any, num_segments: Any, is_sorted: Any, phi: Any, where: Any, log_weights: Any
+) -> Segments:
+    """The arguments of a public function."""
+    arguments = maps.check(function, {"z": z}, None, where, phi, log_weights)
+    (scores,) = arguments.scores
+    ids = _arguments.as_array(function, "segment_ids", segment_ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: segment_ids must be integers, the row of each score; got dtype {ids.dtype}. Convert them: "
+            "segment_ids.astype(int)."
+        )
+    if not scores.ndim or ids.shape != scores.shape[:1]:
+        raise ValueError(
+            f"{function}: segment_ids must have one entry for each score along the first axis, {scores.shape[:1]}; got "
+            f"shape {ids.shape}. Scores of several heads are [N, heads]."
+        )
+    layout = Layout(
+        _row_count(function, ids, num_segments), _arguments.check_flag(function, "indices_are_sorted", is_sorted)
+    )
+    inside = (ids >= 0) & (ids < layout.rows)
+    x = maps.weighted_scores(phi, scores, arguments.where, arguments.log_weights)
+    x = jnp.where(inside.reshape(-1, *[1] * (x.ndim - 1)), x, -jnp.inf)
+    return Segments(x, jnp.where(inside, ids, layout.rows), layout, arguments.dtype)
+
+
+def _row_count(function: str, ids: Array, rows: Any) -> int:
+    """How many rows there are: as many as are said, or the largest id and 1."""
+    if rows is None:
+        if isinstance(ids, jax.core.Tracer):
+            raise ValueError(
+                f"{function}: num_segments must be given where segment_ids are traced; got None. It is a Python int."
+            )
+        return int(np.max(np.asarray(ids), initial=-1)) + 1
+    if not _arguments.is_int(rows) or rows < 0:
+        raise TypeError(f"{function}: num_segments must be an int >= 0, known at trace time, or None; got {rows!r}.")
+    return int(rows)
+
+
+@public
+def segment_softmax(
+    z: ArrayLike,
+    segment_ids: Integer[ArrayLike, "N"],
+    num_segments: int | None = None,
+    *,
+    indices_are_sorted: bool = False,
+    phi: Phi = exp,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """Probabilities p = w φ(z) / Σ w φ(z) within each segment: the softmax of ragged rows, as of a graph's edges.
+
+    p_k = e^{x_k − L_r},  x = ψ(z) + log w,  r the row of k     (MATH 15.1); as `jsoftmax.softmax` of each row
+
+    Args:
+      z: scores `[N, …]`, any floating dtype; integers promote. Each of the further axes, such as heads, has its own
+        rows.
+      segment_ids: integers `[N]`, the row of each score, in any order; as in `jax.ops.segment_sum` what is outside
+        [0, num_segments) is in no row.
+      num_segments: how many rows there are, a Python int. None: the largest id and 1, where they are not traced.
+      indices_are_sorted: whether the ids do not decrease, which is faster; what is wrongly said to be so is undefined.
+      phi, where, log_weights: as in `jsoftmax.softmax`, broadcastable to `z`.
+    Returns: the shape and dtype of `z`; computed in float32 at least, with the digits and edges of `jsoftmax.softmax`
+      (MATH 4, 5). A score in no row: 0, with derivatives 0.
+    Raises: as `jsoftmax.softmax`; TypeError or ValueError for ids that do not fit.
+    Source: row by row de Brébisson & Vincent 2016, equation 2.
+
+    >>> segment_softmax(jnp.array([0., 1., 5., 0.]), jnp.array([0, 0, 1, 0]), 2).round(3)
+    Array([0.212, 0.576, 1.   , 0.212], dtype=float32)
+    """
+    given = check("segment_softmax", z, segment_ids, num_segments, indices_are_sorted, phi, where, log_weights)
+    return normalize(given.x, given.ids, given.layout).p.astype(given.dtype)
+
+
+@public
+def segment_log_softmax(
+    z: ArrayLike,
+    segment_ids: Integer[ArrayLike, "N"],
+    num_segments: int | None = None,
+    *,
+    indices_are_sorted: bool = False,
+    phi: Phi = exp,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """Log-probabilities within each segment, small ones and ones near 0 alike to the last digits.
+
+    l_k = x_k − L_r,  x = ψ(z) + log w,  r the row of k     (MATH 15.1)
+
+    Args:
+      z, segment_ids, num_segments, indices_are_sorted, phi, where, log_weights: as in `segment_softmax`.
+    Returns: the shape and dtype of `z`; digits and edges as in `jsoftmax.log_softmax`. A score in no row: −inf.
+    Raises: as `segment_softmax`.
+    Source: row by row de Brébisson & Vincent 2016, equation 3.
+
+    >>> segment_log_softmax(jnp.array([0., 3., -20.]), jnp.array([0, 1, 0]), 2)
+    Array([-2.06115...e-09,  0.00000...e+00, -2.00000...e+01], dtype=float32)
+    """
+    given = check("segment_log_softmax", z, segment_ids, num_segments, indices_are_sorted, phi, where, log_weights)
+    return normalize(given.x, given.ids, given.layout).log_p.astype(given.dtype)
+
+
+@public
+def segment_log_normalizer(
+    z: ArrayLike,
+    segment_ids: Integer[ArrayLike, "N"],
+    num_segments: int | None = None,
+    *,
+    indices_are_sorted: bool = False,
+    phi: Phi = exp,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """The log-normaliser L = log Σ w φ(z) of each segment; with phi=exp the log-sum-exp of ragged rows.
+
+    L_r = log Σ_{k in r} e^{x_k},  x = ψ(z) + log w     (MATH 15.1)
+
+    Args:
+      z, segment_ids, num_segments, indices_are_sorted, phi, where, log_weights: as in `segment_softmax`.
+    Returns: `[num_segments, …]`, float32 at least; edges as in `jsoftmax.log_normalizer`: an empty segment has −inf.
+    Raises: as `segment_softmax`.
+    Source: as `jsoftmax.log_normalizer`, row by row.
+
+    >>> segment_log_normalizer(jnp.array([0., 1., 0.]), jnp.array([0, 2, 0]), 3).round(3)
+    Array([0.693,  -inf, 1.   ], dtype=float32)
+    """
+    given = check("segment_log_normalizer", z, segment_ids, num_segments, indices_are_sorted, phi, where, log_weights)
+    return normalize(given.x, given.ids, given.layout).log_normalizer
+
+
+@public
+def segment_entropy(
+    z: ArrayLike,
+    segment_ids: Integer[ArrayLike, "N"],
+    num_segments: int | None = None,
+    *,
+    indices_are_sorted: bool = False,
+    phi: Phi = exp,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """The entropy −Σ p log p of each segment, in nats.
+
+    H_r = −Σ_{k in r} p_k log p_k     (MATH 15.2);   ∂H_r/∂z_k = −p_k (log p_k + H_r) s_k
+
+    Args:
+      z, segment_ids, num_segments, indices_are_sorted, phi, where, log_weights: as in `segment_softmax`.
+    Returns: `[num_segments, …]`, float32 at least; digits and edges as in `jsoftmax.entropy`: an empty segment, and one
+      of a single class, has 0.
+    Raises: as `segment_softmax`.
+    Source: as `jsoftmax.entropy`, row by row.
+
+    >>> segment_entropy(jnp.array([0., 1., 0.]), jnp.array([0, 2, 0]), 3).round(3)
+    Array([0.693, 0.   , 0.   ], dtype=float32)
+    """
+    given = check("segment_entropy", z, segment_ids, num_segments, indices_are_sorted, phi, where, log_weights)
+    return centred_log_p(given.x, given.ids, given.layout)[1]

@@ -1,0 +1,134 @@
+"""Truncated laws: scores cut to the k largest, to a share of the probability, or relative to the mode (MATH 9.4)."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from jsoftmax import _arguments, maps
+from jsoftmax._arguments import Axis, public
+from jsoftmax.phi import Phi, exp
+from jsoftmax.sums import class_sum, difference
+
+
+def _ordered_bits(x: Array) -> Array:
+    """Whole numbers in the order of the floats: the bits, turned round for negative numbers; of −0 those of 0."""
+    unsigned = jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")
+    bits = lax.bitcast_convert_type(x + 0, unsigned)
+    sign = jnp.array(1, unsigned) << (jnp.finfo(x.dtype).bits - 1)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _threshold(bits: Array, weights: Array, limit: Array, axis: tuple[int, ...]) -> Array:
+    """The least b with Σ_{bits > b} weight < limit, in each row, found bit by bit from the highest.
+
+    Exact, and without a sort: a pass over the row for each bit.
+    """
+    one = jnp.array(1, bits.dtype)
+    length = jnp.iinfo(bits.dtype).bits
+
+    def advance(i: Any, found: Array) -> Array:
+        bit = one << (length - 1 - i).astype(bits.dtype)
+        below = found | (bit - 1)  # the largest number without this bit
+        above = class_sum(jnp.where(bits > below, weights, 0), axis)
+        return jnp.where(above < limit, found, found | bit)
+
+    start = jnp.zeros_like(bits, shape=limit.shape)
+    return lax.fori_loop(0, length, advance, start)
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _is_kept(
+    x: Array, axis: tuple[int, ...], top_k: Array | None, top_p: Array | None, min_p: Array | None
+) -> Array:
+    """Whether a class stays: by its bits among the k largest, then by the mass before it, then by e^u ≥ min_p."""
+    x = lax.stop_gradient(x)
+    u = difference(x, jnp.max(x, axis, keepdims=True, initial=-jnp.inf))
+    bits, kept = _ordered_bits(x), x > -jnp.inf
+    if top_k is not None:
+        kept &= bits >= _threshold(bits, jnp.ones_like(bits, jnp.int32), jnp.maximum(top_k, 1), axis)
+    if top_p is not None:
+        e = jnp.where(kept, jnp.exp(u), 0)
+        tiny = float(jnp.finfo(x.dtype).tiny)
+        least = _threshold(bits, e, jnp.maximum(top_p * class_sum(e, axis), tiny), axis)
+        kept &= (bits >= least) | (top_p >= 1)
+    if min_p is not None:
+        kept &= u >= jnp.log(min_p)
+    bad = jnp.any(~(x < jnp.inf), axis, keepdims=True)
+    return kept | bad
+
+
+@public
+def truncate(
+    z: ArrayLike,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    top_k: ArrayLike | None = None,
+    top_p: ArrayLike | None = None,
+    min_p: ArrayLike | None = None,
+    phi: Phi = exp,
+    log_weights: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    """Scores with −inf where the law p = w φ(z) / Σ w φ(z) is cut, for every function of scores that follows.
+
+    Kept are, one cut after the other,     (MATH 9.4)
+
+        top_k   the k classes with the largest p
+        top_p   the fewest of these with the largest p whose p, of those kept so far, sum up to top_p or more
+        min_p   of these the ones with p ≥ min_p · max p
+
+    `softmax`, `log_softmax`, `entropy`, `gumbel.categorical` and the losses of the result are those of the truncated
+    law. Classes with equal p stay or go together: of a tie for the last place all stay.
+
+    Args:
+      z: scores `[..., K]`, any floating dtype; integers promote.
+      axis: int, tuple or None (all): the classes' axis.
+      where: bool, broadcastable to `z`; False leaves a class out, of the result too.
+      top_k: integers ≥ 1, one for all rows or one for each, of length 1 along the classes; may be traced, as the others.
+      top_p: in (0, 1], likewise; the class that crosses it stays, and 1 keeps all.
+      min_p: in [0, 1], likewise.
+      phi, log_weights: as in `jsoftmax.softmax`; they order the classes. Give them to the functions that follow, too.
+    Returns: the shape and dtype of `z`: z where it is kept, with derivative 1, else −inf, with derivative 0. The cuts
+      are constants for derivatives. Exact up to the rounding of the mass in float32, without a sort. At least one class
+      stays, for traced numbers out of range too. A row with a score of NaN or +inf stays as it is.
+    Raises: as `jsoftmax.softmax`; TypeError or ValueError for numbers out of range.
+    Source: Fan, Lewis & Dauphin 2018 (top_k); Holtzman et al. 2020 (top_p); Nguyen et al. 2025 (min_p).
+
+    >>> from jsoftmax import softmax
+    >>> z = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    >>> softmax(truncate(z, top_p=0.75)).round(3)
+    Array([0.625, 0.375, 0.   , 0.   ], dtype=float32)
+    >>> truncate(jnp.array([1., 3., 2., 3.]), top_k=1)
+    Array([-inf,   3., -inf,   3.], dtype=float32)
+    """
+    function = "truncate"
+    arguments = maps.check(function, {"z": z}, axis, where, phi, log_weights)
+    (scores,), axes = arguments.scores, arguments.axis
+    x = maps.weighted_scores(phi, scores, arguments.where, arguments.log_weights)
+
+    def number(argument: str, value: Any, low: float, high: float, dtype: Any) -> Array | None:
+        if value is None:
+            return None
+        if not _arguments.all_known(value, lambda a: (a >= low) & (a <= high)):
+            bounds = "an integer >= 1" if math.isinf(high) else f"in {'(' if low else '['}0, 1]"
+            raise ValueError(f"{function}: {argument} must be {bounds}; got {value}. Leave it out to cut nothing.")
+        return _arguments.per_row(function, argument, value, x.shape, axes, dtype)
+
+    if top_k is not None and not jnp.issubdtype(jnp.result_type(top_k), jnp.integer):
+        raise TypeError(
+            f"{function}: top_k must be an integer, or integers; got {top_k!r}. A share of the probability is top_p."
+        )
+    kept = _is_kept(
+        x,
+        axes,
+        number("top_k", top_k, 1, math.inf, jnp.int32),
+        number("top_p", top_p, float(jnp.finfo(x.dtype).tiny), 1, x.dtype),
+        number("min_p", min_p, 0, 1, x.dtype),
+    )
+    return jnp.where(kept if arguments.where is None else kept & arguments.where, arguments.given[0], -jnp.inf)

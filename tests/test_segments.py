@@ -1,0 +1,168 @@
+"""Ragged rows against the dense functions on padded rows, and against plain formulas."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsoftmax as js
+from jsoftmax import segments
+
+LENGTHS = (3, 0, 1, 7, 2)
+"""Of the rows; one is empty, one has a single class."""
+ROWS = len(LENGTHS)
+IDS = np.random.default_rng(0).permutation(np.repeat(np.arange(ROWS), LENGTHS))
+N = len(IDS)
+WIDTH = max(LENGTHS)
+PLACE = np.array([np.sum(IDS[:k] == IDS[k]) for k in range(N)])
+"""Where each element is in its padded row."""
+
+DENSE = {
+    "segment_softmax": js.softmax,
+    "segment_log_softmax": js.log_softmax,
+    "segment_log_normalizer": js.log_normalizer,
+    "segment_entropy": js.entropy,
+}
+KEEPS_CLASSES = ("segment_softmax", "segment_log_softmax")
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def padded(a, fill):
+    """`[ROWS, WIDTH]` of `[N]`."""
+    return jnp.full((ROWS, WIDTH), fill, a.dtype).at[IDS, PLACE].set(a)
+
+
+def by_dense_rows(name, z, where, log_weights, phi):
+    """What the dense function gives for the padded rows."""
+    result = DENSE[name](
+        padded(z, 0), where=padded(where, False), log_weights=padded(log_weights, 0), phi=phi, axis=-1
+    )
+    return result[IDS, PLACE] if name in KEEPS_CLASSES else result
+
+
+def everything(f, z, v):
+    """Value, jvp, gradient and Hessian product of a weighted sum of finite results."""
+
+    def total(z):
+        a = f(z)
+        return jnp.sum(jnp.where(jnp.isfinite(a), a, 0) * jnp.cos(jnp.arange(a.size)))
+
+    return f(z), jax.jvp(f, (z,), (v,))[1], jax.grad(total)(z), jax.jvp(jax.grad(total), (z,), (v,))[1]
+
+
+@pytest.mark.parametrize("phi", js.PHIS, ids=str)
+@pytest.mark.parametrize("name", DENSE)
+def test_equals_the_dense_function_on_padded_rows(name, phi, x64):
+    low, high = phi.domain
+    bounds = max(low + 0.1, -2.0), min(high - 0.1, 3.0)
+    keys = jax.random.split(jax.random.key(1), 3)
+    z = jax.random.uniform(keys[0], (N,), jnp.float64, *bounds)
+    v, log_weights = (jax.random.normal(key, (N,), jnp.float64) for key in keys[1:])
+    where = jnp.arange(N) != 4
+
+    def ours(z):
+        f = getattr(segments, name)
+        return f(z, jnp.asarray(IDS), ROWS, where=where, log_weights=log_weights, phi=phi)
+
+    def dense(z):
+        return by_dense_rows(name, z, where, log_weights, phi)
+
+    pairs = zip(jax.jit(everything, static_argnums=0)(ours, z, v), everything(dense, z, v), strict=True)
+    for mode, (got, want) in zip(("value", "jvp", "gradient", "HVP"), pairs, strict=True):
+        np.testing.assert_allclose(got, want, 1e-11, 1e-12, err_msg=mode)
+
+
+@pytest.mark.parametrize("gap", [20.0, 60.0])
+def test_digits_beside_a_probability_near_1(gap):
+    """Small log-probabilities, entropies and gradients, of scores that are made in the same program."""
+    ids = jnp.array([0, 1, 0, 1])
+
+    @jax.jit
+    def f(z, scale):
+        z = z * scale
+        total, pull = jax.vjp(lambda z: segments.segment_log_softmax(z, ids, 2), z)
+        return total, segments.segment_entropy(z, ids, 2), pull(jnp.array([1.0, 0.0, 0.0, 0.0]))[0]
+
+    z = jnp.array([0.0, 5.0, -gap / 3, 5.0])
+    log_p, H, gradient = f(z, 3.0)
+    q = np.exp(-gap)
+    np.testing.assert_allclose(log_p[0], -np.log1p(q), 1e-5)
+    np.testing.assert_allclose(H, [(gap + 1) * q, np.log(2)], 1e-5)
+    np.testing.assert_allclose(gradient[jnp.array([0, 2])], [q, -q], 1e-5)
+
+
+def test_edges():
+    inf, nan = np.inf, np.nan
+    ids = jnp.array([0, 0, 1, 1, 2, 2, 3, 5, -1, 9])
+    z = jnp.array([1.0, nan, inf, 0.0, -inf, -inf, 7.0, 0.0, nan, inf])  # row 4 is empty, the last two are in no row
+    p, log_p = (f(z, ids, 6) for f in (segments.segment_softmax, segments.segment_log_softmax))
+    np.testing.assert_array_equal(p, [nan, nan, nan, nan, 0, 0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(log_p, [nan, nan, nan, nan, -inf, -inf, 0, 0, -inf, -inf])
+    np.testing.assert_array_equal(segments.segment_log_normalizer(z, ids, 6), [nan, inf, -inf, 7, -inf, 0])
+    np.testing.assert_array_equal(segments.segment_entropy(z, ids, 6), [nan, nan, 0, 0, 0, 0])
+    for f in (segments.segment_softmax, segments.segment_log_normalizer, segments.segment_entropy):
+        for order in (jax.grad, lambda f: jax.grad(lambda z: jnp.sum(jax.grad(f)(z)))):
+            gradient = order(lambda z, f=f: jnp.sum(f(z, ids, 6)[-1:]))(z)
+            np.testing.assert_array_equal(np.isfinite(gradient[4:]), True)
+
+
+def test_other_shapes():
+    """Heads beside each other, sorted ids, narrow scores, integers, no rows and no elements."""
+    ids = jnp.asarray(np.sort(IDS))
+    z = jax.random.normal(jax.random.key(0), (N, 4))
+    for name in DENSE:
+        f = getattr(segments, name)
+        whole = f(z, ids, ROWS, indices_are_sorted=True)
+        by_heads = jax.vmap(lambda z, f=f: f(z, ids, ROWS), 1, 1)(z)
+        np.testing.assert_allclose(whole, by_heads, 1e-6, 1e-6)
+        narrow = f(z.astype(jnp.bfloat16), ids)
+        assert narrow.dtype == (jnp.bfloat16 if name in KEEPS_CLASSES else jnp.float32)
+        assert narrow.shape == whole.shape
+        assert f(jnp.arange(N), ids).dtype == jnp.float32
+        assert f(jnp.zeros(0), jnp.zeros(0, int)).shape == (0,)
+        assert f(jnp.zeros((0, 2)), jnp.zeros(0, int), 3).shape == ((0, 2) if name in KEEPS_CLASSES else (3, 2))
+
+
+def test_in_a_scan_of_second_order():
+    """As a sum of the plain form."""
+    ids, z = jnp.asarray(IDS), jax.random.normal(jax.random.key(3), (N,))
+
+    def plain(z):
+        e = jnp.exp(z)
+        p = e / jax.ops.segment_sum(e, ids, ROWS)[ids]
+        return jax.ops.segment_sum(-p * jnp.log(p), ids, ROWS)
+
+    def scanned(f, z):
+        return jnp.sum(jax.lax.scan(lambda total, t: (total + f(z * t), None), jnp.zeros(ROWS), jnp.ones(3))[0] ** 2)
+
+    ours = functools.partial(scanned, lambda z: segments.segment_entropy(z, ids, ROWS))
+    want = jax.hessian(functools.partial(scanned, plain))(z)
+    np.testing.assert_allclose(jax.jit(jax.hessian(ours))(z), want, 2e-4, 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((jnp.zeros(3), jnp.zeros(3)), "segment_ids must be integers"),
+        ((jnp.zeros(3), jnp.zeros(2, int)), "one entry for each score"),
+        ((jnp.zeros(()), jnp.zeros((), int)), "one entry for each score"),
+        ((jnp.zeros(3), jnp.zeros(3, int), 2.0), "num_segments must be an int"),
+        ((jnp.zeros(3), jnp.zeros(3, int), -1), "num_segments must be an int"),
+    ],
+)
+def test_wrong_calls(arguments, message):
+    for name in DENSE:
+        with pytest.raises((TypeError, ValueError), match=f"{name}: .*{message}"):
+            getattr(segments, name)(*arguments)
+
+
+def test_the_number_of_rows_is_static():
+    with pytest.raises(ValueError, match="num_segments must be given where segment_ids are traced"):
+        jax.jit(segments.segment_softmax)(jnp.zeros(3), jnp.zeros(3, int))
