@@ -10,8 +10,9 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import _arguments, maps
-from jsoftmax._arguments import Axis, public
+from jsoftmax import maps
+from jsoftmax.checks import arguments
+from jsoftmax.checks.arguments import Axis, public
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sums import class_sum, difference
 
@@ -19,7 +20,7 @@ from jsoftmax.sums import class_sum, difference
 def _ordered_bits(x: Array) -> Array:
     """Whole numbers in the order of the floats: the bits, turned round for negative numbers; of −0 those of 0."""
     unsigned = jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")
-    bits = lax.bitcast_convert_type(x + 0, unsigned)
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), unsigned)
     sign = jnp.array(1, unsigned) << (jnp.finfo(x.dtype).bits - 1)
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
@@ -43,9 +44,7 @@ def _threshold(bits: Array, weights: Array, limit: Array, axis: tuple[int, ...])
 
 
 @functools.partial(jax.jit, static_argnames="axis")
-def _is_kept(
-    x: Array, axis: tuple[int, ...], top_k: Array | None, top_p: Array | None, min_p: Array | None
-) -> Array:
+def _is_kept(x: Array, axis: tuple[int, ...], top_k: Array | None, top_p: Array | None, min_p: Array | None) -> Array:
     """Whether a class stays: by its bits among the k largest, then by the mass before it, then by e^u ≥ min_p."""
     x = lax.stop_gradient(x)
     u = difference(x, jnp.max(x, axis, keepdims=True, initial=-jnp.inf))
@@ -90,7 +89,7 @@ def truncate(
       z: scores `[..., K]`, any floating dtype; integers promote.
       axis: int, tuple or None (all): the classes' axis.
       where: bool, broadcastable to `z`; False leaves a class out, of the result too.
-      top_k: integers ≥ 1, one for all rows or one for each, of length 1 along the classes; may be traced, as the others.
+      top_k: an integer ≥ 1, or one for each row, of length 1 along the classes; like the others it may be traced.
       top_p: in (0, 1], likewise; the class that crosses it stays, and 1 keeps all.
       min_p: in [0, 1], likewise.
       phi, log_weights: as in `jsoftmax.softmax`; they order the classes. Give them to the functions that follow, too.
@@ -102,23 +101,23 @@ def truncate(
 
     >>> from jsoftmax import softmax
     >>> z = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    >>> softmax(truncate(z, top_p=0.75)).round(3)
-    Array([0.625, 0.375, 0.   , 0.   ], dtype=float32)
+    >>> softmax(truncate(z, top_p=0.75)).round(2)
+    Array([0.62, 0.38, 0.  , 0.  ], dtype=float32)
     >>> truncate(jnp.array([1., 3., 2., 3.]), top_k=1)
     Array([-inf,   3., -inf,   3.], dtype=float32)
     """
     function = "truncate"
-    arguments = maps.check(function, {"z": z}, axis, where, phi, log_weights)
-    (scores,), axes = arguments.scores, arguments.axis
-    x = maps.weighted_scores(phi, scores, arguments.where, arguments.log_weights)
+    given = maps.check(function, {"z": z}, axis, where, phi, log_weights)
+    (scores,), axes = given.scores, given.axis
+    x = maps.weighted_scores(phi, scores, given.where, given.log_weights)
 
     def number(argument: str, value: Any, low: float, high: float, dtype: Any) -> Array | None:
         if value is None:
             return None
-        if not _arguments.all_known(value, lambda a: (a >= low) & (a <= high)):
+        if not arguments.all_known(value, lambda a: (a >= low) & (a <= high)):
             bounds = "an integer >= 1" if math.isinf(high) else f"in {'(' if low else '['}0, 1]"
             raise ValueError(f"{function}: {argument} must be {bounds}; got {value}. Leave it out to cut nothing.")
-        return _arguments.per_row(function, argument, value, x.shape, axes, dtype)
+        return arguments.per_row(function, argument, value, x.shape, axes=axes, dtype=dtype)
 
     if top_k is not None and not jnp.issubdtype(jnp.result_type(top_k), jnp.integer):
         raise TypeError(
@@ -127,8 +126,8 @@ def truncate(
     kept = _is_kept(
         x,
         axes,
-        number("top_k", top_k, 1, math.inf, jnp.int32),
-        number("top_p", top_p, float(jnp.finfo(x.dtype).tiny), 1, x.dtype),
-        number("min_p", min_p, 0, 1, x.dtype),
+        number("top_k", top_k, 1.0, math.inf, jnp.int32),
+        number("top_p", top_p, float(jnp.finfo(x.dtype).tiny), 1.0, x.dtype),
+        number("min_p", min_p, 0.0, 1.0, x.dtype),
     )
-    return jnp.where(kept if arguments.where is None else kept & arguments.where, arguments.given[0], -jnp.inf)
+    return jnp.where(kept if given.where is None else kept & given.where, given.given[0], -jnp.inf)
