@@ -19,9 +19,10 @@ from jsoftmax.sums import class_sum, difference
 
 def _ordered_bits(x: Array) -> Array:
     """Whole numbers in the order of the floats: the bits, turned round for negative numbers; of −0 those of 0."""
-    unsigned = jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), unsigned)
-    sign = jnp.array(1, unsigned) << (jnp.finfo(x.dtype).bits - 1)
+    length = jnp.finfo(x.dtype).bits
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{length}"))
+    sign = jnp.array(1, bits.dtype) << (length - 1)
+    bits = jnp.where(bits == sign, 0, bits)  # by the bits: a comparison with 0 may take subnormal numbers for it
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
