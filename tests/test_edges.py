@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import product
 
 import jsoftmax as js
 from jsoftmax.losses import cross_entropy
@@ -64,8 +65,8 @@ def value_and_derivatives(function, phi, z, where, log_weights):
     return value, *gradient, *product
 
 
-@pytest.mark.parametrize("phi", PHIS, ids=str)
-@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+# here and below functions meet φ, and numbers of classes, in test_oracle.py and test_producers.py
+@pytest.mark.parametrize(("function", "phi"), product(FUNCTIONS, PHIS, met=[(0, 1)]), ids=str)
 def test_rows(function, phi):
     table = rows(function)
     scores, other, where, log_weights = (jnp.asarray(np.stack(column)) for column in zip(*table.values(), strict=True))
@@ -120,8 +121,11 @@ def test_second_forward_derivative_of_a_bad_score():
     assert np.all(np.isnan(rate(lambda z: rate(js.log_softmax, (z,))[1], (z,))[1]))
 
 
-@pytest.mark.parametrize("classes", [60, 300, 1000, 4500])
-@pytest.mark.parametrize("function", [f for f in FUNCTIONS if f.scores == 1], ids=str)
+@pytest.mark.parametrize(
+    ("function", "classes"),
+    product([f for f in FUNCTIONS if f.scores == 1], [60, 300, 1000, 4500], met=[(0, 1)]),
+    ids=str,
+)
 def test_rows_with_many_classes_left_out(function, classes):
     """As the short rows, whatever way a row of that length is summed."""
     table = rows(function)
@@ -153,8 +157,7 @@ def test_rows_along_other_axes(function, classes):
         np.testing.assert_allclose(several.reshape(want.shape), want, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("phi", [js.exp, js.spherical(0.1)], ids=str)
-@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+@pytest.mark.parametrize(("function", "phi"), product(FUNCTIONS, [js.exp, js.spherical(0.1)], met=[(0, 1)]), ids=str)
 def test_arguments_not_given(function, phi):
     """No mask is a mask of True, no log-weights are zeros: value and derivatives."""
     z = (jnp.asarray(FINE), jnp.asarray(OTHER))[: function.scores]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import product
 from jax.scipy.special import gammaln
 
 import jsoftmax as js
@@ -144,24 +145,25 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize("phi", js.PHIS, ids=str)
-def test_every_function_takes_log_phi(phi):
+OF_PHI = {name: ours for name, (ours, _) in RECORDS.items()} | DRAWS
+
+
+@pytest.mark.parametrize(("name", "phi"), product(list(OF_PHI), js.PHIS, met=[(0, 1)]), ids=str)
+def test_every_function_takes_log_phi(name, phi):
     """f(z, φ) = f(log φ(z)), and the same of its gradient: φ enters through its logarithm alone."""
-    phi = verify.rounded(phi)
-    functions = {**{name: ours for name, (ours, _) in RECORDS.items()}, **DRAWS}
+    phi, f = verify.rounded(phi), OF_PHI[name]
 
     def both(z):
         def law(f, phi, of):
             value, pull = jax.vjp(lambda z: f(phi, of(z), 0.7), z)
             return value, pull(jnp.cos(jnp.arange(1.0, 1 + value.size, dtype=value.dtype)).reshape(value.shape))
 
-        return {name: (law(f, phi, lambda z: z), law(f, js.exp, phi.log)) for name, f in functions.items()}
+        return law(f, phi, lambda z: z), law(f, js.exp, phi.log)
 
     with jax.enable_x64(True):
-        pairs = verify.jit_formulas(both)(np.float64(verify.scores(verify.FUNCTIONS[0], phi)[0]))
-    for name, (got, wanted) in pairs.items():
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12, err_msg=name)
+        got, wanted = verify.jit_formulas(both)(np.float64(verify.scores(verify.FUNCTIONS[0], phi)[0]))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
 # --- noise ---------------------------------------------------------------------------------------------------
@@ -204,8 +206,7 @@ def test_modes_are_those_of_jax():
         np.testing.assert_array_equal(gumbel.categorical(KEY, Z, shape=(3, 2), mode=mode), want)
 
 
-@pytest.mark.parametrize("draws", [1, 2, 3, 20, 5000])
-@pytest.mark.parametrize("classes", [1, 7, 47, 48, 1009, 4096])
+@pytest.mark.parametrize(("classes", "draws"), product([1, 7, 47, 48, 1009, 4096], [20, 1, 2, 3, 5000], met=[(0, 1)]))
 def test_draws_are_those_of_whole_numbers_added_up_one_by_one(classes, draws):
     """A draw is found in its block of classes, and that in its group; the class is the one that MATH 10.2 names."""
     x = 4 * jax.random.normal(KEY, (3, classes))

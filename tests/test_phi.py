@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import product
 
 import jsoftmax as js
 from jsoftmax import phi as phi_room
@@ -15,6 +16,7 @@ MORE = (js.taylor(6), js.taylor(8), js.q_exponential(1.0001), js.relu_power(3, 0
 BUILT_IN = [phi for phi in (*js.PHIS, *MORE) if phi.name != "from_callable"]
 MAGNITUDES = [1e-30, 1e-20, 1e-8, 1e-4, 0.01, 0.1, 0.3, 0.49, 0.51, 0.99, 1.01, 1.5, 2.5, 3, 5, 8, 12, 20, 50, 100]
 MAGNITUDES += [1e3, 1e5, 1e10, 1e18, 1e30]
+ORDERS = (jax.grad, jax.hessian)
 
 
 @pytest.mark.parametrize("phi", BUILT_IN, ids=str)
@@ -58,22 +60,27 @@ def test_relu_itself_has_finite_curvature():
     assert np.all(np.isfinite(hessian))
 
 
-@pytest.mark.parametrize(
-    "row", [[-90.0, -95.0, -110.0], [5.0, -120.0, 0.0], [-100.0, -100.0, -101.0], [300.0, -9e3, 0.0]]
-)
+HARD_ROWS = [[-90.0, -95.0, -110.0], [5.0, -120.0, 0.0], [-100.0, -100.0, -101.0], [300.0, -9e3, 0.0]]
+
+
 @pytest.mark.parametrize("phi", [js.sigsoftmax, js.softplus, js.taylor(2), js.taylor(4), js.spherical(0.1)], ids=str)
-def test_rows_where_published_forms_are_nan(phi, row):
+def test_rows_where_published_forms_are_nan(phi):
     xp = verify.ManyDigits()
-    p = js.softmax(jnp.array(row), phi=phi)
-    want = verify.plain_softmax(verify.rounded(phi), xp, xp.array(np.float32(row))).astype(float)
-    np.testing.assert_allclose(p, want, rtol=3e-5, atol=1e-37)
-    for f in (js.entropy, js.log_normalizer):
-        assert np.all(np.isfinite(jax.grad(lambda z, f=f: f(z, phi=phi))(jnp.array(row))))
-        assert np.all(np.isfinite(jax.hessian(lambda z, f=f: f(z, phi=phi))(jnp.array(row))))
+
+    @jax.jit
+    def found(row):
+        derivatives = [d(lambda z, f=f: f(z, phi=phi))(row) for f in (js.entropy, js.log_normalizer) for d in ORDERS]
+        return js.softmax(row, phi=phi), derivatives
+
+    for row in HARD_ROWS:
+        p, derivatives = found(jnp.array(row))
+        want = verify.plain_softmax(verify.rounded(phi), xp, xp.array(np.float32(row))).astype(float)
+        np.testing.assert_allclose(p, want, rtol=3e-5, atol=1e-37, err_msg=str(row))
+        for derivative in derivatives:
+            assert np.all(np.isfinite(derivative)), row
 
 
-@pytest.mark.parametrize("phi", js.PHIS, ids=str)
-@pytest.mark.parametrize("function", verify.FUNCTIONS, ids=str)
+@pytest.mark.parametrize(("function", "phi"), product(verify.FUNCTIONS, js.PHIS, met=[(0, 1)]), ids=str)
 def test_law(function, phi):
     """f(z, phi=φ) == f(φ.log(z)); the expansion is a function of the scores themselves."""
     z = jnp.asarray(verify.scores(function, phi))

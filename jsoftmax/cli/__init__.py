@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Sequence
 
 _COMMANDS = {
-    "verify": "check every closed form against autodiff and many-digit arithmetic, on this machine's backend",
+    "verify": "check every closed form against many-digit arithmetic, on this machine's backend",
     "train": "train classifiers of scanned digits with every φ and every loss",
     "lm": "train a language model on the docstrings of installed packages, with every head for large vocabularies",
 }

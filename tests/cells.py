@@ -1,0 +1,69 @@
+"""Which cells of a product of lists run by default: a covering array, in which each pair meets; the others are `full`.
+
+A mistake nearly always needs two causes at most: a function and a φ, a way and an option. So each pair of items of two
+lists is in a cell that `pytest` runs, and the gate runs the whole product (`pytest -m "full or not full"`).
+"""
+
+import itertools
+
+import pytest
+
+
+def covering(*lists, met=()):
+    """Rows with an item of each list, in which every two items of two lists meet; the same ones whenever asked.
+
+    Row by row: a pair that has not met yet, and beside it, list by list, the items with most such pairs; of equals the
+    one in the fewest rows.
+
+    Args:
+      lists: of anything.
+      met: pairs of lists, by their numbers, whose items meet in other tests: here each item is in a row.
+    """
+    counts = [range(len(items)) for items in lists]
+    return [_row(lists, row) for row in _covering(counts, met)]
+
+
+def product(*lists, met=()):
+    """Every cell as a parameter of pytest; those beyond the covering array are marked `full`."""
+    counts = [range(len(items)) for items in lists]
+    short = set(_covering(counts, met))
+    return [
+        pytest.param(*_row(lists, row), marks=() if row in short else pytest.mark.full)
+        for row in itertools.product(*counts)
+    ]
+
+
+def some(items, kept):
+    """Those that are `kept` as parameters of pytest, and the others marked `full`."""
+    return [pytest.param(item, marks=() if item in kept else pytest.mark.full) for item in items]
+
+
+def _row(lists, row):
+    return tuple(items[i] for items, i in zip(lists, row, strict=True))
+
+
+def _covering(counts, met):
+    factors = sorted(range(len(counts)), key=lambda i: -len(counts[i]))  # the longest first
+    apart = {frozenset(pair) for pair in met}
+    missing = dict.fromkeys(frozenset({(i, a)}) for i in factors for a in counts[i])  # each item alone
+    for i, j in itertools.combinations(factors, 2):
+        if frozenset({i, j}) not in apart:
+            missing |= dict.fromkeys(frozenset({(i, a), (j, b)}) for a in counts[i] for b in counts[j])
+    uses = {(i, a): 0 for i in factors for a in counts[i]}
+    rows = []
+    while missing:
+        row = set(max(missing, key=len) if not rows else next(iter(missing)))
+        for i in factors:
+            if all(j != i for j, _ in row):
+                gains = [
+                    (sum(frozenset({(i, a), *other}) in missing for other in [(), *((o,) for o in row)]), -uses[i, a])
+                    for a in counts[i]
+                ]
+                row.add((i, gains.index(max(gains))))
+        for size in (1, 2):
+            for part in itertools.combinations(row, size):
+                missing.pop(frozenset(part), None)
+        for item in row:
+            uses[item] += 1
+        rows.append(tuple(a for _, a in sorted(row)))
+    return sorted(rows)

@@ -1,0 +1,229 @@
+"""Mutants: the package with one mistake each, and the tests that must see it.
+
+python tests/mutants.py                 every mutant against its own tests; a table; exit code 1 if one survives
+python tests/mutants.py phis.py kl      those whose file or text has one of these words
+python tests/mutants.py --long          with the cells that are marked `full`
+python tests/mutants.py --table FILE    writes the table there, too
+
+A mutant flips a sign, drops a term, swaps two axes or moves a threshold in a rule. It is applied to a copy of the package;
+tests/test_mutants.py asserts that each text still occurs once in its file.
+"""
+
+import argparse
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Mutant(NamedTuple):
+    """One mistake."""
+
+    file: str
+    """In the package."""
+    old: str
+    new: str
+    killed_by: str
+    """What pytest is given: test files, or some of their tests."""
+
+    @property
+    def text(self) -> str:
+        return (ROOT / "jsoftmax" / self.file).read_text()
+
+    @property
+    def change(self) -> str:
+        """The words that differ, and a little around them."""
+        old, new = (" ".join(part.split()) for part in (self.old, self.new))
+        return f"`{old}` → `{new}`"
+
+
+ORACLE, DIGITS, EDGES, CASES = (f"tests/test_{name}.py" for name in ("oracle", "digits", "edges", "cases"))
+PRODUCERS, LOSSES, SPARSE, HEADS = (f"tests/test_{name}.py" for name in ("producers", "losses", "sparse", "heads"))
+OPERATORS, OPTIM, GUMBEL, ORDERS = (f"tests/test_{name}.py" for name in ("operators", "optim", "gumbel", "orders"))
+PHI, MIXTURES, SHARDED, MACHINERY = (
+    f"tests/test_{name}.py" for name in ("phi", "mixtures", "sharded", "heads_machinery")
+)
+SUMS, TRANSFORMATIONS, SAMPLED = (f"tests/test_{name}.py" for name in ("sums", "transformations", "heads_sampled"))
+QUADRATIC, FACTORED, ADAPTIVE = (f"tests/test_heads_{name}.py" for name in ("quadratic", "factored", "adaptive"))
+HEADS_SHARDED = "tests/test_heads_sharded.py"
+
+MUTANTS = (
+    # φ: slopes, curvatures, domains
+    Mutant("phis.py", "return _scaled([*self._a[:-1], 0.0], z)", "return -_scaled([*self._a[:-1], 0.0], z)", f"{ORACLE} -k taylor"),
+    Mutant("phis.py", "return -term * (", "return term * (", f"{ORACLE} -k taylor"),
+    Mutant("phis.py", "_scaled([2.0, 0.0, 0.0], z) / a * (_scaled([self.epsilon, 0.0, -1.0], z)", "_scaled([2.0, 0.0, 0.0], z) / a * (_scaled([self.epsilon, 0.0, 1.0], z)", f"{ORACLE} -k spherical"),
+    Mutant("phis.py", "return -2 * below * above", "return 2 * below * above", f"{ORACLE} -k quadratic"),
+    Mutant("phis.py", "self.a0 / self.a2 - h**2", "self.a0 / self.a2 + h**2", f"{ORACLE} -k quadratic"),
+    Mutant("phis.py", "1 / ((1 + u) * (1 - log1p_deficit(u)))", "1 / ((1 + u) * (1 + log1p_deficit(u)))", f"{ORACLE} -k softplus"),
+    Mutant("phis.py", "s * (sigmoid(-z_above) - s), -(s**2)", "s * (sigmoid(-z_above) - s), (s**2)", f"{ORACLE} -k softplus"),
+    Mutant("phis.py", "return 1 + sigmoid(-z)", "return 1 - sigmoid(-z)", f"{ORACLE} -k sigsoftmax"),
+    Mutant("phis.py", "-((1 / (1 + jnp.maximum(z, 0))) ** 2)", "-(1 / (1 + jnp.maximum(z, 0)))", f"{ORACLE} -k elu1"),
+    Mutant("phis.py", "(self.q - 1) * (1 / (1 + a)) ** 2", "(1 - self.q) * (1 / (1 + a)) ** 2", f"{ORACLE} -k q_exponential"),
+    Mutant("phis.py", "jnp.where(jnp.less(self.q, 1), -jnp.inf, jnp.nan)", "jnp.where(jnp.less(self.q, 2), -jnp.inf, jnp.nan)", PHI),
+    Mutant("phis.py", "rising = (self.power - 1) *", "rising = self.power *", f"{ORACLE} -k relu_power"),
+    Mutant("phis.py", "self.power / far_z / (1 + rest), jnp", "self.power / far_z / (1 - rest), jnp", f"{ORACLE} -k relu_power"),
+    Mutant("phi.py", "_tangent(_log.fun, slope, primals, tangents)", "_tangent(_log.fun, curvature, primals, tangents)", f"{ORACLE} -k spherical"),
+    Mutant("phi.py", "    if jax.tree.leaves(live):", "    if False:", f"{TRANSFORMATIONS} -k spherical"),
+    # series
+    Mutant("_series.py", "total * y**2 + 1 / (2 * k + 1)", "total * y**2 + 1 / (2 * k + 3)", f"{ORACLE} -k softplus"),
+    Mutant("_series.py", "return s, s * sigmoid(-z) * z_dot", "return s, s * (1 - s) * z_dot", f"{PHI} {MIXTURES}"),
+    Mutant("_series.py", "return expm1(y), jnp.exp(y) * y_dot", "return expm1(y), (expm1(y) + 1) * y_dot", f"{CASES} -k small"),
+    Mutant("_series.py", "1 - r / k * total", "1 + r / k * total", f"{ORACLE} -k kl_"),
+    Mutant("_series.py", "1 + y_near / k * total", "1 - y_near / k * total", f"{ORACLE} -k entmax"),
+    # sums: digits, differences, classes left out
+    Mutant("maps.py", "        -p_dot,\n", "        p_dot,\n", f"{ORACLE} -k kl_"),
+    Mutant("maps.py", " & ~jnp.isneginf(log_weights) & ~jnp.isneginf(z)", " & ~jnp.isneginf(log_weights)", EDGES),
+    Mutant("maps.py", "else x + jnp.where(kept, log_weights, 0)", "else x - jnp.where(kept, log_weights, 0)", LOSSES),
+    Mutant("sums/reference.py", "u = not_below(x) - not_below(peak)", "u = x - peak", PRODUCERS),
+    Mutant("sums/reference.py", "small + (jnp.maximum(ones, jnp.finfo(small.dtype).eps) - 1)", "(small + jnp.maximum(ones, jnp.finfo(small.dtype).eps)) - 1", DIGITS),
+    Mutant("sums/reference.py", "log_total = jnp.log1p(rest)\n    left_out", "log_total = jnp.log(1 + rest)\n    left_out", DIGITS),
+    Mutant("sums/reference.py", "return jnp.where(e == 0, 0, u + m)", "return jnp.where(e == 0, 0, u - m)", f"{ORACLE} -k entropy"),
+    Mutant("sums/reference.py", "complement * a - of_others, a - mean)", "a - mean, a - mean)", f"{ORACLE} -k confident"),
+    Mutant("sums/reference.py", "complement * a - of_others, a - mean)", "complement * a + of_others, a - mean)", f"{ORACLE} -k confident"),
+    Mutant("sums/reference.py", "top = (u == 0) & (rest < 1 / SURE - 1)", "top = (u == 0) & (rest < 0)", f"{DIGITS} -k beside_a_probability"),
+    Mutant("sums/reference.py", "return (rest + (1 - e)) / (1 + rest)", "return 1 - e / (1 + rest)", f"{ORACLE} -k confident"),
+    Mutant("sums/reference.py", "jnp.where(jnp.isneginf(x), 0, centred_rate(x, x_dot, axis, axis_name))", "centred_rate(x, x_dot, axis, axis_name)", EDGES),
+    Mutant("sums/reference.py", "coefficients = jnp.where(is_label, at_label, p)", "coefficients = p", f"{ORACLE} -k cross_entropy"),
+    Mutant("sums/cpu.py", "return jnp.minimum(largest, x) - peak", "return x - peak", PRODUCERS),
+    Mutant("sums/cpu.py", "jnp.where(e == 0, 0, u + m), not_negative", "jnp.where(e == 0, 0, u - m), not_negative", SUMS),
+    Mutant("sums/cpu.py", "of_others + p_y * x_dot_y, of_kept", "of_others, of_kept", SUMS),
+    # entropies and divergences
+    Mutant("entropy.py", "H_dot = -class_sum(", "H_dot = class_sum(", f"{ORACLE} -k entropy"),
+    Mutant("entropy.py", "x_dot, axis, axis_name) + H_dot, H_dot)", "x_dot, axis, axis_name) - H_dot, H_dot)", f"{ORACLE} -k entropy"),
+    Mutant("entropy.py", "p * (c**2 + 2 * c - V) * x_dot", "p * (c**2 + c - V) * x_dot", f"{ORACLE} -k varentropy"),
+    Mutant("entropy.py", "excess_series(r_near), p * r - p + q)", "excess_series(r_near), p * r)", f"{ORACLE} -k kl_"),
+    Mutant("entropy.py", "complement_p - complement_q, q - p)", "complement_q - complement_p, q - p)", f"{ORACLE} {CASES} -k kl_"),
+    Mutant("entropy.py", "((1 + c) * centred**2 + c", "((1 - c) * centred**2 + c", f"{ORACLE} -k expansion"),
+    Mutant("_orders.py", "alpha * (b - p * S)", "alpha * (b + p * S)", f"{ORACLE} -k tsallis"),
+    Mutant("_orders.py", "-p * d * expm1_ratio(y_near), (r", "p * d * expm1_ratio(y_near), (r", f"{ORACLE} -k renyi"),
+    Mutant("_orders.py", "R_dot = R_dot - class_sum(divergence", "R_dot = R_dot + class_sum(divergence", ORDERS),
+    # derivatives by name, operators
+    Mutant("derivatives.py", "_low_rank(p * s**2 + p * t, [", "_low_rank(p * s**2, [", f"{ORACLE} -k log_normalizer_hessian"),
+    Mutant("derivatives.py", "[(a, a * (1 + c)), (a * c, a)]", "[(a, a * (1 + c)), (a, a)]", f"{ORACLE} -k entropy_hessian"),
+    Mutant("derivatives.py", "t * (Q * p - q), [", "t * (p - q), [", f"{ORACLE} -k cross_entropy_hessian"),
+    Mutant("derivatives.py", "(p * t + a * s)[", "(p * t - a * s)[", f"{ORACLE} -k second_derivative"),
+    Mutant("derivatives.py", "+ t * v * w)", "- t * v * w)", f"{ORACLE} -k second_derivative_product"),
+    Mutant("operators.py", "(self.d, self.right, self.left,", "(self.d, self.left, self.right,", OPERATORS),
+    Mutant("operators.py", "(b - spread) / D", "(b + spread) / D", OPERATORS),
+    Mutant("operators.py", "sign * jnp.prod(jnp.sign(D), -1)", "sign", OPERATORS),
+    Mutant("operators.py", "return centre(centre(v) /", "return centre(v /", OPERATORS),
+    # losses
+    Mutant("losses/_cross_entropy.py", "else L_dot - of_kept /", "else L_dot + of_kept /", f"{ORACLE} -k cross_entropy"),
+    Mutant("losses/_cross_entropy.py", "jnp.exp(-n), expm1(-n)", "jnp.exp(-n), jnp.exp(-n) - 1", f"{ORACLE} -k confident"),
+    Mutant("losses/_cross_entropy.py", "(1 - smoothing) * loss + smoothing", "loss + smoothing", f"{ORACLE} -k cross_entropy"),
+    Mutant("losses/_cross_entropy.py", "n_near ** (gamma + 1) *", "n_near**gamma *", LOSSES),
+    Mutant("losses/_cross_entropy.py", "n - epsilon * expm1(-n)", "n + epsilon * expm1(-n)", f"{ORACLE} -k poly"),
+    Mutant("losses/_cross_entropy.py", "jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)", "loss", "tests/test_labels.py tests/test_losses.py"),
+    Mutant("losses/_target.py", "class_sum(q, axis) - jnp.where(jnp.isneginf(L), 0, 1)", "class_sum(q, axis) - 1", LOSSES),
+    Mutant("losses/_target.py", "log_ratio(_log(q), q, log_p)[0] + 1)", "log_ratio(_log(q), q, log_p)[0])", f"{ORACLE} -k kl_to_target"),
+    Mutant("losses/_target.py", "of_others + Q * expm1(", "of_others - Q * expm1(", f"{ORACLE} -k kl_to_target"),
+    Mutant("losses/_ranking.py", "reverse=True, axis=y.ndim - 1)[..., 1:]", "reverse=True, axis=y.ndim - 1)[..., :-1]", f"{ORACLE} -k plackett"),
+    Mutant("losses/_z_loss.py", "z_dot - _mean(z_dot, kept) - t * along", "z_dot - _mean(z_dot, kept) + t * along", f"{ORACLE} -k spherical_z_loss"),
+    Mutant("losses/_z_loss.py", "(t_dot, -along * inverse**2)", "(t_dot, along * inverse**2)", f"{ORACLE} -k spherical_z_loss"),
+    # sparse maps, mixtures, temperatures
+    Mutant("sparse.py", "-safe * log_p**2 * excess_ratio", "safe * log_p**2 * excess_ratio", SPARSE),
+    Mutant("sparse.py", "(g - w * (jnp.sum(g", "(g + w * (jnp.sum(g", SPARSE),
+    Mutant("sparse.py", "        if is_label is not None:  # p_y", "        if False:  # p_y", f"{CASES} -k fenchel"),
+    Mutant("sparse.py", "jnp.sqrt(safe) if power == 2", "safe if power == 2", f"{ORACLE} -k entmax15"),
+    Mutant("mixtures.py", "near = far > -0.5", "near = far > 1", MIXTURES),
+    Mutant("mixtures.py", "log_p_dot + log_weights_dot", "log_p_dot - log_weights_dot", MIXTURES),
+    Mutant("mixtures.py", "return p * sigmoid(gap)", "return p * sigmoid(-gap)", f"{ORACLE} -k sink"),
+    Mutant("temperature.py", "t * (target_dot - H_dot)", "t * (target_dot + H_dot)", MIXTURES),
+    # samples
+    Mutant("gumbel/_noise.py", ".astype(dtype) + 0.5) * 2.0**-31", ".astype(dtype) + 1.0) * 2.0**-31", f"{GUMBEL} -k noise"),
+    Mutant("gumbel/_concrete.py", "(count - 1) * jnp.log(temperature", "count * jnp.log(temperature", f"{GUMBEL} -k densities"),
+    Mutant("gumbel/_estimators.py", "jnp.minimum(free, top) - jnp.log1p", "jnp.minimum(free, top) + jnp.log1p", f"{GUMBEL} tests/test_gumbel_statistics.py -k conditional"),
+    Mutant("gumbel/_estimators.py", "- normalize(x, axis).p / 2", "+ normalize(x, axis).p / 2", f"{GUMBEL} -k reinmax"),
+    # heads
+    Mutant("heads/_head.py", "jnp.tanh(o / head.soft_cap)", "jnp.tanh(o)", f"{HEADS} -k options"),
+    Mutant("heads/_head.py", "product(hidden_dot, weight) + product(hidden, weight_dot)", "product(hidden_dot, weight) - product(hidden, weight_dot)", f"{MACHINERY} -k 'narrow or plan'"),
+    Mutant("heads/_statistics.py", "(part.gap + (1 + part.rest) *", "(part.gap - (1 + part.rest) *", f"{HEADS} -k cotangent"),
+    Mutant("heads/_statistics.py", "-total(p * (1 + c) * x_dot)", "-total(p * c * x_dot)", f"{HEADS} -k cotangent"),
+    Mutant("heads/_statistics.py", "total((excess + (known.mass", "total((excess - (known.mass", f"{HEADS} -k distributions"),
+    Mutant("heads/_statistics.py", "at_label = expm1(-known.loss)[:, None]", "at_label = jnp.exp(-known.loss)[:, None]", f"{HEADS} -k options"),
+    Mutant("heads/sampled.py", "- math.log(draws.shape[0])", "+ math.log(draws.shape[0])", SAMPLED),
+    Mutant("heads/factored.py", "jnp.where(fold, 0, K) + K_y)", "jnp.where(fold, 0, K) - K_y)", FACTORED),
+    # optimisers
+    Mutant("optim.py", "(B.mv(forward(v)) / rows)", "B.mv(forward(v))", OPTIM),
+    Mutant("optim.py", "_along(residual, new_size / size, direction)", "_along(residual, 0 * size, direction)", OPTIM),
+    Mutant("optim.py", "_along(product(v), strength, v)", "_along(product(v), -strength, v)", OPTIM),
+)  # fmt: skip
+
+
+def occurrences(mutant: Mutant) -> int:
+    return mutant.text.count(mutant.old)
+
+
+def run(mutant: Mutant, long: bool) -> tuple[bool, str, float]:
+    """Whether its tests fail on a copy of the package with the mistake; which one did, or what pytest said; seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for name in ("jsoftmax", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in (*ROOT.glob("*.md"), ROOT / "pyproject.toml"):
+            shutil.copy(file, copy)
+        (copy / "jsoftmax" / mutant.file).write_text(mutant.text.replace(mutant.old, mutant.new))
+        everything = ["-m", "full or not full"] if long else []
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-n",
+            "0",
+            "-x",
+            "-q",
+            "--no-header",
+            "--tb=no",
+            "-p",
+            "no:cacheprovider",
+        ]
+        started = time.perf_counter()
+        done = subprocess.run(
+            [*command, *everything, *shlex.split(mutant.killed_by)],
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+        killer = failed[0] if failed else done.stdout.strip().splitlines()[-1:] or done.stderr.strip().splitlines()[-1:]
+        return done.returncode == 1 and bool(failed), str(killer), time.perf_counter() - started
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Mutants of jsoftmax against the tests that must see them.")
+    parser.add_argument("words", nargs="*", help="only mutants whose file or text has one of these")
+    parser.add_argument("--long", action="store_true", help="with the cells that are marked full")
+    parser.add_argument("--table", type=pathlib.Path, metavar="FILE", help="write the table there, too")
+    arguments = parser.parse_args()
+    wanted = [m for m in MUTANTS if not arguments.words or any(w in m.file + m.old + m.new for w in arguments.words)]
+    rows, survived = ["| file | mistake | seen by |", "|---|---|---|"], 0
+    for number, mutant in enumerate(wanted, 1):
+        if occurrences(mutant) != 1:
+            killed, killer, seconds = False, f"the text occurs {occurrences(mutant)} times", 0.0
+        else:
+            killed, killer, seconds = run(mutant, arguments.long)
+        survived += not killed
+        print(
+            f"{number}/{len(wanted)} {'killed' if killed else 'SURVIVED'} {seconds:.0f} s {mutant.file}: {mutant.change}: {killer}",
+            flush=True,
+        )
+        rows.append(
+            f"| {mutant.file} | {mutant.change.replace('|', chr(92) + '|')} | {killer if killed else '**survived**'} |"
+        )
+    print(f"{len(wanted)} mutants, {survived} survived")
+    if arguments.table:
+        arguments.table.write_text("\n".join(rows) + "\n")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
