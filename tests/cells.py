@@ -33,6 +33,12 @@ def product(*lists, met=()):
     ]
 
 
+def short_and_full(*lists, met):
+    """A covering array where these pairs need not meet, and, marked `full`, the other rows of one where all do."""
+    short = covering(*lists, met=met)
+    return [*short, *(pytest.param(*row, marks=pytest.mark.full) for row in covering(*lists) if row not in short)]
+
+
 def some(items, kept):
     """Those that are `kept` as parameters of pytest, and the others marked `full`."""
     return [pytest.param(item, marks=() if item in kept else pytest.mark.full) for item in items]

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from cells import covering, product, some
+from cells import covering, product, short_and_full, some
 
 LISTS = [
     ("abc",),
@@ -41,3 +41,8 @@ def test_a_product_has_every_cell():
     assert [cell.values for cell in cells] == list(itertools.product(*lists))
     assert [cell.values for cell in cells if not cell.marks] == covering(*lists)
     assert [bool(cell.marks) for cell in some("abc", "ac")] == [False, True, False]
+    both = short_and_full(*lists, met=[(0, 1)])
+    full = [row for row in both if hasattr(row, "marks")]
+    short = [row for row in both if not hasattr(row, "marks")]
+    assert short == covering(*lists, met=[(0, 1)])
+    assert {*short, *(cell.values for cell in full)} >= set(covering(*lists))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import product, some
 
 import jsoftmax as js
 from jsoftmax import heads, losses, verify
@@ -82,9 +83,7 @@ def assert_same(f, g, arguments, rtol=1e-11):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-13)
 
 
-CASES = [(name, "odd") for name in OPTIONS] + [
-    (name, blocks) for name in ("plain", "all") for blocks in ("one", "even")
-]
+CASES = [(name, "odd") for name in OPTIONS] + product(["plain", "all"], ["one", "even"], met=[(0, 1)])
 
 
 @pytest.mark.parametrize(("options", "blocks"), CASES)
@@ -96,7 +95,11 @@ def test_options(options, blocks):
         assert_same(lambda h, W, b: ours(h, W, LABELS, b), plain, arrays())
 
 
-@pytest.mark.parametrize("phi", PHIS, ids=str)
+FEW_PHIS = (js.taylor(2), js.spherical(0.1), js.q_exponential(1.5), js.relu_power(2, 0.1), PHIS[-1])
+"""A head takes φ by its logarithm, as everything does: without parameters and with them, with a domain, a function."""
+
+
+@pytest.mark.parametrize("phi", some(PHIS, FEW_PHIS), ids=str)
 def test_every_phi_and_its_parameters(phi):
     """Log-probability, entropy, log-normaliser and mode, and the derivatives in φ's own parameters."""
     with jax.enable_x64(True):
@@ -163,8 +166,7 @@ def test_distributions_and_options_that_are_learned():
         assert_same(ours, plain, (hidden, weight, q, prior, cap, smoothing))
 
 
-@pytest.mark.parametrize("options", ["plain", "all"])
-@pytest.mark.parametrize("blocks", ["one", "odd"])
+@pytest.mark.parametrize(("options", "blocks"), product(["all", "plain"], ["odd", "one"], met=[(0, 1)]))
 def test_sum(options, blocks):
     """With the weights of tokens as an argument, one of them 0."""
     given = OPTIONS[options]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import product
 from jax.sharding import PartitionSpec
 from platforms import as_on_accelerators
 
@@ -34,8 +35,7 @@ ON_ACCELERATORS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ON_ACCELERATORS)
+@pytest.mark.parametrize(("name", "dtype"), product(list(ON_ACCELERATORS), ["float32", "bfloat16"], met=[(0, 1)]))
 def test_the_plan_of_accelerators(name, dtype, monkeypatch):
     """All tokens by blocks of classes: as on CPU, and with the digits of the inputs' dtype in derivatives."""
     hidden, weight, labels = head(12, 700, 16, dtype)
@@ -114,9 +114,12 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("f", [loss, statistics, summed, kl], ids=lambda f: f.__name__)
-def test_no_array_of_tokens_by_classes(f, mode):
+@pytest.mark.parametrize(
+    ("mode", "f"),
+    product(list(MODES), [loss, statistics, summed, kl], met=[(0, 1)]),
+    ids=lambda a: getattr(a, "__name__", a),
+)
+def test_no_array_of_tokens_by_classes(mode, f):
     """Temporaries are far below the logits, and flat in V but for some arrays of the weight's own size."""
     needed = []
     for classes in (4096, 16384):
@@ -156,8 +159,7 @@ def test_blocks_of_ignored_tokens_are_skipped():
 # --- dtypes and digits ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("scale", [5, 20, 80, 640])
+@pytest.mark.parametrize(("scale", "dtype"), product([5, 20, 80, 640], [jnp.bfloat16, jnp.float16], met=[(0, 1)]))
 def test_narrow_factors_are_summed_in_float32(dtype, scale):
     """Values and gradients of narrow arrays, beside those of the same numbers in float64, at scores up to `scale`."""
     hidden, weight, labels = head(64, 300, 16, dtype)
@@ -281,8 +283,11 @@ def test_digits():
 # --- edges ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phi", [js.exp, js.spherical(0.1), js.relu_power(2, 0.1)], ids=str)
-@pytest.mark.parametrize("blocks", [(7, 5), (3, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("phi", "blocks"),
+    product([js.exp, js.spherical(0.1), js.relu_power(2, 0.1)], [(7, 5), (3, 2)], met=[(0, 1)]),
+    ids=str,
+)
 def test_edges_are_those_of_the_logits(phi, blocks):
     """NaN, infinities, classes left out, empty rows, labels out of range: values and gradients as of the logits."""
     nan, inf = jnp.nan, jnp.inf

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import product
 
 import jsoftmax as js
 from jsoftmax import losses, verify
@@ -26,8 +27,7 @@ def dense(hidden, weight, labels, bias=None, *, where=None, phi):
     return jnp.log(total) - jnp.log(jnp.take_along_axis(weights, labels[..., None], -1)[..., 0])
 
 
-@pytest.mark.parametrize("phi", PHIS, ids=str)
-@pytest.mark.parametrize("rows", [V, 6000], ids=["at once", "in blocks"])
+@pytest.mark.parametrize(("phi", "rows"), product(PHIS, [V, 6000], met=[(0, 1)]), ids=str)
 def test_equals_the_dense_loss(phi, rows):
     """Value, gradients in all that is floating, and a Hessian product inside a scan; with and without options."""
     weight, bias = np.resize(W, (rows, D)) + 0.01 * np.arange(rows)[:, None] % 0.7, np.resize(B, rows)

@@ -1,26 +1,69 @@
 """The oracle, asked for every function × φ; and proof that it can fail."""
 
+import collections
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from cells import covering
 
 import jsoftmax
 from jsoftmax import cli, verify
 from jsoftmax.phi.polynomials import Spherical
-from jsoftmax.verify import ERRATA, FUNCTIONS, PHIS, Function
+from jsoftmax.verify import ERRATA, EVERY, FUNCTIONS, OTHERS, PHIS, SPARSE_MAPS, Function
 
 
+def grouped(rows):
+    """Some φ at once, which one program compares: (first, second, φ) as a table of φ."""
+    table = collections.defaultdict(list)
+    for first, second, phi in rows:
+        table[first, second].append(phi)
+    return [
+        pytest.param(*key, phis, id=f"{key[0]}-{getattr(key[1], '__name__', key[1])}") for key, phis in table.items()
+    ]
+
+
+def missed(function, phis, dtype):
+    """The cells whose error is too large, with all of it."""
+    allowed = verify.tolerances(function, dtype)
+    errors = verify.against_digits(function, phis, dtype)
+    found = [(f"{function} {phi}", of_phi) for phi, of_phi in zip(phis, errors, strict=True)]
+    return [cell for cell in found if not all(e <= t for e, t in zip(cell[1], allowed, strict=True))]
+
+
+DTYPES = (np.float64, np.float32)
+ROWS = [(function, dtype, phi) for function, phi, dtype in covering(EVERY, PHIS, DTYPES)]
+ROWS += [(function, dtype, jsoftmax.exp) for function in SPARSE_MAPS + OTHERS for dtype in DTYPES]
+
+
+@pytest.mark.parametrize(("function", "dtype", "phis"), grouped(ROWS))
+def test_digits_of_every_pair(function, dtype, phis):
+    """Each function × φ in one of the dtypes, up to second derivatives."""
+    assert not missed(verify.up_to(3, function), phis, dtype)
+
+
+THIRD = [f for f in EVERY if f.orders == 4 and f.third_by_autodiff]
+
+
+@pytest.mark.parametrize(("function", "phi"), covering(THIRD, PHIS, met=[(0, 1)]), ids=str)
+def test_third_derivatives(function, phi):
+    """Of each function and of each φ."""
+    assert not missed(function, [phi], np.float64)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(("function", "phi"), verify.PAIRS, ids=str)
 def test_closed_form(function, phi):
+    """Everything of each pair: both dtypes, all orders, autodiff."""
     cell = verify.cell(function, phi)
     assert cell.ok, cell
 
 
 @pytest.mark.parametrize("function", verify.SURE, ids=str)
 def test_gradient_of_a_confident_row(function):
-    assert verify.sure_ok(function, verify.sure_gradient(function))
+    assert verify.Sure(function, verify.sure_gradient(function)).ok
 
 
 def test_the_gradient_of_textbooks_is_seen():
@@ -28,7 +71,7 @@ def test_the_gradient_of_textbooks_is_seen():
     plain = jax.custom_jvp(lambda z: -jsoftmax.log_softmax(z)[1])
     plain.defjvps(lambda z_dot, _, z: jnp.sum((jsoftmax.softmax(z) - jnp.eye(4)[1]) * z_dot))
     of_class_1 = Function("loss", lambda z, phi: plain(z), lambda phi, xp, z: -verify.plain_log_softmax(phi, xp, z)[1])
-    assert not verify.sure_ok(of_class_1, verify.sure_gradient(of_class_1))
+    assert not verify.Sure(of_class_1, verify.sure_gradient(of_class_1)).ok
 
 
 @pytest.mark.parametrize("erratum", ERRATA, ids=lambda erratum: erratum.where)
@@ -47,7 +90,7 @@ def _articles_gradient(primals, tangents):
     return articles_entropy(z), jnp.sum((-1 + jsoftmax.softmax(z)) * z_dot)  # MATH 2.1: wrong
 
 
-WRONG_ENTROPY = Function("entropy", lambda z, phi: articles_entropy(z), verify.plain_entropy)
+WRONG_ENTROPY = Function("entropy", lambda z, phi: articles_entropy(z), verify.plain_entropy, orders=3)
 
 
 def test_oracle_sees_a_wrong_function():
@@ -78,27 +121,32 @@ def test_nan_is_a_miss():
 
 
 def test_command_fails_on_a_miss(monkeypatch, tmp_path, capsys):
-    good, bad = (verify.cell(f, jsoftmax.exp) for f in (FUNCTIONS[0], WRONG_ENTROPY))
-    monkeypatch.setattr(verify, "cells", lambda _: iter([good]))
+    good, bad = (verify.cell(f, jsoftmax.exp) for f in (dataclasses.replace(FUNCTIONS[0], orders=3), WRONG_ENTROPY))
+    sure, not_sure = verify.Sure(FUNCTIONS[0], 1e-7), verify.Sure(FUNCTIONS[0], float("nan"))
+    monkeypatch.setattr(verify, "checks", lambda *_, **__: iter([good, sure]))
     assert cli.main(["verify", "--json", str(tmp_path / "good.json")]) == 0
-    assert (tmp_path / "good.json").read_text().count('"ok": true') == 4 + len(verify.SURE)
-    monkeypatch.setattr(verify, "cells", lambda _: iter([good, bad]))
-    assert cli.main(["verify"]) == 1
-    assert "MISS" in capsys.readouterr().out
+    assert (tmp_path / "good.json").read_text().count('"ok": true') == 2 + len(ERRATA)
+    for wrong in ([good, bad, sure], [good, not_sure]):
+        monkeypatch.setattr(verify, "checks", lambda *_, wrong=wrong, **__: iter(wrong))
+        assert cli.main(["verify"]) == 1
+        assert "MISS" in capsys.readouterr().out
 
 
 def test_fewer_orders_are_said(monkeypatch, capsys):
     expansions = [f for f in FUNCTIONS if not f.third_by_autodiff][:1]
-    monkeypatch.setattr(verify, "PAIRS", [(f, jsoftmax.exp) for f in (FUNCTIONS[0], *expansions)])
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # in this process
-    assert [len(cell.error64) for cell in verify.cells(3)] == [3, 3]
+    monkeypatch.setattr(verify, "GROUPS", [(f, (jsoftmax.exp,)) for f in (FUNCTIONS[0], *expansions)])
     monkeypatch.setattr(verify, "SURE", ())
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # in this process
+    found = list(verify.checks(3, autodiff=False))
+    assert [len(cell.error64) for cell in found] == [3, 2]
+    monkeypatch.setattr(verify, "checks", lambda *_, **__: iter(found))
     for options, said in (([], True), (["--all"], False)):
         assert cli.main(["verify", *options]) == 0
-        assert ("third derivatives (pairs of function and φ: 2)" in capsys.readouterr().out) == said
+        assert ("Left out: third derivatives" in capsys.readouterr().out) == said
 
 
 def test_both_processes_cover_every_cell(monkeypatch):
-    monkeypatch.setattr(verify, "_cell_at", lambda index, orders: index)
+    monkeypatch.setattr(verify, "_task", lambda index, orders, autodiff: ([index], None, 0.0))
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert list(verify.cells()) == list(range(len(verify.PAIRS)))
+    assert list(verify.checks()) == list(range(len(verify.GROUPS) + len(verify.SURE)))
+    assert [(f, phi) for f, phis in verify.GROUPS for phi in phis] == verify.PAIRS

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import product
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sharding import DEVICES, assert_close, collectives, exchanged, mesh
 
@@ -13,6 +14,7 @@ import jsoftmax as js
 from jsoftmax import gumbel, losses
 from jsoftmax.gumbel._noise import gumbel as noise
 from jsoftmax.sums.cpu.paths import block_length
+from jsoftmax.verify import jit_formulas
 
 ROWS, CLASSES = 5, 24
 WHOLE, PARTS = PartitionSpec(), PartitionSpec(None, "v")
@@ -87,7 +89,7 @@ def derivatives(f, *, all_modes):
             return found
         return *found, jax.grad(lambda *given: sum(jnp.vdot(g, g) for g in gradient(*given)), (0, 1))(*given)
 
-    return jax.jit(run)
+    return jit_formulas(run)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,10 +114,10 @@ def test_differentiated_inside(name):
             gradient = jax.grad(lambda z: jnp.sum(jnp.sin(f(z, w, **options))))
             return jax.jvp(gradient, (z,), (w,))
 
-        want = jax.jit(of_part)(*given)
+        want = jit_formulas(of_part)(*given)
         of_part = functools.partial(of_part, axis_name="v")
-        assert_close(jax.jit(in_shard_map(of_part, PARTS))(*given), want, 1e-11)
-        gradient, _ = jax.jit(in_shard_map(of_part, PARTS, check_vma=False))(*given)
+        assert_close(jit_formulas(in_shard_map(of_part, PARTS))(*given), want, 1e-11)
+        gradient, _ = jit_formulas(in_shard_map(of_part, PARTS, check_vma=False))(*given)
         assert_close(gradient, DEVICES * want[0], 1e-11)
 
 
@@ -152,8 +154,7 @@ def test_collectives(name):
         assert collectives(g, sharded_scores())[0] == ["all-reduce"] * count
 
 
-@pytest.mark.parametrize("classes", [CLASSES, 1000])
-@pytest.mark.parametrize("name", list(COUNTS))
+@pytest.mark.parametrize(("name", "classes"), product(list(COUNTS), [CLASSES, 1000], met=[(0, 1)]))
 def test_plain_jit(name, classes):
     """Numbers of rows are summed, and at most one block of each; never a gather."""
     length = block_length(classes)
@@ -180,8 +181,7 @@ DRAWS = {  # and at most how many numbers a row are exchanged at once, of 8 · 1
 }
 
 
-@pytest.mark.parametrize("name", list(DRAWS))
-@pytest.mark.parametrize("classes", [15992, 32768])
+@pytest.mark.parametrize(("name", "classes"), product(list(DRAWS), [15992, 32768], met=[(0, 1)]))
 def test_draws_by_plain_jit(name, classes):
     """Those of one device but for the rounding of p; a number a draw or a few blocks are exchanged, no rows."""
     (draw, limit), z = DRAWS[name], sharded_scores(classes)
@@ -298,18 +298,18 @@ def test_nan_beside_empty_parts():
         assert np.all(np.isnan(jax.jit(f)(jax.device_put(z, NamedSharding(mesh(), PARTS)))))
 
 
-@pytest.mark.parametrize("classes", [8, CLASSES, 1000, 4500])
-def test_explicit_mode(classes):
+EXPLICIT = [(name, CLASSES) for name in NAMES] + [("entropy", 4500)] + product(list(CORE), [8, 1000], met=[(0, 1)])
+
+
+@pytest.mark.parametrize(("name", "classes"), EXPLICIT)
+def test_explicit_mode(name, classes):
     """Axes whose sharding is part of an array's type: few classes, one sum, blocks, blocks that leave a tail."""
-    explicit = mesh(AxisType.Explicit)
-    for name, f in of_scores().items():
-        if classes != CLASSES and name not in (("entropy",) if classes == 4500 else CORE):
-            continue
-        gradient = jax.grad(lambda z, w, f=f: jnp.sum(jnp.sin(f(z, w))))
-        want = gradient(*scores(classes))
-        given = (jax.device_put(a, NamedSharding(explicit, PARTS)) for a in scores(classes))
-        with jax.set_mesh(explicit):
-            np.testing.assert_allclose(jax.jit(gradient)(*given), want, rtol=1e-4, atol=1e-6)
+    explicit, f = mesh(AxisType.Explicit), of_scores()[name]
+    gradient = jax.jit(jax.grad(lambda z, w: jnp.sum(jnp.sin(f(z, w)))))
+    want = gradient(*scores(classes))
+    given = (jax.device_put(a, NamedSharding(explicit, PARTS)) for a in scores(classes))
+    with jax.set_mesh(explicit):
+        np.testing.assert_allclose(gradient(*given), want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", [PARTS, PartitionSpec("v")], ids=["classes", "rows"])

@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.all:
         third = sum(function.orders == 4 for function, _ in verify.PAIRS)
         console.print(
-            f"Left out: third derivatives (pairs of function and φ: {third}), and float64 against autodiff of the "
-            "plain definitions; --all compares them, too."
+            f"Left out: third derivatives (pairs of function and φ: {third}), second ones of the expansion, and "
+            "float64 against autodiff of the plain definitions; --all compares them, too."
         )
     return 1 if missed else 0
 
