@@ -212,10 +212,8 @@ def main() -> int:
         else:
             killed, killer, seconds = run(mutant, arguments.long)
         survived += not killed
-        print(
-            f"{number}/{len(wanted)} {'killed' if killed else 'SURVIVED'} {seconds:.0f} s {mutant.file}: {mutant.change}: {killer}",
-            flush=True,
-        )
+        word = "killed" if killed else "SURVIVED"
+        print(f"{number}/{len(wanted)} {word} {seconds:.0f} s {mutant.file}: {mutant.change}: {killer}", flush=True)
         rows.append(
             f"| {mutant.file} | {mutant.change.replace('|', chr(92) + '|')} | {killer if killed else '**survived**'} |"
         )

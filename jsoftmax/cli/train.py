@@ -1,6 +1,7 @@
 """`python -m jsoftmax train`: scanned digits, a linear model and a small network, with every φ and every loss."""
 
 import argparse
+import concurrent.futures
 import functools
 import itertools
 import pathlib
@@ -125,8 +126,14 @@ def run(arguments: argparse.Namespace) -> int:
     optimizer = Optimizer(arguments.optimizer, arguments.learning_rate)
     ways = arms(arguments.loss, arguments.phi, arguments.margin)
     jobs = [(model, arm) for model in HIDDEN for arm in ways]
-    steps = track(jobs, "training", console=console, transient=True)
-    results = [fit(model, arm, optimizer, train=train, test=test, seeds=arguments.seeds) for model, arm in steps]
+    started = time.perf_counter()
+
+    def one(job: tuple[str, Arm]) -> Result:
+        return fit(*job, optimizer, train=train, test=test, seeds=arguments.seeds)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # one compiles while the other trains
+        results = list(track(pool.map(one, jobs), "training", len(jobs), console=console, transient=True))
+    console.print(f"{len(jobs)} models trained in {time.perf_counter() - started:.0f} s.")
     if arguments.markdown:
         print(_markdown(_COLUMNS, map(_cells, results)))
     else:
