@@ -28,6 +28,14 @@ MIXED = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_programs():
+    """Traces know how long a chunk is."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     """Tails of several chunks, one of them with padding."""
