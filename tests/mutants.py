@@ -56,21 +56,21 @@ HEADS_SHARDED = "tests/test_heads_sharded.py"
 
 MUTANTS = (
     # φ: slopes, curvatures, domains
-    Mutant("phis.py", "return _scaled([*self._a[:-1], 0.0], z)", "return -_scaled([*self._a[:-1], 0.0], z)", f"{ORACLE} -k taylor"),
-    Mutant("phis.py", "return -term * (", "return term * (", f"{ORACLE} -k taylor"),
-    Mutant("phis.py", "_scaled([2.0, 0.0, 0.0], z) / a * (_scaled([self.epsilon, 0.0, -1.0], z)", "_scaled([2.0, 0.0, 0.0], z) / a * (_scaled([self.epsilon, 0.0, 1.0], z)", f"{ORACLE} -k spherical"),
-    Mutant("phis.py", "return -2 * below * above", "return 2 * below * above", f"{ORACLE} -k quadratic"),
-    Mutant("phis.py", "self.a0 / self.a2 - h**2", "self.a0 / self.a2 + h**2", f"{ORACLE} -k quadratic"),
-    Mutant("phis.py", "1 / ((1 + u) * (1 - log1p_deficit(u)))", "1 / ((1 + u) * (1 + log1p_deficit(u)))", f"{ORACLE} -k softplus"),
-    Mutant("phis.py", "s * (sigmoid(-z_above) - s), -(s**2)", "s * (sigmoid(-z_above) - s), (s**2)", f"{ORACLE} -k softplus"),
-    Mutant("phis.py", "return 1 + sigmoid(-z)", "return 1 - sigmoid(-z)", f"{ORACLE} -k sigsoftmax"),
-    Mutant("phis.py", "-((1 / (1 + jnp.maximum(z, 0))) ** 2)", "-(1 / (1 + jnp.maximum(z, 0)))", f"{ORACLE} -k elu1"),
-    Mutant("phis.py", "(self.q - 1) * (1 / (1 + a)) ** 2", "(1 - self.q) * (1 / (1 + a)) ** 2", f"{ORACLE} -k q_exponential"),
-    Mutant("phis.py", "jnp.where(jnp.less(self.q, 1), -jnp.inf, jnp.nan)", "jnp.where(jnp.less(self.q, 2), -jnp.inf, jnp.nan)", f"{PHI} -k zeros_and_domain"),
-    Mutant("phis.py", "rising = (self.power - 1) *", "rising = self.power *", f"{ORACLE} -k relu_power"),
-    Mutant("phis.py", "self.power / far_z / (1 + rest), jnp", "self.power / far_z / (1 - rest), jnp", f"{ORACLE} -k relu_power"),
-    Mutant("phi.py", "_tangent(_log.fun, slope, primals, tangents)", "_tangent(_log.fun, curvature, primals, tangents)", f"{ORACLE} -k spherical"),
-    Mutant("phi.py", "    if jax.tree.leaves(live):", "    if False:", f"{TRANSFORMATIONS} -k spherical"),
+    Mutant("phi/polynomials.py", "return _scaled([*self._a[:-1], 0.0], z)", "return -_scaled([*self._a[:-1], 0.0], z)", f"{ORACLE} -k taylor"),
+    Mutant("phi/polynomials.py", "return -term * (", "return term * (", f"{ORACLE} -k taylor"),
+    Mutant("phi/polynomials.py", "_scaled([2.0, 0.0, 0.0], z) / a * (_scaled([self.epsilon, 0.0, -1.0], z)", "_scaled([2.0, 0.0, 0.0], z) / a * (_scaled([self.epsilon, 0.0, 1.0], z)", f"{ORACLE} -k spherical"),
+    Mutant("phi/polynomials.py", "return -2 * below * above", "return 2 * below * above", f"{ORACLE} -k quadratic"),
+    Mutant("phi/polynomials.py", "self.a0 / self.a2 - h**2", "self.a0 / self.a2 + h**2", f"{ORACLE} -k quadratic"),
+    Mutant("phi/sigmoidal.py", "1 / ((1 + u) * (1 - log1p_deficit(u)))", "1 / ((1 + u) * (1 + log1p_deficit(u)))", f"{ORACLE} -k softplus"),
+    Mutant("phi/sigmoidal.py", "s * (sigmoid(-z_above) - s), -(s**2)", "s * (sigmoid(-z_above) - s), (s**2)", f"{ORACLE} -k softplus"),
+    Mutant("phi/sigmoidal.py", "return 1 + sigmoid(-z)", "return 1 - sigmoid(-z)", f"{ORACLE} -k sigsoftmax"),
+    Mutant("phi/powers.py", "-((1 / (1 + jnp.maximum(z, 0))) ** 2)", "-(1 / (1 + jnp.maximum(z, 0)))", f"{ORACLE} -k elu1"),
+    Mutant("phi/powers.py", "(self.q - 1) * (1 / (1 + a)) ** 2", "(1 - self.q) * (1 / (1 + a)) ** 2", f"{ORACLE} -k q_exponential"),
+    Mutant("phi/powers.py", "jnp.where(jnp.less(self.q, 1), -jnp.inf, jnp.nan)", "jnp.where(jnp.less(self.q, 2), -jnp.inf, jnp.nan)", f"{PHI} -k zeros_and_domain"),
+    Mutant("phi/powers.py", "rising = (self.power - 1) *", "rising = self.power *", f"{ORACLE} -k relu_power"),
+    Mutant("phi/powers.py", "self.power / far_z / (1 + rest), jnp", "self.power / far_z / (1 - rest), jnp", f"{ORACLE} -k relu_power"),
+    Mutant("phi/base.py", "_tangent(_log.fun, slope, primals, tangents)", "_tangent(_log.fun, curvature, primals, tangents)", f"{ORACLE} -k spherical"),
+    Mutant("phi/base.py", "    if jax.tree.leaves(live):", "    if False:", f"{TRANSFORMATIONS} -k spherical"),
     # series
     Mutant("_series.py", "total * y**2 + 1 / (2 * k + 1)", "total * y**2 + 1 / (2 * k + 3)", f"{ORACLE} -k softplus"),
     Mutant("_series.py", "return s, s * sigmoid(-z) * z_dot", "return s, s * (1 - s) * z_dot", f"{PHI} {MIXTURES}"),
@@ -91,9 +91,9 @@ MUTANTS = (
     Mutant("sums/reference.py", "return (rest + (1 - e)) / (1 + rest)", "return 1 - e / (1 + rest)", f"{ORACLE} -k confident"),
     Mutant("sums/reference.py", "jnp.where(jnp.isneginf(x), 0, centred_rate(x, x_dot, axis, axis_name))", "centred_rate(x, x_dot, axis, axis_name)", f"{EDGES} -k 'test_rows and log_softmax'"),
     Mutant("sums/reference.py", "coefficients = jnp.where(is_label, at_label, p)", "coefficients = p", f"{ORACLE} -k cross_entropy"),
-    Mutant("sums/cpu.py", "return jnp.minimum(largest, x) - peak", "return x - peak", f"{PRODUCERS} -k every_producer"),
-    Mutant("sums/cpu.py", "jnp.where(e == 0, 0, u + m), not_negative", "jnp.where(e == 0, 0, u - m), not_negative", f"{SUMS} -k equals_the_reference"),
-    Mutant("sums/cpu.py", "of_others + p_y * x_dot_y, of_kept", "of_others, of_kept", f"{SUMS} -k equals_the_reference"),
+    Mutant("sums/cpu/rows.py", "return jnp.minimum(largest, x) - peak", "return x - peak", f"{PRODUCERS} -k every_producer"),
+    Mutant("sums/cpu/rows.py", "jnp.where(e == 0, 0, u + m), not_negative", "jnp.where(e == 0, 0, u - m), not_negative", f"{SUMS} -k equals_the_reference"),
+    Mutant("sums/cpu/rates.py", "of_others + p_y * x_dot_y, of_kept", "of_others, of_kept", f"{SUMS} -k equals_the_reference"),
     # entropies and divergences
     Mutant("entropy.py", "H_dot = -class_sum(", "H_dot = class_sum(", f"{ORACLE} -k entropy"),
     Mutant("entropy.py", "x_dot, axis, axis_name) + H_dot, H_dot)", "x_dot, axis, axis_name) - H_dot, H_dot)", f"{ORACLE} -k entropy"),
@@ -117,7 +117,7 @@ MUTANTS = (
     # losses
     Mutant("losses/_cross_entropy.py", "else L_dot - of_kept /", "else L_dot + of_kept /", f"{ORACLE} -k cross_entropy"),
     Mutant("losses/_cross_entropy.py", "jnp.exp(-n), expm1(-n)", "jnp.exp(-n), jnp.exp(-n) - 1", f"{ORACLE} -k confident"),
-    Mutant("losses/_cross_entropy.py", "(1 - smoothing) * loss + smoothing", "loss + smoothing", f"{ORACLE} -k cross_entropy"),
+    Mutant("losses/_cross_entropy.py", "loss = (1 - smoothing) * zero_weightless", "loss = zero_weightless", f"{ORACLE} -k cross_entropy"),
     Mutant("losses/_cross_entropy.py", "n_near ** (gamma + 1) *", "n_near**gamma *", f"{LOSSES} -k focal"),
     Mutant("losses/_cross_entropy.py", "n - epsilon * expm1(-n)", "n + epsilon * expm1(-n)", f"{ORACLE} -k poly"),
     Mutant("losses/_cross_entropy.py", "jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)", "loss", "tests/test_labels.py -k weight_of_zero"),
@@ -130,7 +130,7 @@ MUTANTS = (
     # sparse maps, mixtures, temperatures
     Mutant("sparse.py", "-safe * log_p**2 * excess_ratio", "safe * log_p**2 * excess_ratio", SPARSE),
     Mutant("sparse.py", "(g - w * (jnp.sum(g", "(g + w * (jnp.sum(g", SPARSE),
-    Mutant("sparse.py", "        if is_label is not None:  # p_y", "        if False:  # p_y", f"{CASES} -k fenchel"),
+    Mutant("sparse.py", "        if at_label is not None:  # p_y", "        if False:  # p_y", f"{CASES} -k fenchel"),
     Mutant("sparse.py", "jnp.sqrt(safe) if power == 2", "safe if power == 2", f"{ORACLE} -k entmax15"),
     Mutant("mixtures.py", "near = far > -0.5", "near = far > 1", f"{MIXTURES} -k keeps_digits"),
     Mutant("mixtures.py", "log_p_dot + log_weights_dot", "log_p_dot - log_weights_dot", f"{MIXTURES} -k mixture {ORACLE}"),
@@ -149,12 +149,21 @@ MUTANTS = (
     Mutant("heads/_statistics.py", "total((excess + (known.mass", "total((excess - (known.mass", f"{HEADS} -k distributions"),
     Mutant("heads/_statistics.py", "at_label = expm1(-known.loss)[:, None]", "at_label = jnp.exp(-known.loss)[:, None]", f"{HEADS} -k options"),
     Mutant("heads/sampled.py", "- math.log(draws.shape[0])", "+ math.log(draws.shape[0])", SAMPLED),
-    Mutant("heads/factored.py", "jnp.where(fold, 0, K) + K_y)", "jnp.where(fold, 0, K) - K_y)", FACTORED),
+    Mutant("heads/factored/_sgd.py", "jnp.where(fold, 0, K) + K_y)", "jnp.where(fold, 0, K) - K_y)", FACTORED),
     # optimisers
     Mutant("optim.py", "(B.mv(forward(v)) / rows)", "B.mv(forward(v))", OPTIM),
     Mutant("optim.py", "_along(residual, new_size / size, direction)", "_along(residual, 0 * size, direction)", OPTIM),
     Mutant("optim.py", "_along(product(v), strength, v)", "_along(product(v), -strength, v)", OPTIM),
 )  # fmt: skip
+
+
+HEADING = """# Mutants and the tests that see them
+
+From `python tests/mutants.py --table tests/mutants.md`: each mistake, the tests that it is given to, and the first of them
+that failed. Where the last column is empty the mutant is younger than the last run: run it, and write down what saw it.
+
+| file | mistake | given to | seen by |
+|---|---|---|---|"""
 
 
 def occurrences(mutant: Mutant) -> int:
@@ -196,7 +205,7 @@ def run(mutant: Mutant, long: bool, programs: str) -> tuple[bool, str, float]:
             text=True,
             check=False,
         )
-        failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+        failed = [line[7:].split(" - ")[0] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
         said = [*done.stderr.strip().splitlines(), *done.stdout.strip().splitlines(), "nothing"]
         killer = failed[0] if failed else said[-2]
         return done.returncode == 1 and bool(failed), killer, time.perf_counter() - started
@@ -219,7 +228,7 @@ def main() -> int:
     arguments = parser.parse_args()
     wanted = [m for m in MUTANTS if not arguments.words or any(w in m.file + m.old + m.new for w in arguments.words)]
     programs = tempfile.TemporaryDirectory()
-    rows, survived = ["| file | mistake | seen by |", "|---|---|---|"], 0
+    rows, survived = [HEADING], 0
     for number, mutant in enumerate(wanted, 1):
         if occurrences(mutant) != 1:
             killed, killer, seconds = False, f"the text occurs {occurrences(mutant)} times", 0.0
@@ -228,9 +237,8 @@ def main() -> int:
         survived += not killed
         word = "killed" if killed else "SURVIVED"
         print(f"{number}/{len(wanted)} {word} {seconds:.0f} s {mutant.file}: {mutant.change}: {killer}", flush=True)
-        rows.append(
-            f"| {mutant.file} | {mutant.change.replace('|', chr(92) + '|')} | {killer if killed else '**survived**'} |"
-        )
+        cells = (mutant.file, mutant.change, mutant.killed_by, killer if killed else "**survived**")
+        rows.append("| " + " | ".join(cell.replace("|", r"\|").replace("tests/", "") for cell in cells) + " |")
     print(f"{len(wanted)} mutants, {survived} survived")
     if arguments.table:
         arguments.table.write_text("\n".join(rows) + "\n")
