@@ -45,9 +45,7 @@ def _threshold(bits: Array, weights: Array, limit: Array, axis: tuple[int, ...])
 
 
 @functools.partial(jax.jit, static_argnames="axis")
-def _is_kept(
-    x: Array, axis: tuple[int, ...], top_k: Array | None, top_p: Array | None, min_p: Array | None
-) -> Array:
+def _is_kept(x: Array, axis: tuple[int, ...], top_k: Array | None, top_p: Array | None, min_p: Array | None) -> Array:
     """Whether a class stays: by its bits among the k largest, then by the mass before it, then by e^u ≥ min_p."""
     x = lax.stop_gradient(x)
     u = difference(x, jnp.max(x, axis, keepdims=True, initial=-jnp.inf))
