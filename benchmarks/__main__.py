@@ -1,5 +1,4 @@
-"""`python -m benchmarks family | losses | gumbel | segments | heads | device | programs | lm | xla | startup`, or
-`--render`."""
+"""`python -m benchmarks NAME` measures something; `--help` names what, and `--render` writes tables and pictures."""
 
 import argparse
 import importlib
@@ -11,20 +10,20 @@ def main() -> None:
     parser.add_argument(
         "name",
         nargs="?",
-        choices=["family", "losses", "gumbel", "segments", "heads", "device", "programs", "lm", "xla", "startup"],
+        choices=["family", "losses", "gumbel", "segments", "heads", "digits", "device", "programs", "lm", "xla", "startup"],
         help="what to measure",
     )
     parser.add_argument("--device", choices=["h100", "v5e"], default="h100", help="what programs are compiled for")
     parser.add_argument("--output", type=pathlib.Path, help="the JSON to write, in benchmarks/results by default")
     parser.add_argument(
-        "--render", action="store_true", help="write the README's table and picture from the JSON files"
+        "--render", action="store_true", help="write tables and pictures of README and docs from the JSON files"
     )
     arguments = parser.parse_args()
     if not (arguments.name or arguments.render):
         parser.error("name what to measure, or --render")
     if arguments.name:
         benchmark = importlib.import_module(f"benchmarks.{arguments.name}")  # --render needs no JAX
-        if arguments.name in ("family", "losses", "gumbel", "segments", "heads", "device", "startup"):
+        if arguments.name in ("family", "losses", "gumbel", "segments", "heads", "digits", "device", "startup"):
             default = pathlib.Path(__file__).parent / "results" / f"{arguments.name}.json"
             benchmark.run(arguments.output or default)
         elif arguments.name == "programs":

@@ -1,20 +1,28 @@
-"""The README's table and picture of timings, made from the JSON files of `benchmarks/results`."""
+"""The tables and pictures of README and docs, made from the JSON files of `benchmarks/results`."""
 
 import json
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / page for page in ("README.md", "docs/benchmarks/index.md", "docs/benchmarks/language-model.md")]
+"""What has tables between `<!-- name -->` and `<!-- /name -->`."""
 PICTURE = RESULTS / "family.png"
+DIGITS = RESULTS / "digits.png"
 PROGRAMS = pathlib.Path(__file__).parent / "programs.md"
 DEVICES = pathlib.Path(__file__).parent / "device.md"
 
 
+def load_plain(name: str) -> list[dict[str, Any]]:
+    """The runs, as they are."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}*.json"))]
+
+
 def load(name: str) -> list[dict[str, Any]]:
     """The runs, with the rows that compare something of ours."""
-    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}*.json"))]
+    runs = load_plain(name)
     return [{**run, "rows": [row for row in run["rows"] if row["group"] != "limits"]} for run in runs]
 
 
@@ -92,6 +100,80 @@ def picture(runs: list[dict[str, Any]]) -> None:
     figure.savefig(PICTURE, dpi=110)
 
 
+def digits_picture(run: dict[str, Any]) -> None:
+    """Correct digits of the worst row, a panel a result."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (an extra)
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(11, 3.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(run["panels"]), sharey=True)
+    styles = (("C0", "o-", 2.5), ("C1", "s-", 1.5), ("C2", "^--", 1.5))
+    for axes, panel in zip(panels, run["panels"], strict=True):
+        for (peer, digits), (colour, style, width) in zip(panel["digits"].items(), styles, strict=False):
+            axes.plot(panel["x"], digits, style, color=colour, linewidth=width, markersize=4, label=peer)
+        if panel["name"].startswith("divergence"):
+            axes.set_xscale("log")
+            axes.invert_xaxis()
+            axes.set_xlabel("difference of the scores")
+        else:
+            axes.set_xlabel("lead over the other scores")
+        axes.set_title(panel["name"], fontsize=11)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8.5, loc="upper right" if panel["name"].startswith("divergence") else (0.41, 0.42))
+        axes.set_ylim(-0.3, 8)
+    panels[0].set_ylabel("correct digits, float32")
+    figure.savefig(DIGITS, dpi=160)
+
+
+class Measured(NamedTuple):
+    """A line of the README's table: a row of a file of results, and what of it is shown."""
+
+    what: str
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    peer: str
+    shows: str = "ratio"
+
+
+MEASURED = (
+    Measured("entropy, value and gradient", "family", "entropy, value and gradient", (256, 32768), "distrax"),
+    Measured("sparsemax, forward and backward", "losses", "sparsemax, forward and backward", (1024, 1024), "optax"),
+    Measured("1.5-entmax, forward and backward", "losses", "entmax15, forward and backward", (1024, 1024), "entmax"),
+    Measured("one draw a row", "gumbel", "one draw a row", (64, 131072), "jax.random"),
+    Measured(
+        "loss of a head, with gradients",
+        "heads",
+        "linear_cross_entropy, value and gradient",
+        (2048, 512, 131072),
+        "optax",
+        "MiB",
+    ),
+    Measured("softmax", "family", "softmax", (1024, 1024), "jax.nn"),
+)
+
+
+def measured() -> str:
+    """What to expect instead of the usual packages: digits, times and memory, each with its command."""
+    (digits,) = load_plain("digits")
+    lines = ["| | here | instead of | measured by `python -m benchmarks` |", "|---|---:|---:|---|"]
+    entropy, loss = (digits["example"][name] for name in ("entropy", "loss of the leading class"))
+    low = f"{entropy['distrax']:.3e} by distrax ({100 * (1 - entropy['distrax'] / entropy['exact']):.0f} % low)"
+    lines.append(f"| entropy of scores (0, −20), float32 | {entropy['jsoftmax']:.3e} | {low} | `digits` |")
+    lines.append(f"| loss of its first class | {loss['jsoftmax']:.3e} | {loss['optax']:g} by optax | `digits` |")
+    for line in MEASURED:
+        run = load(line.file)[0]
+        (row,) = (r for r in run["rows"] if (r["name"], tuple(r["shape"]), r["dtype"]) == (*line[2:4], "float32"))
+        shape = " × ".join(f"{n:,}" for n in line.shape)
+        if line.shows == "MiB":
+            cells = f"{row['MiB']['ours']:,.0f} MiB | {row['MiB'][line.peer]:,.0f} MiB by {line.peer}"
+        else:
+            cells = f"{row['ms']['ours']:,.1f} ms | {row['ms'][line.peer]:,.1f} ms by {line.peer}"
+        lines.append(f"| {line.what}, {shape} | {cells} | `{line.file}` |")
+    return "\n".join(lines) + "\n"
+
+
 ABOUT_PROGRAMS = """# Programs compiled for an H100 and a TPU v5e
 
 Made by `python -m benchmarks programs --device h100` (and `v5e`) and `python -m benchmarks --render`. XLA compiles for
@@ -162,14 +244,21 @@ def devices() -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
+def filled(text: str) -> str:
+    """A page with its tables made anew."""
+    names = re.findall(r"<!-- (\w+) -->", text)
+    for name in names:
+        made = {"lm": models, "measured": measured}[name]() if name in ("lm", "measured") else table(load(name))
+        between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        text = between.sub(lambda found, made=made: found[1] + made + found[2], text)
+    return text
+
+
 def render() -> None:
     PROGRAMS.write_text(programs())
     DEVICES.write_text(devices())
-    text = README.read_text()
-    tables = {name: table(load(name)) for name in ("family", "losses", "gumbel", "heads")} | {"lm": models()}
-    for name, made in tables.items():
-        between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-        text = between.sub(lambda found, made=made: found[1] + made + found[2], text)
-    README.write_text(text)
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
     picture(load("family"))
-    print(f"written: the tables in {README}, {PICTURE}")
+    digits_picture(load_plain("digits")[0])
+    print(f"written: {', '.join(str(path) for path in (*PAGES, PROGRAMS, DEVICES, PICTURE, DIGITS))}")

@@ -1,5 +1,8 @@
 """Every map from scores to probabilities, p = φ(z) / Σ φ(z), in JAX, with exact closed-form derivatives."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jsoftmax.derivatives import (
     cross_entropy_hessian,
     entropy_gradient,
@@ -32,9 +35,12 @@ from jsoftmax.sparse import entmax, entmax15, fenchel_young_loss, sparsemax
 from jsoftmax.temperature import temperature_for_entropy
 from jsoftmax.truncation import truncate
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from jsoftmax import gumbel, heads, losses, optim
 
-__all__ = [  # noqa: RUF022  (grouped as the README groups them)
+__version__ = "0.2.0"
+
+__all__ = [  # noqa: RUF022  (grouped as the guides group them)
     # functions of scores
     "entropy",
     "varentropy",
@@ -78,4 +84,21 @@ __all__ = [  # noqa: RUF022  (grouped as the README groups them)
     "relu_power",
     "from_callable",
     "PHIS",
+    # rooms, which are imported when they are first named
+    "losses",
+    "gumbel",
+    "heads",
+    "optim",
 ]
+
+_ROOMS = __all__[-4:]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"jsoftmax.{name}")
+    raise AttributeError(f"module 'jsoftmax' has no attribute {name!r}. dir(jsoftmax) lists the public names.")
+
+
+def __dir__() -> list[str]:
+    return [*sorted(__all__), "__version__"]

@@ -17,6 +17,12 @@ from jsoftmax.derivatives import cross_entropy_hessian, fisher_information
 from jsoftmax.operators import DiagonalPlusLowRank
 from jsoftmax.phi import Phi, exp
 
+__all__ = ["gauss_newton", "natural_gradient", "newton_cg"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 @public
 def gauss_newton(

@@ -226,10 +226,10 @@ EXCHANGES = [("shard_map", name) for name in COUNTS] + [("shards", name) for nam
 
 @pytest.mark.parametrize(("way", "name"), EXCHANGES)
 def test_collectives(way, name):
-    """A maximum, a sum, and the gradient of the hidden states, once: nothing in the loops, and never a gather; as the
-    README says of value, gradient and Hessian product."""
+    """A maximum, a sum, and the gradient of the hidden states, once: nothing in the loops, and never a gather; as
+    docs/guides/devices.md says of value, gradient and Hessian product."""
     row = f"| `heads.{name}` | " + " | ".join(map(str, COUNTS[name])) + " |"
-    assert row in (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    assert row in (pathlib.Path(__file__).parent.parent / "docs/guides/devices.md").read_text()
     given, labels = arrays()
     specs = (WHOLE, CLASSES_CUT, CLASSES_CUT)
     given = [jax.device_put(a, NamedSharding(mesh(), spec)) for a, spec in zip(given, specs, strict=True)]

@@ -1,4 +1,4 @@
-"""The README names every public name, its tables are the lists, and its example runs."""
+"""README and documentation: public names have their place, tables come from files, links lead there, examples run."""
 
 import pathlib
 import re
@@ -10,69 +10,170 @@ import optax
 import pytest
 
 import jsoftmax
+from benchmarks import render
 from jsoftmax import gumbel, heads, losses, optim, verify
 from jsoftmax.cli import train
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-MATH = (pathlib.Path(__file__).parent.parent / "MATH.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MATH = (ROOT / "MATH.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GUIDES = "\n".join(page.read_text() for page in sorted((ROOT / "docs/guides").glob("*.md")))
+REFERENCE = "\n".join(page.read_text() for page in sorted((ROOT / "docs/api").glob("*.md")))
+
+
+def test_the_readme_is_short_and_begins_with_use():
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    assert lines.index("```python") < 40
+    first, second, *_ = re.findall(r"```sh\n(.*?)```", README, re.S)
+    assert "jsoftmax verify" in first
+    assert "-m pytest" in second
 
 
 @pytest.mark.parametrize("name", [name for name in jsoftmax.__all__ if name != "PHIS"])
 def test_tables_are_complete(name):
-    assert re.search(rf"^\| `{name}\b", README, re.M), name
+    if name in jsoftmax._ROOMS:
+        assert f"(docs/guides/{'second-order' if name == 'optim' else name}.md)" in README
+    else:
+        assert re.search(rf"^\| `{name}\b", GUIDES, re.M), name
 
 
 def test_tables_follow_the_lists():
-    tables = README.split("## Losses")[0]
     scored = [function.name for function in verify.FUNCTIONS + verify.DERIVATIVES]
-    assert re.findall(r"^\| `(\w+)\(z", tables, re.M) == scored
-    assert re.findall(r"^\| `losses\.(\w+)\(", README, re.M) == [
-        *("cross_entropy", "focal_cross_entropy", "poly_cross_entropy"),
-        *("kl_to_target", "spherical_z_loss", "plackett_luce_log_prob"),
-    ]
-    assert set(losses.__all__) == set(re.findall(r"^\| `losses\.(\w+)\(", README, re.M))
-    listed = set(re.findall(r"^\| `gumbel\.(\w+)\(", README, re.M))
-    assert listed == {name for name in gumbel.__all__ if name.islower()}
-    listed = set(re.findall(r"^\| `heads\.(\w+)", README, re.M))
-    assert listed == {name for name in heads.__all__ if name.islower()}
+    entropy = (ROOT / "docs/guides/entropy.md").read_text()
+    assert re.findall(r"^\| `(\w+)\(z", entropy, re.M) == scored
+    for room in (losses, gumbel, heads):
+        name = room.__name__.rpartition(".")[2]
+        listed = re.findall(rf"^\| `{name}\.(\w+)", GUIDES, re.M)
+        assert set(listed) == {public for public in room.__all__ if public.islower()}
     families = list(dict.fromkeys(phi.name for phi in jsoftmax.PHIS))
-    assert re.findall(r"^\| `(\w+)[^|]*\|[^|]*\|[^|]*\| 3\.", README, re.M) == families
+    assert re.findall(r"^\| `(\w+)[^|]*\|[^|]*\|[^|]*\| 3\.", GUIDES, re.M) == families
+
+
+def test_the_reference_is_complete():
+    public = {name for name in jsoftmax.__all__ if name not in jsoftmax._ROOMS}
+    for room in (losses, gumbel, heads, optim, heads.factored, heads.adaptive):
+        inside = {"adaptive", "factored"} if room is heads else set()
+        public |= {f"{room.__name__.removeprefix('jsoftmax.')}.{name}" for name in set(room.__all__) - inside}
+    assert sorted(re.findall(r"^::: jsoftmax\.([\w.]+)$", REFERENCE, re.M)) == sorted(public | {"phi.Phi"})
 
 
 def test_results_cover_every_phi():
-    table = README.split("## Scanned digits")[1]
+    table = (ROOT / "docs/benchmarks/digits.md").read_text()
     for phi in jsoftmax.PHIS:
         assert table.count(f"| cross-entropy | {phi} |") == 2, phi
     for name in train.LOSSES:
         assert table.count(f"| {name} | ") >= 2, name
 
 
-def test_example():
+@pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.name)
+def test_tables_come_from_the_files(page):
+    assert render.filled(page.read_text()) == page.read_text(), "run python -m benchmarks --render"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)\s#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def run_examples(page):
+    """The names that the page's examples make, run one after the other."""
     names = {}
-    for code in re.findall(r"```python\n(.*?)```", README, re.S):
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S):
         exec(code, names)
+    return names
+
+
+def test_readme_example():
+    names = run_examples("README.md")
+    np.testing.assert_allclose(names["H"], [0.8323954, 4.328423e-08], rtol=1e-6)
+    np.testing.assert_allclose(names["loss"], [0.4076059, 2.0611537e-09], rtol=1e-6)
+    assert names["curvature"].shape == (2, 3, 3)
+    assert np.all(np.isfinite(names["curvature"]))
+    assert np.isnan(-jnp.sum(jax.nn.softmax(names["z"]) * jax.nn.log_softmax(names["z"]), -1)[1])
+    assert names["drawn"].shape == (1000, 2)
+    np.testing.assert_allclose(names["token_losses"], np.log(1000), rtol=1e-5)
+
+
+def test_quick_start():
+    names = run_examples("docs/quick-start.md")
+    np.testing.assert_allclose(names["H"], [0.8323954, 4.328423e-08], rtol=1e-6)
+    assert np.all(np.isfinite(names["gradient"]))
+    assert np.all(np.isfinite(names["hessians"]))
+    np.testing.assert_allclose(names["taylor"], [1 / 8.5, 2.5 / 8.5, 5 / 8.5], rtol=1e-6)
+    assert names["token_losses"].shape == (6,)
+
+
+def test_entropy_guide():
+    names = run_examples("docs/guides/entropy.md")
     assert names["hessians"].shape == (2, 3, 3)
     assert np.all(np.isfinite(names["hessians"]))
-    np.testing.assert_allclose(jsoftmax.entropy(names["z"]), jnp.array([0.8323954, 4.328423e-08]), rtol=1e-6)
-    np.testing.assert_allclose(names["p"], [0, 0.32600734, 0.67399275], rtol=1e-4)
-    np.testing.assert_allclose(jsoftmax.entropy(names["z"][0] / names["t"]), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(names["exact"], [0.8323954, 4.328423e-08], rtol=1e-6)
+    assert np.isnan(names["naive"][1])
+    np.testing.assert_allclose(names["five_percent_low"], 4.122307e-08, rtol=1e-6)
+
+
+def test_phi_guide():
+    names = run_examples("docs/guides/phi.md")
+    np.testing.assert_allclose(names["p"], [0.11764706, 0.29411766, 0.58823529], rtol=1e-6)
     np.testing.assert_allclose(names["by_theta"]["scale"], 0.36613, rtol=1e-4)
-    assert jnp.abs(jax.grad(names["value"])(names["W"], names["inputs"], names["targets"])).max() < 1e-4
+
+
+def test_losses_guide():
+    np.testing.assert_allclose(run_examples("docs/guides/losses.md")["loss"], [2.0611537e-09, 0.3132617], rtol=1e-6)
+
+
+def test_sparse_guide():
+    names = run_examples("docs/guides/sparse.md")
+    np.testing.assert_allclose(names["p"], [0, 0.32600734, 0.67399275], rtol=1e-4)
+    np.testing.assert_allclose(jsoftmax.entropy(names["z"] / names["t"]), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(names["fitted"], 3, rtol=0.15)
+
+
+def test_gumbel_guide():
+    names = run_examples("docs/guides/gumbel.md")
     np.testing.assert_allclose(jnp.bincount(names["draws"]) / 1e6, jsoftmax.softmax(names["z"][0]), atol=0.003)
     assert set(np.unique(names["soft"]).tolist()) == {0.0, 1.0}
     assert names["sample"].indices.shape == (2,)
+
+
+def test_heads_guide():
+    names = run_examples("docs/guides/heads.md")
     assert names["curved"].shape == names["by_hidden"].shape == (6, 16)
     mean = names["token_mean"](names["hidden"], names["weight"])
     np.testing.assert_allclose(-names["found"].log_prob.sum() / 4, mean, rtol=1e-6)
     assert np.isfinite(names["value_of_step"])
+    assert np.all(names["likelihood_of_labels"] < 0)
+
+
+def test_devices_guide():
+    names = run_examples("docs/guides/devices.md")
     check_step(names)
     labels = jnp.array([3, 1023, 500, 0])
     whole = jsoftmax.losses.cross_entropy(np.asarray(names["z_sharded"]), labels)
     np.testing.assert_allclose(names["loss_of_rows"], whole, rtol=1e-6)
     want = jsoftmax.gumbel.categorical(jax.random.key(0), np.asarray(names["z_sharded"]))
     np.testing.assert_array_equal(names["drawn_of_rows"], want)
-    assert np.all(names["likelihood_of_labels"] < 0)
-    np.testing.assert_allclose(names["loss"], jnp.array([2.0611537e-09, 0.3132617]), rtol=1e-6)
+
+
+def test_second_order_guide():
+    names = run_examples("docs/guides/second-order.md")
+    assert jnp.abs(jax.grad(names["value"])(names["W"], names["inputs"], names["targets"])).max() < 1e-4
+
+
+def test_coming_from():
+    names = run_examples("docs/coming-from.md")
+    log_p = np.asarray(jsoftmax.log_softmax(names["logits"]))
+    np.testing.assert_allclose(names["mean"], -(log_p[0, 0] + log_p[2, 2]) / 2, rtol=1e-6)
+    np.testing.assert_allclose(names["as_torch"], -(log_p[0, 0] + 5 * log_p[2, 2]) / 6, rtol=1e-6)
+
+
+def test_article():
+    names = run_examples("docs/article.md")
+    np.testing.assert_allclose(names["true"], names["by_autodiff"], atol=1e-6)
+    assert np.abs(names["claimed"] - names["by_autodiff"]).max() > 0.5
 
 
 def check_step(names):
@@ -94,7 +195,7 @@ def check_step(names):
     assert names["trained"]["weight"].sharding.spec == jax.sharding.PartitionSpec("classes")
 
 
-CITING = {name: getattr(jsoftmax, name) for name in jsoftmax.__all__ if name.islower()}
+CITING = {name: getattr(jsoftmax, name) for name in jsoftmax.__all__ if name.islower() and name not in jsoftmax._ROOMS}
 CITING |= {name: getattr(losses, name) for name in losses.__all__}
 CITING |= {name: getattr(gumbel, name) for name in gumbel.__all__ if name.islower()}
 CITING |= {name: getattr(heads, name) for name in heads.__all__ if name.islower()}

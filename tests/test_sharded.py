@@ -165,7 +165,7 @@ def test_plain_jit(name, classes):
 
 
 def test_blocks_fit_devices():
-    """The numbers of classes that the README names: each of 8 devices has whole blocks, or not."""
+    """The numbers of classes that docs/guides/devices.md names: each of 8 devices has whole blocks, or not."""
     fits = {classes: classes % (8 * block_length(classes)) == 0 for classes in (1000, 32000, 50304, 151936, 50264)}
     assert fits == {1000: True, 32000: True, 50304: True, 151936: True, 50264: False}
 

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import math
 import operator
+import re
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar, cast
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Bool
 
 Axis = int | tuple[int, ...] | None
 
@@ -96,8 +99,39 @@ def public(f: _Function) -> _Function:
         return compiled(*args, **keywords) if plain else f(*args, **keywords)
 
     # with the globals of f, by which doctest tells the functions of a module
-    wrapper = types.FunctionType(call.__code__, f.__globals__, f.__name__, None, call.__closure__)
-    return cast("_Function", functools.wraps(f)(wrapper))
+    wrapper = functools.wraps(f)(types.FunctionType(call.__code__, f.__globals__, f.__name__, None, call.__closure__))
+    wrapper.__signature__ = _short(inspect.signature(f))  # pyright: ignore[reportFunctionMemberAccess]
+    return cast("_Function", wrapper)
+
+
+class _Words:
+    """An annotation as `help` shows it."""
+
+    def __init__(self, annotation: Any) -> None:
+        written = inspect.formatannotation(annotation)
+        self.text = _UNIONS.get(written, re.sub(r"\b(?:\w+\.)+(?=\w)", "", written))
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+_UNIONS = {
+    inspect.formatannotation(union): words
+    for words, union in {
+        "ArrayLike": ArrayLike,
+        "ArrayLike | None": ArrayLike | None,
+        "Bool[ArrayLike, '...'] | None": Bool[ArrayLike, "..."] | None,
+    }.items()
+}
+"""Unions that Python writes out, by the words of the source."""
+
+
+def _short(signature: inspect.Signature) -> inspect.Signature:
+    """A signature for `help`, with annotations in the words of the source."""
+    return signature.replace(
+        parameters=[p.replace(annotation=_Words(p.annotation)) for p in signature.parameters.values()],
+        return_annotation=_Words(signature.return_annotation),
+    )
 
 
 def as_scores(function: str, argument: str, z: Any) -> jax.Array:

@@ -27,3 +27,7 @@ __all__ = [
     "reinmax",
     "subset_softmax",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -30,3 +30,7 @@ __all__ = [
     "quadratic_cross_entropy",
     "sampled_cross_entropy",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

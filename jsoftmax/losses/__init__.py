@@ -13,3 +13,7 @@ __all__ = [
     "poly_cross_entropy",
     "spherical_z_loss",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -20,3 +20,7 @@ __all__ = [
     "to_state",
     "to_torch",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

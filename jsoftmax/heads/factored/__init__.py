@@ -17,3 +17,7 @@ __all__ = [
     "to_weight",
     "z_loss",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,60 @@
+"""A hook of mkdocs: the site's pages that stand elsewhere in the repository, and links between files as on disk."""
+
+import base64
+import json
+import pathlib
+import posixpath
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = pathlib.Path(__file__).parent.parent
+ELSEWHERE = ("MATH.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/*.md", "benchmarks/results/*.png")
+LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)]*)?\))")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add them, under the path that they have in the repository; a notebook as Markdown and its pictures."""
+    for pattern in ELSEWHERE:
+        for path in sorted(ROOT.glob(pattern)):
+            name = path.relative_to(ROOT).as_posix()
+            files.append(File.generated(config, name, abs_src_path=str(path)))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for name, content in notebook(path):
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
+    return files
+
+
+def notebook(path: pathlib.Path) -> Iterator[tuple[str, str | bytes]]:
+    """The files that show a notebook."""
+    parts = []
+    for number, cell in enumerate(json.loads(path.read_text())["cells"]):
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            text = "".join(output.get("text", data.get("text/plain", "")))
+            if "image/png" in data:
+                name = f"{path.stem}-{number}.png"
+                yield name, base64.b64decode(data["image/png"])
+                parts.append(f"![the picture that the code above draws]({name})")
+            elif text:
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    yield f"{path.stem}.md", "\n\n".join(parts) + "\n"
+
+
+def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
+    """A link to a file of the repository, written as on disk, becomes one to its page."""
+    source = page.file.abs_src_path or str(ROOT / page.file.src_uri)
+    pages = {str(pathlib.Path(f.abs_src_path).resolve()): f.src_uri for f in files if f.abs_src_path}
+    pages |= {str(path): f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
+
+    def link(found: re.Match[str]) -> str:
+        uri = pages.get(str((pathlib.Path(source).parent / found[2]).resolve()))
+        if uri is None:
+            return found[0]
+        return found[1] + posixpath.relpath(uri, posixpath.dirname(page.file.src_uri)) + found[3]
+
+    return LINK.sub(link, markdown)

@@ -1,0 +1,47 @@
+"""What a user sees: `dir()` holds public names alone, rooms are reached by attribute, signatures are short."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import jsoftmax as js
+
+NAMESPACES = ("losses", "gumbel", "heads", "heads.adaptive", "heads.factored", "optim")
+
+
+@pytest.mark.parametrize("name", NAMESPACES)
+def test_dir_holds_public_names_alone(name):
+    module = importlib.import_module(f"jsoftmax.{name}")
+    assert sorted(dir(module)) == sorted(module.__all__)
+    assert all(hasattr(module, public) for public in module.__all__)
+    assert not [public for public in module.__all__ if public.startswith("_")]
+
+
+def test_dir_of_the_package():
+    assert sorted(dir(js)) == sorted([*js.__all__, "__version__"])
+    assert all(hasattr(js, public) for public in js.__all__)
+
+
+def test_rooms_are_imported_when_they_are_named():
+    code = (
+        "import sys, jsoftmax as js\n"
+        "rooms = [m for m in sys.modules if m.startswith(('jsoftmax.heads', 'jsoftmax.gumbel', 'jsoftmax.losses'))]\n"
+        "assert not rooms, rooms\n"
+        "js.losses.cross_entropy, js.gumbel.categorical, js.heads.factored.init, js.optim.newton_cg\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"jsoftmax.*no_such_name.*dir\(jsoftmax\)"):
+        _ = js.no_such_name
+
+
+def test_help_has_short_annotations():
+    signature = str(inspect.signature(js.softmax))
+    assert "z: ArrayLike, axis" in signature
+    assert "where: Bool[ArrayLike, '...'] | None = None" in signature
+    assert "numpy" not in str(inspect.signature(js.heads.linear_cross_entropy))
