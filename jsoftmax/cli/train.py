@@ -108,7 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="optax's (default adam)")
     parser.add_argument("--learning-rate", type=float, default=1e-2, metavar="R", help="for all alike (default 0.01)")
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="draw the test losses over the epochs")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, as in the README")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the tables as Markdown, as in docs/benchmarks/digits.md"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -328,7 +330,7 @@ def _cells(result: Result) -> list[str]:
 
 
 _COLUMNS = ("model", "loss", "φ", "accuracy, %", "NLL, nats", "entropy, nats")
-_LEFT = ("model", "loss", "φ", "optimiser")
+_LEFT = ("model", "loss", "φ", "optimiser", "φ of cross-entropy, or loss")
 
 
 _RUN_COLUMNS = ("optimiser", "iterations", "ms", "objective, nats")
@@ -348,11 +350,12 @@ def _table(columns: tuple[str, ...], title: str | None = None) -> Table:
 
 
 def _results_table(results: list[Result]) -> Table:
-    table = _table(_COLUMNS[1:])
+    table = _table(("φ of cross-entropy, or loss", *_COLUMNS[3:]))
     for before, result in zip([None, *results], results, strict=False):
         if before is None or before.model != result.model:
             table.add_row(f"[bold]{result.model}[/]")
-        table.add_row(*_cells(result)[1:])
+        by_phi = result.phi if result.loss == "cross-entropy" else ", ".join(filter(None, (result.loss, result.phi)))
+        table.add_row(by_phi, *_cells(result)[3:])
     return table
 
 

@@ -30,7 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare, print, write; 1 if anything misses."""
     console = Console()
     about = environment()
-    console.print(" · ".join(f"{name} {value}" for name, value in about.items()))
+    told = [f"{name} {value}" for name, value in about.items()]
+    console.print(" · ".join(told[:2]), " · ".join(told[2:]), sep="\n")
     started = time.perf_counter()
     cells: list[verify.Cell] = []
     sure: list[verify.Sure] = []
