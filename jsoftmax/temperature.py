@@ -109,8 +109,8 @@ def temperature_for_entropy(
 
     entropy(z/t) = target;   ∂H/∂ log t = Σ p c s z/t, ∂t/∂target = t/(∂H/∂ log t)     (MATH 9.3)
 
-    For t-SNE's perplexity (target = log perplexity), or exploration that keeps its randomness. To calibrate a classifier,
-    fit t to held-out labels instead: minimise the mean of `losses.cross_entropy(logits / t, labels)`.
+    For t-SNE's perplexity (target = log perplexity), or exploration that keeps its randomness. To calibrate a
+    classifier, fit t to held-out labels instead: minimise the mean of `losses.cross_entropy(logits / t, labels)`.
 
     Args:
       z: scores `[..., K]`, any floating dtype; integers promote.
