@@ -195,11 +195,11 @@ def softmax(
       phi: the positive map φ.
       log_weights: log w, broadcastable to `z`: a prior, a reference measure, a sampling correction; −inf leaves a
         class out. Differentiable.
-      axis_name: the axis of `jax.shard_map` or `jax.vmap(axis_name=…)` over which the classes are sharded: each device
-        gives its own part of `z`, `where` and `log_weights` and gets its part of the result, and devices exchange
-        numbers of rows only (MATH 13.2). Inside shard_map gradients are right with check_vma (its default); without
-        it, and inside vmap, a gradient taken inside is that of the sum over the devices, and an array that is the same
-        on all, an error else, counts as often as there are devices.
+      axis_name: the axis of `jax.shard_map` or `jax.vmap(axis_name=…)` over which the classes are sharded. Each device
+        gives its own part of `z`, `where` and `log_weights` and gets its part of the result; devices exchange only a
+        few numbers for each row (MATH 13.2). Gradients taken inside shard_map are right with check_vma, its default.
+        Without it, and inside vmap, they are those of the sum over the devices; an array that must be the same on all
+        devices then counts once for each of them.
     Returns: the shape and dtype of `z`; computed in float32 at least; within |u| + 4 ulp, u = x − max x (MATH 4).
       A class left out, or with a score of −inf, has p = 0 and derivatives 0; so have all classes of an empty row
       (jax.nn gives NaN). A score of +inf or NaN, or one outside φ's domain, makes its row NaN.

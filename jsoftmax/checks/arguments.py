@@ -99,8 +99,9 @@ def public(f: _Function) -> _Function:
         return compiled(*args, **keywords) if plain else f(*args, **keywords)
 
     # with the globals of f, by which doctest tells the functions of a module
-    wrapper = functools.wraps(f)(types.FunctionType(call.__code__, f.__globals__, f.__name__, None, call.__closure__))
-    wrapper.__signature__ = _short(inspect.signature(f))  # pyright: ignore[reportFunctionMemberAccess]
+    same = types.FunctionType(call.__code__, f.__globals__, f.__name__, None, call.__closure__)
+    wrapper: Any = functools.wraps(f)(same)
+    wrapper.__signature__ = _short(inspect.signature(f))
     return cast("_Function", wrapper)
 
 
@@ -115,15 +116,18 @@ class _Words:
         return self.text
 
 
-_UNIONS = {
-    inspect.formatannotation(union): words
-    for words, union in {
-        "ArrayLike": ArrayLike,
-        "ArrayLike | None": ArrayLike | None,
-        "Bool[ArrayLike, '...'] | None": Bool[ArrayLike, "..."] | None,
-    }.items()
-}
-"""Unions that Python writes out, by the words of the source."""
+def _unions(a: ArrayLike, b: ArrayLike | None, c: Bool[ArrayLike, "..."] | None) -> None:
+    """Has the annotations that Python writes out in full."""
+
+
+_UNIONS = dict(
+    zip(
+        (inspect.formatannotation(p.annotation) for p in inspect.signature(_unions).parameters.values()),
+        ("ArrayLike", "ArrayLike | None", "Bool[ArrayLike, '...'] | None"),
+        strict=True,
+    )
+)
+"""What Python writes of these, and the words of the source."""
 
 
 def _short(signature: inspect.Signature) -> inspect.Signature:
