@@ -169,7 +169,7 @@ def measured() -> str:
         if line.shows == "MiB":
             cells = f"{row['MiB']['ours']:,.0f} MiB | {row['MiB'][line.peer]:,.0f} MiB by {line.peer}"
         else:
-            cells = f"{row['ms']['ours']:,.1f} ms | {row['ms'][line.peer]:,.1f} ms by {line.peer}"
+            cells = f"{row['ms']['ours']:,.3g} ms | {row['ms'][line.peer]:,.3g} ms by {line.peer}"
         lines.append(f"| {line.what}, {shape} | {cells} | `{line.file}` |")
     return "\n".join(lines) + "\n"
 

@@ -80,7 +80,8 @@ def _all_plain(arguments: Iterable[tuple[str, Any]]) -> bool:
 def public(f: _Function) -> _Function:
     """A public function: outside `jit` one compiled program of its checks and its arithmetic, where the arguments let
     it be; an unexpected keyword of PyTorch's, and of others, is answered with ours."""
-    parameters = inspect.signature(f).parameters
+    signature = inspect.signature(f)
+    parameters = signature.parameters
     names, all_plain = tuple(parameters), _all_plain
     compiled = jax.jit(f, static_argnames=tuple(_STATIC & parameters.keys()))
     foreign = {name: ours for name, ours in _OTHERS_NAMES.items() if name not in parameters}
@@ -101,41 +102,45 @@ def public(f: _Function) -> _Function:
     # with the globals of f, by which doctest tells the functions of a module
     same = types.FunctionType(call.__code__, f.__globals__, f.__name__, None, call.__closure__)
     wrapper: Any = functools.wraps(f)(same)
-    wrapper.__signature__ = _short(inspect.signature(f))
+    wrapper.__signature__ = _Signature(list(parameters.values()), return_annotation=signature.return_annotation)
     return cast("_Function", wrapper)
 
 
+class _Signature(inspect.Signature):
+    """A signature that `help` shows in the words of the source; they are made when they are shown."""
+
+    def _in_words(self) -> inspect.Signature:
+        shown = [p.replace(annotation=_Words(p.annotation)) for p in self.parameters.values()]
+        return inspect.Signature(shown, return_annotation=_Words(self.return_annotation))
+
+    def __str__(self) -> str:
+        return str(self._in_words())
+
+    def format(self, **options: Any) -> str:
+        """What Python 3.13 calls for `help`."""
+        return self._in_words().format(**options)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class _Words:
-    """An annotation as `help` shows it."""
+    """An annotation that is written as in the source."""
 
     def __init__(self, annotation: Any) -> None:
-        written = inspect.formatannotation(annotation)
-        self.text = _UNIONS.get(written, re.sub(r"\b(?:\w+\.)+(?=\w)", "", written))
+        self.annotation = annotation
 
     def __repr__(self) -> str:
-        return self.text
+        written = inspect.formatannotation(self.annotation)
+        return _written_unions().get(written, re.sub(r"\b(?:\w+\.)+(?=\w)", "", written))
 
 
-def _unions(a: ArrayLike, b: ArrayLike | None, c: Bool[ArrayLike, "..."] | None) -> None:
-    """Has the annotations that Python writes out in full."""
+@functools.cache
+def _written_unions() -> dict[str, str]:
+    """What Python writes of unions, and the words of the source."""
 
+    def f(a: ArrayLike, b: ArrayLike | None, c: Bool[ArrayLike, "..."] | None) -> None: ...
 
-_UNIONS = dict(
-    zip(
-        (inspect.formatannotation(p.annotation) for p in inspect.signature(_unions).parameters.values()),
-        ("ArrayLike", "ArrayLike | None", "Bool[ArrayLike, '...'] | None"),
-        strict=True,
-    )
-)
-"""What Python writes of these, and the words of the source."""
-
-
-def _short(signature: inspect.Signature) -> inspect.Signature:
-    """A signature for `help`, with annotations in the words of the source."""
-    return signature.replace(
-        parameters=[p.replace(annotation=_Words(p.annotation)) for p in signature.parameters.values()],
-        return_annotation=_Words(signature.return_annotation),
-    )
+    words = ("ArrayLike", "ArrayLike | None", "Bool[ArrayLike, '...'] | None")
+    written = (inspect.formatannotation(p.annotation) for p in inspect.signature(f).parameters.values())
+    return dict(zip(written, words, strict=True))
 
 
 def as_scores(function: str, argument: str, z: Any) -> jax.Array:
