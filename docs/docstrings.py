@@ -1,10 +1,15 @@
 """An extension of griffe: Markdown of the docstrings' layout, which CONTRIBUTING.md describes."""
 
+import pathlib
 import re
 from typing import Any
 
 import griffe
+from markdown.extensions.toc import slugify
 
+MATH = (pathlib.Path(__file__).parent.parent / "MATH.md").read_text()
+ANCHORS = {n: slugify(f"{n}. {title}", "-") for n, title in re.findall(r"^## (\d+)\. (.*)$", MATH, re.M)}
+CITED = re.compile(r" {4,}(\(MATH \d.*?\))$", re.M)
 SECTIONS = re.compile(r"^(Args|Returns|Raises|Source):[ \t]*", re.M)
 
 
@@ -17,21 +22,22 @@ def markdown(text: str) -> str:
         made.append(_arguments(body) if title == "Args" else _prose(f"**{title}:** " + _dedent(body)))
     if examples:
         made.append(f"```pycon\n{examples.rstrip()}\n```")
-    return "\n\n".join(part.strip("\n") for part in made)
+    text = "\n\n".join(part.strip("\n") for part in made)
+    return re.sub(r"MATH ((\d+)(?:\.\d+)?)", lambda found: f"MATH [{found[1]}](../MATH.md#{ANCHORS[found[2]]})", text)
 
 
 def _prose(text: str) -> str:
-    """Paragraphs; one that cites a row of MATH.md is a formula and keeps its lines, as does one that is indented."""
+    """Paragraphs. One that ends with rows of MATH.md is a formula: it keeps its lines, as one that is indented does."""
     made = []
     for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
         lines = paragraph.splitlines()
-        indented = all(line.startswith("    ") for line in lines)
-        is_formula = re.search(r" {4,}\(MATH [\d., to]+.*\)$", paragraph, re.S) and not paragraph.startswith("**")
-        if indented or is_formula:
-            made.append("```text\n" + "\n".join(line.removeprefix("    ") for line in lines) + "\n```")
+        if all(line.startswith("    ") for line in lines) or CITED.search(lines[-1]):
+            cited = "; ".join(CITED.findall(paragraph))
+            plain = (CITED.sub("", line).removeprefix("    ") for line in lines)
+            made += ["```text\n" + "\n".join(plain) + "\n```", cited]
         else:
             made.append(paragraph)
-    return "\n\n".join(made)
+    return "\n\n".join(filter(None, made))
 
 
 def _arguments(body: str) -> str:

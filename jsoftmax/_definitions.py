@@ -1,4 +1,4 @@
-"""Every function beside its plain definition: the lists that the oracle, the tests and the README iterate over."""
+"""Every function beside its plain definition: the lists that the oracle, the tests and the guides iterate over."""
 
 import dataclasses
 import functools
@@ -137,7 +137,7 @@ FUNCTIONS = (
     Function("log_softmax", log_softmax, plain_log_softmax, empty=-math.inf, keeps_of_many=2),
     Function("log_normalizer", log_normalizer, plain_log_normalizer, empty=-math.inf),
 )
-"""The one list of functions: tests, `verify` and the README's table iterate over it."""
+"""The one list of functions: tests, `verify` and the guides' tables iterate over it."""
 
 
 def _dense(f: Callable[..., Any]) -> Callable[..., Any]:
