@@ -58,7 +58,7 @@ class Docstrings(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Once the package is loaded."""
-        for module in (pkg["phi"], pkg["phis"]):
+        for module in pkg["phi"].modules.values():
             for attribute in module.attributes.values():
                 made_by = re.fullmatch(r"(\w+)\(\)", str(attribute.value))
                 if made_by and made_by[1] in module.members:

@@ -36,7 +36,7 @@ from jsoftmax.temperature import temperature_for_entropy
 from jsoftmax.truncation import truncate
 
 if TYPE_CHECKING:
-    from jsoftmax import gumbel, heads, losses, optim
+    from jsoftmax import gumbel, heads, losses, optim, segments
 
 __version__ = "0.2.0"
 
@@ -86,12 +86,13 @@ __all__ = [  # noqa: RUF022  (grouped as the guides group them)
     "PHIS",
     # rooms, which are imported when they are first named
     "losses",
+    "segments",
     "gumbel",
     "heads",
     "optim",
 ]
 
-_ROOMS = __all__[-4:]
+_ROOMS = __all__[-5:]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,10 @@ from jsoftmax.sums.reference import complement_of, exponential, rest_of
 __all__ = ["segment_entropy", "segment_log_normalizer", "segment_log_softmax", "segment_softmax"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 class Layout(NamedTuple):
     """What of the rows shapes a program."""
 

@@ -9,7 +9,7 @@ import pytest
 
 import jsoftmax as js
 
-NAMESPACES = ("losses", "gumbel", "heads", "heads.adaptive", "heads.factored", "optim")
+NAMESPACES = ("losses", "gumbel", "heads", "heads.adaptive", "heads.factored", "segments", "optim")
 
 
 @pytest.mark.parametrize("name", NAMESPACES)

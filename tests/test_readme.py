@@ -11,7 +11,7 @@ import pytest
 
 import jsoftmax
 from benchmarks import render
-from jsoftmax import gumbel, heads, losses, optim, verify
+from jsoftmax import gumbel, heads, losses, optim, segments, verify
 from jsoftmax.cli import train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -43,7 +43,7 @@ def test_tables_follow_the_lists():
     scored = [function.name for function in verify.FUNCTIONS + verify.DERIVATIVES]
     entropy = (ROOT / "docs/guides/entropy.md").read_text()
     assert re.findall(r"^\| `(\w+)\(z", entropy, re.M) == scored
-    for room in (losses, gumbel, heads):
+    for room in (losses, segments, gumbel, heads):
         name = room.__name__.rpartition(".")[2]
         listed = re.findall(rf"^\| `{name}\.(\w+)", GUIDES, re.M)
         assert set(listed) == {public for public in room.__all__ if public.islower()}
@@ -53,7 +53,7 @@ def test_tables_follow_the_lists():
 
 def test_the_reference_is_complete():
     public = {name for name in jsoftmax.__all__ if name not in jsoftmax._ROOMS}
-    for room in (losses, gumbel, heads, optim, heads.factored, heads.adaptive):
+    for room in (losses, segments, gumbel, heads, optim, heads.factored, heads.adaptive):
         inside = {"adaptive", "factored"} if room is heads else set()
         public |= {f"{room.__name__.removeprefix('jsoftmax.')}.{name}" for name in set(room.__all__) - inside}
     assert sorted(re.findall(r"^::: jsoftmax\.([\w.]+)$", REFERENCE, re.M)) == sorted(public | {"phi.Phi"})
@@ -129,7 +129,14 @@ def test_sparse_guide():
     names = run_examples("docs/guides/sparse.md")
     np.testing.assert_allclose(names["p"], [0, 0.32600734, 0.67399275], rtol=1e-4)
     np.testing.assert_allclose(jsoftmax.entropy(names["z"] / names["t"]), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(names["nucleus"], [0.625, 0.375, 0, 0], rtol=1e-6)
     np.testing.assert_allclose(names["fitted"], 3, rtol=0.15)
+
+
+def test_segments_guide():
+    names = run_examples("docs/guides/segments.md")
+    np.testing.assert_allclose(names["p"], [0.2119416, 0.5761169, 1, 0.2119416], rtol=1e-6)
+    np.testing.assert_allclose(names["H"], [jsoftmax.entropy(jnp.array([0.0, 1.0, 0.0])), 0], rtol=1e-6)
 
 
 def test_gumbel_guide():
@@ -196,6 +203,7 @@ def check_step(names):
 
 
 CITING = {name: getattr(jsoftmax, name) for name in jsoftmax.__all__ if name.islower() and name not in jsoftmax._ROOMS}
+CITING |= {name: getattr(segments, name) for name in segments.__all__}
 CITING |= {name: getattr(losses, name) for name in losses.__all__}
 CITING |= {name: getattr(gumbel, name) for name in gumbel.__all__ if name.islower()}
 CITING |= {name: getattr(heads, name) for name in heads.__all__ if name.islower()}
