@@ -10,7 +10,10 @@ def main() -> None:
     parser.add_argument(
         "name",
         nargs="?",
-        choices=["family", "losses", "gumbel", "segments", "heads", "digits", "device", "programs", "lm", "xla", "startup"],
+        choices=[
+            *("family", "losses", "gumbel", "segments", "heads", "digits", "startup"),
+            *("device", "programs", "lm", "xla"),
+        ],
         help="what to measure",
     )
     parser.add_argument("--device", choices=["h100", "v5e"], default="h100", help="what programs are compiled for")

@@ -72,6 +72,15 @@ def test_tables_come_from_the_files(page):
     assert render.filled(page.read_text()) == page.read_text(), "run python -m benchmarks --render"
 
 
+def test_the_picture_shows_what_its_text_says():
+    (run,) = render.load_plain("digits")
+    *small, _ = run["panels"]
+    for panel in small:
+        assert min(panel["digits"]["jsoftmax"]) > 6.4, panel["name"]
+        for peer in set(panel["digits"]) - {"jsoftmax"}:
+            assert min(panel["digits"][peer]) < 1.5, (panel["name"], peer)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)\s#:]+)(?:#[^)]*)?\)", page.read_text()):
