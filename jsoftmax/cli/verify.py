@@ -84,7 +84,7 @@ def _table(cells: list[verify.Cell], autodiff: bool) -> Table:
     table = Table(
         title=f"Worst relative error against many digits\nleft: {wide}, right: float32; ! is a miss{also}",
         box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
+        padding=0,
         pad_edge=False,
     )
     table.add_column("", max_width=28, overflow="fold")
