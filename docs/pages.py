@@ -11,7 +11,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).parent.parent
-ELSEWHERE = ("MATH.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/*.md", "benchmarks/results/*.png")
+ELSEWHERE = ("MATH.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/*.md", "benchmarks/results/*.png", "tests/*.md")
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)]*)?\))")
 
 

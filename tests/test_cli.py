@@ -47,7 +47,7 @@ def test_tables_fit_80_columns():
         train.Result("network", name, phi, once, 10 * once, once, once)
         for name, phi in [("cross-entropy", str(phi)) for phi in js.PHIS] + [("soft-margin", "exp"), ("Z-loss", "")]
     ]
-    by_phi = [printed(command._table(cells)), printed(train._results_table(results))]
+    by_phi = [printed(command._table(cells, True)), printed(train._results_table(results))]
     errata = printed(command._errata_table([(erratum, 1.2, 1e-16) for erratum in verify.ERRATA]))
     runs = printed(train._runs_table([train.Run("damped Newton–CG", 4, 1.0, 0.25)]))
     for lines in (*by_phi, errata, runs):
