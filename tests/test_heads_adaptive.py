@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from platforms import as_on_accelerators
 
 import jsoftmax as js
 from jsoftmax import verify
-from jsoftmax.heads import adaptive
+from jsoftmax.heads import _check, adaptive
 from jsoftmax.heads.adaptive import CostModel, _blocks, _plan
 
 KEY = jax.random.key(0)
@@ -152,6 +153,36 @@ def test_any_labels():
     for labels in MIXED.values():
         y = jnp.asarray(labels, jnp.int32)
         assert_close(f(params, h, y), g(params, h, y), rtol=2e-5, atol=2e-5)
+
+
+def in_all_modes(params, h, labels, phi=js.exp, **options):
+    """Value, gradient, jvp and Hessian product in weights and hidden vectors."""
+
+    def total(params, h):
+        value = adaptive.log_prob(params, h, labels, phi=phi, **options)
+        return weighted(jnp.where(jnp.isnan(value), 0, value)), value
+
+    along = jax.tree.map(lambda a: jnp.cos(3 * a.astype(jnp.float32)).astype(a.dtype), (params, h))
+    gradient, hvp, value = jax.jvp(jax.grad(total, (0, 1), has_aux=True), (params, h), along, has_aux=True)
+    return value, jax.jvp(lambda *a: total(*a)[1], (params, h), along)[1], gradient, hvp
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("labels", MIXED.values(), ids=MIXED)
+def test_as_on_accelerators(labels, dtype, monkeypatch):
+    """Tails of none, few or all rows are what blocks of rows are, in derivatives too: to the digits of the dtype."""
+    given = make(dtype), jnp.asarray(H, dtype), jnp.asarray(labels, jnp.int32).at[3].set(-100).at[4].set(CLASSES)
+    jax.clear_caches()
+    wanted = jax.jit(functools.partial(in_all_modes, ignore_label=-100))(*given)
+    monkeypatch.setattr(_check, "_ACCELERATOR_SCORES", ROWS * 5)  # several blocks of classes
+    as_on_accelerators(monkeypatch)
+    jax.clear_caches()
+    found = jax.jit(functools.partial(in_all_modes, ignore_label=-100))(*given)
+    jax.clear_caches()
+    tolerance = 1e-5 if dtype == "float32" else 0.03
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        scale = np.nanmax(np.abs(np.float32(want)))
+        np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=tolerance, atol=tolerance * scale)
 
 
 def test_shapes_and_batches():

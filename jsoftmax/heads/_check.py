@@ -164,8 +164,13 @@ def _with_accelerator_block(given: CheckedHead, chunks: int, chunk: int) -> Chec
     tokens = given.head.hidden.shape[0]
     if not tokens:
         return given
-    classes = chunk * _near_divisor(chunks, max(1, _ACCELERATOR_SCORES // (tokens * chunk)))
+    classes = chunk * classes_of_block(tokens * chunk, chunks)
     return given._replace(plan=given.plan._replace(accelerator_block=(tokens, classes)))
+
+
+def classes_of_block(tokens: int, classes: int) -> int:
+    """How many classes make a block of _ACCELERATOR_SCORES, a divisor where one is near."""
+    return _near_divisor(classes, max(1, _ACCELERATOR_SCORES // tokens))
 
 
 def _check_floating(function: str, argument: str, a: Any) -> Array:

@@ -19,6 +19,7 @@ from jsoftmax.heads._head import cut
 from jsoftmax.heads._linear import precise
 from jsoftmax.heads.adaptive import _blocks
 from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail, check_params
+from jsoftmax.heads.adaptive._streamed import Rows, streamed_loss
 from jsoftmax.losses._cross_entropy import negative_log_p
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp, log_phi
@@ -46,6 +47,11 @@ def _check(function: str, params: Any, hidden: Any, phi: Any) -> tuple[AdaptiveP
     return AdaptiveParams(params.head.astype(dtype), bias, tails), h.reshape(-1, d).astype(dtype), h.shape[:-1]
 
 
+def _dtype(params: AdaptiveParams, hidden: Any) -> Any:
+    """The widest of the factors' dtypes."""
+    return functools.reduce(jnp.promote_types, [jnp.asarray(a).dtype for a in jax.tree.leaves((params, hidden))])
+
+
 def _head_scores(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
     """x = ψ of the frequent classes, then of the tails."""
     o = precise(hidden, params.head.T)
@@ -62,11 +68,12 @@ def _last(x: Array) -> tuple[int, ...]:
     return (x.ndim - 1,)
 
 
-@jax.jit
-def _log_prob(params: AdaptiveParams, phi: Phi, hidden: Array, labels: Array, where: Array | None) -> Array:
-    """`[rows]`; the rows of each tail in blocks of their own."""
+@functools.partial(jax.jit, static_argnames="dtype")
+def _log_prob(  # noqa: PLR0917  (as its caller has them)
+    params: AdaptiveParams, phi: Phi, hidden: Array, labels: Array, where: Array | None, dtype: Any
+) -> Array:
+    """`[rows]`; products on GPUs and TPUs are of factors in the dtype."""
     *starts, classes = params.cutoffs
-    count = len(params.tails)
     if where is not None:  # rows left out may hold anything
         hidden, labels = maps.zero_where(~where[:, None], hidden), jnp.where(where, labels, 0)
     known, valid = in_range(labels, classes)
@@ -75,21 +82,30 @@ def _log_prob(params: AdaptiveParams, phi: Phi, hidden: Array, labels: Array, wh
     known = known.astype(jnp.int32)
     in_tail = kept & (cluster > 0)
     tail = jnp.maximum(cluster - 1, 0)
-    of_head = jnp.where(in_tail, params.cutoffs[0] + tail, jnp.where(valid & (cluster == 0), known, 0))
-    loss = negative_log_p(_head_scores(params, phi, hidden), of_head[:, None])[:, 0]
-    if count and labels.size:
-        layout = _blocks.lay_out(jnp.where(in_tail, tail, count), count, _blocks.block_length(labels.size))
-        inside = jnp.where(in_tail, known - jnp.asarray(starts, jnp.int32)[tail], 0)
-        inside = jnp.where(layout.taken, inside[layout.row], 0)
-        rows = maps.zero_where(~layout.taken[..., None], hidden[layout.row])
+    column = jnp.where(in_tail, params.cutoffs[0] + tail, jnp.where(valid & (cluster == 0), known, 0))
+    inside = known - jnp.asarray(starts, jnp.int32)[tail] if starts else known
+    rows = Rows(column, jnp.where(in_tail, tail, len(params.tails)), jnp.where(in_tail, inside, 0))
+    elsewhere = functools.partial(streamed_loss, dtype=dtype)
+    loss = lax.platform_dependent(params, phi, hidden, rows, cpu=_loss_in_blocks, default=elsewhere)
+    log_prob = jnp.where(valid, -loss, jnp.nan)
+    return log_prob if where is None else jnp.where(where, log_prob, 0)
+
+
+def _loss_in_blocks(params: AdaptiveParams, phi: Phi, hidden: Array, rows: Rows) -> Array:
+    """−l_y `[rows]`; the rows of each tail in blocks of their own."""
+    count = len(params.tails)
+    loss = negative_log_p(_head_scores(params, phi, hidden), rows.column[:, None])[:, 0]
+    if count and loss.size:
+        layout = _blocks.lay_out(rows.tail, count, _blocks.block_length(loss.size))
+        inside = jnp.where(layout.taken, rows.inside[layout.row], 0)
+        of_blocks = maps.zero_where(~layout.taken[..., None], hidden[layout.row])
         by_block = jnp.zeros(layout.row.shape, loss.dtype)
         for i, (projection, weight) in enumerate(params.tails):
             active = layout.group == i
-            a = _blocks.project(projection, rows, active)
+            a = _blocks.project(projection, of_blocks, active)
             by_block = by_block + _blocks.tail_loss(weight, phi, a, inside, active).loss
-        loss = loss + jnp.where(in_tail, jnp.where(layout.taken, by_block, 0).reshape(-1)[layout.place], 0)
-    log_prob = jnp.where(valid, -loss, jnp.nan)
-    return log_prob if where is None else jnp.where(where, log_prob, 0)
+        loss = loss + jnp.where(rows.tail < count, jnp.where(layout.taken, by_block, 0).reshape(-1)[layout.place], 0)
+    return loss
 
 
 @public
@@ -137,7 +153,7 @@ def log_prob(
     if ignore_label is not None:
         mask = y != ignore_label if mask is None else mask & (y != ignore_label)
     mask = None if mask is None else jnp.broadcast_to(mask, shape).reshape(-1)
-    return _log_prob(given, phi, h, y.reshape(-1), mask).reshape(shape)
+    return _log_prob(given, phi, h, y.reshape(-1), mask, _dtype(params, hidden)).reshape(shape)
 
 
 @jax.jit
