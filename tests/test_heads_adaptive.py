@@ -13,8 +13,8 @@ from platforms import as_on_accelerators
 
 import jsoftmax as js
 from jsoftmax import verify
-from jsoftmax.heads import _check, adaptive
-from jsoftmax.heads.adaptive import CostModel, _blocks, _plan
+from jsoftmax.heads import adaptive
+from jsoftmax.heads.adaptive import CostModel, _blocks, _plan, _streamed
 
 KEY = jax.random.key(0)
 ROWS, D, CUTOFFS, CLASSES = 40, 12, (8, 30), 60
@@ -174,7 +174,7 @@ def test_as_on_accelerators(labels, dtype, monkeypatch):
     given = make(dtype), jnp.asarray(H, dtype), jnp.asarray(labels, jnp.int32).at[3].set(-100).at[4].set(CLASSES)
     jax.clear_caches()
     wanted = jax.jit(functools.partial(in_all_modes, ignore_label=-100))(*given)
-    monkeypatch.setattr(_check, "_ACCELERATOR_SCORES", ROWS * 5)  # several blocks of classes
+    monkeypatch.setattr(_streamed, "_SCORES", ROWS * 5)  # several blocks of classes
     as_on_accelerators(monkeypatch)
     jax.clear_caches()
     found = jax.jit(functools.partial(in_all_modes, ignore_label=-100))(*given)

@@ -51,7 +51,8 @@ def test_the_plan_of_accelerators(name, dtype, monkeypatch):
 
     jax.clear_caches()
     wanted = jax.jit(everything)(hidden, weight)
-    monkeypatch.setattr(_check, "_ACCELERATOR_SCORES", 12 * 100)
+    monkeypatch.setattr(_check, "_SCORES", 12 * 100)
+    monkeypatch.setattr(_check, "_SUM_SCORES", 12 * 100)
     as_on_accelerators(monkeypatch)
     jax.clear_caches()
     blocks = []

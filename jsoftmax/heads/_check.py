@@ -19,6 +19,7 @@ from jsoftmax.checks.arguments import (
     check_log_weights,
     check_option,
     check_where,
+    is_concrete_number,
     is_int,
     option_if_given,
 )
@@ -145,32 +146,41 @@ def check(
             reject_given(function, given)
             head = head._replace(targets=labels.reshape(-1, classes))
     if token_weights is not None:
-        of_tokens = broadcast_number(function, "token_weights", token_weights, batch, "the tokens' shape")
-        token_weights = match_varying_axes(of_tokens.reshape(-1).astype(wide), head.hidden)
-        if head.labels is not None:  # padding: no weight and no label
-            counts = (token_weights != 0) | _is_valid(head, plan)
-            rows = counts if rows is None else rows & counts
+        token_weights, rows = _check_token_weights(function, token_weights, batch, head, plan, rows)
     if rows is not None or head.hidden.shape[0] > plan.tokens:
         check_not_explicit(function, names[0], head.hidden)
     given = _in_order(head, plan, batch, rows, token_weights)
     return given if block_size is not None else _with_accelerator_block(given, -(-of_shard // chunk), chunk)
 
 
+def _check_token_weights(  # noqa: PLR0917  (what they are checked against)
+    function: str, token_weights: Any, batch: tuple[int, ...], head: Head, plan: Plan, rows: Array | None
+) -> tuple[Array, Array | None]:
+    """`[N]`, and the tokens that count: padding has no weight and no label."""
+    of_tokens = broadcast_number(function, "token_weights", token_weights, batch, "the tokens' shape")
+    weights = match_varying_axes(of_tokens.reshape(-1).astype(head.hidden.dtype), head.hidden)
+    all_count = is_concrete_number(token_weights) and token_weights != 0
+    if head.labels is None or all_count:
+        return weights, rows
+    counts = (weights != 0) | _is_valid(head, plan)
+    return weights, counts if rows is None else rows & counts
+
+
 _TINY = 1e-37
 
 
 def _with_accelerator_block(given: CheckedHead, chunks: int, chunk: int) -> CheckedHead:
-    """For GPUs and TPUs all tokens at a time, and as many classes as make a block of _ACCELERATOR_SCORES."""
-    tokens = given.head.hidden.shape[0]
+    """For GPUs and TPUs all tokens at a time, and as many classes as make a block of _SCORES, or of _SUM_SCORES."""
+    tokens, scores = given.head.hidden.shape[0], _SCORES if given.token_weights is None else _SUM_SCORES
     if not tokens:
         return given
-    classes = chunk * classes_of_block(tokens * chunk, chunks)
+    classes = chunk * classes_of_block(tokens * chunk, chunks, scores)
     return given._replace(plan=given.plan._replace(accelerator_block=(tokens, classes)))
 
 
-def classes_of_block(tokens: int, classes: int) -> int:
-    """How many classes make a block of _ACCELERATOR_SCORES, a divisor where one is near."""
-    return _near_divisor(classes, max(1, _ACCELERATOR_SCORES // tokens))
+def classes_of_block(tokens: int, classes: int, scores: int) -> int:
+    """How many classes make a block of so many scores, a divisor where one is near."""
+    return _near_divisor(classes, max(1, scores // tokens))
 
 
 def _check_floating(function: str, argument: str, a: Any) -> Array:
@@ -300,8 +310,9 @@ _DEFAULTS = {"cpu": (1024, 2048), "gpu": (4096, 4096)}
 """Tokens and classes of a block, by backend, measured on CPU (benchmarks/NOTES.md); GPUs and TPUs take them where the
 caller gives the classes alone."""
 
-_ACCELERATOR_SCORES = 2**26
-"""How many scores a block has in programs for GPUs and TPUs: 256 MiB of float32."""
+_SCORES, _SUM_SCORES = 2**26, 2**28
+"""How many scores a block has in programs for GPUs and TPUs, 256 MiB of float32; and of a sum over tokens, which is for
+speed: larger blocks are fewer kernels, and hidden states are read less often."""
 
 
 def _near_divisor(classes: int, wanted: int) -> int:

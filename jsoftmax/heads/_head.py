@@ -98,7 +98,10 @@ def _narrow_products_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array
     (hidden, weight), (hidden_dot, weight_dot) = primals, tangents
     precision = plan.precision if plan.tangent_precision is None else plan.tangent_precision
     product = functools.partial(_wide_products, precision=precision, wide=hidden.dtype)
-    return _narrow_products(*primals, plan), product(hidden_dot, weight) + product(hidden, weight_dot)
+    dot = product(hidden_dot, weight) + product(hidden, weight_dot)
+    if plan.tangent_precision is not None:
+        dot = dot.astype(plan.dtype).astype(dot.dtype)
+    return _narrow_products(*primals, plan), dot
 
 
 def products(hidden: Array, weight: Array, plan: Plan) -> Array:

@@ -1,5 +1,6 @@
 """The most probable classes of a head, and classes drawn from it; no logits (MATH 11.2, 11.7)."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -54,7 +55,11 @@ def _scores_of(head: Head, plan: Plan) -> Callable[[Array], Array]:
         whole = head.merge_fields(here.widened(hidden.dtype))._replace(hidden=hidden[None])
         return _head.block_scores(whole, number * CHUNK, plan)[0]
 
-    return lambda chunk: lax.map(of_token, (head.hidden, chunk), batch_size=64)
+    def of_tokens(chunk: Array) -> Array:
+        on_cpu, elsewhere = (functools.partial(lax.map, of_token, batch_size=size) for size in (64, 512))
+        return lax.platform_dependent((head.hidden, chunk), cpu=on_cpu, default=elsewhere)
+
+    return of_tokens
 
 
 def _draw(given: tuple[Any, Head], count: int, replace: bool, plan: Plan) -> Array:

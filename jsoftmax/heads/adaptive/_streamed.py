@@ -17,6 +17,9 @@ from jsoftmax.phi import Phi
 _FEW = 4
 """A tail with a quarter of the rows, or fewer, computes as many; one with more computes all."""
 
+_SCORES = 2**27
+"""How many scores a block has, 512 MiB of float32."""
+
 
 class Rows(NamedTuple):
     """Of each row `[rows]`: its column in the head, its tail, and its class within the tail, 0 for rows of none."""
@@ -75,6 +78,6 @@ def _loss(head: Head, dtype: Any) -> Array:
 
 
 def _plan(rows: int, classes: int, dtype: Any) -> Plan:
-    """All rows by blocks of classes; of twice as many scores as in a streaming head, whose features are more."""
-    plan = Plan(rows, _check.classes_of_block(-(-rows // 2), classes), dtype, full_precision(dtype))
+    """All rows by blocks of classes."""
+    plan = Plan(rows, _check.classes_of_block(rows, classes, _SCORES), dtype, full_precision(dtype))
     return plan.on_accelerators()
