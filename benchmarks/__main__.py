@@ -17,6 +17,8 @@ def main() -> None:
         help="what to measure",
     )
     parser.add_argument("--device", choices=["h100", "v5e"], default="h100", help="what programs are compiled for")
+    parser.add_argument("--pod", help="programs of sharded heads for v5e:16x16, another TPU slice, or h100:8")
+    parser.add_argument("--only-heads", action="store_true", help="programs of heads; the rest of the JSON is kept")
     parser.add_argument("--output", type=pathlib.Path, help="the JSON to write, in benchmarks/results by default")
     parser.add_argument(
         "--render", action="store_true", help="write tables and pictures of README and docs from the JSON files"
@@ -29,9 +31,11 @@ def main() -> None:
         if arguments.name in ("family", "losses", "gumbel", "segments", "heads", "digits", "device", "startup"):
             default = pathlib.Path(__file__).parent / "results" / f"{arguments.name}.json"
             benchmark.run(arguments.output or default)
+        elif arguments.name == "programs" and arguments.pod:
+            importlib.import_module("benchmarks.pod").run(arguments.pod, arguments.output)
         elif arguments.name == "programs":
             default = pathlib.Path(__file__).parent / "results" / f"programs-{arguments.device}.json"
-            benchmark.run(arguments.device, arguments.output or default)
+            benchmark.run(arguments.device, arguments.output or default, arguments.only_heads)
         else:
             benchmark.run()
     if arguments.render:

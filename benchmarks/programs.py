@@ -6,6 +6,7 @@ timed, and every machine gives the same.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ import jsoftmax as js
 from benchmarks import hlo
 from benchmarks.family import plain_entropy
 from jsoftmax import gumbel, heads, losses
+from jsoftmax.heads import adaptive
 
 F = Callable[..., Any]
 
@@ -48,20 +50,30 @@ SHAPES = ((1024, 1024), (256, 32768), (1_000_000, 8), (4096, 1000))
 DTYPES = ("float32", "bfloat16")
 
 
+def configure() -> None:
+    """What compiles is asked for by name, and need not find its device."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    jax.config.update("jax_platforms", "cpu")
+
+
+def missing(kind: str, error: Exception, extra: str) -> str:
+    """What is said where a compiler is not installed."""
+    return (
+        f"programs: XLA's compiler for {kind} is missing here ({type(error).__name__}: {str(error)[:200]}).\n"
+        f"In an environment of its own: pip install '{extra}', in the version of jax {jax.__version__}."
+    )
+
+
 def device(kind: str) -> Any:
     """A device to compile for, or a message that says what is missing."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    jax.config.update("jax_platforms", "cpu")  # what compiles is asked for by name, and need not find its device
+    configure()
     try:
         if kind == "h100":
             described = topologies.get_topology_desc("h100", "cuda", topology="1x1x1", target_config=H100)
         else:
             described = topologies.get_topology_desc("v5e:2x2", "tpu", chips_per_host_bounds=(2, 2, 1), num_slices=1)
     except Exception as error:
-        sys.exit(
-            f"programs: XLA's compiler for {kind} is missing here ({type(error).__name__}: {str(error)[:200]}).\n"
-            f"In an environment of its own: pip install '{NEEDS[kind]}', in the version of jax {jax.__version__}."
-        )
+        sys.exit(missing(kind, error, NEEDS[kind]))
     return described.devices[0]
 
 
@@ -192,7 +204,7 @@ def in_mode(f: F, mode: str, z: Any, more: tuple[Any, ...]) -> tuple[F, tuple[An
 def compiled(where: Any, f: F, given: tuple[Any, ...]) -> hlo.Program:
     """The counts of f, compiled for the device."""
     place = jax.sharding.SingleDeviceSharding(where)
-    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in given]
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), given)
     return hlo.read(jax.jit(f).lower(*placed).compile())
 
 
@@ -206,22 +218,87 @@ def cells(shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[tuple[Case, str,
     ]
 
 
+def of(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+HIDDEN, WEIGHT, LABELS = of((TOKENS, FEATURES)), of((CLASSES, FEATURES)), of((TOKENS,), jnp.int32)
+KEY, LOG_PROPOSAL = of((2,), jnp.uint32), of((CLASSES,), jnp.float32)
+CUTOFFS, SAMPLES, FEW_TOKENS = (4000, 20_000, 60_000), 8192, of((256, FEATURES))
+
+
+def adaptive_params() -> Any:
+    """Shapes of an adaptive softmax of three tails."""
+    made = jax.eval_shape(lambda key: adaptive.init(key, FEATURES, CLASSES, CUTOFFS), jax.random.key(0))
+    return jax.tree.map(lambda a: of(a.shape), made)
+
+
+def along(h: Any, W: Any, h_dot: Any, W_dot: Any, y: Any) -> Any:
+    """The loss and its derivative along tangents of hidden states and weight."""
+    return jax.jvp(lambda h, W: jnp.sum(heads.linear_cross_entropy(h, W, y)), (h, W), (h_dot, W_dot))
+
+
+def hessian_product(h: Any, W: Any, h_dot: Any, W_dot: Any, y: Any) -> Any:
+    gradient = jax.grad(lambda h, W: jnp.sum(heads.linear_cross_entropy(h, W, y)), (0, 1))
+    return jax.jvp(gradient, (h, W), (h_dot, W_dot))[1]
+
+
+def other_heads() -> dict[str, tuple[F, tuple[Any, ...]]]:
+    """Programs of the other heads, or of other modes, and their arguments."""
+    tangents = (HIDDEN, WEIGHT, HIDDEN, WEIGHT)
+
+    def kl(h: Any, W: Any, g: Any, U: Any) -> Any:
+        return jnp.sum(heads.linear_kl(h, W, g, U))
+
+    def adaptive_loss(params: Any, h: Any, y: Any) -> Any:
+        return -jnp.sum(adaptive.log_prob(params, h, y))
+
+    def sampled(f: F) -> F:
+        return lambda h, W, y, key, log_q: jnp.sum(f(key, h, W, y, SAMPLES, log_proposal=log_q))
+
+    def quadratic(h: Any, W: Any, y: Any) -> Any:
+        return jnp.sum(heads.quadratic_cross_entropy(h, W, y, phi=js.taylor(2)))
+
+    of_samples = (HIDDEN, WEIGHT, LABELS, KEY, LOG_PROPOSAL)
+    gradients = functools.partial(jax.value_and_grad, argnums=(0, 1))
+    return {
+        "linear_cross_entropy, value and jvp": (along, (*tangents, LABELS)),
+        "linear_cross_entropy, Hessian product": (hessian_product, (*tangents, LABELS)),
+        "linear_kl": (jax.value_and_grad(kl, (0, 1, 2, 3)), tangents),
+        "linear_top_k, k = 50, value": (lambda h, W: heads.linear_top_k(h, W, 50), (HIDDEN, WEIGHT)),
+        "linear_top_k, k = 50, value, 256 tokens": (lambda h, W: heads.linear_top_k(h, W, 50), (FEW_TOKENS, WEIGHT)),
+        "linear_categorical, value": (heads.linear_categorical, (KEY, HIDDEN, WEIGHT)),
+        "linear_categorical, value, 256 tokens": (heads.linear_categorical, (KEY, FEW_TOKENS, WEIGHT)),
+        "quadratic_cross_entropy, taylor(2)": (gradients(quadratic), (HIDDEN, WEIGHT, LABELS)),
+        "sampled_cross_entropy, 8,192 samples": (gradients(sampled(heads.sampled_cross_entropy)), of_samples),
+        "nce_loss, 8,192 samples": (gradients(sampled(heads.nce_loss)), of_samples),
+        "adaptive.log_prob, three tails": (gradients(adaptive_loss), (adaptive_params(), HIDDEN, LABELS)),
+    }
+
+
 def heads_rows(where: Any) -> list[dict[str, Any]]:
     """The counts of the heads."""
-    shapes = ((TOKENS, FEATURES), jnp.bfloat16), ((CLASSES, FEATURES), jnp.bfloat16), ((TOKENS,), jnp.int32)
-    given = tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    of_losses = {name: (value_and_gradients(f), (HIDDEN, WEIGHT, LABELS)) for name, f in HEADS.items()}
     rows = []
-    for name, f in HEADS.items():
-        counts = dataclasses.asdict(compiled(where, value_and_gradients(f), given))
+    for name, (f, given) in (of_losses | other_heads()).items():
+        counts = dataclasses.asdict(compiled(where, f, given))
         rows.append({"name": name, "sizes": [TOKENS, FEATURES, CLASSES], **counts})
         print(f"{name}: {counts['kernels']} kernels, {counts['traffic'] / 2**30:.1f} GiB", flush=True)
     return rows
 
 
-def run(kind: str, output: pathlib.Path) -> None:
-    """Compile every cell for the device and write the counts."""
+def run(kind: str, output: pathlib.Path, only_heads: bool = False) -> None:
+    """Compile every cell for the device and write the counts; or the heads alone, and keep the rest of the file."""
     where = device(kind)
     of_heads = heads_rows(where)
+    versions = {"device": kind, "jax": jax.__version__, "optax": optax.__version__, "jsoftmax": js.__version__}
+    kept = json.loads(output.read_text())["rows"] if only_heads and output.exists() else []
+    rows = kept if only_heads else cells_rows(where)
+    output.write_text(json.dumps({**versions, "heads": of_heads, "rows": rows}, indent=1) + "\n")
+
+
+def cells_rows(where: Any) -> list[dict[str, Any]]:
+    """The counts of functions of scores, and of their peers."""
     rows = []
     for case, mode, shape, dtype in cells():
         z, more = jax.ShapeDtypeStruct(shape, dtype), case.more(shape, jnp.dtype(dtype))
@@ -231,8 +308,7 @@ def run(kind: str, output: pathlib.Path) -> None:
                 row[side] = dataclasses.asdict(compiled(where, *in_mode(f, mode, z, more)))
         rows.append(row)
         print(line(row), flush=True)
-    versions = {"device": kind, "jax": jax.__version__, "optax": optax.__version__, "jsoftmax": js.__version__}
-    output.write_text(json.dumps({**versions, "heads": of_heads, "rows": rows}, indent=1) + "\n")
+    return rows
 
 
 def line(row: dict[str, Any]) -> str:

@@ -196,6 +196,8 @@ def programs() -> str:
             memory = f"{row['traffic'] / 2**30:.1f} | {row['temporaries'] / 2**20:,.0f}"
             lines.append(f"| {row['name']} | {row['kernels']} | {memory} |")
         parts.append("\n".join(lines))
+        if not run["rows"]:
+            continue
         head = "| | | scores | kernels | traffic, MiB | the peer's kernels | its traffic, MiB | ratio |"
         parts.append(f"{head}\n|---|---|---|" + "---:|" * 5)
         for row in run["rows"]:

@@ -211,6 +211,7 @@ def render(runs: list[dict[str, Any]]) -> str:
         "EVEN": even_table(assumed),
         "COST": cost_table(runs),
         "WEAK": weak_table(runs),
+        "PODS": pods_table(),
         "TOKENS": f"{assumed.tokens:,}",
         "FEATURES": f"{assumed.features:,}",
         "LATENCY": f"{1e6 * assumed.latency:g} µs",
@@ -297,6 +298,22 @@ def weak_table(runs: list[dict[str, Any]]) -> str:
     return table(["device", "virtual devices", "V", "ms", "ms / devices, to that of one"], rows)
 
 
+def pods_table() -> str:
+    """Programs compiled for pods (`benchmarks.pod`): of each chip the memory, and MiB of collectives by kind."""
+    rows = []
+    for path in sorted(RESULTS.glob("pod-*.json")):
+        pod = json.loads(path.read_text())
+        for row in pod["rows"]:
+            moved = {c["kind"]: f"{_number(c['bytes'] / 2**20)} ({c['count']})" for c in row["collectives"]}
+            memory = [_number(row[name] / 2**20) for name in ("arguments", "temporaries")]
+            kinds = [
+                moved.get(kind, "") for kind in ("all-gather", "all-reduce", "reduce-scatter", "collective-permute")
+            ]
+            rows.append([pod["topology"], " × ".join(map(str, row["mesh"])), row["program"], *memory, *kinds])
+    titles = ["chips", "tokens × classes", "program", "arguments", "temporaries", "all-gather", "all-reduce"]
+    return table([*titles, "reduce-scatter", "permute"], rows)
+
+
 def _where(run: dict[str, Any]) -> str:
     return f"jax {run['jax']}, {run['processor']}, {run['cores']} cores"
 
@@ -342,6 +359,22 @@ What it says:
 The vocabulary for which both take the links the same time, latency counted; below it shard tokens:
 
 <EVEN>
+## Pods, compiled
+
+Programs that XLA compiled for chips that are not here (`python -m benchmarks programs --pod v5e:16x16`): 8,192 tokens
+of each row of chips, 4,096 features, 2^20 classes, bfloat16. Per chip: MiB of memory that arguments and temporaries
+take, and MiB of the collectives' arrays, with the number of collectives. No collective is in a loop, and neither weight
+nor scores are gathered: the script checks that.
+
+<PODS>
+Compared with the model:
+
+- of bfloat16 arrays the hidden states, their gradient and the weight's gradient are sent as bfloat16: half the model's
+  bytes, which are those of float32. So the weight's gradients of a mesh's rows are rounded before they are summed;
+- the numbers of tokens, and the numbers of collectives, are the model's;
+- a draw sends the log-normalisers of 128 classes each, 1/128 of the scores, to all chips of a row: more than all else
+  together. The model has steps of training only.
+
 ## The cost of a device, measured
 
 Nanoseconds of value and gradient for each token × class × feature. The table's last column is <NS> of them.

@@ -124,8 +124,9 @@ def log_prob(
     each l of its own softmax of ψ(scores)     (MATH 12.5)
 
     Rows are sorted by tail into blocks, and a tail's classes are multiplied with its own blocks only: no row is dropped
-    whatever the labels are, and blocks that are empty cost next to nothing, in the derivatives too. Under jax.vmap that
-    is lost: give batches leading axes instead.
+    whatever the labels are, and blocks that are empty cost next to nothing, in the derivatives too. On GPUs and TPUs a
+    tail without rows costs nothing, one with at most a quarter of them that quarter, and another all rows, in a few large
+    kernels. Under jax.vmap that is lost: give batches leading axes instead.
 
     Args:
       params: as `init` makes them; differentiable.
@@ -135,7 +136,8 @@ def log_prob(
       phi: the positive map φ of every score.
       ignore_label: rows with that label are left out too.
     Returns: `[...]` ≤ 0, in the common dtype of `hidden` and the head, but float32 for narrower ones; log-probabilities
-      near 0 keep their digits, as in `jsoftmax.losses.cross_entropy`. A label out of range: NaN, with derivatives 0.
+      near 0 keep their digits, as in `jsoftmax.losses.cross_entropy`; of narrower weights on GPUs and TPUs those of
+      products in their dtype, the projected vectors rounded to it. A label out of range: NaN, with derivatives 0.
       A score of +inf or NaN in the head, or in the label's tail: NaN in that row alone.
     Raises: TypeError or ValueError for `params`, shapes or dtypes that do not fit.
     Source: Grave, Joulin, Cissé, Grangier, Jégou 2017, section 4.
