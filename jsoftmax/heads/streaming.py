@@ -90,8 +90,9 @@ def linear_cross_entropy(
         `jax.shard_map` and `jax.sharding.auto_axes`.
     Returns: `[...]`, float32 at least. Factors of narrower dtypes are multiplied as they are and summed in float32;
       tangents, and backwards cotangents, are not narrowed on CPU, and on GPUs and TPUs rounded to that dtype before
-      they are multiplied, as are tangents and cotangents of scores. The weight's gradient is summed in float32 and rounded once. Small losses keep their digits
-      (MATH 4.4), but for the rounding of the scores. Labels out of range, or on a class that is left out or impossible:
+      they are multiplied, as are tangents and cotangents of scores. The weight's gradient is summed in float32 and
+      rounded once. Small losses keep their digits (MATH 4.4), but for the rounding of the scores. Labels out of range,
+      or on a class that is left out or impossible:
       the table of `jsoftmax.losses.cross_entropy`. A token with NaN or +inf among its scores: NaN, in that token alone,
       but its share of the weight's gradient is NaN.
     Raises: TypeError or ValueError for shapes, dtypes and options that do not fit.
@@ -155,8 +156,8 @@ def linear_cross_entropy_sum(
 
     and on CPU is faster where the weight's gradient is wanted, for it keeps the products of a block of tokens with all
     classes (256 × V numbers by default). GPUs and TPUs do so where `block_size` is given; by default they take the
-    four products of `linear_cross_entropy` in blocks four times as large, which is faster and takes more memory. An unreduced loss cannot have this: its weights come after
-    the tokens are summed up.
+    four products of `linear_cross_entropy` in blocks four times as large: fewer kernels, and more memory. An unreduced
+    loss cannot have this: its weights come after the tokens are summed up.
     For the mean over tokens that count divide by their number: `/ jnp.sum(labels != ignore_label)`.
 
     Args:

@@ -125,8 +125,8 @@ def log_prob(
 
     Rows are sorted by tail into blocks, and a tail's classes are multiplied with its own blocks only: no row is dropped
     whatever the labels are, and blocks that are empty cost next to nothing, in the derivatives too. On GPUs and TPUs a
-    tail without rows costs nothing, one with at most a quarter of them that quarter, and another all rows, in a few large
-    kernels. Under jax.vmap that is lost: give batches leading axes instead.
+    tail without rows costs nothing, one with at most a quarter of them that quarter, and another all rows, in a few
+    large kernels. Under jax.vmap that is lost: give batches leading axes instead.
 
     Args:
       params: as `init` makes them; differentiable.
