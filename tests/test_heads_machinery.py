@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sharding
 from cells import product
 from jax.sharding import PartitionSpec
 from platforms import as_on_accelerators
@@ -65,6 +66,54 @@ def test_the_plan_of_accelerators(name, dtype, monkeypatch):
         narrow = dtype == "bfloat16" and got.shape != wanted[0].shape
         tolerance = 0.02 if narrow else 1e-5
         np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=tolerance, atol=tolerance * scale)
+
+
+def test_the_plan_of_accelerators_over_shards(monkeypatch):
+    """Odd tokens, some ignored, classes over four devices: loss, sum and top k, gradient and Hessian product."""
+    hidden, weight, labels = head(13, 704, 16)
+    labels = labels.at[::3].set(-1)
+
+    def total(h, W, y, **options):
+        loss = heads.linear_cross_entropy(h, W, y, ignore_label=-1, **options)
+        together = heads.linear_cross_entropy_sum(h, W, y, ignore_label=-1, z_loss=0.1, **options)
+        top = heads.linear_top_k(h, W, 3, **options).log_prob
+        return jnp.sum(jnp.cos(jnp.arange(13)) * loss) + together + jnp.sum(jnp.sin(top))
+
+    def all_modes(f):
+        gradient = jax.value_and_grad(f, (0, 1))
+        return jax.jit(lambda h, W, y: jax.jvp(lambda h, W: gradient(h, W, y), (h, W), (jnp.cos(h), jnp.sin(W))))
+
+    specs = (PartitionSpec(), PartitionSpec("v"), PartitionSpec())
+    sharded = jax.shard_map(
+        functools.partial(total, axis_name="v"), mesh=sharding.mesh(), in_specs=specs, out_specs=PartitionSpec()
+    )
+    wanted = all_modes(total)(hidden, weight, labels)
+    monkeypatch.setattr(_check, "_SCORES", 13 * 44)
+    monkeypatch.setattr(_check, "_SUM_SCORES", 13 * 88)
+    as_on_accelerators(monkeypatch)
+    jax.clear_caches()
+    found = all_modes(sharded)(hidden, weight, labels)
+    jax.clear_caches()
+    sharding.assert_close(found, wanted, 1e-4)
+
+
+def test_draws_as_on_accelerators(monkeypatch):
+    """The same classes, whatever the blocks are."""
+    hidden, weight, _ = head(70, 700, 16)
+
+    def draws(h, W, **options):
+        key = jax.random.key(1)
+        distinct = heads.linear_categorical(key, h, W, shape=(4, 70), replace=False, **options)
+        return heads.linear_categorical(key, h, W, shape=(2, 70), **options), distinct
+
+    monkeypatch.setattr(_check, "_SCORES", 70 * 128)
+    as_on_accelerators(monkeypatch)
+    jax.clear_caches()
+    found = jax.jit(draws)(hidden, weight)
+    wanted = jax.jit(functools.partial(draws, block_size=(16, 256)))(hidden, weight)
+    jax.clear_caches()
+    for got, want in zip(found, wanted, strict=True):
+        assert np.mean(np.asarray(got) == want) > 0.98  # a rounding may move a draw
 
 
 def recorded(f, results):
