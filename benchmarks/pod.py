@@ -158,15 +158,12 @@ def row_of(of_devices: list[Any], mesh: tuple[int, int], name: str, sizes: tuple
 
 
 def check(row: dict[str, Any]) -> None:
-    """Neither weight nor scores are gathered: nothing moves in a loop, and nothing as large as a chip's part of either
-    is gathered."""
+    """Neither weight nor scores are gathered: nothing moves in a loop, and no array that moves is as large as half of
+    the whole weight, or of a row of chips' scores, in bfloat16."""
     tokens, features, classes = row["sizes"]
-    of_chip = classes // row["mesh"][1]
-    hidden = 2 * tokens * features
     for made in row["collectives"]:
-        moved = made["kind"] != "all-reduce" and made["largest"] > 2 * hidden
-        if made["in_loops"] or moved or made["largest"] > max(4 * of_chip * features, 2 * hidden):
-            raise SystemExit(f"{row['program']} on {row['mesh']} moves more than numbers of tokens: {made}")
+        if made["in_loops"] or made["largest"] >= classes * min(features, tokens):
+            raise SystemExit(f"{row['program']} on {row['mesh']} moves weight or scores: {made}")
 
 
 def run(topology: str, output: pathlib.Path | None = None) -> None:
