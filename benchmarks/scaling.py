@@ -363,17 +363,20 @@ The vocabulary for which both take the links the same time, latency counted; bel
 
 Programs that XLA compiled for chips that are not here (`python -m benchmarks programs --pod v5e:16x16`): 8,192 tokens
 of each row of chips, 4,096 features, 2^20 classes, bfloat16. Per chip: MiB of memory that arguments and temporaries
-take, and MiB of the collectives' arrays, with the number of collectives. No collective is in a loop, and neither weight
-nor scores are gathered: the script checks that.
+take, and MiB of the collectives' arrays, with the number of collectives. No collective is in a loop, and no array
+as large as half of the weight, or of a row's scores, moves: the script checks that.
 
 <PODS>
 Compared with the model:
 
 - of bfloat16 arrays the hidden states, their gradient and the weight's gradient are sent as bfloat16: half the model's
-  bytes, which are those of float32. So the weight's gradients of a mesh's rows are rounded before they are summed;
-- the numbers of tokens, and the numbers of collectives, are the model's;
-- a draw sends the log-normalisers of 128 classes each, 1/128 of the scores, to all chips of a row: more than all else
-  together. The model has steps of training only.
+  bytes, which are those of float32. So the shares of the weight's gradient of a mesh's rows are rounded before they are
+  summed;
+- with the classes over all of 256 chips XLA sums the gradient of the hidden states by an all-reduce, of which each chip
+  keeps its part: twice what the model's reduce-scatter sends. On the other meshes it is a reduce-scatter;
+- the k largest of each chip are summed into places for all of a row, tokens × k × chips numbers and as many indices: on
+  256 chips more than all else together. A draw sends the log-normalisers of 128 classes each, 1/128 of the scores, to
+  all chips of a row. The model has steps of training only.
 
 ## The cost of a device, measured
 

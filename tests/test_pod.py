@@ -51,8 +51,8 @@ def moving(kind, largest, in_loops=0):
 
 
 def test_what_is_refused():
-    """Hidden states may be gathered, and a chip's part of the gradient summed, 1024 × 16; not all of the weight, not the
-    scores, nor anything in a loop."""
+    """Hidden states may be gathered, and a chip's part of the gradient summed, 1024 × 16; not all of the weight, nor
+    the scores, nor anything in a loop."""
     pod.check(moving("all-gather", 2 * 64 * 16))
     pod.check(moving("all-reduce", 2 * 1024 * 16))
     for row in (moving("all-gather", 2 * 4096 * 16), moving("all-reduce", 4, 1), moving("all-to-all", 2 * 64 * 4096)):
