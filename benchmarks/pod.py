@@ -144,7 +144,7 @@ def row_of(of_devices: list[Any], mesh: tuple[int, int], name: str, sizes: tuple
         jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(made, spec))
         for shape, spec in zip(shapes, SPECS, strict=True)
     ]
-    compiled = jax.jit(jax.shard_map(f, mesh=made, in_specs=SPECS, out_specs=out)).lower(*given).compile()
+    compiled: Any = jax.jit(jax.shard_map(f, mesh=made, in_specs=SPECS, out_specs=out)).lower(*given).compile()
     memory = compiled.memory_analysis()
     return {
         "program": name,

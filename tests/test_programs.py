@@ -135,6 +135,13 @@ def test_every_case_has_the_results_of_its_peer():
             assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, theirs), (case.name, mode)
 
 
+def test_every_head_is_a_program():
+    for name, (f, given) in programs.other_heads().items():
+        results = jax.tree.leaves(jax.eval_shape(f, *given))
+        assert results, name
+        assert max(a.size for a in results) < programs.TOKENS * programs.CLASSES, name  # no scores
+
+
 def test_without_the_compiler():
     with pytest.raises(SystemExit) as stopped:
         programs.device("v5e")

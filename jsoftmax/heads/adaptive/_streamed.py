@@ -64,7 +64,7 @@ def _tail_loss(  # noqa: PLR0917  (what a tail takes)
 
     def of_few(hidden: Array, own: Array, inside: Array, tail: Tail, phi: Phi) -> Array:
         here = lax.dynamic_slice_in_dim(order, first, few)
-        loss = of(*(a[here] for a in (hidden, own, inside)), tail, phi)
+        loss = of(hidden[here], own[here], inside[here], tail, phi)
         return jnp.zeros_like(hidden[:, 0]).at[here].set(loss, unique_indices=True)
 
     branch = jnp.where(size == 0, 0, jnp.where(size <= few, 1, 2))
