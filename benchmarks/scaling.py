@@ -372,11 +372,12 @@ Compared with the model:
 - of bfloat16 arrays the hidden states, their gradient and the weight's gradient are sent as bfloat16: half the model's
   bytes, which are those of float32. So the shares of the weight's gradient of a mesh's rows are rounded before they are
   summed;
-- with the classes over all of 256 chips XLA sums the gradient of the hidden states by an all-reduce, of which each chip
-  keeps its part: twice what the model's reduce-scatter sends. On the other meshes it is a reduce-scatter;
-- the k largest of each chip are summed into places for all of a row, tokens × k × chips numbers and as many indices: on
-  256 chips more than all else together. A draw sends the log-normalisers of 128 classes each, 1/128 of the scores, to
-  all chips of a row. The model has steps of training only.
+- for a v5e with the classes over all chips, 1 × 16 and 1 × 256, XLA sums the gradient of the hidden states by an
+  all-reduce, of which each chip keeps its part: twice what the model's reduce-scatter sends. On the other meshes, and
+  on GPUs, it is a reduce-scatter;
+- the k largest of each chip are summed into places for all of a row, tokens × k × chips numbers and as many indices:
+  on 256 chips more than all else together. A draw sends the log-normalisers of 128 classes each, 1/128 of the scores,
+  to all chips of a row. The model has steps of training only.
 
 ## The cost of a device, measured
 
