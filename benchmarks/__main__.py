@@ -11,7 +11,7 @@ def main() -> None:
         "name",
         nargs="?",
         choices=[
-            *("family", "losses", "gumbel", "segments", "heads", "digits", "startup"),
+            *("family", "losses", "gumbel", "segments", "heads", "attention", "digits", "startup"),
             *("device", "programs", "lm", "xla"),
         ],
         help="what to measure",
@@ -28,7 +28,7 @@ def main() -> None:
         parser.error("name what to measure, or --render")
     if arguments.name:
         benchmark = importlib.import_module(f"benchmarks.{arguments.name}")  # --render needs no JAX
-        if arguments.name in ("family", "losses", "gumbel", "segments", "heads", "digits", "device", "startup"):
+        if arguments.name in ("family", "losses", "gumbel", "segments", "heads", "attention", "digits", "device", "startup"):
             default = pathlib.Path(__file__).parent / "results" / f"{arguments.name}.json"
             benchmark.run(arguments.output or default)
         elif arguments.name == "programs" and arguments.pod:

@@ -21,7 +21,7 @@ import optax
 from jax.experimental import topologies
 
 import jsoftmax as js
-from benchmarks import hlo
+from benchmarks import attention, hlo
 from benchmarks.family import plain_entropy
 from jsoftmax import gumbel, heads, losses
 from jsoftmax.heads import adaptive
@@ -287,6 +287,21 @@ def heads_rows(where: Any) -> list[dict[str, Any]]:
     return rows
 
 
+def attention_rows(where: Any) -> list[dict[str, Any]]:
+    """The counts of attention, in the form of the other cells."""
+    modes = {"value": attention.value, "value and vjp": attention.value_and_vjp, "HVP": attention.hessian_product}
+    rows = []
+    for is_causal, dtype, mode in itertools.product((False, True), DTYPES, modes):
+        row: dict[str, Any] = {"name": f"{'causal ' if is_causal else ''}attention", "mode": mode}
+        row |= {"shape": list(attention.SHAPE), "dtype": dtype}
+        given = (jax.ShapeDtypeStruct(attention.SHAPE, dtype),) * 3
+        for side, f in zip(("ours", "peer"), attention.pair(is_causal).values(), strict=True):
+            row[side] = dataclasses.asdict(compiled(where, modes[mode](f), given))
+        rows.append(row)
+        print(line(row), flush=True)
+    return rows
+
+
 def run(kind: str, output: pathlib.Path, only_heads: bool = False) -> None:
     """Compile every cell for the device and write the counts; or the heads alone, and keep the rest of the file."""
     where = device(kind)
@@ -299,7 +314,7 @@ def run(kind: str, output: pathlib.Path, only_heads: bool = False) -> None:
 
 def cells_rows(where: Any) -> list[dict[str, Any]]:
     """The counts of functions of scores, and of their peers."""
-    rows = []
+    rows = attention_rows(where)
     for case, mode, shape, dtype in cells():
         z, more = jax.ShapeDtypeStruct(shape, dtype), case.more(shape, jnp.dtype(dtype))
         row: dict[str, Any] = {"name": case.name, "mode": mode, "shape": list(shape), "dtype": dtype}

@@ -45,7 +45,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def _cell(row: dict[str, Any]) -> str:
     ratios = (f"{peer} {middle:.2f} [{low:.2f}, {high:.2f}]" for peer, (low, middle, high) in row["ratio"].items())
-    memory = row.get("MiB", {}) if row["group"] == "heads" else {}
+    memory = row.get("MiB", {}) if row["group"] in ("heads", "attention") else {}
     shown = ", ".join(f"{name} {n:,.0f} MiB" for name, n in memory.items())
     text = f"{row['ms']['ours']:.2f} ms" + (f"; / {', / '.join(ratios)}" if row["ratio"] else "")
     return text + (f"; {shown}" if shown else "")

@@ -36,7 +36,7 @@ from jsoftmax.temperature import temperature_for_entropy
 from jsoftmax.truncation import truncate
 
 if TYPE_CHECKING:
-    from jsoftmax import gumbel, heads, losses, optim, segments
+    from jsoftmax import attention, gumbel, heads, losses, optim, segments
 
 __version__ = "0.2.0"
 
@@ -89,10 +89,11 @@ __all__ = [  # noqa: RUF022  (grouped as the guides group them)
     "segments",
     "gumbel",
     "heads",
+    "attention",
     "optim",
 ]
 
-_ROOMS = __all__[-5:]
+_ROOMS = __all__[-6:]
 
 
 def __getattr__(name: str) -> Any:

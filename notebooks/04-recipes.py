@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # Recipes: streaming heads in a training step
+# # Recipes: streaming heads and attention in a training step
 #
 # The functions of `jsoftmax.heads` take hidden states `[..., d]` and the weight `[V, d]` of the last layer, and compute
 # what a loss needs block by block: the logits, tokens × classes numbers, never exist at once.
@@ -559,3 +559,90 @@ assert [a.dtype for a in of_narrow] == [jnp.bfloat16, jnp.bfloat16]
 np.testing.assert_allclose(value, exact, rtol=1e-5)
 for g, w in zip(gradients, wanted, strict=True):
     np.testing.assert_allclose(g.astype(jnp.float32), w, rtol=2**-8, atol=1e-7)  # rounded to bfloat16 once
+
+# %% [markdown]
+# ## 7. Forward mode through attention: a mean-flow step
+#
+# Losses of mean flows and of consistency models need the derivative of a network along a direction at each step: a
+# `jax.jvp`, and then the gradient of what it gives. `js.attention.dot_product_attention` has the arguments of
+# `jax.nn.dot_product_attention` and all modes of differentiation, and never makes an array of queries × keys.
+#
+# u(z_t, r, t) is the mean velocity from r to t along z_t = (1 − t) x + t e, with velocity v = e − x; it satisfies
+# u = v − (t − r) du/dt, whose right-hand side is the target (Geng et al. 2025, arXiv:2505.13447).
+
+# %%
+import jax
+import jax.numpy as jnp
+import optax
+
+import jsoftmax as js
+
+LENGTH, WIDTH, HEADS = 64, 32, 4
+
+
+def init(key):
+    keys = jax.random.split(key, 6)
+    shapes = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
+    weights = {name: jax.random.normal(k, s) / s[0] ** 0.5 for k, (name, s) in zip(keys, shapes.items(), strict=False)}
+    return weights | {"times": jax.random.normal(keys[4], (2, WIDTH)), "sink": jnp.zeros(HEADS)}
+
+
+def normalized(x):
+    return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
+
+
+def mean_velocity(params, z, r, t, attend=js.attention.dot_product_attention):
+    """u(z, r, t) by one block of a transformer: z `[batch, length, width]`, times `[batch]`."""
+    h = z + jnp.sin(jnp.stack([r, t], -1) @ params["times"])[:, None]
+    q, k, v = jnp.split((normalized(h) @ params["qkv"]).reshape(*h.shape[:2], HEADS, -1), 3, -1)
+    h = h + attend(q, k, v, sink=params["sink"]).reshape(h.shape) @ params["out"]
+    return z + jax.nn.gelu(normalized(h) @ params["up"]) @ params["down"]
+
+
+def loss(params, key, x, **options):
+    keys = jax.random.split(key, 3)
+    e, r, t = jax.random.normal(keys[0], x.shape), *jnp.sort(jax.random.uniform(keys[1], (2, x.shape[0])), 0)
+    z, v = (1 - t[:, None, None]) * x + t[:, None, None] * e, e - x
+    along = (v, jnp.zeros_like(r), jnp.ones_like(t))
+    u, u_dot = jax.jvp(lambda z, r, t: mean_velocity(params, z, r, t, **options), (z, r, t), along)
+    target = jax.lax.stop_gradient(v - (t - r)[:, None, None] * u_dot)
+    return jnp.mean((u - target) ** 2)
+
+
+optimiser = optax.adam(1e-3)
+
+
+@jax.jit
+def step(params, state, key, x):
+    value, gradient = jax.value_and_grad(loss)(params, key, x)
+    updates, state = optimiser.update(gradient, state)
+    return optax.apply_updates(params, updates), state, value
+
+
+params = init(jax.random.key(0))
+state = optimiser.init(params)
+x = jnp.sin(jnp.linspace(0, 6, LENGTH)[:, None] * jnp.arange(1.0, WIDTH + 1))[None].repeat(8, 0)
+values = []
+for i in range(20):
+    params, state, value = step(params, state, jax.random.key(i), x)
+    values.append(float(value))
+print("loss of the first and the last five steps:", sum(values[:5]) / 5, sum(values[-5:]) / 5)
+
+# %%
+import numpy as np
+
+
+def plain(q, k, v, sink):
+    """The same with an array of queries × keys."""
+    s = jnp.einsum("btnh,bsnh->bnts", q, k) / q.shape[-1] ** 0.5
+    s = jnp.concatenate([s, jnp.broadcast_to(sink[:, None, None], (*s.shape[:3], 1))], -1)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(s)[..., :-1], v)
+
+
+ours, wanted = (
+    jax.jit(jax.value_and_grad(lambda p, o=o: loss(p, jax.random.key(9), x, **o)))(params)
+    for o in ({}, {"attend": plain})
+)
+for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max())
+assert sum(values[-5:]) < sum(values[:5])

@@ -11,7 +11,7 @@ import pytest
 
 import jsoftmax
 from benchmarks import render
-from jsoftmax import gumbel, heads, losses, optim, segments, verify
+from jsoftmax import attention, gumbel, heads, losses, optim, segments, verify
 from jsoftmax.cli import train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -43,7 +43,7 @@ def test_tables_follow_the_lists():
     scored = [function.name for function in verify.FUNCTIONS + verify.DERIVATIVES]
     entropy = (ROOT / "docs/guides/entropy.md").read_text()
     assert re.findall(r"^\| `(\w+)\(z", entropy, re.M) == scored
-    for room in (losses, segments, gumbel, heads):
+    for room in (losses, segments, gumbel, heads, attention):
         name = room.__name__.rpartition(".")[2]
         listed = re.findall(rf"^\| `{name}\.(\w+)", GUIDES, re.M)
         assert set(listed) == {public for public in room.__all__ if public.islower()}
@@ -53,7 +53,7 @@ def test_tables_follow_the_lists():
 
 def test_the_reference_is_complete():
     public = {name for name in jsoftmax.__all__ if name not in jsoftmax._ROOMS}
-    for room in (losses, segments, gumbel, heads, optim, heads.factored, heads.adaptive):
+    for room in (losses, segments, gumbel, heads, attention, optim, heads.factored, heads.adaptive):
         inside = {"adaptive", "factored"} if room is heads else set()
         public |= {f"{room.__name__.removeprefix('jsoftmax.')}.{name}" for name in set(room.__all__) - inside}
     assert sorted(re.findall(r"^::: jsoftmax\.([\w.]+)$", REFERENCE, re.M)) == sorted(public | {"phi.Phi"})
@@ -215,6 +215,7 @@ CITING = {name: getattr(jsoftmax, name) for name in jsoftmax.__all__ if name.isl
 CITING |= {name: getattr(segments, name) for name in segments.__all__}
 CITING |= {name: getattr(losses, name) for name in losses.__all__}
 CITING |= {name: getattr(gumbel, name) for name in gumbel.__all__ if name.islower()}
+CITING |= {name: getattr(attention, name) for name in attention.__all__ if name.islower()}
 CITING |= {name: getattr(heads, name) for name in heads.__all__ if name.islower()}
 CITING |= {name: getattr(heads.factored, name) for name in ("init", "loss", "loss_and_update", "refresh", "z_loss")}
 CITING |= {f"adaptive.{name}": getattr(heads.adaptive, name) for name in ("init", "log_prob", "plan_clusters")}

@@ -31,6 +31,7 @@ from jsoftmax.sums.reference import (
     minus_mean,
     not_below,
     not_negative,
+    shifted,
 )
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "not_below",
     "not_negative",
     "p_rate",
+    "shifted",
     "weighted_deviations",
 ]
 

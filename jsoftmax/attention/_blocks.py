@@ -1,0 +1,299 @@
+"""Scores of a block of queries and a block of keys, and the loops over blocks (MATH 14.1)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jsoftmax import maps
+from jsoftmax._pytree import without_zeros
+from jsoftmax.sharding import AxisName, shard_index
+
+
+class Inputs(NamedTuple):
+    """Checked arguments, or their tangents; None for what is not given, which costs nothing.
+
+    B batch, K heads of keys, G queries' heads for each of them, T queries, S keys of this shard, H features. In the
+    accumulation dtype.
+    """
+
+    query: Any = None
+    """`[B, K, G, T, H]`."""
+    key: Any = None
+    """`[B, K, S, H]`."""
+    value: Any = None
+    """`[B, K, S, H']`."""
+    bias: Any = None
+    """`[B, K, G, T, S]`, or 1 in the place of each of them."""
+    mask: Any = None
+    """bool, in the same way."""
+    query_lengths: Any = None
+    """Integers `[B]`."""
+    key_lengths: Any = None
+    """Integers `[B]`, which count the keys of all shards."""
+    scale: Any = None
+    soft_cap: Any = None
+    sink: Any = None
+    """`[K, G]`."""
+    phi: Any = None
+
+    def only(self, *names: str) -> "Inputs":
+        """These fields."""
+        return Inputs(**{name: getattr(self, name) for name in names})
+
+    def with_wide_bias(self, dtype: Any) -> "Inputs":
+        """The bias in the accumulation dtype."""
+        return self if self.bias is None else self._replace(bias=self.bias.astype(dtype))
+
+    def with_fields(self, part: "Inputs") -> "Inputs":
+        """All fields, those that the part has from there."""
+        return Inputs(*(a if b is None else b for a, b in zip(self, part, strict=True)))
+
+
+class Plan(NamedTuple):
+    """What is no array: the sizes of blocks, which keys a query sees by its place, and how products are computed."""
+
+    queries: int
+    """Of a block."""
+    keys: int
+    """Of a block."""
+    shape: tuple[int, int]
+    """All queries, and the keys of this shard."""
+    dtype: Any
+    """Of the factors of a product; sums are in the accumulation dtype."""
+    precision: Any
+    is_causal: bool = False
+    window: tuple[int, int] | None = None
+    """How many keys to the left and to the right of its place a query sees."""
+    axis_name: AxisName = None
+    """Over which the keys are sharded."""
+    skips: bool = True
+    """Whether blocks of which no query sees a key are skipped: not where `jax.vmap(axis_name=…)` maps over their
+    places, which makes a select of a `lax.cond`, of which JAX has no transpose."""
+    accelerator_block: tuple[int, int] | None = None
+    """Queries and keys of a block in programs for GPUs and TPUs; None: as in the plan itself."""
+    tangent_precision: Any = None
+    """The precision of products of tangents, and backwards of cotangents, where it is not that of the scores."""
+
+    def on_accelerators(self) -> "Plan":
+        """The plan for GPUs and TPUs, where tangents are rounded to narrow factors' dtype."""
+        queries, keys = self.accelerator_block or (self.queries, self.keys)
+        narrow = _DOT_ALGORITHMS.get(jnp.dtype(self.dtype).name) if self.precision is None else None
+        return self._replace(queries=queries, keys=keys, tangent_precision=narrow)
+
+
+_DOT_ALGORITHMS = {
+    "bfloat16": lax.DotAlgorithmPreset.BF16_BF16_F32,
+    "float16": lax.DotAlgorithmPreset.F16_F16_F32,
+}
+
+
+class Place(NamedTuple):
+    """Where a block stands: its first query, its first key, and that among the keys of all shards."""
+
+    query: Any
+    key: Any
+    key_of_all: Any
+
+
+# --- products and scores of one block ------------------------------------------------------------------------
+
+
+def _dot(a: Array, b: Array, axis: int, precision: Any, dtype: Any = None) -> Array:
+    dtype = a.dtype if dtype is None else dtype
+    return lax.dot_general(a, b, (((3,), (axis,)), ((0, 1), (0, 1))), precision, preferred_element_type=dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _narrow_product(a: Array, b: Array, axis: int, plan: Plan) -> Array:
+    return _dot(a.astype(plan.dtype), b.astype(plan.dtype), axis, plan.precision, a.dtype)
+
+
+@functools.partial(_narrow_product.defjvp, symbolic_zeros=True)
+def _narrow_product_jvp(axis: int, plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """On CPU tangents are not narrowed, nor, backwards, what is summed over blocks."""
+    (a, b), (a_dot, b_dot) = primals, without_zeros(tangents)
+    precision = plan.precision if plan.tangent_precision is None else plan.tangent_precision
+    terms = [] if a_dot is None else [_dot(a_dot, b, axis, precision)]
+    terms += [] if b_dot is None else [_dot(a, b_dot, axis, precision)]
+    return _narrow_product(a, b, axis, plan), sum(terms[1:], terms[0])
+
+
+def product(a: Array, b: Array, axis: int, plan: Plan) -> Array:
+    """Σ of a `[B, K, R, n]` with b `[B, K, S, H]`, n an axis of b, of factors in the plan's dtype."""
+    if plan.dtype == a.dtype:
+        return _dot(a, b, axis, plan.precision)
+    return _narrow_product(a, b, axis, plan)
+
+
+def block_scores(block: Inputs, place: Place, plan: Plan) -> Array:
+    """x = ψ(s) `[B, K, R, S]`, −∞ where a query does not see a key;  s = c tanh((scale q·k + b)/c)  (MATH 14.1)."""
+    if plan.dtype == block.query.dtype:
+        s = product(block.query * block.scale, block.key, 3, plan)
+    else:  # narrow factors stay as they are
+        s = product(block.query, block.key, 3, plan) * block.scale
+    rows = functools.partial(_in_rows, groups=s.shape[2] // plan.queries, queries=plan.queries)
+    kept, bias = _kept(block, place, plan), block.bias
+    if bias is not None and block.soft_cap is not None:
+        kept = _both(kept, bias > -jnp.inf)  # it leaves a key out under the cap, too
+        bias = jnp.where(kept, bias, 0)  # may be anything where a key is left out: 0 · NaN would be NaN
+    if bias is not None:
+        s = s + rows(bias)
+    if block.soft_cap is not None:
+        s = block.soft_cap * jnp.tanh(s / block.soft_cap)
+    return maps.weighted_scores(block.phi, s, None if kept is None else rows(kept), None)
+
+
+def _in_rows(a: Array, groups: int, queries: int) -> Array:
+    """What broadcasts to `[B, K, G, T, S]`, for groups and queries as one axis."""
+    a = a.reshape(*[1] * (5 - a.ndim), *a.shape)
+    if groups > 1:
+        a = jnp.broadcast_to(a, (*a.shape[:2], groups, queries, a.shape[4]))
+    return a.reshape(*a.shape[:2], a.shape[2] * a.shape[3], a.shape[4])
+
+
+def _kept(block: Inputs, place: Place, plan: Plan) -> Array | None:
+    """Which keys the queries of a block see, to be broadcast to `[B, K, G, T, S]`; None for all."""
+    query = place.query + lax.broadcasted_iota(jnp.int32, (plan.queries, 1), 0)
+    key = place.key_of_all + lax.broadcasted_iota(jnp.int32, (1, plan.keys), 1)
+    kept = block.mask
+    if plan.is_causal:
+        kept = _both(kept, key <= query)
+    if plan.window is not None:
+        kept = _both(kept, (query <= key + plan.window[0]) & (query >= key - plan.window[1]))
+    if block.query_lengths is not None:
+        kept = _both(kept, query < _of_batch(block.query_lengths))
+    if block.key_lengths is not None:
+        kept = _both(kept, key < _of_batch(block.key_lengths))
+    queries, keys = plan.shape
+    if queries % plan.queries:  # what `cut` added
+        kept = _both(kept, query < queries)
+    if keys % plan.keys:
+        kept = _both(kept, key - place.key_of_all + place.key < keys)
+    return kept
+
+
+def _of_batch(a: Array) -> Array:
+    return a[:, None, None, None, None]
+
+
+def _both(a: Array | None, b: Array | None) -> Any:
+    return b if a is None else a if b is None else a & b
+
+
+def _may_see(place: Place, plan: Plan) -> Any:
+    """Whether a query of the block sees a key of it, by their places; None where it always may."""
+    first, key = place.query, place.key_of_all
+    last, last_key = first + plan.queries - 1, key + plan.keys - 1
+    sees = None
+    if not plan.skips:
+        return sees
+    if plan.is_causal:
+        sees = key <= last
+    if plan.window is not None:
+        sees = _both(sees, (first <= last_key + plan.window[0]) & (last >= key - plan.window[1]))
+    return sees
+
+
+# --- loops ---------------------------------------------------------------------------------------------------
+
+QUERY_AXIS = {"query": 3, "bias": 3, "mask": 3}
+BIAS_KEY_AXIS = {"bias": 4, "mask": 4}
+
+Step = Callable[..., Any]
+Pair = tuple[Inputs, Inputs]
+"""Arguments, and their tangents."""
+
+
+def checkpointed_scan(body: Callable[..., Any], state: Any, xs: Any) -> Any:
+    """`lax.scan` whose backward pass keeps nothing of the body; jax 0.10 would drop its rules at second order, too."""
+    return lax.scan(jax.checkpoint(body, prevent_cse=False), state, xs)
+
+
+def over_blocks(step: Step, pair: Pair, known: Any, initial: Any, plan: Plan) -> Any:
+    """The state `[B, K, G, T, …]` of all queries after all keys, in the blocks of the platform that the program is
+    compiled for.
+
+    It is that of `initial(block)` `[B, K, R, …]`, R = G · T, after step(block, its tangents, place=, known=, state=,
+    plan=) for each block of keys; `known` is what is known of the queries.
+    """
+    other_plan = plan.on_accelerators()
+    on_cpu, elsewhere = (functools.partial(_over_queries, step, initial, plan=p) for p in (plan, other_plan))
+    if other_plan == plan:
+        return on_cpu(pair, known)
+    return lax.platform_dependent(pair, known, cpu=on_cpu, default=elsewhere)
+
+
+def _over_queries(step: Step, initial: Any, pair: Pair, known: Any, *, plan: Plan) -> Any:
+    """Blocks of queries are the outer loop: the state of one of them stays in the cache."""
+    query = pair[0].query
+    groups, queries = query.shape[2:4]
+    of_keys = jax.tree.map(lambda a: cut(a, plan.keys, 2), [tree.only("key", "value") for tree in pair])
+
+    def in_rows(a: Any) -> Any:
+        return None if a is None else a.reshape(*a.shape[:2], groups * plan.queries, *a.shape[4:])
+
+    def in_groups(a: Array) -> Array:
+        return a.reshape(*a.shape[:2], groups, plan.queries, *a.shape[3:])
+
+    def body(first: Array, xs: Any) -> tuple[Array, Any]:
+        parts, of_queries = xs
+        parts = [part._replace(query=in_rows(part.query)) for part in parts]
+        rows = [tree.with_fields(part).with_wide_bias(query.dtype) for tree, part in zip(pair, parts, strict=True)]
+        over_keys = functools.partial(_over_keys, step, known=jax.tree.map(in_rows, of_queries), plan=plan)
+        return first + plan.queries, jax.tree.map(in_groups, over_keys(rows, of_keys, first, initial(rows[0])))
+
+    of_blocks = jax.tree.map(lambda a: cut(a, plan.queries, 3), (_cut_fields(pair, QUERY_AXIS), known))
+    _, states = checkpointed_scan(body, jnp.zeros((), jnp.int32), of_blocks)
+    return jax.tree.map(lambda a: joined(a, queries, 3), states)
+
+
+def _over_keys(step: Step, rows: Any, of_keys: Any, first: Array, state: Any, *, known: Any, plan: Plan) -> Any:
+    """The state of a block of queries; blocks of keys of which they see none are skipped."""
+    of_shard = shard_index(plan.axis_name) * rows[0].key.shape[2]
+    of_both = jax.tree.map(lambda a: cut(a, plan.keys, 4), _cut_fields(rows, BIAS_KEY_AXIS))
+
+    def body(carry: Any, xs: Any) -> tuple[Any, None]:
+        start, old = carry
+        block, dots = (tree.with_fields(a).with_fields(b) for tree, a, b in zip(rows, *xs, strict=True))
+        place = Place(first, start, of_shard + start)
+
+        def run(old: Any) -> Any:
+            return step(block, dots, place=place, known=known, state=old, plan=plan)
+
+        sees = _may_see(place, plan)
+        new = run(old) if sees is None else lax.cond(sees, run, lambda old: old, old)
+        return (start + plan.keys, new), None
+
+    return checkpointed_scan(body, (jnp.zeros((), jnp.int32), state), (of_keys, of_both))[0][1]
+
+
+def _cut_fields(pair: Any, axes: dict[str, int]) -> list[Inputs]:
+    """The fields that have an axis to be cut, of both; a bias or a mask may be the same all along it."""
+
+    def has(name: str) -> bool:
+        a = getattr(pair[0], name)
+        return name == "query" or (a is not None and a.shape[axes[name]] > 1)
+
+    names = [name for name in axes if has(name)]
+    return [tree.only(*names) for tree in pair]
+
+
+def cut(a: Array, length: int, axis: int) -> Array:
+    """An axis as blocks, which come first; zeros where they do not divide it."""
+    padding = -a.shape[axis] % length
+    if padding:
+        a = jnp.pad(a, [(0, padding if i == axis else 0) for i in range(a.ndim)])
+    count = a.shape[axis] // length
+    return jnp.moveaxis(a.reshape(*a.shape[:axis], count, length, *a.shape[axis + 1 :]), axis, 0)
+
+
+def joined(a: Array, length: int, axis: int) -> Array:
+    """The blocks as one axis, without what `cut` added."""
+    a = jnp.moveaxis(a, 0, axis)
+    a = a.reshape(*a.shape[:axis], a.shape[axis] * a.shape[axis + 1], *a.shape[axis + 2 :])
+    return lax.slice_in_dim(a, 0, length, axis=axis)

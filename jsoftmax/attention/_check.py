@@ -1,0 +1,295 @@
+"""What attention asks of its arguments, and their layout in blocks."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jsoftmax import maps
+from jsoftmax.attention._blocks import Inputs, Plan
+from jsoftmax.checks import arguments
+from jsoftmax.heads._linear import full_precision
+from jsoftmax.sharding import (
+    AxisName,
+    check_axis_name,
+    check_not_explicit,
+    check_parts,
+    check_same,
+    check_sharded,
+    shard_index,
+)
+
+
+class Given(NamedTuple):
+    """Checked."""
+
+    inputs: Inputs
+    plan: Plan
+    dtype: Any
+    """Of the output."""
+    has_batch: bool
+
+    def restore(self, a: Array) -> Array:
+        """`[B, K, G, T, …]` as `[B, T, N, …]`, or without the batch as the query is."""
+        a = jnp.moveaxis(a, 3, 1)
+        a = a.reshape(*a.shape[:2], a.shape[2] * a.shape[3], *a.shape[4:])
+        return a if self.has_batch else a[0]
+
+
+def check(
+    function: str,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    bias: Any,
+    mask: Any,
+    scale: Any,
+    is_causal: Any,
+    query_seq_lengths: Any,
+    key_value_seq_lengths: Any,
+    local_window_size: Any,
+    phi: Any,
+    soft_cap: Any,
+    sink: Any,
+    block_size: Any,
+    axis_name: Any,
+) -> Given:
+    """Everything as `Inputs`, in the accumulation dtype, but a bias `[…, T, S]`: a block of it at a time is widened."""
+    maps.check_phi(function, phi)
+    query, key, value = (
+        _check_floating(function, name, a) for name, a in (("query", query), ("key", key), ("value", value))
+    )
+    has_batch = query.ndim == 4
+    query, key, value = _check_shapes(function, query, key, value)
+    axis_name = _check_axis_name(function, axis_name, query, key, value)
+    dtype = jnp.result_type(query, key, value)
+    wide = arguments.accumulation_dtype(dtype)
+    (batch, queries, heads, width), (keys, key_heads) = query.shape, key.shape[1:3]
+    groups = heads // key_heads
+    shape = (batch, heads, queries, keys)
+    bias, mask = _check_bias(function, bias, shape, axis_name), _check_mask(function, mask, shape, axis_name)
+    query_lengths = _check_lengths(function, "query_seq_lengths", query_seq_lengths, batch)
+    key_lengths = _check_lengths(function, "key_value_seq_lengths", key_value_seq_lengths, batch)
+    # what stands beyond the lengths may be anything: 0 · NaN would be NaN
+    query = _within(query, query_lengths, 0)
+    first = shard_index(axis_name) * keys
+    key, value = (_within(a, key_lengths, first) for a in (key, value))
+    scale = jnp.asarray(width**-0.5, wide) if scale is None else _check_number(function, "scale", scale, wide)
+    cap = None if soft_cap is None else arguments.check_option(function, soft_cap, wide, soft_cap=(1e-37, math.inf))
+    causal = arguments.check_flag(function, "is_causal", is_causal)
+    window = _check_window(function, local_window_size)
+    if bias is not None and (bias.shape[2] == 1 or jnp.finfo(bias.dtype).bits > jnp.finfo(wide).bits):
+        bias = bias.astype(wide)
+    inputs = Inputs(
+        query=query.reshape(batch, queries, key_heads, groups, width).transpose(0, 2, 3, 1, 4).astype(wide),
+        key=key.swapaxes(1, 2).astype(wide),
+        value=value.swapaxes(1, 2).astype(wide),
+        bias=None if bias is None else _in_groups(bias, key_heads, groups),
+        mask=None if mask is None else _in_groups(mask, key_heads, groups),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        scale=scale,
+        soft_cap=cap,
+        sink=_check_sink(function, sink, key_heads, groups, wide),
+        phi=phi,
+    )
+    names = set(axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,))
+    skips = names <= set(jax.sharding.get_abstract_mesh().manual_axes)
+    plan = Plan(1, 1, (queries, keys), dtype, _precision(dtype), causal, window, axis_name, skips)
+    plan = _with_blocks(function, plan, block_size, batch * heads)
+    return Given(inputs, plan, dtype, has_batch)
+
+
+def _check_floating(function: str, argument: str, a: Any) -> Array:
+    array = arguments.as_array(function, argument, a)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{function}: {argument} must be real and floating; got dtype {array.dtype}. Convert it first: "
+            f"{argument}.astype(float)."
+        )
+    return array
+
+
+def _check_shapes(function: str, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+    """All with a batch."""
+    for name, a in (("query", query), ("key", key), ("value", value)):
+        if a.ndim not in (3, 4) or a.ndim != query.ndim:
+            raise ValueError(
+                f"{function}: {name} must have the axes [batch, length, heads, features], or all three arrays the last "
+                f"three of them; got shape {a.shape}{'' if name == 'query' else f' beside a query {query.shape}'}. "
+                "Several batch axes are mapped over by jax.vmap, or reshaped into one."
+            )
+    if query.ndim == 3:
+        query, key, value = query[None], key[None], value[None]
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"{function}: value must have the shape of key but for the last axis, {key.shape[:3]}; got shape "
+            f"{value.shape}. Each key has one value."
+        )
+    if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"{function}: key must have the batch {query.shape[0]} and the features {query.shape[3]} of query; got "
+            f"shape {key.shape}. The axes are [batch, length, heads, features]; broadcast keys that all share: "
+            "jnp.broadcast_to."
+        )
+    if not key.shape[2] or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"{function}: query must have a multiple of the heads of key, {key.shape[2]}; got {query.shape[2]}. The "
+            "heads are the last axis but one: swap them with the length if it stands there."
+        )
+    return query, key, value
+
+
+def _check_axis_name(function: str, axis_name: Any, query: Array, key: Array, value: Array) -> AxisName:
+    axis_name = check_axis_name(function, axis_name)
+    for name, a in (("query", query), ("key", key), ("value", value)):
+        check_not_explicit(function, name, a)
+    check_sharded(function, "key", key, axis_name)
+    check_sharded(function, "value", value, axis_name)
+    check_same(function, "query", query, axis_name)
+    return axis_name
+
+
+def _broadcast_to_scores(function: str, argument: str, a: Array, shape: tuple[int, ...], axis_name: AxisName) -> Array:
+    """With four axes, that broadcast to `[B, N, T, S]`."""
+    check_parts(function, shape, (3,), axis_name, **{argument: a})
+    wide = a.reshape(*[1] * (4 - a.ndim), *a.shape)
+    if wide.ndim != 4 or any(n not in (1, m) for n, m in zip(wide.shape, shape, strict=True)):
+        raise ValueError(
+            f"{function}: {argument} must broadcast to [batch, heads, queries, keys], {shape}; got shape {a.shape}. "
+            f"Write axes of length 1 where it is the same for all: of padding {argument}[:, None, None, :]."
+        )
+    return wide
+
+
+def _check_bias(function: str, bias: Any, shape: tuple[int, ...], axis_name: AxisName) -> Array | None:
+    if bias is None:
+        return None
+    array = arguments.as_array(function, "bias", bias)
+    if array.dtype == jnp.bool_:
+        raise TypeError(
+            f"{function}: bias must be numbers that are added to the scores; got dtype {array.dtype}. A boolean array "
+            "is a mask: mask=…."
+        )
+    return _broadcast_to_scores(function, "bias", arguments.as_scores(function, "bias", array), shape, axis_name)
+
+
+def _check_mask(function: str, mask: Any, shape: tuple[int, ...], axis_name: AxisName) -> Array | None:
+    if mask is None:
+        return None
+    array = arguments.as_array(function, "mask", mask)
+    if array.dtype != jnp.bool_:
+        raise TypeError(
+            f"{function}: mask must be boolean, True where a query sees a key; got dtype {array.dtype}. Compare first, "
+            "e.g. mask > 0; numbers that are added to the scores are a bias: bias=…."
+        )
+    return _broadcast_to_scores(function, "mask", array, shape, axis_name)
+
+
+def _in_groups(a: Array, key_heads: int, groups: int) -> Array:
+    """`[B, N, T, S]` as `[B, K, G, T, S]`."""
+    heads = (1, 1) if a.shape[1] == 1 else (key_heads, groups)
+    return a.reshape(a.shape[0], *heads, *a.shape[2:])
+
+
+def _check_lengths(function: str, argument: str, lengths: Any, batch: int) -> Array | None:
+    if lengths is None:
+        return None
+    array = arguments.as_array(function, argument, lengths)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: {argument} must be integers; got dtype {array.dtype}. Write lengths.astype(int); a mask of "
+            "positions is mask[:, None, None, :]."
+        )
+    if array.shape != (batch,):
+        raise ValueError(
+            f"{function}: {argument} must have one length for each sequence of the batch, shape {(batch,)}; got shape "
+            f"{array.shape}. Write jnp.full({batch}, n) for one that all have."
+        )
+    return array.astype(jnp.int32)
+
+
+def _within(a: Array, lengths: Array | None, first: Any) -> Array:
+    """`[B, length, …]`, 0 beyond the lengths; the first of them has the number `first`."""
+    if lengths is None:
+        return a
+    place = first + lax.broadcasted_iota(jnp.int32, (1, a.shape[1], 1, 1), 1)
+    return jnp.where(place < lengths[:, None, None, None], a, 0)
+
+
+def _check_number(function: str, argument: str, value: Any, wide: Any) -> Array:
+    return arguments.check_option(function, value, wide, **{argument: (-math.inf, math.inf)})
+
+
+def _check_window(function: str, window: Any) -> tuple[int, int] | None:
+    if window is None:
+        return None
+    pair = window if isinstance(window, tuple) else (window, window)
+    if len(pair) != 2 or not all(arguments.is_int(n) and n >= 0 for n in pair):
+        raise ValueError(
+            f"{function}: local_window_size must be an int >= 0, or a pair of them (left, right), known at trace time; "
+            f"got {window!r}. (n, 0) is a query's own place and the n keys before it."
+        )
+    return int(pair[0]), int(pair[1])
+
+
+def _check_sink(function: str, sink: Any, key_heads: int, groups: int, wide: Any) -> Array | None:
+    if sink is None:
+        return None
+    array = arguments.as_number(function, "sink", sink).astype(wide)
+    heads = key_heads * groups
+    if array.shape not in ((), (heads,)):
+        raise ValueError(
+            f"{function}: sink must be one score, or one for each head of query, shape {(heads,)}; got shape "
+            f"{array.shape}. It is a class without a value: keys and values of your own go into key and value."
+        )
+    return jnp.broadcast_to(array, (heads,)).reshape(key_heads, groups)
+
+
+def _precision(dtype: Any) -> lax.Precision | None:
+    """All digits of wide factors, but where `jax_default_matmul_precision` says otherwise."""
+    chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return full_precision(dtype) if chosen is None else None
+
+
+# --- blocks --------------------------------------------------------------------------------------------------
+
+_KEYS = {"cpu": 512, "elsewhere": 1024}
+_SCORES = 2**23
+"""How many scores a block has: 32 MiB of float32."""
+_FEWEST, _MOST = 64, 512
+"""Queries of a block on CPU."""
+_BLOCKS = 1024
+"""Programs for GPUs and TPUs have no more blocks than that, until a block has _LARGEST scores."""
+_LARGEST = 2**26
+
+
+def _with_blocks(function: str, plan: Plan, block_size: Any, heads: int) -> Plan:
+    """The caller's blocks on all devices, or those that suit each."""
+    queries, keys = plan.shape
+    if block_size is None:
+        of_keys = near_divisor(keys, _KEYS["cpu"])
+        of_queries = min(_MOST, max(_FEWEST, _SCORES // max(1, heads * of_keys)))
+        plan = plan._replace(queries=near_divisor(queries, of_queries), keys=of_keys)
+        scores = min(_LARGEST, max(_SCORES, heads * queries * keys // _BLOCKS))
+        of_keys = near_divisor(keys, _KEYS["elsewhere"])
+        of_queries = near_divisor(queries, max(1, scores // max(1, heads * of_keys)))
+        return plan._replace(accelerator_block=(of_queries, of_keys))
+    pair = block_size if isinstance(block_size, tuple) else (queries, block_size)
+    if len(pair) != 2 or not all(arguments.is_int(n) and (n > 0 or n == queries) for n in pair):
+        raise ValueError(
+            f"{function}: block_size must be a positive int, how many keys, or (queries, keys); got {block_size!r}. "
+            "Leave it out for a good choice."
+        )
+    return plan._replace(queries=max(1, min(queries, pair[0])), keys=max(1, min(keys, pair[1])))
+
+
+def near_divisor(length: int, wanted: int) -> int:
+    """The length if it is little more than what is wanted; else the largest divisor from half of that on, or that."""
+    if length <= wanted * 5 // 4:
+        return max(1, length)
+    return next((n for n in range(wanted, wanted // 2, -1) if length % n == 0), wanted)

@@ -1,0 +1,438 @@
+"""Streamed attention against its plain definition: values, derivatives, options, edges, digits, memory, wrong calls."""
+
+import functools
+import inspect
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from platforms import as_on_accelerators
+
+import jsoftmax as js
+from jsoftmax import attention, verify
+from jsoftmax.attention import _check
+from jsoftmax.verify import PHIS
+
+B, T, S, N, K, H = 2, 5, 7, 4, 2, 3
+BLOCKS = {"one": (5, 7), "odd": (2, 3)}
+DIFFERENTIABLE = ("query", "key", "value", "bias", "scale", "sink")
+RNG = np.random.default_rng(0)
+MASK = RNG.random((B, 1, T, S)) > 0.3
+MASK[0, 0, 2] = False  # a row without keys
+LENGTHS = {"query_seq_lengths": np.array([3, 5]), "key_value_seq_lengths": np.array([7, 4])}
+OPTIONS = {
+    "causal": {"is_causal": True},
+    "mask, window": {"mask": MASK, "local_window_size": (1, 2)},
+    "lengths": LENGTHS,
+    "all": {**LENGTHS, "mask": MASK, "is_causal": True, "local_window_size": (3, 1), "soft_cap": 0.7},
+}
+BIASES = {"full": (B, N, T, S), "heads": (1, N, 1, S), "rows": (B, 1, T, 1), "none": None}
+
+
+def arrays(dtype=np.float64, bias="full", sink=True, batch=(B,)):
+    rng = np.random.default_rng(1)
+    shapes = {"query": (*batch, T, N, H), "key": (*batch, S, K, H), "value": (*batch, S, K, H), "bias": BIASES[bias]}
+    made = {name: jnp.asarray(0.6 * rng.normal(size=shape), dtype) for name, shape in shapes.items() if shape}
+    made["scale"] = jnp.asarray(0.5, dtype)
+    return made | ({"sink": jnp.asarray(rng.normal(size=N), dtype)} if sink else {})
+
+
+def kept_keys(shape, mask, *, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size):
+    """bool `[B, N, T, S]`, which queries see which keys, and `[B, N, T]`, which rows count."""
+    rows, columns = np.arange(shape[2])[:, None], np.arange(shape[3])
+    kept = np.ones(shape, bool) if mask is None else np.broadcast_to(mask, shape).copy()
+    counts = np.ones(shape[:3], bool)
+    if is_causal:
+        kept &= columns <= rows
+    if local_window_size is not None:
+        window = local_window_size
+        left, right = window if isinstance(window, tuple) else (window, window)
+        kept &= (rows - left <= columns) & (columns <= rows + right)
+    if key_value_seq_lengths is not None:
+        kept &= columns < key_value_seq_lengths[:, None, None, None]
+    if query_seq_lengths is not None:
+        counts &= np.arange(shape[2]) < query_seq_lengths[:, None, None]
+    return kept & counts[..., None], counts
+
+
+def plain(
+    query,
+    key,
+    value,
+    bias=0.0,
+    mask=None,
+    *,
+    scale,
+    sink=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    phi=js.exp,
+    soft_cap=None,
+):
+    """Output, L and H by the definition, with all scores."""
+    keys, values = (jnp.repeat(a, query.shape[2] // key.shape[2], 2) for a in (key, value))
+    s = scale * jnp.einsum("btnh,bsnh->bnts", query, keys) + bias
+    s = s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
+    kept, counts = kept_keys(
+        s.shape,
+        mask,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+    )
+    if sink is not None:
+        s = jnp.concatenate([s, jnp.broadcast_to(sink[:, None, None], (*s.shape[:3], 1))], 3)
+        kept = np.concatenate([kept, counts[..., None]], 3)
+    w = jnp.where(kept, phi.definition(jnp.where(kept, s, 0.0), jnp), 0.0)
+    total = w.sum(3)
+    p = w / jnp.where(kept.any(3), total, 1.0)[..., None]
+    output = jnp.einsum("bnts,bsnh->btnh", p[..., : keys.shape[1]], values)
+    entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0)), 3)
+    L = jnp.where(kept.any(3), jnp.log(jnp.where(kept.any(3), total, 1.0)), -jnp.inf)
+    return output, L.swapaxes(1, 2), entropy.swapaxes(1, 2)
+
+
+def results(f, *given):
+    """Value, gradient, jvp, and a Hessian product in a scan, of a sum of f with unequal weights, by every argument."""
+
+    def finite(*given):
+        return [jnp.where(jnp.isfinite(a), a, 0) for a in f(*given)]
+
+    def total(*given):
+        return sum(jnp.vdot(jnp.cos(jnp.arange(a.size)).reshape(a.shape), jnp.sin(a)) for a in finite(*given))
+
+    def scanned(*given):
+        return jax.lax.scan(lambda c, a: (c + total(*a), None), 0.0, [a[None] for a in given])[0]
+
+    every, along = tuple(range(len(given))), tuple(jnp.cos(3 * a) for a in given)
+    return (
+        f(*given),
+        jax.grad(total, every)(*given),
+        jax.jvp(finite, given, along)[1],
+        jax.jvp(jax.grad(scanned, every), given, along)[1],
+    )
+
+
+def assert_same(ours, reference, given, rtol=1e-9):
+    programs = [verify.jit_formulas(functools.partial(results, f)) for f in (ours, reference)]
+    for a, b in zip(*(jax.tree.leaves(program(*given)) for program in programs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-12)
+
+
+def both(given, options):
+    """Ours and the plain definition, of the arrays alone."""
+    names = list(given)
+
+    def ours(*arrays):
+        return tuple(attention.attention_statistics(**dict(zip(names, arrays, strict=True)), **options))
+
+    def reference(*arrays):
+        return plain(**dict(zip(names, arrays, strict=True)), **{k: v for k, v in options.items() if k != "block_size"})
+
+    return ours, reference
+
+
+@pytest.mark.parametrize("phi", PHIS, ids=str)
+def test_every_phi(phi):
+    with jax.enable_x64(True):
+        given = arrays(bias="none", sink=phi is js.softplus)
+        assert_same(*both(given, {"phi": phi, "mask": MASK, "block_size": BLOCKS["odd"]}), tuple(given.values()))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options):
+    with jax.enable_x64(True):
+        given = arrays(bias="none", sink=False)
+        assert_same(*both(given, OPTIONS[options] | {"block_size": BLOCKS["odd"]}), tuple(given.values()))
+
+
+@pytest.mark.parametrize(("bias", "blocks"), [("full", "odd"), ("rows", "one"), ("heads", "odd")])
+def test_biases_and_a_sink(bias, blocks):
+    with jax.enable_x64(True):
+        given = arrays(bias=bias)
+        assert_same(*both(given, OPTIONS["all"] | {"block_size": BLOCKS[blocks]}), tuple(given.values()))
+
+
+def float32(*shape, seed=0, dtype=np.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+AS_JAX_NN = {
+    "plain": {},
+    "scale": {"scale": 0.3},
+    "bias": {"bias": float32(B, N, T, S)},
+    "bias of heads, three axes": {"bias": float32(N, 1, S)},
+    "mask": {"mask": MASK | (np.arange(S) == 0)},
+    "mask of keys": {"mask": np.arange(S) < 4},
+    "causal": {"is_causal": True, "bias": float32(1, 1, T, S)},
+    "window": {"local_window_size": (1, 2)},
+    "int window": {"local_window_size": 3, "is_causal": True},
+    "lengths": LENGTHS,
+    "key lengths": {"key_value_seq_lengths": LENGTHS["key_value_seq_lengths"], "is_causal": True},
+}
+
+
+@pytest.mark.parametrize(("options", "heads"), [*((name, K) for name in AS_JAX_NN), ("bias", N), ("lengths", 1)])
+def test_as_jax_nn(options, heads):
+    """Masks, biases, heads in groups, lengths, windows, residuals."""
+    given = float32(B, T, N, H), float32(B, S, heads, H, seed=1), float32(B, S, heads, H, seed=2)
+    options = {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in AS_JAX_NN[options].items()}
+    options = {k: v.astype(jnp.int32) if "lengths" in k else v for k, v in options.items()}
+    found = attention.dot_product_attention(*given, **options, return_residual=True, block_size=BLOCKS["odd"])
+    want = jax.nn.dot_product_attention(*given, **options, return_residual=True, implementation="xla")
+    counts = want[1] > -1e30  # a row without keys is −∞ with us, and a very negative number with jax.nn
+    for a, b in zip(found, (want[0], jnp.where(counts, want[1], -jnp.inf)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_dtypes(dtype):
+    """As with jax.nn, but a residual in float32."""
+    given = [float32(B, T, n, H, seed=n, dtype=dtype) for n in (N, K, K)]
+    found, L = attention.dot_product_attention(*given, return_residual=True)
+    want = jax.nn.dot_product_attention(*given, implementation="xla")
+    assert (found.dtype, L.dtype) == (want.dtype, jnp.float32)
+    np.testing.assert_allclose(*(a.astype(np.float32) for a in (found, want)), atol=8 * jnp.finfo(dtype).eps)
+
+
+def test_few_queries_and_keys():
+    """Three axes, one query, one key, none; values of another width."""
+    q, k, v = float32(B, T, N, H), float32(B, S, K, H, seed=1), float32(B, S, K, H, seed=2)
+    for given in ((q[0], k[0], v[0]), (q[:, :1], k, v), (q, k[:, :1], v[:, :1])):
+        found, L = attention.dot_product_attention(*given, return_residual=True)
+        want = jax.nn.dot_product_attention(*given, implementation="xla")
+        assert (found.shape, L.shape) == (want.shape, want.shape[:-1])
+        np.testing.assert_allclose(found, want, atol=1e-6)
+    assert attention.dot_product_attention(q[:, :0], k, v).shape == (B, 0, N, H)
+    assert not attention.dot_product_attention(q, k[:, :0], v[:, :0]).any()
+    narrow = attention.dot_product_attention(q, k, v[..., :2])
+    np.testing.assert_allclose(narrow, attention.dot_product_attention(q, k, v)[..., :2], atol=1e-6)
+
+
+@pytest.mark.parametrize("phi", [js.exp, js.spherical(0.1)], ids=str)
+def test_rows_without_keys(phi):
+    """Output, entropy and all derivatives 0, L −∞; with a sink its score."""
+    mask = np.ones((B, 1, T, S), bool)
+    mask[0, 0, 2], mask[1] = False, False
+    given = arrays(np.float32)
+
+    def f(sink=None, **given):
+        return attention.attention_statistics(**given, mask=mask, sink=sink, phi=phi, block_size=BLOCKS["odd"])
+
+    found = f(**given | {"sink": None})
+    empty = ~mask.any(3)[:, 0]
+    assert not found.output[empty].any()
+    assert not found.entropy[empty].any()
+    assert jnp.isneginf(found.log_normalizer[empty]).all()
+    assert jnp.isfinite(found.log_normalizer[~empty]).all()
+
+    def total(given):
+        a = f(**given)
+        finite = jnp.where(jnp.isfinite(a.log_normalizer), a.log_normalizer, 0)
+        rows = (a.output + (finite + a.entropy)[..., None]) ** 2
+        return jnp.sum(jnp.where(empty[..., None, None], rows, 0))  # of the rows without keys alone
+
+    without = {name: a for name, a in given.items() if name != "sink"}
+    derivatives = verify.jit_formulas(lambda given: jax.jvp(jax.grad(total), (given,), (given,)))
+    assert all(not a.any() for a in jax.tree.leaves(derivatives(without)))
+    with_sink = f(**given)
+    assert not with_sink.output[empty].any()
+    assert not with_sink.entropy[empty].any()
+    np.testing.assert_allclose(with_sink.log_normalizer[0, 2], phi.log(given["sink"]), rtol=1e-6)
+
+
+def test_what_is_left_out_may_be_anything():
+    """Keys, values and queries beyond the lengths; scores behind a mask; a bias of −∞, under a soft cap too."""
+    given = arrays(np.float32, sink=False)
+    lengths = {name: jnp.asarray(a) for name, a in LENGTHS.items()}
+
+    def total(given, **options):
+        found = attention.attention_statistics(**given, **options, soft_cap=0.7, block_size=BLOCKS["odd"])
+        L = jnp.where(jnp.isfinite(found.log_normalizer), found.log_normalizer, 0)
+        return jnp.sum(found.output**2) + jnp.sum(L + found.entropy)
+
+    run = verify.jit_formulas(jax.value_and_grad(total))
+    want = run(given, **lengths)
+    bad = dict(given)
+    for name, of in (("query", "query"), ("key", "key_value"), ("value", "key_value")):
+        length = LENGTHS[f"{of}_seq_lengths"][:, None, None, None]
+        beyond = np.arange(given[name].shape[1])[:, None, None] >= length
+        bad[name] = jnp.where(beyond, jnp.nan, given[name])
+    found = run(bad, **lengths)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    mask = np.broadcast_to(MASK, (B, N, T, S))
+    want = run(given, mask=mask)
+    for instead, options in ((jnp.nan, {"mask": mask}), (-jnp.inf, {})):
+        bad = given | {"bias": jnp.where(mask, given["bias"], instead)}
+        found = run(bad, **options)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_bad_scores_act_on_their_row_alone():
+    given = arrays(np.float32, sink=False)
+    for bad, of_L in ((jnp.nan, jnp.isnan), (jnp.inf, jnp.isposinf)):
+        found = attention.attention_statistics(
+            **given | {"bias": given["bias"].at[0, 1, 2, 5].set(bad)}, block_size=BLOCKS["odd"]
+        )
+        is_bad = np.zeros((B, T, N), bool)
+        is_bad[0, 2, 1] = True
+        assert (of_L(found.log_normalizer) == is_bad).all()
+        assert (jnp.isnan(found.output).all(3) == is_bad).all()
+        assert (jnp.isnan(found.entropy) == is_bad).all()
+
+
+@pytest.mark.parametrize("scale", [5.0, 40.0, 640.0])
+def test_bfloat16(scale):
+    """Sums in float32: within a rounding of the factors e^u, and of the result, at all score scales."""
+    q, k, v = (float32(1, 64, 2, 16, seed=i, dtype=jnp.bfloat16) for i in range(3))
+    found, L = attention.dot_product_attention(q, k, v, scale=scale / 4, return_residual=True, block_size=(16, 16))
+    wide_q, wide_k, wide_v = (np.asarray(a, np.float64) for a in (q, k, v))
+    s = scale / 4 * np.einsum("btnh,bsnh->btns", wide_q, wide_k)
+    w = np.exp(s - s.max(-1, keepdims=True))
+    want = np.einsum("btns,bsnh->btnh", w / w.sum(-1, keepdims=True), wide_v)
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    np.testing.assert_allclose(np.asarray(found, np.float64), want, rtol=eps, atol=eps / 2 * np.abs(wide_v).max())
+    np.testing.assert_allclose(L, s.max(-1) + np.log(w.sum(-1)), rtol=1e-6)
+    gradients = gradient(functools.partial(attention.dot_product_attention, scale=scale / 4))(q, k, v)
+    assert all(a.dtype == jnp.bfloat16 and jnp.isfinite(a).all() for a in gradients)
+
+
+def test_digits_of_a_small_entropy():
+    """Scores that are made in the same program, in a scan: an almost one-hot row keeps the digits of its entropy."""
+    k = np.zeros((1, 8, 1, 4), np.float32)
+    k[0, 3] = 1.0
+    q = np.full((1, 5, 1, 4), 2.75, np.float32) * np.linspace(1, 2.5, 5, dtype=np.float32)[:, None, None]
+    given = jnp.asarray(q), jnp.asarray(k), jnp.asarray(k)
+
+    @jax.jit
+    def scanned(q, k, v, c):
+        def body(total, a):
+            found = attention.attention_statistics(
+                c * a[0], jnp.sin(a[1]) / jnp.sin(1.0), a[2], soft_cap=60.0, scale=1.0
+            )
+            return total + found.entropy, None
+
+        return jax.lax.scan(body, jnp.zeros((1, 5, 1)), [a[None] for a in (q, k, v)])[0]
+
+    with jax.enable_x64(True):
+        x = np.float64(60) * np.tanh(np.float64(q * np.float32(0.9)) @ np.float64(k[0, :, 0].T) / 60)
+        p = np.exp(x - x.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        others = np.delete(p, 3, -1)
+        wanted = -np.sum(others * np.log(others), -1) - p[..., 3] * np.log1p(-others.sum(-1))
+    np.testing.assert_allclose(scanned(*given, 0.9), wanted, rtol=2e-5)
+
+
+def gradient(f):
+    return jax.grad(lambda *a: jnp.sum(f(*a) ** 2), (0, 1, 2))
+
+
+def reverse_over_reverse(f):
+    return jax.grad(lambda *a: sum(jnp.vdot(g, g) for g in gradient(f)(*a)), (0, 1, 2))
+
+
+MODES = {
+    "value, jvp": lambda f, given: jax.jvp(f, given, given),
+    "gradient, mapped": lambda f, given: jax.vmap(gradient(f))(*(a[None] for a in given)),
+    "gradient, remat": lambda f, given: gradient(jax.checkpoint(f))(*given),
+    "Hessian product": lambda f, given: jax.jvp(gradient(f), given, given)[1],
+    "reverse over reverse": lambda f, given: reverse_over_reverse(f)(*given),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_array_of_queries_by_keys(mode):
+    """The largest array of the compiled program is no larger than the arguments."""
+    length, width = 96, 4
+
+    def f(q, k, v):
+        found = attention.attention_statistics(q, k, v, is_causal=True, block_size=(8, 12))
+        return jnp.concatenate([found.output, found.entropy[..., None]], -1)
+
+    given = tuple(float32(1, length, 2, width, seed=i) for i in range(3))
+    text = jax.jit(lambda *a: MODES[mode](f, a)).lower(*given).compile().as_text()
+    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text)]
+    assert max(sizes) <= length * 2 * (width + 1)
+
+
+def test_the_blocks_of_accelerators(monkeypatch):
+    """They are others, with narrow tangents; the results are the same but for rounding."""
+    given = [float32(1, 96, n, 8, seed=n) for n in (4, 2, 2)]
+    monkeypatch.setattr(_check, "_KEYS", {"cpu": 32, "elsewhere": 48})
+    monkeypatch.setattr(_check, "_MOST", 24)
+
+    def run():
+        f = functools.partial(attention.dot_product_attention, is_causal=True)
+        return jax.jit(lambda *a: (f(*a), gradient(f)(*a), jax.jvp(gradient(f), a, a)[1]))(*given)
+
+    on_cpu = run()
+    jax.clear_caches()
+    as_on_accelerators(monkeypatch)
+    for a, b in zip(jax.tree.leaves(run()), jax.tree.leaves(on_cpu), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+    jax.clear_caches()
+
+
+def test_wide_factors_keep_all_digits():
+    """Every product is computed with all bits of float32, in all modes; narrow ones, and the user's choice, are not."""
+    q, k, v = (float32(1, 6, 2, 4, seed=i) for i in range(3))
+
+    def precisions(*given):
+        f = functools.partial(attention.dot_product_attention, block_size=(3, 3))
+        text = str(jax.make_jaxpr(lambda *a: jax.jvp(gradient(f), a, a))(*given))
+        return set(re.findall(r"precision=(\S+|\(.*?\))", text)) - {"None"}
+
+    assert all("HIGHEST" in p for p in precisions(q, k, v))
+    assert precisions(q, k, v)
+    assert not any("HIGHEST" in p for p in precisions(*(a.astype(jnp.bfloat16) for a in (q, k, v))))
+    with jax.default_matmul_precision("bfloat16"):
+        assert not any("HIGHEST" in p for p in precisions(q, k, v))
+
+
+def call(**changed):
+    """With good arguments but for those that are changed."""
+    given = {"query": float32(B, T, N, H), "key": float32(B, S, K, H), "value": float32(B, S, K, H)}
+    f = attention.dot_product_attention
+    f = f if "dim" in changed else inspect.unwrap(f)  # without the run-time type checks, whose errors come first
+    return f(**given | changed)
+
+
+WRONG = {
+    "phi=softmax": (TypeError, "phi must be a φ", {"phi": js.softmax}),
+    "integers": (TypeError, "query must be real and floating", {"query": np.zeros((B, T, N, H), int)}),
+    "two axes": (ValueError, "query must have the axes", {"query": np.zeros((T, H))}),
+    "one without a batch": (ValueError, "key must have the axes", {"key": np.zeros((S, K, H))}),
+    "values": (ValueError, "value must have the shape of key", {"value": np.zeros((B, S - 1, K, H))}),
+    "features": (ValueError, "key must have the batch", {"key": np.zeros((B, S, K, H + 1))}),
+    "heads": (ValueError, "query must have a multiple of the heads", {"query": np.zeros((B, T, 3, H))}),
+    "bool bias": (TypeError, "A boolean array is a mask", {"bias": np.ones((T, S), bool)}),
+    "bias": (ValueError, "bias must broadcast", {"bias": np.zeros((B, S))}),
+    "number mask": (TypeError, "mask must be boolean", {"mask": np.ones((T, S))}),
+    "mask of keys of a batch": (ValueError, r"mask\[:, None, None, :\]", {"mask": np.ones((B, S), bool)}),
+    "float lengths": (TypeError, "must be integers", {"query_seq_lengths": np.ones(B)}),
+    "one length": (ValueError, "one length for each sequence", {"key_value_seq_lengths": np.array(3)}),
+    "window": (ValueError, "local_window_size must be an int >= 0", {"local_window_size": (-1, 0)}),
+    "cap": (ValueError, "soft_cap must be > 0", {"soft_cap": 0.0}),
+    "scale": (ValueError, "scale must be finite", {"scale": np.inf}),
+    "sink": (ValueError, "sink must be one score, or one for each head", {"sink": np.zeros(K)}),
+    "causal": (TypeError, "is_causal must be True or False", {"is_causal": 1}),
+    "residual": (TypeError, "return_residual must be True or False", {"return_residual": None}),
+    "block": (ValueError, "block_size must be a positive int", {"block_size": 0}),
+    "dim": (TypeError, "an unexpected keyword dim=", {"dim": 1}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_calls(case):
+    error, match, changed = WRONG[case]
+    with pytest.raises(error, match=match):
+        call(**changed)
