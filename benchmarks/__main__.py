@@ -28,7 +28,17 @@ def main() -> None:
         parser.error("name what to measure, or --render")
     if arguments.name:
         benchmark = importlib.import_module(f"benchmarks.{arguments.name}")  # --render needs no JAX
-        if arguments.name in ("family", "losses", "gumbel", "segments", "heads", "attention", "digits", "device", "startup"):
+        if arguments.name in (
+            "family",
+            "losses",
+            "gumbel",
+            "segments",
+            "heads",
+            "attention",
+            "digits",
+            "device",
+            "startup",
+        ):
             default = pathlib.Path(__file__).parent / "results" / f"{arguments.name}.json"
             benchmark.run(arguments.output or default)
         elif arguments.name == "programs" and arguments.pod:
