@@ -10,6 +10,8 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import maps
+from jsoftmax._loops import checkpointed_scan, cut
+from jsoftmax._precision import tangent_precision
 from jsoftmax._pytree import without_zeros
 from jsoftmax.sharding import AxisName, shard_index
 
@@ -82,14 +84,8 @@ class Plan(NamedTuple):
     def on_accelerators(self) -> "Plan":
         """The plan for GPUs and TPUs, where tangents are rounded to narrow factors' dtype."""
         queries, keys = self.accelerator_block or (self.queries, self.keys)
-        narrow = _DOT_ALGORITHMS.get(jnp.dtype(self.dtype).name) if self.precision is None else None
+        narrow = tangent_precision(self.dtype, self.precision)
         return self._replace(queries=queries, keys=keys, tangent_precision=narrow)
-
-
-_DOT_ALGORITHMS = {
-    "bfloat16": lax.DotAlgorithmPreset.BF16_BF16_F32,
-    "float16": lax.DotAlgorithmPreset.F16_F16_F32,
-}
 
 
 class Place(NamedTuple):
@@ -209,11 +205,6 @@ Pair = tuple[Inputs, Inputs]
 """Arguments, and their tangents."""
 
 
-def checkpointed_scan(body: Callable[..., Any], state: Any, xs: Any) -> Any:
-    """`lax.scan` whose backward pass keeps nothing of the body; jax 0.10 would drop its rules at second order, too."""
-    return lax.scan(jax.checkpoint(body, prevent_cse=False), state, xs)
-
-
 def over_blocks(step: Step, pair: Pair, known: Any, initial: Any, plan: Plan) -> Any:
     """The state `[B, K, G, T, …]` of all queries after all keys, in the blocks of the platform that the program is
     compiled for.
@@ -281,15 +272,6 @@ def _cut_fields(pair: Any, axes: dict[str, int]) -> list[Inputs]:
 
     names = [name for name in axes if has(name)]
     return [tree.only(*names) for tree in pair]
-
-
-def cut(a: Array, length: int, axis: int) -> Array:
-    """An axis as blocks, which come first; zeros where they do not divide it."""
-    padding = -a.shape[axis] % length
-    if padding:
-        a = jnp.pad(a, [(0, padding if i == axis else 0) for i in range(a.ndim)])
-    count = a.shape[axis] // length
-    return jnp.moveaxis(a.reshape(*a.shape[:axis], count, length, *a.shape[axis + 1 :]), axis, 0)
 
 
 def joined(a: Array, length: int, axis: int) -> Array:

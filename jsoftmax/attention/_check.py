@@ -9,9 +9,9 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import maps
+from jsoftmax._precision import default_precision
 from jsoftmax.attention._blocks import Inputs, Plan
 from jsoftmax.checks import arguments
-from jsoftmax.heads._linear import full_precision
 from jsoftmax.sharding import (
     AxisName,
     check_axis_name,
@@ -99,7 +99,7 @@ def check(
     )
     names = set(axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,))
     skips = names <= set(jax.sharding.get_abstract_mesh().manual_axes)
-    plan = Plan(1, 1, (queries, keys), dtype, _precision(dtype), causal, window, axis_name, skips)
+    plan = Plan(1, 1, (queries, keys), dtype, default_precision(dtype), causal, window, axis_name, skips)
     plan = _with_blocks(function, plan, block_size, batch * heads)
     return Given(inputs, plan, dtype, has_batch)
 
@@ -248,12 +248,6 @@ def _check_sink(function: str, sink: Any, key_heads: int, groups: int, wide: Any
             f"{array.shape}. It is a class without a value: keys and values of your own go into key and value."
         )
     return jnp.broadcast_to(array, (heads,)).reshape(key_heads, groups)
-
-
-def _precision(dtype: Any) -> lax.Precision | None:
-    """All digits of wide factors, but where `jax_default_matmul_precision` says otherwise."""
-    chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return full_precision(dtype) if chosen is None else None
 
 
 # --- blocks --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import maps
+from jsoftmax._precision import default_precision
 from jsoftmax.checks.arguments import (
     accumulation_dtype,
     as_array,
@@ -25,7 +26,6 @@ from jsoftmax.checks.arguments import (
 )
 from jsoftmax.checks.labels import check_ignore_label, check_labels, in_range, reject_given
 from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
-from jsoftmax.heads._linear import full_precision
 from jsoftmax.heads._statistics import Statistics
 from jsoftmax.losses._cross_entropy import regularized
 from jsoftmax.sharding import (
@@ -275,8 +275,7 @@ def _check_precision(function: str, precision: Any, dtype: Any) -> Any:
     digits: JAX's default keeps 11 bits of float32 on GPUs, and 8 on TPUs.
     """
     if precision is None:
-        chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-        return full_precision(dtype) if chosen is None else None
+        return default_precision(dtype)
     try:
         return jax.lax.Precision(precision)
     except ValueError:

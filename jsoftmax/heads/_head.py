@@ -10,6 +10,8 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import maps
+from jsoftmax._loops import checkpointed_scan, cut
+from jsoftmax._precision import tangent_precision
 from jsoftmax.sharding import AxisName, is_label, match_varying_axes, shard_index
 
 
@@ -70,14 +72,8 @@ class Plan(NamedTuple):
     def on_accelerators(self) -> "Plan":
         """All tokens by blocks of classes, or the caller's blocks; tangents are rounded to narrow factors' dtype."""
         tokens, classes = self.accelerator_block or (self.tokens, self.classes)
-        narrow = _DOT_ALGORITHMS.get(jnp.dtype(self.dtype).name) if self.precision is None else None
+        narrow = tangent_precision(self.dtype, self.precision)
         return self._replace(tokens=tokens, classes=classes, tangent_precision=narrow)
-
-
-_DOT_ALGORITHMS = {
-    "bfloat16": lax.DotAlgorithmPreset.BF16_BF16_F32,
-    "float16": lax.DotAlgorithmPreset.F16_F16_F32,
-}
 
 
 # --- scores of one block -------------------------------------------------------------------------------------
@@ -207,11 +203,6 @@ def vocabulary(head: Head, plan: Plan) -> int:
 Heads = tuple[Head, ...]
 
 
-def checkpointed_scan(body: Callable[..., Any], state: Any, xs: Any) -> Any:
-    """`lax.scan` whose backward pass keeps nothing of the body; jax 0.10 would drop its rules at second order, too."""
-    return lax.scan(jax.checkpoint(body, prevent_cse=False), state, xs)
-
-
 def scan_classes(  # noqa: PLR0917  (what a loop over blocks takes)
     step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
 ) -> Any:
@@ -292,11 +283,3 @@ def with_padding(head: Head, plan: Plan) -> Head:
     if classes % plan.classes and head.where is None:
         return head._replace(where=jnp.ones(classes, bool))
     return head
-
-
-def cut(a: Array, length: int, axis: int = 0) -> Array:
-    """An axis as blocks, which come first; zeros where they do not divide it."""
-    padding = -a.shape[axis] % length
-    if padding:
-        a = jnp.pad(a, [(0, padding if i == axis else 0) for i in range(a.ndim)])
-    return jnp.moveaxis(a.reshape(*a.shape[:axis], -1, length, *a.shape[axis + 1 :]), axis, 0)

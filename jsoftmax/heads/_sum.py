@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jsoftmax._loops import checkpointed_scan, cut
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.heads import _head, _statistics
 from jsoftmax.heads._check import loss_of_tokens
@@ -100,7 +101,7 @@ def _value_and_gradients(given: WeightedHead, plan: Plan) -> tuple[Array, _Gradi
 def _by_token_blocks(given: WeightedHead, plan: Plan) -> tuple[Array, _Gradients]:
     """One block of tokens after the other, each with all classes: its products h Wᵀ, tokens × V numbers, are kept."""
     head = _head.with_padding(given.head, plan)
-    blocks = jax.tree.map(lambda a: _head.cut(a, plan.classes), head.only(*_head.PER_CLASS))
+    blocks = jax.tree.map(lambda a: cut(a, plan.classes), head.only(*_head.PER_CLASS))
     wide = head.hidden.dtype
     start_of_shard = _head.first_class(head, plan)
     zero = jnp.zeros_like(head.hidden, shape=())  # sharded as tokens and classes are, and so are the sums
@@ -123,9 +124,9 @@ def _by_token_blocks(given: WeightedHead, plan: Plan) -> tuple[Array, _Gradients
         return (first + plan.tokens, sums), made
 
     rows = WeightedHead(head.only("hidden", "labels"), given.token_weights, None, None)
-    rows = jax.tree.map(lambda a: _head.cut(a, plan.tokens), rows)
+    rows = jax.tree.map(lambda a: cut(a, plan.tokens), rows)
     start = (jnp.zeros((), jnp.int32), zeros)
-    (_, sums), (values, by_hidden, losses) = _head.checkpointed_scan(body, start, rows)
+    (_, sums), (values, by_hidden, losses) = checkpointed_scan(body, start, rows)
     classes = head.weight.shape[0]
     by_weight, by_bias = [None if a is None else a.reshape(-1, *a.shape[2:])[:classes] for a in sums]
     made: Any = (by_hidden.reshape(head.hidden.shape), by_weight, by_bias, losses.reshape(-1))
@@ -164,7 +165,7 @@ def _of_token_block(rows: WeightedHead, blocks: Head, first: Array, sums: Any, p
         x = _head.scores_from_products(whole, start, o)
         return _statistics.merge(running, _statistics.block_statistics(whole, rows.wanted, start, x, plan), plan), o
 
-    running, products = _head.checkpointed_scan(forward, _statistics.initial(head, rows.wanted), (blocks, starts))
+    running, products = checkpointed_scan(forward, _statistics.initial(head, rows.wanted), (blocks, starts))
     found = _statistics.finish(_statistics.merge_shards(running, head, plan))
     (value, losses), by = jax.value_and_grad(rows.total, has_aux=True)(found, plan)
     log_total = None if rows.smoothing is None and rows.z_loss is None else by.log_total + by.log_normalizer
@@ -184,7 +185,7 @@ def _of_token_block(rows: WeightedHead, blocks: Head, first: Array, sums: Any, p
         return (by_hidden, [by_weight, None if by_bias is None else _added(by_bias, number, by_o.sum(0))]), None
 
     start = (jnp.zeros_like(head.hidden), sums)
-    (by_hidden, sums), _ = _head.checkpointed_scan(backward, start, (blocks, numbers, starts, products))
+    (by_hidden, sums), _ = checkpointed_scan(backward, start, (blocks, numbers, starts, products))
     return sums, (value, by_hidden, losses)
 
 

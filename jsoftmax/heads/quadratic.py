@@ -9,10 +9,10 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from jsoftmax._precision import precise
 from jsoftmax.checks.arguments import accumulation_dtype, public
 from jsoftmax.checks.labels import in_range
 from jsoftmax.checks.matrices import check_matrix, check_per_class, check_quadratic, check_row_labels, check_width
-from jsoftmax.heads._linear import precise
 from jsoftmax.phi import Phi, log_phi
 
 _LONGEST, _SHORTEST = 4096, 512

@@ -14,13 +14,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from jsoftmax import maps
+from jsoftmax._precision import precise
 from jsoftmax._series import log1p_exp
 from jsoftmax.checks.arguments import accumulation_dtype, as_array, as_scores, check_where, is_int, public
 from jsoftmax.checks.labels import in_range
 from jsoftmax.checks.matrices import check_row_labels
 from jsoftmax.checks.sampling import check_key
 from jsoftmax.gumbel import categorical
-from jsoftmax.heads._linear import precise
 from jsoftmax.losses._cross_entropy import negative_log_p
 from jsoftmax.phi import Phi, exp, log_phi
 

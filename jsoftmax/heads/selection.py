@@ -11,6 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
+from jsoftmax._loops import cut
 from jsoftmax._top_k import top_k
 from jsoftmax.checks.arguments import check_flag, is_int, public
 from jsoftmax.checks.sampling import check_count, check_key, check_shape
@@ -47,7 +48,7 @@ def _chunk_normalizers(head: Head, plan: Plan) -> Array:
 def _scores_of(head: Head, plan: Plan) -> Callable[[Array], Array]:
     """A function of one chunk of this shard for each token `[N]`: its x `[N, CHUNK]`."""
     head = _head.with_padding(head, plan._replace(classes=CHUNK))
-    chunks = jax.tree.map(lambda a: _head.cut(a, CHUNK), head.only(*_head.PER_CLASS))
+    chunks = jax.tree.map(lambda a: cut(a, CHUNK), head.only(*_head.PER_CLASS))
 
     def of_token(xs: tuple[Array, Array]) -> Array:
         hidden, number = xs

@@ -13,10 +13,10 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
+from jsoftmax._loops import cut
+from jsoftmax._precision import full_precision, precise
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._series import expm1
-from jsoftmax.heads._head import cut
-from jsoftmax.heads._linear import full_precision, precise
 from jsoftmax.heads._statistics import PartialStatistics, merge
 from jsoftmax.phi import Phi, log_phi, slope
 from jsoftmax.sums import column_exp_sums, difference, not_negative

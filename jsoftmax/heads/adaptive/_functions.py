@@ -11,12 +11,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from jsoftmax import maps
+from jsoftmax._loops import cut
+from jsoftmax._precision import precise
 from jsoftmax.checks.arguments import accumulation_dtype, as_array, check_where, public
 from jsoftmax.checks.labels import check_ignore_label, in_range
 from jsoftmax.checks.matrices import check_row_labels
 from jsoftmax.entropy import centred_log_p, shannon
-from jsoftmax.heads._head import cut
-from jsoftmax.heads._linear import precise
 from jsoftmax.heads.adaptive import _blocks
 from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail, check_params
 from jsoftmax.heads.adaptive._streamed import Rows, streamed_loss

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jsoftmax._precision import full_precision
 from jsoftmax.heads import _check, _head
 from jsoftmax.heads._head import Head, Plan, map_shards
-from jsoftmax.heads._linear import full_precision
 from jsoftmax.heads._statistics import Extras, statistics
 from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail
 from jsoftmax.phi import Phi

@@ -9,10 +9,10 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from jsoftmax._precision import precise
 from jsoftmax.checks.arguments import check_option, public
 from jsoftmax.checks.labels import in_range
 from jsoftmax.checks.matrices import check_matrix, check_row_labels, check_width
-from jsoftmax.heads._linear import precise
 from jsoftmax.heads.factored._losses import SphericalLoss
 from jsoftmax.heads.factored._state import State, check_state, fold_rows
 

@@ -10,10 +10,10 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from jsoftmax._precision import precise
 from jsoftmax.checks.arguments import accumulation_dtype, public
 from jsoftmax.checks.labels import in_range
 from jsoftmax.checks.matrices import check_matrix, check_row_labels
-from jsoftmax.heads._linear import precise
 from jsoftmax.heads.quadratic import moments
 
 _BLOCK = 2048
