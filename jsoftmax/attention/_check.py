@@ -105,13 +105,8 @@ def check(
 
 
 def _check_floating(function: str, argument: str, a: Any) -> Array:
-    array = arguments.as_array(function, argument, a)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"{function}: {argument} must be real and floating; got dtype {array.dtype}. Convert it first: "
-            f"{argument}.astype(float)."
-        )
-    return array
+    way_out = f"Convert it first: {argument}.astype(float)."
+    return arguments.as_floating(function, argument, a, way_out, "real and floating")
 
 
 def _check_shapes(function: str, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:

@@ -343,6 +343,14 @@ def as_array(function: str, argument: str, value: Any) -> jax.Array:
         _reject(function, argument, value)
 
 
+def as_floating(function: str, argument: str, value: Any, way_out: str, wanted: str = "floating") -> jax.Array:
+    """`value` as an array of a floating dtype: integers are no scores here, and often another argument."""
+    array = as_array(function, argument, value)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    raise TypeError(f"{function}: {argument} must be {wanted}; got dtype {array.dtype}. {way_out}")
+
+
 def _reject(function: str, argument: str, value: Any) -> NoReturn:
     dtype = getattr(value, "dtype", None)
     got = type(value).__name__ if dtype is None else f"{type(value).__name__} of dtype {dtype}"

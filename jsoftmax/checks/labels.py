@@ -12,6 +12,7 @@ from jsoftmax.checks.arguments import (
     SCORES_SHAPE,
     accumulation_dtype,
     as_array,
+    as_floating,
     as_scores,
     canonical_axis,
     check_log_weights,
@@ -166,13 +167,8 @@ def check_ignore_label(function: str, ignore_label: Any, way_out: str) -> None:
 
 def check_logits(function: str, argument: str, logits: Any) -> Array:
     """Floating scores, as optax wants them: integers here are labels in the wrong place."""
-    array = as_array(function, argument, logits)
-    if jnp.issubdtype(array.dtype, jnp.floating):
-        return array
-    raise TypeError(
-        f"{function}: {argument} must be floating; got dtype {array.dtype}. Scores come first, then labels; convert "
-        f"whole numbers: {argument}.astype(float)."
-    )
+    way_out = f"Scores come first, then labels; convert whole numbers: {argument}.astype(float)."
+    return as_floating(function, argument, logits, way_out)
 
 
 def reject_given(function: str, options: dict[str, Any]) -> None:

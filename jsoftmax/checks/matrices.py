@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jsoftmax.checks.arguments import as_array
+from jsoftmax.checks.arguments import as_array, as_floating
 from jsoftmax.checks.labels import check_labels
 from jsoftmax.maps import check_phi
 from jsoftmax.phi import Phi
@@ -14,12 +14,8 @@ from jsoftmax.phi import Phi
 
 def check_matrix(function: str, argument: str, value: Any, wanted: str, ndim: int | None = None) -> Array:
     """A floating array with at least one dimension, or with as many as `ndim`, none of the last two empty."""
-    array = as_array(function, argument, value)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"{function}: {argument} must be floating, {wanted}; got dtype {array.dtype}. Convert whole numbers: "
-            f"{argument}.astype(float)."
-        )
+    way_out = f"Convert whole numbers: {argument}.astype(float)."
+    array = as_floating(function, argument, value, way_out, f"floating, {wanted}")
     if not array.ndim or (ndim is not None and array.ndim != ndim) or not math.prod(array.shape[-(ndim or 1) :]):
         raise ValueError(
             f"{function}: {argument} must have shape {wanted}; got shape {array.shape}. The weight has a row for each "

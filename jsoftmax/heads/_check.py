@@ -14,7 +14,7 @@ from jsoftmax import maps
 from jsoftmax._precision import default_precision
 from jsoftmax.checks.arguments import (
     accumulation_dtype,
-    as_array,
+    as_floating,
     as_scores,
     broadcast_number,
     check_log_weights,
@@ -184,13 +184,8 @@ def classes_of_block(tokens: int, classes: int, scores: int) -> int:
 
 
 def _check_floating(function: str, argument: str, a: Any) -> Array:
-    array = as_array(function, argument, a)
-    if jnp.issubdtype(array.dtype, jnp.floating):
-        return array
-    raise TypeError(
-        f"{function}: {argument} must be real and floating; got dtype {array.dtype}. Is it "
-        "another argument? hidden and weight come first, labels, k and bias after them."
-    )
+    way_out = "Is it another argument? hidden and weight come first, labels, k and bias after them."
+    return as_floating(function, argument, a, way_out, "real and floating")
 
 
 def _check_shapes(function: str, hidden: Array, weight: Array, names: tuple[str, ...]) -> None:

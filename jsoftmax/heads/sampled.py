@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 from jsoftmax import maps
 from jsoftmax._precision import precise
 from jsoftmax._series import log1p_exp
-from jsoftmax.checks.arguments import accumulation_dtype, as_array, as_scores, check_where, is_int, public
+from jsoftmax.checks.arguments import accumulation_dtype, as_floating, as_scores, check_where, is_int, public
 from jsoftmax.checks.labels import in_range
 from jsoftmax.checks.matrices import check_row_labels
 from jsoftmax.checks.sampling import check_key
@@ -199,13 +199,8 @@ def _check(  # noqa: PLR0917  (as the public functions have them)
     """The arguments, the draws, and the shape of the result."""
     check_key(function, key)
     maps.check_phi(function, phi)
-    arrays = {"hidden": as_array(function, "hidden", hidden)}
-    arrays["weight"] = as_array(function, "weight", weight)
-    if bias is not None:
-        arrays["bias"] = as_array(function, "bias", bias)
-    for name, array in arrays.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{function}: {name} must be floating; got dtype {array.dtype}. Convert it: astype(float).")
+    factors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    arrays = {name: as_floating(function, name, a, "Convert it: astype(float).") for name, a in factors.items()}
     h, W = arrays["hidden"], arrays["weight"]
     if W.ndim != 2 or not W.shape[0] or h.shape[-1:] != W.shape[1:]:
         raise ValueError(

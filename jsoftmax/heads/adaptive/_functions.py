@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from jsoftmax import maps
 from jsoftmax._loops import cut
 from jsoftmax._precision import precise
-from jsoftmax.checks.arguments import accumulation_dtype, as_array, check_where, public
+from jsoftmax.checks.arguments import accumulation_dtype, as_floating, check_where, public
 from jsoftmax.checks.labels import check_ignore_label, in_range
 from jsoftmax.checks.matrices import check_row_labels
 from jsoftmax.entropy import centred_log_p, shannon
@@ -32,10 +32,8 @@ def _check(function: str, params: Any, hidden: Any, phi: Any) -> tuple[AdaptiveP
     """
     maps.check_phi(function, phi)
     params = check_params(function, params)
-    h = as_array(function, "hidden", hidden)
+    h = as_floating(function, "hidden", hidden, "Convert it: hidden.astype(float).")
     d = params.head.shape[1]
-    if not jnp.issubdtype(h.dtype, jnp.floating):
-        raise TypeError(f"{function}: hidden must be floating; got dtype {h.dtype}. Convert it: hidden.astype(float).")
     if not h.ndim or h.shape[-1] != d:
         raise ValueError(
             f"{function}: hidden must have {d} numbers along its last axis, as the head has; got shape {h.shape}. "
