@@ -93,11 +93,9 @@ __all__ = [  # noqa: RUF022  (grouped as the guides group them)
     "optim",
 ]
 
-_ROOMS = __all__[-6:]
-
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in __all__:  # and not here yet: a room
         return importlib.import_module(f"jsoftmax.{name}")
     raise AttributeError(f"module 'jsoftmax' has no attribute {name!r}. dir(jsoftmax) lists the public names.")
 

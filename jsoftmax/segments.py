@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import maps
+from jsoftmax._rules import compiled_rule
 from jsoftmax.checks import arguments
 from jsoftmax.checks.arguments import public
 from jsoftmax.maps import Normalized
@@ -63,15 +64,12 @@ def _shifted(x: Array, ids: Array, layout: Layout) -> _Shifted:
     return _Shifted(u, e, rest_of(*row_sums(layout, ids, e - whole, whole)), peak)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@compiled_rule("layout")
 def normalize(x: Array, ids: Array, layout: Layout) -> Normalized:
-    """log p, p and 1 − p of the elements, L of the rows."""
-    return _normalize(x, ids, layout)
+    """log p, p and 1 − p of the elements, L of the rows.
 
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _normalize(x: Array, ids: Array, layout: Layout) -> Normalized:
-    """l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest)  (MATH 4.2)."""
+    l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest)  (MATH 4.2).
+    """
     u, e, rest, peak = _shifted(x, ids, layout)
     log_total, rest_beside = jnp.log1p(rest), spread(layout, ids, rest)
     log_total_beside = jnp.log1p(rest_beside)
@@ -81,7 +79,7 @@ def _normalize(x: Array, ids: Array, layout: Layout) -> Normalized:
     return Normalized(log_p, e / (1 + rest_beside), L, complement_of(e, rest_beside))
 
 
-@_normalize.defjvp
+@normalize.defjvp
 def _normalize_jvp(layout: Layout, primals: Any, tangents: Any) -> tuple[Normalized, Normalized]:
     """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ, (1 − p)˙ = −ṗ  (MATH 1.2 to 1.4)."""
     (x, ids), (x_dot, _) = primals, tangents
@@ -101,22 +99,19 @@ def _minus_mean(out: Normalized, ids: Array, x_dot: Array, layout: Layout) -> tu
     return jnp.where(top, out.complement * x_dot - beside[..., 0], x_dot - beside[..., 1]), mean
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@compiled_rule("layout")
 def centred_log_p(x: Array, ids: Array, layout: Layout) -> tuple[Array, Array]:
-    """c = log p + H of the elements, 0 where p is 0, and H of the rows."""
-    return _centred_log_p(x, ids, layout)
+    """c = log p + H of the elements, 0 where p is 0, and H of the rows.
 
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _centred_log_p(x: Array, ids: Array, layout: Layout) -> tuple[Array, Array]:
-    """c = u + m and H = log1p(rest) + m, m = Σ p (−u)  (MATH 4.3)."""
+    c = u + m and H = log1p(rest) + m, m = Σ p (−u)  (MATH 4.3).
+    """
     u, e, rest, _ = _shifted(x, ids, layout)
     (gap,) = row_sums(layout, ids, e * -jnp.maximum(u, -FAR))
     m = gap / (1 + rest)
     return jnp.where(e == 0, 0, u + spread(layout, ids, m)), not_negative(jnp.log1p(rest) + m)
 
 
-@_centred_log_p.defjvp
+@centred_log_p.defjvp
 def _centred_log_p_jvp(layout: Layout, primals: Any, tangents: Any) -> tuple[Any, Any]:
     """Ḣ = −Σ p c ẋ, ċ = ẋ − Σ p ẋ + Ḣ  (MATH 1.5)."""
     (x, ids), (x_dot, _) = primals, tangents

@@ -58,7 +58,7 @@ def _is_kept(x: Array, axis: tuple[int, ...], top_k: Array | None, top_p: Array 
         least = _threshold(bits, e, jnp.maximum(top_p * class_sum(e, axis), tiny), axis)
         kept &= (bits >= least) | (top_p >= 1)
     if min_p is not None:
-        kept &= u >= jnp.log(min_p)
+        kept &= u >= jnp.minimum(jnp.log(min_p), 0)  # the mode stays
     bad = jnp.any(~(x < jnp.inf), axis, keepdims=True)
     return kept | bad
 

@@ -99,7 +99,7 @@ def test_edges():
         got = js.truncate(z, **options)
         np.testing.assert_array_equal(got[:3], z[:3])
         np.testing.assert_array_equal(got[3], [-INF, 1.0, -INF])
-    for options in ({"top_k": 0}, {"top_p": 0.0}, {"top_k": -3}):  # traced: at least one class stays
+    for options in ({"top_k": 0}, {"top_p": 0.0}, {"top_k": -3}, {"min_p": 1.5}):  # traced: at least one class stays
         got = jax.jit(lambda options: js.truncate(z[3], **options))(options)
         np.testing.assert_array_equal(got, [-INF, 1.0, -INF])
     assert js.truncate(jnp.zeros((2, 0)), top_k=1).shape == (2, 0)
