@@ -1,14 +1,15 @@
-"""Draws and relaxed samples beside jax.random, numpyro and, where it is installed, PyTorch; time and memory."""
+"""Draws, relaxed samples and truncated laws beside jax.random, a sort, numpyro and, where it is installed, PyTorch."""
 
 import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
 from benchmarks.measure import Case, F, normal
-from jsoftmax import gumbel
+from jsoftmax import gumbel, truncate
 
 KEY = jax.random.key(0)
 BIG, ROW, DRAWS, FEW = (64, 131_072), (50_000,), 1_000_000, 2_000
@@ -43,6 +44,20 @@ def numpyro_categorical() -> F | None:
     return lambda z: distributions.Categorical(logits=z).sample(KEY)
 
 
+def top_k_by_sort(z: jax.Array, k: int) -> jax.Array:
+    """What a user would write for `truncate(z, top_k=k)`."""
+    return jnp.where(z >= jnp.sort(z, -1)[..., -k, None], z, -jnp.inf)
+
+
+def top_p_by_sort(z: jax.Array, p: float) -> jax.Array:
+    """What a user would write for `truncate(z, top_p=p)`."""
+    ordered = jnp.sort(z, -1, descending=True)
+    probabilities = jax.nn.softmax(ordered, -1)
+    before = jnp.cumsum(probabilities, -1) - probabilities
+    least = jnp.min(jnp.where(before < p, ordered, jnp.inf), -1, keepdims=True)
+    return jnp.where(z >= least, z, -jnp.inf)
+
+
 def cases() -> list[Case]:
     z, row = normal(0, BIG), normal(0, ROW)
     of_rows, of_row = torch_calls(z), torch_calls(row)
@@ -71,12 +86,16 @@ def cases() -> list[Case]:
     def case(name: str, scores: jax.Array, candidates: dict[str, F], calls: dict[str, F]) -> Case:
         return Case("gumbel", name, scores.shape, candidates, (scores,), calls=calls)
 
+    few_classes = {"ours": lambda z: truncate(z, top_k=50), "sort": lambda z: top_k_by_sort(z, 50)}
+    mass = {"ours": lambda z: truncate(z, top_p=0.9), "sort": lambda z: top_p_by_sort(z, 0.9)}
     return [
         case("one draw a row", z, one, only(of_rows, torch="multinomial", **{"torch argmax": "argmax"})),
         case("gumbel_softmax", z, relaxed, only(of_rows, torch="gumbel_softmax")),
         case("top 10 of Gumbel", z, top, only(of_rows, torch="top_k")),
         case(f"{FEW:,} draws of one row", row, few, only(of_row, torch="few")),
         case(f"{DRAWS:,} draws of one row", row, many, only(of_row, torch="many")),
+        case("truncate, top_k=50", z, few_classes, {}),
+        case("truncate, top_p=0.9", z, mass, {}),
     ]
 
 

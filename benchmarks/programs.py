@@ -23,6 +23,7 @@ from jax.experimental import topologies
 import jsoftmax as js
 from benchmarks import attention, hlo
 from benchmarks.family import plain_entropy
+from benchmarks.gumbel import top_k_by_sort, top_p_by_sort
 from jsoftmax import gumbel, heads, losses
 from jsoftmax.heads import adaptive
 
@@ -163,6 +164,18 @@ CASES = (
         plain_gumbel_top_k,
         key,
         ("value",),
+    ),
+    Case(
+        "truncate, top_k",
+        lambda z: js.truncate(z, top_k=min(50, z.shape[-1])),
+        lambda z: top_k_by_sort(z, min(50, z.shape[-1])),
+        modes=("value",),
+    ),
+    Case(
+        "truncate, top_p",
+        lambda z: js.truncate(z, top_p=0.9),
+        lambda z: top_p_by_sort(z, 0.9),
+        modes=("value",),
     ),
 )
 

@@ -179,7 +179,8 @@ ABOUT_PROGRAMS = """# Programs compiled for an H100 and a TPU v5e
 Made by `python -m benchmarks programs --device h100` (and `v5e`) and `python -m benchmarks --render`. XLA compiles for
 both devices on a machine that has neither. These are counts of the optimised program, not times: kernels that are
 launched, and the memory that they read and write; they are the same on every machine. The peer is `jax.nn`, optax or
-`jax.random`, or the formula as a user would write it in plain JAX (`benchmarks/programs.py`).
+`jax.random`, or the formula as a user would write it in plain JAX (`benchmarks/programs.py`). A sort, the peer's way to
+truncate a law, counts as one pass over the scores here, of which a GPU needs several.
 """
 
 

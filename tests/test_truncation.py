@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from platforms import as_on_accelerators
 
 import jsoftmax as js
 from jsoftmax import gumbel
@@ -120,3 +121,20 @@ def test_edges():
 def test_wrong_calls(options, message):
     with pytest.raises((TypeError, ValueError), match=f"truncate: .*{message}"):
         js.truncate(jnp.zeros((2, 3)), **options)
+
+
+def test_as_on_accelerators(monkeypatch):
+    """Thresholds by digits of three bits."""
+    z = 3 * jax.random.normal(jax.random.key(4), (3, 500))
+    rows = [z, jnp.round(z), z.astype(jnp.bfloat16)]
+
+    def cut():
+        jax.clear_caches()
+        return [js.truncate(row, **cut) for row in rows for cut in ({"top_k": 7}, {"top_k": 499}, {"top_p": 0.6})]
+
+    want = cut()
+    as_on_accelerators(monkeypatch)
+    for got, wanted in zip(cut(), want, strict=True):
+        np.testing.assert_array_equal(got.astype(jnp.float32), wanted.astype(jnp.float32))
+    monkeypatch.undo()
+    jax.clear_caches()
