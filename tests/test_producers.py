@@ -122,8 +122,9 @@ def scores(shape, narrow=False):
 LISTS = (EVERY, PRODUCERS, SHAPES, list(TOLERANCES), MODES)
 
 
-CELLS = short_and_full(*LISTS, met=[(0, 1), (0, 2)])
-"""By default each function with some producers and shapes; with every one of them in the gate."""
+CELLS = short_and_full(*LISTS, met=[(0, 1), (0, 2), (0, 3), (0, 4), (1, 2)])
+"""By default each function once or twice, and producers and shapes with dtypes and modes; functions meet modes and
+dtypes in test_oracle.py, forms in test_sums.py. In the gate every one meets every other."""
 
 
 def ours(function, x):
