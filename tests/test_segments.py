@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import some
 
 import jsoftmax as js
 from jsoftmax import segments
+from jsoftmax.verify import jit_formulas
 
 LENGTHS = (3, 0, 1, 7, 2)
 """Of the rows; one is empty, one has a single class."""
@@ -55,15 +57,18 @@ def everything(f, z, v):
     return f(z), jax.jvp(f, (z,), (v,))[1], jax.grad(total)(z), jax.jvp(jax.grad(total), (z,), (v,))[1]
 
 
-@pytest.mark.parametrize("phi", js.PHIS, ids=str)
+FEW_PHIS = (js.exp, js.spherical(0.1), js.relu_power(2, 0.1), js.PHIS[-1])
+"""A row takes φ by its logarithm, as the dense functions do: without parameters and with them, a domain, a function."""
+
+
+@pytest.mark.parametrize("phi", some(js.PHIS, FEW_PHIS), ids=str)
 def test_equals_the_dense_functions_on_padded_rows(phi, x64):
     """All four at once, in two programs; the cotangents tell them apart."""
     low, high = phi.domain
     bounds = max(low + 0.1, -2.0), min(high - 0.1, 3.0)
-    keys = jax.random.split(jax.random.key(1), 3)
-    z = jax.random.uniform(keys[0], (N,), jnp.float64, *bounds)
-    v, log_weights = (jax.random.normal(key, (N,), jnp.float64) for key in keys[1:])
-    where, ids = jnp.arange(N) != 4, jnp.asarray(IDS)
+    rng = np.random.default_rng(1)
+    z, v, log_weights = rng.uniform(*bounds, N), rng.normal(size=N), rng.normal(size=N)
+    where, ids = np.arange(N) != 4, np.asarray(IDS)
 
     def ours(z):
         options = {"where": where, "log_weights": log_weights, "phi": phi}
@@ -72,7 +77,7 @@ def test_equals_the_dense_functions_on_padded_rows(phi, x64):
     def dense(z):
         return jnp.concatenate([by_dense_rows(name, z, where, log_weights, phi) for name in DENSE])
 
-    found, wanted = (jax.jit(everything, static_argnums=0)(f, z, v) for f in (ours, dense))
+    found, wanted = (jit_formulas(functools.partial(everything, f))(z, v) for f in (ours, dense))
     for mode, got, want in zip(("value", "jvp", "gradient", "HVP"), found, wanted, strict=True):
         np.testing.assert_allclose(got, want, 1e-11, 1e-12, err_msg=mode)
 
@@ -100,15 +105,21 @@ def test_edges():
     inf, nan = np.inf, np.nan
     ids = jnp.array([0, 0, 1, 1, 2, 2, 3, 5, -1, 9])
     z = jnp.array([1.0, nan, inf, 0.0, -inf, -inf, 7.0, 0.0, nan, inf])  # row 4 is empty, the last two are in no row
-    p, log_p = (f(z, ids, 6) for f in (segments.segment_softmax, segments.segment_log_softmax))
+    functions = (segments.segment_softmax, segments.segment_log_normalizer, segments.segment_entropy)
+
+    @jit_formulas
+    def found(z):
+        first = [jax.grad(lambda z, f=f: jnp.sum(f(z, ids, 6)[-1:])) for f in functions]
+        second = [jax.grad(lambda z, g=g: jnp.sum(g(z))) for g in first]
+        return [f(z, ids, 6) for f in (segments.segment_log_softmax, *functions)], [g(z) for g in first + second]
+
+    (log_p, p, log_normalizer, entropy), gradients = found(z)
     np.testing.assert_array_equal(p, [nan, nan, nan, nan, 0, 0, 1, 1, 0, 0])
     np.testing.assert_array_equal(log_p, [nan, nan, nan, nan, -inf, -inf, 0, 0, -inf, -inf])
-    np.testing.assert_array_equal(segments.segment_log_normalizer(z, ids, 6), [nan, inf, -inf, 7, -inf, 0])
-    np.testing.assert_array_equal(segments.segment_entropy(z, ids, 6), [nan, nan, 0, 0, 0, 0])
-    for f in (segments.segment_softmax, segments.segment_log_normalizer, segments.segment_entropy):
-        for order in (jax.grad, lambda f: jax.grad(lambda z: jnp.sum(jax.grad(f)(z)))):
-            gradient = order(lambda z, f=f: jnp.sum(f(z, ids, 6)[-1:]))(z)
-            np.testing.assert_array_equal(np.isfinite(gradient[4:]), True)
+    np.testing.assert_array_equal(log_normalizer, [nan, inf, -inf, 7, -inf, 0])
+    np.testing.assert_array_equal(entropy, [nan, nan, 0, 0, 0, 0])
+    for gradient in gradients:
+        np.testing.assert_array_equal(np.isfinite(gradient[4:]), True)
 
 
 def test_other_shapes():
@@ -117,10 +128,14 @@ def test_other_shapes():
     z = jax.random.normal(jax.random.key(0), (N, 4))
     for name in DENSE:
         f = getattr(segments, name)
-        whole = f(z, ids, ROWS, indices_are_sorted=True)
-        by_heads = jax.vmap(lambda z, f=f: f(z, ids, ROWS), 1, 1)(z)
+
+        @jit_formulas
+        def found(z, f=f):
+            by_heads = jax.vmap(lambda z: f(z, ids, ROWS), 1, 1)(z)
+            return f(z, ids, ROWS, indices_are_sorted=True), by_heads, f(z.astype(jnp.bfloat16), ids, ROWS)
+
+        whole, by_heads, narrow = found(z)
         np.testing.assert_allclose(whole, by_heads, 1e-6, 1e-6)
-        narrow = f(z.astype(jnp.bfloat16), ids)
         assert narrow.dtype == (jnp.bfloat16 if name in KEEPS_CLASSES else jnp.float32)
         assert narrow.shape == whole.shape
         assert f(jnp.arange(N), ids).dtype == jnp.float32
@@ -141,8 +156,8 @@ def test_in_a_scan_of_second_order():
         return jnp.sum(jax.lax.scan(lambda total, t: (total + f(z * t), None), jnp.zeros(ROWS), jnp.ones(3))[0] ** 2)
 
     ours = functools.partial(scanned, lambda z: segments.segment_entropy(z, ids, ROWS))
-    want = jax.hessian(functools.partial(scanned, plain))(z)
-    np.testing.assert_allclose(jax.jit(jax.hessian(ours))(z), want, 2e-4, 2e-4)
+    found, want = (jit_formulas(jax.hessian(f))(z) for f in (ours, functools.partial(scanned, plain)))
+    np.testing.assert_allclose(found, want, 2e-4, 2e-4)
 
 
 @pytest.mark.parametrize(

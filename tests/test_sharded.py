@@ -185,7 +185,7 @@ DRAWS = {  # and at most how many numbers a row are exchanged at once, of 8 · 1
 def test_draws_by_plain_jit(name, classes):
     """Those of one device but for the rounding of p; a number a draw or a few blocks are exchanged, no rows."""
     (draw, limit), z = DRAWS[name], sharded_scores(classes)
-    found, want = np.asarray(jax.jit(draw)(z)), np.asarray(draw(np.asarray(z)))
+    found, want = (np.asarray(jit_formulas(draw)(a)) for a in (z, np.asarray(z)))
     assert np.mean(np.abs(found - want) > 1e-5) < 1e-3
     assert max(longest for _, longest in exchanged(draw, z)) <= ROWS * limit
 
@@ -194,7 +194,8 @@ def test_many_classes():
     """Classes that are summed in blocks, on each device."""
     z, w = scores(DEVICES * 700)
     f = in_shard_map(lambda z, w: js.kl_divergence(z, w, axis_name="v") + js.entropy(z, axis_name="v"))
-    np.testing.assert_allclose(jax.jit(f)(z, w), js.kl_divergence(z, w) + js.entropy(z), rtol=1e-6)
+    want = jit_formulas(lambda z, w: js.kl_divergence(z, w) + js.entropy(z))(z, w)
+    np.testing.assert_allclose(jit_formulas(f)(z, w), want, rtol=1e-6)
     z = jax.device_put(z, NamedSharding(mesh(), PARTS))
     f = in_shard_map(lambda z: js.log_normalizer(z, axis_name="v"))
     assert collectives(jax.grad(lambda z: jnp.sum(f(z))), z)[0] == ["all-reduce"] * 2
@@ -210,7 +211,7 @@ def test_two_axes(names):
         out_specs=WHOLE,
     )
     z, _ = scores()
-    np.testing.assert_allclose(jax.jit(f)(z), losses.cross_entropy(z, LABELS), rtol=1e-6)
+    np.testing.assert_allclose(jit_formulas(f)(z), losses.cross_entropy(z, LABELS), rtol=1e-6)
 
 
 def test_edges():
@@ -218,7 +219,7 @@ def test_edges():
     z = jnp.zeros((7, 8)).at[1:3].set(-jnp.inf).at[2, 3].set(0).at[3, 7].set(jnp.nan).at[4, 1].set(jnp.inf)
     z = z.at[5].set(jnp.array([-20.0, 0, -21, -30, -40, -20, -20, -20])).at[6, 5].set(-jnp.inf)
     labels = jnp.array([8, 0, 3, 0, 0, 1, 5])
-    for f in (
+    functions = (
         js.softmax,
         js.log_softmax,
         js.log_normalizer,
@@ -226,39 +227,42 @@ def test_edges():
         js.varentropy,
         lambda z, **o: js.kl_divergence(z, jnp.roll(z, 1, 0), **o),
         lambda z, **o: losses.cross_entropy(z, labels, **o),
-    ):
-        want = f(z)
-        out = PARTS if want.ndim == 2 else WHOLE
-        found = jax.jit(in_shard_map(lambda z, f=f: f(z, axis_name="v"), out))(z)
-        np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-30)
-        weights = jnp.cos(jnp.arange(want.size)).reshape(want.shape)
-        sharded = in_shard_map(lambda z, f=f: f(z, axis_name="v"), out)
-        mean = jax.jit(jax.grad(lambda z, f=sharded, w=weights: jnp.sum(w * f(z))))
-        plain = jax.grad(lambda z, f=f, w=weights: jnp.sum(w * f(z)))(z)
-        np.testing.assert_allclose(mean(z), plain, rtol=1e-5, atol=1e-7)
+    )
+
+    def in_parts(f):
+        return in_shard_map(lambda z: f(z, axis_name="v"), PARTS if f(z).ndim == 2 else WHOLE)
+
+    def with_gradient(f, z):
+        value, pull = jax.vjp(f, z)
+        return value, pull(jnp.cos(jnp.arange(value.size)).reshape(value.shape))[0]
+
+    wanted = jit_formulas(lambda z: [with_gradient(f, z) for f in functions])(z)
+    found = jit_formulas(lambda z: [with_gradient(in_parts(f), z) for f in functions])(z)
+    for (value, gradient), (want, plain) in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(value, want, rtol=1e-6, atol=1e-30)
+        np.testing.assert_allclose(gradient, plain, rtol=1e-5, atol=1e-7)
 
 
 def test_draws():
     """With replacement those of the whole row, though one shard is empty and one row is."""
     key, z = jax.random.key(1), jnp.linspace(-2, 2, 6 * 16).reshape(6, 16).at[2].set(-jnp.inf).at[3, 9].set(jnp.nan)
     z = z.at[:, 4:8].set(-jnp.inf)
-    want = gumbel.categorical(key, z, shape=(50, 6))
+    whole = jit_formulas(lambda z: gumbel.categorical(key, z, shape=(50, 6)))
+    want = whole(z)
 
     def draw(z, **options):
         return gumbel.categorical(key, z, axis_name="v", **options)
 
-    np.testing.assert_array_equal(jax.jit(in_shard_map(lambda z: draw(z, shape=(50, 6))))(z), want)
+    np.testing.assert_array_equal(jit_formulas(in_shard_map(lambda z: draw(z, shape=(50, 6))))(z), want)
     np.testing.assert_array_equal(
-        jax.jit(gumbel.categorical, static_argnames="shape")(
-            key, jax.device_put(z, NamedSharding(mesh(), PARTS)), shape=(50, 6)
-        ),
+        whole(jax.device_put(z, NamedSharding(mesh(), PARTS))),
         want,
     )
     assert len(np.unique(np.asarray(want[:, 0]) // 4)) == 3
     parts = jnp.moveaxis(z.reshape(6, DEVICES, 4), 1, 0)
     mapped = jax.vmap(lambda z: draw(z, shape=(50, 6)), out_axes=None, axis_name="v")
-    np.testing.assert_array_equal(mapped(parts), want)
-    distinct = jax.jit(in_shard_map(lambda z: draw(z, shape=(13, 6), replace=False)))(z)
+    np.testing.assert_array_equal(jit_formulas(mapped)(parts), want)
+    distinct = jit_formulas(in_shard_map(lambda z: draw(z, shape=(13, 6), replace=False)))(z)
     assert all(set(np.asarray(distinct[:, i])) == {-1, *range(4), *range(8, 16)} for i in (0, 1, 4, 5))
     np.testing.assert_array_equal(distinct[:, 2:4], -1)
 
@@ -277,13 +281,13 @@ def test_top_k(k):
     def sample(z):
         return gumbel.gumbel_top_k(key, z, k, axis_name="v")
 
-    found, want = jax.jit(in_shard_map(sample))(z), whole(z)
+    found, want = jit_formulas(in_shard_map(sample))(z), jit_formulas(whole)(z)
     np.testing.assert_array_equal(found.indices, want.indices)
     np.testing.assert_allclose(found.perturbed, want.perturbed, rtol=1e-5)
     np.testing.assert_allclose(found.threshold, want.threshold, rtol=1e-5)
 
     def gradient(f):
-        return jax.jit(jax.grad(lambda z: jnp.sum(jnp.sin(f(z).perturbed) * jnp.arange(1.0, k + 1))))(z)
+        return jit_formulas(jax.grad(lambda z: jnp.sum(jnp.sin(f(z).perturbed) * jnp.arange(1.0, k + 1))))(z)
 
     for options in ({}, {"check_vma": False}):
         np.testing.assert_allclose(gradient(in_shard_map(sample, **options)), gradient(whole), rtol=1e-4, atol=1e-5)
@@ -305,17 +309,19 @@ EXPLICIT = [(name, CLASSES) for name in NAMES] + [("entropy", 4500)] + product(l
 def test_explicit_mode(name, classes):
     """Axes whose sharding is part of an array's type: few classes, one sum, blocks, blocks that leave a tail."""
     explicit, f = mesh(AxisType.Explicit), of_scores()[name]
-    gradient = jax.jit(jax.grad(lambda z, w: jnp.sum(jnp.sin(f(z, w)))))
+    gradient = jit_formulas(jax.grad(lambda z, w: jnp.sum(jnp.sin(f(z, w)))))
     want = gradient(*scores(classes))
     given = (jax.device_put(a, NamedSharding(explicit, PARTS)) for a in scores(classes))
     with jax.set_mesh(explicit):
         np.testing.assert_allclose(gradient(*given), want, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("spec", [PARTS, PartitionSpec("v")], ids=["classes", "rows"])
-@pytest.mark.parametrize("classes", [CLASSES, 1000])
-def test_rows_in_explicit_mode(spec, classes):
+@pytest.mark.parametrize(
+    ("cut", "classes"), product(["classes", "rows"], [CLASSES, 1000], met=[(0, 1)])
+)  # gradients of both in `test_explicit_mode`
+def test_rows_in_explicit_mode(cut, classes):
     """Results are sharded as their rows are; draws are those of one device, with the key from outside."""
+    spec = {"classes": PARTS, "rows": PartitionSpec("v")}[cut]
     explicit, z, labels = mesh(AxisType.Explicit), scores(classes)[0][:DEVICES], LABELS[:DEVICES]
     weights = jnp.cos(jnp.arange(classes))
     rows = PartitionSpec(*spec[:1])
@@ -330,7 +336,7 @@ def test_rows_in_explicit_mode(spec, classes):
         given = [jax.device_put(a, NamedSharding(explicit, s)) for a, s in ((z, spec), (labels, rows))]
         with jax.set_mesh(explicit):
             key = jax.random.key(0)
-            for found in (f(*given, key), jax.jit(f)(*given, key)):
+            for found in (f(*given, key), jit_formulas(f)(*given, key)):
                 np.testing.assert_allclose(found, want, rtol=1e-5)
                 assert jax.typeof(found).sharding.spec[0] == (rows[0] if rows else None)
     with jax.set_mesh(explicit), pytest.raises(ValueError, match="cross_entropy: logits must not be sharded over"):
