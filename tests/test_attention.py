@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import some
 from platforms import as_on_accelerators
 
 import jsoftmax as js
@@ -138,7 +139,11 @@ def both(given, options):
     return ours, reference
 
 
-@pytest.mark.parametrize("phi", PHIS, ids=str)
+FEW_PHIS = (js.exp, js.spherical(0.1), js.softplus, PHIS[-1])
+"""Attention takes φ by its logarithm, as everything does: without parameters and with them, a sink, a function."""
+
+
+@pytest.mark.parametrize("phi", some(PHIS, FEW_PHIS), ids=str)
 def test_every_phi(phi):
     with jax.enable_x64(True):
         given = arrays(bias="none", sink=phi is js.softplus)
@@ -184,8 +189,13 @@ def test_as_jax_nn(options, heads):
     given = float32(B, T, N, H), float32(B, S, heads, H, seed=1), float32(B, S, heads, H, seed=2)
     options = {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in AS_JAX_NN[options].items()}
     options = {k: v.astype(jnp.int32) if "lengths" in k else v for k, v in options.items()}
-    found = attention.dot_product_attention(*given, **options, return_residual=True, block_size=BLOCKS["odd"])
-    want = jax.nn.dot_product_attention(*given, **options, return_residual=True, implementation="xla")
+    ours = functools.partial(attention.dot_product_attention, block_size=BLOCKS["odd"])
+    theirs = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    static = {k: options.pop(k) for k in ("is_causal", "local_window_size", "scale") if k in options}
+    found, want = (
+        verify.jit_formulas(functools.partial(f, return_residual=True, **static))(*given, **options)
+        for f in (ours, theirs)
+    )
     counts = want[1] > -1e30  # a row without keys is −∞ with us, and a very negative number with jax.nn
     for a, b in zip(found, (want[0], jnp.where(counts, want[1], -jnp.inf)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
@@ -226,7 +236,8 @@ def test_rows_without_keys(phi):
     def f(sink=None, **given):
         return attention.attention_statistics(**given, mask=mask, sink=sink, phi=phi, block_size=BLOCKS["odd"])
 
-    found = f(**given | {"sink": None})
+    statistics = verify.jit_formulas(lambda given: f(**given))
+    found = statistics(given | {"sink": None})
     empty = ~mask.any(3)[:, 0]
     assert not found.output[empty].any()
     assert not found.entropy[empty].any()
@@ -242,7 +253,7 @@ def test_rows_without_keys(phi):
     without = {name: a for name, a in given.items() if name != "sink"}
     derivatives = verify.jit_formulas(lambda given: jax.jvp(jax.grad(total), (given,), (given,)))
     assert all(not a.any() for a in jax.tree.leaves(derivatives(without)))
-    with_sink = f(**given)
+    with_sink = statistics(given)
     assert not with_sink.output[empty].any()
     assert not with_sink.entropy[empty].any()
     np.testing.assert_allclose(with_sink.log_normalizer[0, 2], phi.log(given["sink"]), rtol=1e-6)
@@ -279,10 +290,9 @@ def test_what_is_left_out_may_be_anything():
 
 def test_bad_scores_act_on_their_row_alone():
     given = arrays(np.float32, sink=False)
+    run = verify.jit_formulas(lambda given: attention.attention_statistics(**given, block_size=BLOCKS["odd"]))
     for bad, of_L in ((jnp.nan, jnp.isnan), (jnp.inf, jnp.isposinf)):
-        found = attention.attention_statistics(
-            **given | {"bias": given["bias"].at[0, 1, 2, 5].set(bad)}, block_size=BLOCKS["odd"]
-        )
+        found = run(given | {"bias": given["bias"].at[0, 1, 2, 5].set(bad)})
         is_bad = np.zeros((B, T, N), bool)
         is_bad[0, 2, 1] = True
         assert (of_L(found.log_normalizer) == is_bad).all()
@@ -294,7 +304,8 @@ def test_bad_scores_act_on_their_row_alone():
 def test_bfloat16(scale):
     """Sums in float32: within a rounding of the factors e^u, and of the result, at all score scales."""
     q, k, v = (float32(1, 64, 2, 16, seed=i, dtype=jnp.bfloat16) for i in range(3))
-    found, L = attention.dot_product_attention(q, k, v, scale=scale / 4, return_residual=True, block_size=(16, 16))
+    f = functools.partial(attention.dot_product_attention, block_size=(16, 16))
+    found, L = jax.jit(functools.partial(f, return_residual=True))(q, k, v, scale=scale / 4)
     wide_q, wide_k, wide_v = (np.asarray(a, np.float64) for a in (q, k, v))
     s = scale / 4 * np.einsum("btnh,bsnh->btns", wide_q, wide_k)
     w = np.exp(s - s.max(-1, keepdims=True))
@@ -302,7 +313,7 @@ def test_bfloat16(scale):
     eps = float(jnp.finfo(jnp.bfloat16).eps)
     np.testing.assert_allclose(np.asarray(found, np.float64), want, rtol=eps, atol=eps / 2 * np.abs(wide_v).max())
     np.testing.assert_allclose(L, s.max(-1) + np.log(w.sum(-1)), rtol=1e-6)
-    gradients = gradient(functools.partial(attention.dot_product_attention, scale=scale / 4))(q, k, v)
+    gradients = jax.jit(lambda q, k, v, scale: gradient(functools.partial(f, scale=scale))(q, k, v))(q, k, v, scale / 4)
     assert all(a.dtype == jnp.bfloat16 and jnp.isfinite(a).all() for a in gradients)
 
 
@@ -372,7 +383,7 @@ def test_the_blocks_of_accelerators(monkeypatch):
 
     def run():
         f = functools.partial(attention.dot_product_attention, is_causal=True)
-        return jax.jit(lambda *a: (f(*a), gradient(f)(*a), jax.jvp(gradient(f), a, a)[1]))(*given)
+        return verify.jit_formulas(lambda *a: (f(*a), gradient(f)(*a), jax.jvp(gradient(f), a, a)[1]))(*given)
 
     on_cpu = run()
     jax.clear_caches()

@@ -8,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sharding import DEVICES, assert_close, collectives, mesh
 
 from jsoftmax import attention
+from jsoftmax.verify import jit_formulas
 
 B, T, S, N, K, H = 2, 5, 16, 4, 2, 3
 WHOLE = PartitionSpec()
@@ -61,7 +62,7 @@ def everything(f):
         twice = jax.grad(lambda *given: sum(jnp.vdot(g, g) for g in gradient(*given)), EVERY)
         return f(*given), gradient(*given), jax.jvp(f, given, dots)[1], jax.jvp(gradient, given, dots)[1], twice(*given)
 
-    return jax.jit(run)
+    return jit_formulas(run)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,8 @@ def test_gradients_taken_inside():
     """Of a train step's body, with check_vma."""
     with jax.enable_x64(True):
         over = {"mesh": mesh(), "in_specs": SPECS, "out_specs": SPECS}
-        found = jax.jit(jax.shard_map(jax.grad(total(of_part), EVERY), **over))(*arrays())
-        assert_close(found, jax.grad(total(statistics), EVERY)(*arrays()), 1e-10)
+        found = jit_formulas(jax.shard_map(jax.grad(total(of_part), EVERY), **over))(*arrays())
+        assert_close(found, jit_formulas(jax.grad(total(statistics), EVERY))(*arrays()), 1e-10)
 
 
 def test_what_devices_exchange():
@@ -102,11 +103,11 @@ def test_heads_and_batches_are_cut_without_a_word():
     def f(q, k, v):
         return attention.dot_product_attention(q, k, v, is_causal=True, block_size=(2, 3))
 
-    want = jax.grad(total(f), (0, 1, 2))(*given)
+    want = jit_formulas(jax.grad(total(f), (0, 1, 2)))(*given)
     for g in (f, jax.shard_map(f, mesh=cut, in_specs=(spec,) * 3, out_specs=spec)):
         gradient = jax.grad(total(g), (0, 1, 2))
         assert collectives(lambda *a, gradient=gradient: gradient(*a), *placed) == ([], 0)
-        assert_close(jax.jit(gradient)(*placed), want, 1e-5)
+        assert_close(jit_formulas(gradient)(*placed), want, 1e-5)
 
 
 def test_wrong_calls():

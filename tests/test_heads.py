@@ -83,7 +83,9 @@ def assert_same(f, g, arguments, rtol=1e-11):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-13)
 
 
-CASES = [(name, "odd") for name in OPTIONS] + product(["plain", "all"], ["one", "even"], met=[(0, 1)])
+ALONE = ["cap", "margin", "smoothing", "z_loss", "prior", "classes", "ignored"]
+CASES = [("plain", "odd"), ("all", "odd"), *((name, "odd") for name in ALONE)]
+CASES += product(["plain", "all"], ["one", "even"], met=[(0, 1)])
 
 
 @pytest.mark.parametrize(("options", "blocks"), CASES)
@@ -201,10 +203,13 @@ def test_sum_by_other_arguments():
     """By hidden alone, by an option, of distributions: the streamed rule."""
     with jax.enable_x64(True):
         q = jax.nn.softmax(jnp.sin(jnp.arange(TOKENS * CLASSES, dtype=float)).reshape(3, 4, CLASSES))
-        by = jax.grad(lambda W: heads.linear_cross_entropy_sum(arrays()[0], W, q, block_size=(5, 7)))(arrays()[1])
-        want = jax.grad(lambda W: jnp.sum(losses.cross_entropy(scores(arrays()[0], W), q)))(arrays()[1])
-        np.testing.assert_allclose(by, want, rtol=1e-11, atol=1e-13)
         hidden, weight, bias = arrays()
+        totals = (
+            lambda W: heads.linear_cross_entropy_sum(hidden, W, q, block_size=(5, 7)),
+            lambda W: jnp.sum(losses.cross_entropy(scores(hidden, W), q)),
+        )
+        by, want = (verify.jit_formulas(jax.grad(f))(weight) for f in totals)
+        np.testing.assert_allclose(by, want, rtol=1e-11, atol=1e-13)
         sum_of = functools.partial(heads.linear_cross_entropy_sum, block_size=(5, 7))
         assert_same(
             lambda h, e: sum_of(h, weight, LABELS, bias, phi=js.spherical(e)),
@@ -213,8 +218,13 @@ def test_sum_by_other_arguments():
         )
 
 
-@pytest.mark.parametrize("options", [{}, {"where": KEEP, "phi": js.spherical(0.1)}], ids=["exp", "spherical"])
-def test_kl(options):
+OF_KL = {"exp": {}, "spherical": {"where": KEEP, "phi": js.spherical(0.1)}}
+
+
+@pytest.mark.parametrize("name", some(OF_KL, ["spherical"]))
+def test_kl(name):
+    """Of exp, too, in test_heads_sharded.py."""
+    options = OF_KL[name]
     with jax.enable_x64(True):
         hidden, weight, bias = arrays()
         other = (jnp.sin(hidden), jnp.cos(weight), jnp.sin(bias))
@@ -223,13 +233,17 @@ def test_kl(options):
             lambda h, W, b, g, U, a: js.kl_divergence(scores(h, W, b, 3.0), scores(g, U, a, 3.0), **options),
             (hidden, weight, bias, *other),
         )
-        frozen = jax.grad(lambda h: heads.linear_kl(h, weight, *other[:2], block_size=(5, 7)).sum())(hidden)
-        plain = jax.grad(lambda h: js.kl_divergence(scores(h, weight), scores(*other[:2])).sum())(hidden)
+        totals = (
+            lambda h: heads.linear_kl(h, weight, *other[:2], block_size=(5, 7)).sum(),
+            lambda h: js.kl_divergence(scores(h, weight), scores(*other[:2])).sum(),
+        )
+        frozen, plain = (verify.jit_formulas(jax.grad(f))(hidden) for f in totals)
         np.testing.assert_allclose(frozen, plain, rtol=1e-11)
 
 
-@pytest.mark.parametrize("k", [1, 3, 50])
+@pytest.mark.parametrize("k", some([1, 3, 50], [3, 50]))
 def test_top_k(k):
+    """One class and several of them, of long blocks, below."""
     with jax.enable_x64(True):
         hidden, weight, bias = arrays()
         weight = weight.at[9].set(weight[2]).at[31].set(weight[2])  # equals: the first comes first
@@ -253,8 +267,9 @@ def test_top_k(k):
 def test_top_k_of_long_blocks():
     hidden, weight = jnp.ones((2, 1)), jnp.round(8 * jnp.sin(jnp.arange(3000.0)))[:, None]
     for k, size in ((1, 3000), (7, 517), (60, 1000)):
-        want = jax.lax.top_k(weight[:, 0], k)[1]
-        np.testing.assert_array_equal(heads.linear_top_k(hidden, weight, k, block_size=size).indices, [want] * 2)
+        f = verify.jit_formulas(functools.partial(heads.linear_top_k, k=k, block_size=size))
+        want = np.argsort(-np.asarray(weight[:, 0]), stable=True)[:k]
+        np.testing.assert_array_equal(f(hidden, weight).indices, [want] * 2)
 
 
 def assert_frequencies(drawn, p):
@@ -268,7 +283,7 @@ def test_draws():
     hidden, weight, _ = arrays(jnp.float32)
     weight = jnp.concatenate([weight * 1.5] * 6)[:290]
     where = jnp.arange(290) % 5 != 1
-    token, draws = hidden[0, :2], 20_000
+    token, draws = hidden[0, :2], 10_000
     p = js.softmax(token @ weight.T, where=where)
     many = heads.linear_categorical(jax.random.key(0), token, weight, shape=(draws, 2), where=where)
     for i in range(2):
