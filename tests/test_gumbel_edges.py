@@ -10,6 +10,7 @@ import pytest
 import jsoftmax as js
 from jsoftmax import gumbel
 from jsoftmax._top_k import top_k_of_many
+from jsoftmax.verify import jit_formulas
 
 KEY = jax.random.key(0)
 Z = jnp.array([[0.3, -1.2, 2.0, 0.7], [-0.5, 0.1, -2.0, 1.5]])
@@ -31,22 +32,28 @@ MAPS = {
 @pytest.mark.parametrize("name", MAPS)
 def test_edges_of_maps(name):
     f = MAPS[name]
-    value = np.asarray(f(BAD))
+    kept = jnp.array([True, True, False])
+
+    def first(z):
+        value = f(z)
+        return jnp.sum(jnp.where(jnp.isfinite(value), jnp.sin(value), 0)), value
+
+    @jit_formulas
+    def found(z, row, left_out):
+        options = {"where": kept}, {"log_weights": jnp.log(kept.astype(jnp.float32))}
+        gradient, product, value = jax.jvp(jax.grad(first, has_aux=True), (z,), (jnp.ones_like(z),), has_aux=True)
+        return value, (gradient, product), [f(row, **o) for o in options], f(left_out)
+
+    given = BAD, jnp.array([[0.0, 1.0, 9.0]]), jnp.array([[0.0, 1.0, -jnp.inf]])
+    value, derivatives, by_option, want = found(*given)
     empty = -np.inf if name in ("exp_concrete", "conditional_gumbels") else 0
     assert np.all(np.isnan(value[:2]))
     np.testing.assert_array_equal(value[2], np.full(3, empty))
     np.testing.assert_array_equal(value[3, 2], empty)
     assert np.all(np.isfinite(value[3, :2]))
-    kept = jnp.array([True, True, False])
-    for options in ({"where": kept}, {"log_weights": jnp.log(kept.astype(jnp.float32))}):
-        by_option = f(jnp.array([[0.0, 1.0, 9.0]]), **options)
-        np.testing.assert_allclose(by_option, f(jnp.array([[0.0, 1.0, -jnp.inf]])), rtol=1e-6)
-
-    def total(z):
-        return jnp.sum(jnp.where(jnp.isfinite(value), jnp.sin(f(z)), 0))
-
-    for derivative in (jax.grad(total), lambda z: jax.jvp(jax.grad(total), (z,), (jnp.ones_like(z),))[1]):
-        at = derivative(BAD)
+    for other in by_option:
+        np.testing.assert_allclose(other, want, rtol=1e-6)
+    for at in derivatives:
         np.testing.assert_array_equal(at[2], 0)
         assert np.all(np.isfinite(at[3]))
         assert at[3, 2] == 0
@@ -115,13 +122,16 @@ def test_edges_of_densities():
 @pytest.mark.parametrize(("classes", "k"), [(32, 1), (1000, 7), (1024, 3), (1024, 60), (257, 2)])
 def test_largest_by_blocks(classes, k):
     """Those of `jax.lax.top_k`, the first of equal ones first, also in rows with few classes; and their gradient."""
-    a = jnp.round(4 * jax.random.normal(KEY, (6, classes)))
-    a = a.at[0].set(-jnp.inf).at[1, 3:].set(-jnp.inf).at[2].set(jnp.nan).at[3].set(0)
-    for f in (lambda top: top(a, k), lambda top: jax.grad(lambda a: jnp.sum(jnp.sin(top(a, k)[0][3:])))(a)):
-        with jax.default_device(jax.devices("cpu")[0]):  # GPUs take the last of several NaN first
-            wanted = jax.tree.leaves(f(jax.lax.top_k))
-        for found, want in zip(jax.tree.leaves(f(top_k_of_many)), wanted, strict=True):
-            np.testing.assert_array_equal(found, want)
+    a = np.round(4 * np.random.default_rng(0).normal(size=(6, classes))).astype(np.float32)
+    a[0], a[1, 3:], a[2], a[3] = -np.inf, -np.inf, np.nan, 0
+
+    def results(top):
+        return jit_formulas(lambda a: (top(a, k), jax.grad(lambda a: jnp.sum(jnp.sin(top(a, k)[0][3:])))(a)))
+
+    with jax.default_device(jax.devices("cpu")[0]):  # GPUs take the last of several NaN first
+        wanted = jax.tree.leaves(results(jax.lax.top_k)(a))
+    for found, want in zip(jax.tree.leaves(results(top_k_of_many)(a)), wanted, strict=True):
+        np.testing.assert_array_equal(found, want)
 
 
 def test_no_rows():
@@ -140,11 +150,14 @@ def test_dtypes_under_strict_promotion():
         for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
             z = Z.astype(dtype)
             for name, f in MAPS.items():
-                assert f(z).dtype == dtype, name
-            assert gumbel.categorical(KEY, z).dtype == jnp.int32
-            assert gumbel.gumbel_top_k(KEY, z, 2).threshold.dtype == jnp.float32
-            assert gumbel.exp_concrete_log_density(z, z, 0.5).dtype == jnp.float32
-            assert gumbel.binary_concrete_log_density(z * 0 + dtype(0.5), z, 0.5).dtype == jnp.float32
+                assert jax.eval_shape(f, z).dtype == dtype, name
+            for f, want in (
+                (lambda z: gumbel.categorical(KEY, z), jnp.int32),
+                (lambda z: gumbel.gumbel_top_k(KEY, z, 2).threshold, jnp.float32),
+                (lambda z: gumbel.exp_concrete_log_density(z, z, 0.5), jnp.float32),
+                (lambda z, dtype=dtype: gumbel.binary_concrete_log_density(z * 0 + dtype(0.5), z, 0.5), jnp.float32),
+            ):
+                assert jax.eval_shape(f, z).dtype == want
 
 
 INDEX = jnp.array([1, 3])
