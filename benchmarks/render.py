@@ -247,11 +247,25 @@ def devices() -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
+def startup() -> str:
+    """What it costs to begin: ms to trace and compile, and of a call outside `jit`."""
+    (run,) = load_plain("startup")
+    lines = ["| | | ours, ms | the peer's, ms | ratio |", "|---|---|---:|---:|---:|"]
+    for row in run["rows"]:
+        mode = "a call outside `jit`" if row["mode"] == "call" else f"trace and compile: {row['mode']}"
+        times = (f"{row['ms'][side]:.{3 if row['mode'] == 'call' else 0}f}" for side in ("ours", "peer"))
+        lines.append(f"| {row['name']} | {mode} | {' | '.join(times)} | {row['ratio']:.2f} |")
+    return "\n".join([*lines, "", f"`import jsoftmax` adds {run['import_ms']:.0f} ms to `import jax`."]) + "\n"
+
+
+OWN_TABLES = {"lm": models, "measured": measured, "startup": startup}
+
+
 def filled(text: str) -> str:
     """A page with its tables made anew."""
     names = re.findall(r"<!-- (\w+) -->", text)
     for name in names:
-        made = {"lm": models, "measured": measured}[name]() if name in ("lm", "measured") else table(load(name))
+        made = OWN_TABLES[name]() if name in OWN_TABLES else table(load(name))
         between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         text = between.sub(lambda found, made=made: found[1] + made + found[2], text)
     return text
