@@ -73,6 +73,15 @@ def is_label(shape: tuple[int, ...], label: Array, axis_name: AxisName = None, s
     return lax.broadcasted_iota(label.dtype, shape, len(shape) - 1) == label
 
 
+def has_label(a: Array, labels: Array) -> Array:
+    """Whether a class of `[..., K]` is among labels `[..., m]`; K is none."""
+
+    def scattered(a: Array, labels: Array) -> Array:
+        return jnp.put_along_axis(jnp.zeros(a.shape, bool), labels, True, -1, inplace=False, mode="drop")
+
+    return reshard_like(apply_to_rows(scattered, a, labels), a)
+
+
 def local_value_at_label(pick: Callable[[Array], Array], label: Array, classes: int, axis_name: AxisName) -> Array:
     """pick(label) on the shard that has the label, 0 on the others."""
     own, inside = local_label(label, classes, axis_name)

@@ -145,9 +145,15 @@ FROM_ELSEWHERE = [  # as other libraries are called, or with an object of the wr
         "shape=(n, 4)",
     ),
     (
-        lambda: raw(heads.linear_cross_entropy)(HIDDEN, WEIGHT, jnp.zeros((16, 4), int)),
+        lambda: raw(heads.linear_cross_entropy_sum)(HIDDEN, WEIGHT, jnp.zeros((16, 4), int)),
         ValueError,
-        "linear_cross_entropy: integer labels",
+        "linear_cross_entropy_sum: integer labels",
+        "jnp.broadcast_to(hidden, (16, 4, d))",
+    ),
+    (
+        lambda: raw(heads.linear_cross_entropy)(HIDDEN, WEIGHT, jnp.zeros((16, 4), int), margin=0.5),
+        ValueError,
+        "linear_cross_entropy: margin must be left out where a token has several labels",
         "jnp.broadcast_to(hidden, (16, 4, d))",
     ),
     (

@@ -185,6 +185,41 @@ def test_sum(options, blocks):
         assert_same(ours, plain, (*arrays(), w))
 
 
+@pytest.mark.parametrize("options", some(["plain", "classes", "ignored"], ["ignored"]))
+def test_several_labels_of_each_token(options):
+    """As one after the other; one of them sure of its class."""
+    several, given = jnp.stack([LABELS, LABELS[::-1] % 9, LABELS % 11]), OPTIONS[options]
+    with jax.enable_x64(True):
+
+        def ours(h, W, b):
+            loss = heads.linear_cross_entropy(
+                h, W, several, b, label_smoothing=0.1, z_loss=0.1, block_size=(5, 7), **given
+            )
+            return loss + jnp.sin(heads.linear_statistics(h, W, several, b, block_size=(5, 7)).log_prob)
+
+        def plain(h, W, b):
+            def of_one(labels):
+                loss = heads.linear_cross_entropy(
+                    h, W, labels, b, label_smoothing=0.1, z_loss=0.1, block_size=(5, 7), **given
+                )
+                return loss + jnp.sin(heads.linear_statistics(h, W, labels, b, block_size=(5, 7)).log_prob)
+
+            return jnp.stack([of_one(labels) for labels in several])
+
+        assert_same(ours, plain, arrays())
+
+
+def test_the_gradient_of_a_sure_label_among_several():
+    """expm1(log p), not p − 1; by the weight, whose gradient is that of the scores."""
+    weight = jnp.array([[20.0], [0.0], [1.0]])
+    sure = jnp.array([[0], [1], [2]])
+    by_scores = jax.jacobian(lambda W: heads.linear_cross_entropy(jnp.ones((1, 1)), W, sure))(weight)[:, 0, :, 0]
+    p = np.exp(np.float64(weight[:, 0]) - 20) / np.sum(np.exp(np.float64(weight[:, 0]) - 20))
+    want = p - np.eye(3)
+    want[0, 0] = -p[1:].sum()
+    np.testing.assert_allclose(by_scores, want, rtol=3e-6)
+
+
 def test_smoothing_leaves_out_what_the_bias_does():
     """A bias of −inf, the usual padding: its class has no share in the smoothing, nor derivatives."""
     with jax.enable_x64(True):

@@ -148,6 +148,13 @@ def kl(hidden, weight, labels):
     return jnp.mean(heads.linear_kl(hidden, weight, jnp.cos(hidden), weight, block_size=(64, 256)))
 
 
+def named(hidden, weight, labels):
+    classes = (labels[:, None] + jnp.arange(3)) % len(weight)
+    top = losses.TopTargets(classes, jnp.full(classes.shape, 0.25))
+    of_top = heads.linear_cross_entropy(hidden, weight, top, block_size=(64, 256))
+    return jnp.mean(of_top + jnp.cos(heads.linear_cross_entropy(hidden, weight, classes.T, block_size=(64, 256))))
+
+
 def along(f, *arguments):
     return jax.jvp(f, arguments, arguments)[1]
 
@@ -170,7 +177,7 @@ MODES = {
 
 @pytest.mark.parametrize(
     ("mode", "f"),
-    product(list(MODES), [loss, statistics, summed, kl], met=[(0, 1)]),
+    product(list(MODES), [loss, statistics, summed, kl, named], met=[(0, 1)]),
     ids=lambda a: getattr(a, "__name__", a),
 )
 def test_no_array_of_tokens_by_classes(mode, f):
@@ -186,7 +193,7 @@ def test_no_array_of_tokens_by_classes(mode, f):
     logits, weight_bytes = 4 * 512 * 16384, 4 * 8 * 16384
     # cotangents and directions; the divergence has two heads, here of one weight
     weights = {"reverse over reverse": 4, "value": 0, "jacfwd": 0}.get(mode, 1) * (
-        2 if f is kl or (f is summed and mode != "value") else 1
+        2 if f in {kl, named} or (f is summed and mode != "value") else 1
     )
     assert needed[1] - weights * weight_bytes < logits / 20, needed
     assert needed[1] - needed[0] <= weights * weight_bytes * 3 / 4 + 2**15, needed

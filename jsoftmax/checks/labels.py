@@ -20,6 +20,7 @@ from jsoftmax.checks.arguments import (
     is_int,
     wide_integers,
 )
+from jsoftmax.checks.top_targets import TopTargets, check_top_targets
 from jsoftmax.phi import exp
 from jsoftmax.sharding import (
     AxisName,
@@ -40,8 +41,8 @@ class Labelled(NamedTuple):
 
     logits: Array
     """Scores `[..., K]`, in their own dtype."""
-    labels: Array
-    """Integers `[...]` or distributions `[..., K]`."""
+    labels: Any
+    """Integers `[...]`, distributions `[..., K]` or `TopTargets` `[..., k]`."""
     rows: Array | None
     """`[...]`, those that count."""
     where: Array | None
@@ -54,7 +55,12 @@ class Labelled(NamedTuple):
     @property
     def by_label(self) -> bool:
         """Whether the labels are integers."""
-        return jnp.issubdtype(self.labels.dtype, jnp.integer)
+        return not self.by_top and jnp.issubdtype(self.labels.dtype, jnp.integer)
+
+    @property
+    def by_top(self) -> bool:
+        """Whether they name some classes of a distribution."""
+        return isinstance(self.labels, TopTargets)
 
     @property
     def dtype(self) -> Any:
@@ -75,8 +81,19 @@ class Labelled(NamedTuple):
         q = self.labels if self.rows is None else maps.zero_where(~self.rows[..., None], self.labels)
         return q if self.where is None else maps.zero_where(~self.where, q)
 
+    def top(self) -> TopTargets:
+        """The k classes of a distribution, their mass 0 in rows that do not count."""
+        top: TopTargets = self.labels
+        if self.rows is None:
+            return top
+        return TopTargets(top.indices, maps.zero_where(~self.rows[..., None], top.probabilities), top.tail)
+
     def label(self, axis_name: AxisName = None) -> tuple[Array, Array]:
-        """Labels `[..., 1]` in range, and where they were; of distributions 0 and True."""
+        """Labels `[..., 1]` in range, and where they were; of distributions 0, and whether all that have mass were."""
+        if self.by_top:
+            valid = in_range(self.labels.indices, self.classes, axis_name)[1] | (self.labels.probabilities == 0)
+            valid = jnp.all(valid, -1, keepdims=True)
+            return jnp.zeros(valid.shape, jnp.int32), valid
         if not self.by_label:
             rows = self.labels.shape[:-1]
             return jnp.zeros((*rows, 1), jnp.int32), jnp.ones((*rows, 1), bool)
@@ -127,16 +144,20 @@ def check_labelled(
     way_out = f"The classes of {z.shape} are the axes {axes}: name others by axis=…"
     if axis_name is not None and np.size(labels) * shard_count(axis_name) == math.prod(batch):
         way_out = f"They are the same on all devices along axis_name={axis_name!r}: leave it out of their in_specs"
-    labels = check_labels(
-        function,
-        names[1],
-        labels,
-        batch,
-        of="the logits' shape without the classes,",
-        way_out=way_out,
-        distributions=z.shape,
-        of_distributions="the logits' shape",
-    )
+    by_top = isinstance(labels, TopTargets)
+    if by_top:
+        labels = check_top_targets(function, names[1], labels, batch, dtype)
+    else:
+        labels = check_labels(
+            function,
+            names[1],
+            labels,
+            batch,
+            of="the logits' shape without the classes,",
+            way_out=way_out,
+            distributions=z.shape,
+            of_distributions="the logits' shape",
+        )
     check_ignore_label(function, ignore_label, "mask their rows: where=….")
     classes, rows = check_mask(function, where, z.shape, batch)
     log_weights = check_log_weights(function, log_weights, z.shape, dtype)
@@ -147,9 +168,9 @@ def check_labelled(
         moved = jnp.moveaxis(jnp.broadcast_to(a, z.shape), axes, range(len(batch), z.ndim))
         return moved.reshape(*batch, math.prod(of_classes))
 
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
+    if by_top or not jnp.issubdtype(labels.dtype, jnp.integer):
         reject_given(function, {"class_weights": class_weights, "ignore_label": ignore_label})
-        labels = last(reshard_like(labels.astype(dtype), z))
+        labels = labels if by_top else last(reshard_like(labels.astype(dtype), z))
     elif ignore_label is not None:
         known = labels != ignore_label
         rows = known if rows is None else rows & known

@@ -24,17 +24,16 @@ from jsoftmax.checks.arguments import (
     is_int,
     option_if_given,
 )
-from jsoftmax.checks.labels import check_ignore_label, check_labels, in_range, reject_given
+from jsoftmax.checks.labels import in_range
+from jsoftmax.checks.top_targets import TopTargets, reject_smoothing
 from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
-from jsoftmax.heads._statistics import Statistics
-from jsoftmax.losses._cross_entropy import regularized
+from jsoftmax.heads._labels import add_labels
 from jsoftmax.sharding import (
     AxisName,
     check_axis_name,
     check_not_explicit,
     check_parts,
     check_sharded,
-    keeps_label,
     match_varying_axes,
     shard_count,
 )
@@ -55,6 +54,12 @@ class CheckedHead(NamedTuple):
     """The order in which the tokens are taken."""
     token_weights: Array | None
     """`[tokens]` of the head, 0 for tokens that do not count."""
+    top: TopTargets | None = None
+    """`[..., k]`; their indices are the head's labels."""
+    several: tuple[int, ...] | None = None
+    """The axes of several labels of each token, in front of the tokens'."""
+    counted: Array | None = None
+    """bool `[N, m]`, the labels that count, where they are several."""
 
     def in_dtype(self, dtype: Any) -> Head:
         """The head beside another one, for factors of both."""
@@ -67,8 +72,18 @@ class CheckedHead(NamedTuple):
         """`[tokens, …]` of the head as `[..., …]`, with a value for tokens that do not count."""
         result = result[: math.prod(self.batch)]
         if self.order is not None and self.rows is not None:
-            result = jnp.where(self.rows, result[jnp.argsort(self.order)], ignored)
+            rows = self.rows.reshape(-1, *[1] * (result.ndim - 1))
+            result = jnp.where(rows, result[jnp.argsort(self.order)], ignored)
         return result.reshape(*self.batch, *result.shape[1:])
+
+    def restore_labels(self, result: Array) -> Array:
+        """`[tokens, m]` of the labels as `[...]`, or as `[*several, ...]`; 0 for labels that do not count."""
+        result = self.restore(result)
+        if self.several is None:
+            return result[..., 0]
+        if self.counted is not None:
+            result = jnp.where(self.counted.reshape(result.shape), result, 0)
+        return jnp.moveaxis(result, -1, 0).reshape(*self.several, *self.batch)
 
 
 def check(
@@ -89,10 +104,14 @@ def check(
     axis_name: Any = None,
     shards: Any = 1,
     token_weights: Any = None,
+    per_token: Any = (),
     chunk: int = 1,
     names: tuple[str, str, str] = ("hidden", "weight", "bias"),
 ) -> CheckedHead:
-    """Everything as a `Head`, in the accumulation dtype but for what belongs to the vocabulary."""
+    """Everything as a `Head`, in the accumulation dtype but for what belongs to the vocabulary.
+
+    per_token: what a token may have beside one label or a distribution, of `_labels.SEVERAL` and `_labels.TOP`.
+    """
     maps.check_phi(function, phi)
     hidden, weight = (_check_floating(function, n, a) for n, a in zip(names, (hidden, weight), strict=False))
     _check_shapes(function, hidden, weight, names)
@@ -133,23 +152,17 @@ def check(
     tokens, of_classes = _block_sizes(function, block_size, head, whole_rows, classes=of_shard, chunk=chunk)
     precision = _check_precision(function, precision, dtype)
     plan = Plan(tokens, of_classes, dtype, precision, axis_name, shards)
+    top = several = counted = None
     if labels is not NO_LABELS:
-        if axis_name is not None and np.ndim(labels) > len(batch):
-            check_parts(function, (*batch, classes), (len(batch),), axis_name, labels=labels)
-        labels = _check_labels(function, labels, batch, classes, wide)
-        check_ignore_label(function, ignore_label, "give them all one number: jnp.where(…, ignored, labels).")
-        if jnp.issubdtype(labels.dtype, jnp.integer):
-            head = head._replace(labels=labels.reshape(-1))
-            rows = None if ignore_label is None else head.labels != ignore_label
-        else:
-            given = {"ignore_label": ignore_label, "margin": head.margin}
-            reject_given(function, given)
-            head = head._replace(targets=labels.reshape(-1, classes))
+        head, rows, top, several, counted = add_labels(
+            function, labels, head, batch, axis_name, ignore_label, per_token
+        )
     if token_weights is not None:
         token_weights, rows = _check_token_weights(function, token_weights, batch, head, plan, rows)
     if rows is not None or head.hidden.shape[0] > plan.tokens:
         check_not_explicit(function, names[0], head.hidden)
     given = _in_order(head, plan, batch, rows, token_weights)
+    given = given._replace(top=top, several=several, counted=counted)
     return given if block_size is not None else _with_accelerator_block(given, -(-of_shard // chunk), chunk)
 
 
@@ -162,7 +175,7 @@ def _check_token_weights(  # noqa: PLR0917  (what they are checked against)
     all_count = is_concrete_number(token_weights) and token_weights != 0
     if head.labels is None or all_count:
         return weights, rows
-    counts = (weights != 0) | _is_valid(head, plan)
+    counts = (weights != 0) | is_valid(head, plan)[:, 0]
     return weights, counts if rows is None else rows & counts
 
 
@@ -238,29 +251,6 @@ def _check_of_classes(function: str, argument: str, value: Any, classes: int) ->
             f"{function}: {argument} must have one value for each class, shape {(classes,)}; got shape {shape}. "
             "Tokens are left out by ignore_label where there are labels; elsewhere mask the result."
         )
-
-
-def _check_labels(function: str, labels: Any, batch: tuple[int, ...], classes: int, wide: Any) -> Array:
-    """Integers of the tokens' shape, or distributions with the classes behind it."""
-    shape, of = np.shape(labels), "the shape of hidden without its last axis"
-    way_out = "Each row of hidden is one token with one label: cut both alike"
-    if len(shape) > len(batch) and shape[len(shape) - len(batch) :] == batch:
-        several = ", ".join(map(str, (*shape, "d")))
-        way_out = (
-            f"For several labels of each token write jnp.broadcast_to(hidden, ({several})), or map over the labels: "
-            "jax.vmap"
-        )
-    array = check_labels(
-        function,
-        "labels",
-        labels,
-        batch,
-        of=f"{of},",
-        way_out=way_out,
-        distributions=(*batch, classes),
-        of_distributions=f"{of}, and the classes,",
-    )
-    return array if jnp.issubdtype(array.dtype, jnp.integer) else array.astype(wide)
 
 
 def _check_precision(function: str, precision: Any, dtype: Any) -> Any:
@@ -369,28 +359,12 @@ def loss_options(
 ) -> tuple[Array | None, Array | None]:
     """Both in the accumulation dtype; None for a plain 0."""
     option = functools.partial(option_if_given, function, dtype=given.head.hidden.dtype)
-    return option(label_smoothing, label_smoothing=(0.0, 1.0)), option(z_loss, z_loss=(0.0, math.inf))
+    smoothing = option(label_smoothing, label_smoothing=(0.0, 1.0))
+    if given.top is not None:
+        reject_smoothing(function, smoothing)
+    return smoothing, option(z_loss, z_loss=(0.0, math.inf))
 
 
-def loss_of_tokens(
-    head: Head, plan: Plan, found: Statistics, smoothing: Array | None = None, z_loss: Array | None = None
-) -> Array:
-    """(1 − a) (−l_y) + (a/K) Σ (−l) + z_loss L², or with Σ q (−l)  (MATH 11.4).
-
-    A label on a class that the mask leaves out counts 0; one out of range is NaN, with derivatives 0.
-    """
-    loss: Any = found.loss
-    if head.labels is not None and head.where is not None:
-        kept = keeps_label(lambda own: head.where[own], head.labels, head.weight.shape[0], plan.axis_name)
-        loss = jnp.where(kept, loss, 0)
-    mean = None if smoothing is None else found.log_total + found.spread / jnp.maximum(found.kept_count, 1)
-    return in_vocabulary(regularized(loss, mean, found.log_normalizer, smoothing, z_loss), head, plan)
-
-
-def in_vocabulary(a: Array, head: Head, plan: Plan) -> Array:
-    """What belongs to labels; NaN, with derivatives 0, for a label out of range."""
-    return a if head.labels is None else jnp.where(_is_valid(head, plan), a, jnp.nan)
-
-
-def _is_valid(head: Head, plan: Plan) -> Array:
+def is_valid(head: Head, plan: Plan) -> Array:
+    """Whether labels are in range."""
     return in_range(head.labels, vocabulary(head, plan))[1]

@@ -21,7 +21,7 @@ class Head(NamedTuple):
     hidden: Any = None
     """`[N, d]` in the accumulation dtype."""
     labels: Any = None
-    """Integers `[N]`."""
+    """Integers `[N, m]`, m of each token."""
     targets: Any = None
     """Distributions `[N, V]`."""
     counted: Any = None
@@ -119,7 +119,7 @@ def scores_from_products(head: Head, start: Array, o: Array) -> Array:
     if head.soft_cap is not None:
         o = head.soft_cap * jnp.tanh(o / head.soft_cap)
     if head.margin is not None:
-        o = o - jnp.where(is_label(o.shape, head.labels[:, None], start=start), head.margin, 0)
+        o = o - jnp.where(is_label(o.shape, head.labels, start=start), head.margin, 0)
     return maps.weighted_scores(head.phi, o, head.where, head.log_weights)
 
 

@@ -13,8 +13,17 @@ from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._series import expm1
 from jsoftmax._top_k import top_k, top_k_by_blocks
 from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, scan_classes
-from jsoftmax.sharding import is_label, local_label, match_varying_axes, place_in_block, pmax, psum, shard_slot
-from jsoftmax.sums import FAR, difference, exp_sums, gap_sum, is_empty, not_negative
+from jsoftmax.sharding import (
+    has_label,
+    is_label,
+    local_label,
+    match_varying_axes,
+    place_in_block,
+    pmax,
+    psum,
+    shard_slot,
+)
+from jsoftmax.sums import FAR, SURE, difference, exp_sums, gap_sum, is_empty, not_negative
 
 
 class Extras(NamedTuple):
@@ -24,6 +33,8 @@ class Extras(NamedTuple):
     spread: bool = False
     top: int = 0
     """How many classes with the largest p."""
+    others: bool = False
+    """Whether the statistics are those of the classes that are no label, beside the labels' own scores."""
 
 
 class Statistics(NamedTuple):
@@ -38,7 +49,9 @@ class Statistics(NamedTuple):
     gap: Any = None
     """Σ p (−u): the entropy is log_total + gap."""
     loss: Any = None
-    """−l_y, or Σ q (−l)."""
+    """−l_y `[N, m]`, or Σ q (−l) `[N, 1]`."""
+    label: Any = None
+    """x_y `[N, m]`, beside the statistics of the other classes."""
     mass: Any = None
     """Σ q over the classes kept."""
     spread: Any = None
@@ -60,7 +73,7 @@ class PartialStatistics(NamedTuple):
     gap: Any = None
     """Σ e^u (−u)."""
     label: Any = None
-    """x_y."""
+    """x_y `[N, m]`."""
     below: Any = None
     """Σ q (−u)."""
     mass: Any = None
@@ -79,7 +92,7 @@ def initial(head: Head, wanted: Extras) -> PartialStatistics:
         zero - jnp.inf,
         zero - 1,
         zero if wanted.entropy else None,
-        zero - jnp.inf if head.labels is not None else None,
+        zero[:, None] - jnp.full(head.labels.shape[1], jnp.inf, zero.dtype) if head.labels is not None else None,
         zero if head.targets is not None else None,
         zero if head.targets is not None else None,
         zero if wanted.spread else None,
@@ -92,15 +105,17 @@ def initial(head: Head, wanted: Extras) -> PartialStatistics:
 def block_statistics(head: Head, wanted: Extras, start: Array, x: Array, plan: Plan) -> PartialStatistics:
     """The statistics of a block with the scores x, about its own peak  (MATH 11.2)."""
     axis = (1,)
+    made: dict[str, Any] = {}
+    if head.labels is not None:
+        label, inside = place_in_block(head.labels, start, x.shape[1])
+        made["label"] = jnp.where(inside, jnp.take_along_axis(x, label, 1), -jnp.inf)
+    if wanted.others:
+        x = without_labels(x, head.labels, start)
     peak, rest, _ = exp_sums(x, axis)
     empty = is_empty(rest)
     top, rest = jnp.where(empty, -jnp.inf, peak), jnp.where(empty, -1, rest)
-    made: dict[str, Any] = {}
     if wanted.entropy:
         made["gap"] = gap_sum(x, peak, axis)[:, 0]
-    if head.labels is not None:
-        label, inside = place_in_block(head.labels[:, None], start, x.shape[1])
-        made["label"] = jnp.where(inside, jnp.take_along_axis(x, label, 1), -jnp.inf)[:, 0]
     if head.targets is not None or wanted.spread:
         kept = ~jnp.isneginf(x)
         below = jnp.where(kept, -difference(x, peak), 0)
@@ -116,6 +131,12 @@ def block_statistics(head: Head, wanted: Extras, start: Array, x: Array, plan: P
         made["top"], places = _top_k_of_block(x, min(wanted.top, x.shape[1]), plan)
         made["top_class"] = start + places
     return PartialStatistics(top[:, 0], rest[:, 0], **made)
+
+
+def without_labels(x: Array, labels: Any, start: Array) -> Array:
+    """The scores of a block, −inf at the labels."""
+    place, inside = place_in_block(labels, start, x.shape[1])
+    return jnp.where(has_label(x, jnp.where(inside, place, x.shape[1])), -jnp.inf, x)
 
 
 def merge(a: PartialStatistics, b: PartialStatistics, plan: Plan | None = None) -> PartialStatistics:
@@ -227,10 +248,10 @@ def statistics(head: Head, wanted: Extras, plan: Plan) -> Statistics:
         return merge(state, block_statistics(block, wanted, start, block_scores(block, start, plan), plan), plan)
 
     running = scan_classes(step, (head,), (Head(),), None, initial(head, wanted), plan)
-    return finish(merge_shards(running, head, plan))
+    return finish(merge_shards(running, head, plan), wanted)
 
 
-def finish(done: PartialStatistics) -> Statistics:
+def finish(done: PartialStatistics, wanted: Extras) -> Statistics:
     """What the merged blocks say."""
     empty = jnp.isneginf(done.peak)
     peak = lax.stop_gradient(jnp.where(empty, 0, done.peak))
@@ -238,16 +259,17 @@ def finish(done: PartialStatistics) -> Statistics:
     log_total = jnp.log1p(rest)
     infinite = jnp.where(empty, -jnp.inf, jnp.inf).astype(peak.dtype)
     loss = None
-    if done.label is not None:
-        loss = not_negative(log_total - difference(done.label, peak))
+    if done.label is not None and not wanted.others:
+        loss = not_negative(log_total[:, None] - difference(done.label, peak[:, None]))
     elif done.below is not None:
-        loss = not_negative(done.mass * log_total + done.below)
+        loss = not_negative(done.mass * log_total + done.below)[:, None]
     return Statistics(
         peak,
         log_total,
         jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total),
         None if done.gap is None else done.gap / (1 + rest),
         loss,
+        done.label if wanted.others else None,
         done.mass,
         done.spread,
         done.kept_count,
@@ -280,6 +302,7 @@ def _statistics_jvp(wanted: Extras, plan: Plan, primals: Any, tangents: Any) -> 
         rates.log_total,
         rates.gap,
         rates.loss,
+        rates.label,
         rates.mass,
         rates.spread,
         None if out.kept_count is None else zero,
@@ -310,6 +333,7 @@ class Rates(NamedTuple):
     log_total: Any = None
     gap: Any = None
     loss: Any = None
+    label: Any = None
     mass: Any = None
     spread: Any = None
     top: Any = None
@@ -319,6 +343,10 @@ def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last,
     block: Head, dots: Head, start: Array, known: TokenConstants, like: Rates, x: Array, x_dot: Array
 ) -> Rates:
     """A block's terms of the rule, those that `like` has; linear in ẋ and the targets' tangent."""
+    made: dict[str, Any] = {}
+    if like.label is not None:
+        made["label"] = _rate_at_labels(block, start, x_dot)
+        x = without_labels(x, block.labels, start)
     u = difference(x, known.peak[:, None])
     log_p = u - known.log_total[:, None]
     p = jnp.exp(log_p)
@@ -326,7 +354,6 @@ def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last,
     def total(a: Array) -> Array:
         return jnp.sum(a, 1)
 
-    made: dict[str, Any] = {}
     if like.log_total is not None:
         made["log_total"] = total(p * x_dot)
     if like.gap is not None:
@@ -335,15 +362,23 @@ def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last,
     if like.spread is not None:
         made["spread"] = -total(jnp.where(jnp.isneginf(x), 0, x_dot))
     if like.loss is not None and block.labels is not None:
-        at_label = expm1(-known.loss)[:, None]  # p_y − 1
-        made["loss"] = total(jnp.where(is_label(x.shape, block.labels[:, None], start=start), at_label, p) * x_dot)
+        at_label = expm1(-known.loss)  # p_y − 1
+        if block.labels.shape[1] == 1:
+            rate = total(jnp.where(is_label(x.shape, block.labels, start=start), at_label, p) * x_dot)
+            made["loss"] = rate[:, None]
+        else:
+            # Σ p ẋ without the class with p > ¾, which is added where it is not the label: so p_y − 1 keeps its digits
+            sure, at = p > SURE, _rate_at_labels(block, start, x_dot)
+            of_sure = total(jnp.where(sure, p * x_dot, 0))[:, None]
+            of_label = jnp.where(at_label > _SURE_LABEL - 1, at_label * at, of_sure - at)
+            made["loss"] = total(jnp.where(sure, 0, p * x_dot))[:, None] + of_label
     elif like.loss is not None:
         kept = ~jnp.isneginf(x)
         q = jnp.where(kept, block.targets, 0)
         excess = jnp.where(p > 0.5, expm1(log_p) + (1 - q), p - q)  # p − 1 with its digits
-        made["loss"] = total((excess + (known.mass[:, None] - 1) * p) * x_dot)
+        made["loss"] = total((excess + (known.mass[:, None] - 1) * p) * x_dot)[:, None]
         if dots.targets is not None:
-            made["loss"] = made["loss"] - total(jnp.where(kept, log_p, 0) * dots.targets)
+            made["loss"] = made["loss"] - total(jnp.where(kept, log_p, 0) * dots.targets)[:, None]
             made["mass"] = total(jnp.where(kept, dots.targets, 0))
     if like.mass is not None:
         made.setdefault("mass", jnp.zeros_like(like.mass))
@@ -351,3 +386,13 @@ def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last,
         place, inside = place_in_block(known.top_class, start, x.shape[1])
         made["top"] = -jnp.where(inside, jnp.take_along_axis(x_dot, place, 1), 0)
     return Rates(**made)
+
+
+def _rate_at_labels(block: Head, start: Array, x_dot: Array) -> Array:
+    """ẋ_y `[N, m]` of the labels in this block, 0 of the others."""
+    place, inside = place_in_block(block.labels, start, x_dot.shape[1])
+    return jnp.where(inside, jnp.take_along_axis(x_dot, place, 1), 0)
+
+
+_SURE_LABEL = 0.8
+"""A p_y that is above SURE however it is rounded."""

@@ -11,8 +11,8 @@ from jaxtyping import Array
 from jsoftmax._loops import checkpointed_scan, cut
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.heads import _head, _statistics
-from jsoftmax.heads._check import loss_of_tokens
 from jsoftmax.heads._head import SHARDS, Head, Plan
+from jsoftmax.heads._loss import loss_of_tokens
 from jsoftmax.heads._statistics import Extras, Rates, Statistics, TokenConstants, statistics
 from jsoftmax.losses._cross_entropy import zero_weightless
 from jsoftmax.sharding import first_shard_share, match_varying_axes, psum
@@ -33,7 +33,7 @@ class WeightedHead(NamedTuple):
 
     def losses(self, found: Statistics, plan: Plan) -> Array:
         """Of each token; 0, not infinity, where the weight is."""
-        loss = loss_of_tokens(self.head, plan, found, self.smoothing, self.z_loss)
+        loss = loss_of_tokens(self.head, plan, found, self.smoothing, self.z_loss)[:, 0]
         return zero_weightless(loss, self.token_weights)
 
     def total(self, found: Statistics, plan: Plan) -> tuple[Array, Array]:
@@ -166,7 +166,7 @@ def _of_token_block(rows: WeightedHead, blocks: Head, first: Array, sums: Any, p
         return _statistics.merge(running, _statistics.block_statistics(whole, rows.wanted, start, x, plan), plan), o
 
     running, products = checkpointed_scan(forward, _statistics.initial(head, rows.wanted), (blocks, starts))
-    found = _statistics.finish(_statistics.merge_shards(running, head, plan))
+    found = _statistics.finish(_statistics.merge_shards(running, head, plan), rows.wanted)
     (value, losses), by = jax.value_and_grad(rows.total, has_aux=True)(found, plan)
     log_total = None if rows.smoothing is None and rows.z_loss is None else by.log_total + by.log_normalizer
     wanted = Rates(log_total, loss=by.loss, spread=by.spread)

@@ -6,7 +6,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax.checks.arguments import public
-from jsoftmax.heads import _check
+from jsoftmax.checks.top_targets import TopTargets
+from jsoftmax.heads import _check, _labels, _loss
 from jsoftmax.heads._head import map_shards
 from jsoftmax.heads._statistics import Extras, statistics
 from jsoftmax.heads._sum import WeightedHead, weighted_sum
@@ -32,7 +33,7 @@ class LinearStatistics(NamedTuple):
 def linear_cross_entropy(
     hidden: ArrayLike,
     weight: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | TopTargets,
     bias: ArrayLike | None = None,
     *,
     phi: Phi = exp,
@@ -63,11 +64,13 @@ def linear_cross_entropy(
     Args:
       hidden: h `[..., d]`, floating; each row is a token.
       weight: W `[V, d]`, floating; a kernel `[d, V]` goes in as `kernel.T`, of which XLA on CPU makes a copy.
-      labels: integers `[...]`, or distributions q `[..., V]`: then −l_y is −Σ q l.
+      labels: integers `[...]`, or several of each token, `[k, ...]`, for which the scores are made once; or
+        distributions q `[..., V]`: then −l_y is −Σ q l; or `jsoftmax.losses.TopTargets`, k classes of each token and
+        the rest as one, without label_smoothing     (MATH 7.8).
       bias: b `[V]`, or None.
       phi: the positive map φ.
       soft_cap: c > 0: scores are bent into (−c, c). None: they are taken as they are.
-      margin: m, subtracted from the label's score before φ; with integer labels.
+      margin: m, subtracted from the label's score before φ; with one integer label of each token.
       label_smoothing: a in [0, 1], shared by the classes that are kept.
       z_loss: factor of L².
       ignore_label: tokens with that label have loss 0 and, in blocks of them, cost nothing: −100 for labels made for
@@ -88,13 +91,13 @@ def linear_cross_entropy(
         divide V. Without it XLA gathers the whole weight on every device. It gathers hidden where blocks cut tokens
         that are sharded too: for these use axis_name. Axes of type `AxisType.Explicit` are an error outside
         `jax.shard_map` and `jax.sharding.auto_axes`.
-    Returns: `[...]`, float32 at least. Factors of narrower dtypes are multiplied as they are and summed in float32;
-      tangents, and backwards cotangents, are not narrowed on CPU, and on GPUs and TPUs rounded to that dtype before
-      they are multiplied, as are tangents and cotangents of scores. The weight's gradient is summed in float32 and
-      rounded once. Small losses keep their digits (MATH 4.4), but for the rounding of the scores. Labels out of range,
-      or on a class that is left out or impossible:
-      the table of `jsoftmax.losses.cross_entropy`. A token with NaN or +inf among its scores: NaN, in that token alone,
-      but its share of the weight's gradient is NaN.
+    Returns: `[...]`, of several labels `[k, ...]`, float32 at least. Factors of narrower dtypes are multiplied as they
+      are and summed in float32; tangents, and backwards cotangents, are not narrowed on CPU, and on GPUs and TPUs
+      rounded to that dtype before they are multiplied, as are tangents and cotangents of scores. The weight's gradient
+      is summed in float32 and rounded once. Small losses keep their digits (MATH 4.4), but for the rounding of the
+      scores. Labels out of range, or on a class that is left out or impossible: the table of
+      `jsoftmax.losses.cross_entropy`. A token with NaN or +inf among its scores: NaN, in that token alone, but its
+      share of the weight's gradient is NaN.
     Raises: TypeError or ValueError for shapes, dtypes and options that do not fit.
     Source: Milakov and Gimelshein 2018 (running normaliser); Wijmans et al. 2025 (the loss without logits).
 
@@ -120,10 +123,14 @@ def linear_cross_entropy(
         precision=precision,
         axis_name=axis_name,
         shards=shards,
+        per_token=(_labels.SEVERAL, _labels.TOP),
     )
     smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
+    if given.top is not None:
+        found = map_shards(statistics, given.head, given.plan, Extras(others=True))
+        return _loss.loss_of_top(given, found, z)
     found = map_shards(statistics, given.head, given.plan, Extras(spread=smoothing is not None))
-    return given.restore(_check.loss_of_tokens(given.head, given.plan, found, smoothing, z))
+    return given.restore_labels(_loss.loss_of_tokens(given.head, given.plan, found, smoothing, z))
 
 
 @public
@@ -231,11 +238,13 @@ def linear_statistics(
     Args:
       hidden, weight, bias, phi, soft_cap, where, log_weights, block_size, precision, axis_name, shards: as in
         `linear_cross_entropy`.
-      labels: integers `[...]`, or distributions q `[..., V]`: then log_prob is Σ q l.
-      ignore_label: tokens with that label have 0 for each number and −1 for the mode.
-    Returns: `LinearStatistics(log_prob, entropy, log_normalizer, argmax)`, each `[...]`: float32 at least, the last
-      int32. Edges as in `log_softmax`, `entropy` and `log_normalizer`; a label out of range: log_prob NaN; a token
-      without classes, or with NaN or +inf: argmax −1.
+      labels: integers `[...]`, or several of each token, `[k, ...]`; or distributions q `[..., V]`: then log_prob is
+        Σ q l.
+      ignore_label: labels of that number have log_prob 0; tokens with no other have 0 for each number and −1 for the
+        mode.
+    Returns: `LinearStatistics(log_prob, entropy, log_normalizer, argmax)`, each `[...]`, log_prob of several labels
+      `[k, ...]`: float32 at least, the last int32. Edges as in `log_softmax`, `entropy` and `log_normalizer`; a label
+      out of range: log_prob NaN; a token without classes, or with NaN or +inf: argmax −1.
     Raises: as `linear_cross_entropy`.
     Source: MATH 11.2.
 
@@ -259,10 +268,11 @@ def linear_statistics(
         precision=precision,
         axis_name=axis_name,
         shards=shards,
+        per_token=(_labels.SEVERAL,),
     )
     found: Any = map_shards(statistics, given.head, given.plan, Extras(entropy=True, top=1))
     return LinearStatistics(
-        given.restore(-_check.in_vocabulary(found.loss, given.head, given.plan)),
+        given.restore_labels(-_loss.in_vocabulary(found.loss, given.head, given.plan)),
         given.restore(not_negative(found.log_total + found.gap)),
         given.restore(found.log_normalizer),
         given.restore(found.top_class[:, 0], -1),

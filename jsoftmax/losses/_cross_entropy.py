@@ -16,6 +16,8 @@ from jsoftmax._rules import compiled_rule
 from jsoftmax._series import expm1, expm1_ratio
 from jsoftmax.checks.arguments import Axis, check_option, option_if_given, public, read
 from jsoftmax.checks.labels import Labelled, check_labelled, reject_given
+from jsoftmax.checks.top_targets import TopTargets, reject_smoothing
+from jsoftmax.losses._top import row_of_top
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sharding import AxisName, apply_to_rows, is_label, local_value_at_label, pick, psum
@@ -157,14 +159,18 @@ def _weighted(given: Labelled, loss: Array, label: Array, axis_name: AxisName) -
     return loss
 
 
-def _expected(given: Labelled, x: Array, n: Array) -> Array:
+def _against(given: Labelled, x: Array, axis_name: AxisName) -> tuple[Array, Array, AxisName]:
+    """Scores and targets of a row, and the axis over which they are sharded."""
+    return (*row_of_top(given, x, axis_name), None) if given.by_top else (x, given.targets(), axis_name)
+
+
+def expected(q: Array, x: Array, n: Array) -> Array:
     """Σ q n over the last axis; +inf if q > 0 on a class that is impossible, not only left out by the mask."""
-    q = given.targets()
     impossible = jnp.where(q == 0, 0, jnp.inf).astype(q.dtype)
     return class_sum(jnp.where(jnp.isneginf(x), impossible, q * n), (x.ndim - 1,))
 
 
-def _minus_log_p(x: Array, axis_name: AxisName) -> Array:
+def minus_log_p(x: Array, axis_name: AxisName = None) -> Array:
     """−l, 0 where a class is left out."""
     return jnp.where(jnp.isneginf(x), 0, not_negative(-maps.log_p(x, (x.ndim - 1,), axis_name)))
 
@@ -188,13 +194,13 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
     if alone:
         loss, L, spread = terms(x, label, axis_name, smoothing is not None)
     else:
-        n = _minus_log_p(x, axis_name)
         weights = 1 if given.class_weights is None else given.class_weights
-        spread = None if smoothing is None else _mean_of_kept(weights * n, x, axis_name)
+        spread = None if smoothing is None else _mean_of_kept(weights * minus_log_p(x, axis_name), x, axis_name)
         if given.by_label:
             loss, L, _ = terms(x, label, axis_name)
         else:
-            loss, L = psum(_expected(given, x, n), axis_name), maps.log_sum(x, (x.ndim - 1,), axis_name)
+            row, q, name = _against(given, x, axis_name)
+            loss, L = psum(expected(q, row, minus_log_p(row, name)), name), maps.log_sum(row, (x.ndim - 1,), name)
     if given.by_label:
         loss = _weighted(given, loss, label, axis_name)
     return given.finish(regularized(loss, spread, L, smoothing, z_loss), valid)
@@ -210,8 +216,9 @@ def _of_log_p(
     if given.by_label:
         loss = f(negative_log_p(x, label, axis_name), parameter)
         return given.finish(_weighted(given, loss, label, axis_name), valid)
-    loss = _expected(given, x, f(_minus_log_p(x, axis_name), parameter))
-    return given.finish(psum(loss, axis_name), valid)
+    row, q, name = _against(given, x, axis_name)
+    loss = expected(q, row, f(minus_log_p(row, name), parameter))
+    return given.finish(psum(loss, name), valid)
 
 
 def _focal(n: Array, gamma: Array) -> Array:
@@ -236,7 +243,7 @@ def _poly(n: Array, epsilon: Array) -> Array:
 @public
 def cross_entropy(
     logits: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | TopTargets,
     axis: Axis = -1,
     where: Bool[ArrayLike, "..."] | None = None,
     *,
@@ -261,7 +268,8 @@ def cross_entropy(
       logits: scores `[..., K]`, of a floating dtype. Of many classes in bfloat16 no wider copy is made, with phi=exp
         and neither margin nor log_weights.
       labels: integers `[...]`, the class y; or, if floating, distributions q `[..., K]`: then −l_y is −Σ q l, and
-        q takes part in the derivatives. Over several class axes an integer is a flat index, as in optax.
+        q takes part in the derivatives; or `TopTargets`, k classes of each row and the rest as one, without
+        label_smoothing     (MATH 7.8). Over several class axes an integer is a flat index, as in optax.
       axis: int, tuple or None (all): the classes' axis.
       where: bool; with as many dimensions as the logits it leaves classes out of the whole computation, with as many
         as the loss it leaves rows out. The table below says what a label there gives.
@@ -302,13 +310,15 @@ def cross_entropy(
     if not given.by_label:
         reject_given(function, {"margin": m})
     a = option(label_smoothing, label_smoothing=(0.0, 1.0))
+    if given.by_top:
+        reject_smoothing(function, a)
     return _cross_entropy(given, phi, m, a, option(z_loss, z_loss=(0.0, math.inf)), axis_name)
 
 
 @public
 def focal_cross_entropy(
     logits: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | TopTargets,
     axis: Axis = -1,
     where: Bool[ArrayLike, "..."] | None = None,
     *,
@@ -345,7 +355,7 @@ def focal_cross_entropy(
 @public
 def poly_cross_entropy(
     logits: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | TopTargets,
     axis: Axis = -1,
     where: Bool[ArrayLike, "..."] | None = None,
     *,

@@ -12,7 +12,9 @@ from jsoftmax import maps
 from jsoftmax._series import excess_series, expm1
 from jsoftmax.checks.arguments import Axis, public, widened
 from jsoftmax.checks.labels import Labelled, check_labelled
+from jsoftmax.checks.top_targets import TopTargets
 from jsoftmax.entropy import log_ratio
+from jsoftmax.losses._top import row_of_top
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sums import SURE, class_sum
@@ -54,13 +56,14 @@ def _log(q: Array) -> Array:
 def _to_target(given: Labelled, phi: Phi) -> Array:
     x = maps.weighted_scores(phi, given.scores(), given.where, given.log_weights)
     _, valid = given.label()
-    return given.finish(_kl_to_target(x, given.targets(), (x.ndim - 1,)), valid)
+    row, q = row_of_top(given, x, None) if given.by_top else (x, given.targets())
+    return given.finish(_kl_to_target(row, q, (x.ndim - 1,)), valid)
 
 
 @public
 def kl_to_target(
     logits: ArrayLike,
-    targets: ArrayLike,
+    targets: ArrayLike | TopTargets,
     axis: Axis = -1,
     where: Bool[ArrayLike, "..."] | None = None,
     *,
@@ -76,7 +79,8 @@ def kl_to_target(
 
     Args:
       logits, axis, where, phi, log_weights: as in `cross_entropy`.
-      targets: q `[..., K]`, floating, not negative; taken as they are, not normalised. Differentiable.
+      targets: q `[..., K]`, floating, not negative; taken as they are, not normalised. Differentiable. Or
+        `TopTargets`, whose rest is one class for p and q; "ignore" gives the terms of the k classes alone.
     Returns: `[...]`, in the logits' dtype, but float32 for narrower ones. A class with q = 0 adds 0, and its derivative
       in q is 0 by convention; so it is for a class that `where` leaves out. One that is impossible (score or log-weight
       −inf) with q > 0 makes D = +inf, with finite derivatives. A negative q: NaN. A score of +inf or NaN: NaN in that

@@ -35,7 +35,7 @@ def streamed_loss(params: AdaptiveParams, phi: Phi, hidden: Array, rows: Rows, *
     count = hidden.shape[0]
     if not count:
         return jnp.zeros(0, hidden.dtype)
-    loss = _loss(Head(hidden, rows.column, weight=params.head.astype(dtype), bias=params.bias, phi=phi), dtype)
+    loss = _loss(Head(hidden, rows.column[:, None], weight=params.head.astype(dtype), bias=params.bias, phi=phi), dtype)
     order = jnp.argsort(rows.tail, stable=True)
     for i, tail in enumerate(params.tails):
         loss = loss + _tail_loss(tail, phi, hidden, rows, i, order, dtype=dtype)
@@ -57,7 +57,7 @@ def _tail_loss(  # noqa: PLR0917  (what a tail takes)
         # scores of other rows could be outside φ's domain: they are made like those of the first of the tail's
         spare = jnp.where(own[jnp.argmax(own)], lax.stop_gradient(a[jnp.argmax(own)]), 0)
         a = jnp.where(own[:, None], a, spare)
-        return jnp.where(own, _loss(Head(a, inside, weight=tail.weight, phi=phi), dtype), 0)
+        return jnp.where(own, _loss(Head(a, inside[:, None], weight=tail.weight, phi=phi), dtype), 0)
 
     def of_none(hidden: Array, own: Array, inside: Array, tail: Tail, phi: Phi) -> Array:
         return jnp.zeros_like(hidden[:, 0])
@@ -74,7 +74,7 @@ def _tail_loss(  # noqa: PLR0917  (what a tail takes)
 def _loss(head: Head, dtype: Any) -> Array:
     plan = _plan(head.hidden.shape[0], head.weight.shape[0], dtype)
     found: Any = map_shards(statistics, head, plan, Extras())
-    return found.loss
+    return found.loss[:, 0]
 
 
 def _plan(rows: int, classes: int, dtype: Any) -> Plan:

@@ -1,0 +1,78 @@
+"""A target that names its largest classes alone: what a teacher's `top_k` saves of a distribution (MATH 7.8)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jsoftmax._pytree import pytree_class, static
+from jsoftmax.checks.arguments import as_array, as_floating, wide_integers
+
+TAILS = ("class", "renormalise", "ignore")
+
+
+@pytree_class
+class TopTargets:
+    """Target probabilities of k classes of each row, and what becomes of the rest of the mass.
+
+    q_j for the classes i_j, S = Σ q_j, p of the scores, p_rest = 1 − Σ p_{i_j}. The loss of `cross_entropy` is
+
+        tail="class"         −Σ q_j log p_{i_j} − (1 − S) log p_rest: the rest is a class of its own
+        tail="renormalise"   −Σ (q_j/S) log p_{i_j}
+        tail="ignore"        −Σ q_j log p_{i_j}          (MATH 7.8)
+
+    It goes where a loss takes a distribution: `cross_entropy` and its kin, `kl_to_target` and
+    `jsoftmax.heads.linear_cross_entropy`. log p_rest is the log-sum-exp of the other
+    classes, so a small p_rest keeps its digits.
+
+    Args:
+      indices: integers `[..., k]`, the classes, distinct in each row. One that is out of range is none, where its
+        probability is 0 (`jsoftmax.heads.linear_top_k` gives −1 beyond the classes kept); otherwise the row is NaN.
+      probabilities: `[..., k]`, floating, not negative. Differentiable.
+      tail: what becomes of the rest of the mass, of which there is none where S ≥ 1, and which counts 0 where the mask
+        leaves no other class; part of the compiled program.
+    Source: Anshumann et al. 2025 (the teacher's k largest classes, and the bias where the rest is left out).
+
+    >>> from jsoftmax.losses import cross_entropy
+    >>> teacher = TopTargets(jnp.array([2, 0]), jnp.array([0.5, 0.25]))
+    >>> cross_entropy(jnp.array([1., 0., 2., 0.]), teacher)
+    Array(1.07052..., dtype=float32)
+    """
+
+    indices: Any
+    probabilities: Any
+    tail: str = static("class")
+
+
+def check_top_targets(function: str, argument: str, top: TopTargets, batch: tuple[int, ...], dtype: Any) -> TopTargets:
+    """Its arrays, of the batch's shape with k behind it, in 32 bits at least and in a dtype."""
+    if top.tail not in TAILS:
+        wanted = ", ".join(map(repr, TAILS))
+        raise ValueError(
+            f"{function}: {argument}.tail must be one of {wanted}; got {top.tail!r}. 'class' counts the rest of the "
+            "mass as one class."
+        )
+    indices = as_array(function, f"{argument}.indices", top.indices)
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: {argument}.indices must be integers; got dtype {indices.dtype}. Indices come first, then "
+            "probabilities."
+        )
+    way_out = "Indices come first, then probabilities."
+    probabilities: Array = as_floating(function, f"{argument}.probabilities", top.probabilities, way_out)
+    if indices.shape != probabilities.shape or indices.shape[:-1] != batch or indices.ndim == 0:
+        wanted = "(" + ", ".join([*map(str, batch), "k"]) + ("," if not batch else "") + ")"
+        raise ValueError(
+            f"{function}: {argument}.indices and {argument}.probabilities must have the shape {wanted}; got shapes "
+            f"{indices.shape} and {probabilities.shape}. The k classes of each row come last."
+        )
+    return TopTargets(wide_integers(indices), probabilities.astype(dtype), top.tail)
+
+
+def reject_smoothing(function: str, smoothing: Any) -> None:
+    """The tail says what becomes of the rest of the mass."""
+    if smoothing is not None:
+        raise ValueError(
+            f"{function}: label_smoothing must be left out where labels are TopTargets; got {smoothing}. Smooth their "
+            "probabilities; tail=… says what becomes of the rest of the mass."
+        )

@@ -1,0 +1,100 @@
+"""What a token is to be: a label, several of them, a distribution, or the k classes of `TopTargets`."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jsoftmax.checks.arguments import as_array, wide_integers
+from jsoftmax.checks.labels import check_ignore_label, check_labels, reject_given
+from jsoftmax.checks.top_targets import TopTargets, check_top_targets
+from jsoftmax.heads._head import Head
+from jsoftmax.sharding import AxisName, check_parts
+
+SEVERAL, TOP = "several labels", "TopTargets"
+
+
+class Labels(NamedTuple):
+    """A head with its labels or targets."""
+
+    head: Head
+    rows: Array | None
+    """bool `[N]`, the tokens that count."""
+    top: TopTargets | None
+    several: tuple[int, ...] | None
+    """The axes of several labels of each token, in front of the tokens'."""
+    counted: Array | None
+    """bool `[N, m]`, the labels that count."""
+
+
+def add_labels(  # noqa: PLR0917  (what they are checked against)
+    function: str,
+    labels: Any,
+    head: Head,
+    batch: tuple[int, ...],
+    axis_name: AxisName,
+    ignore_label: Any,
+    per_token: Any,
+) -> Labels:
+    """The head with them, checked."""
+    tokens, classes, wide = math.prod(batch), head.weight.shape[0], head.hidden.dtype
+    if isinstance(labels, TopTargets):
+        if TOP not in per_token:
+            raise TypeError(
+                f"{function}: labels must be integers or distributions; got TopTargets. Write "
+                "jnp.sum(linear_cross_entropy(…)), which takes them."
+            )
+        reject_given(function, {"ignore_label": ignore_label, "margin": head.margin})
+        top = check_top_targets(function, "labels", labels, batch, wide)
+        return Labels(head._replace(labels=top.indices.reshape(tokens, top.indices.shape[-1])), None, top, None, None)
+    if axis_name is not None and np.ndim(labels) > len(batch):
+        check_parts(function, (*batch, classes), (len(batch),), axis_name, labels=labels)
+    labels, several = _check_labels(function, labels, batch, classes, SEVERAL in per_token)
+    check_ignore_label(function, ignore_label, "give them all one number: jnp.where(…, ignored, labels).")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        reject_given(function, {"ignore_label": ignore_label, "margin": head.margin})
+        targets = labels.astype(wide).reshape(tokens, classes)
+        return Labels(head._replace(targets=targets), None, None, None, None)
+    if several is not None:
+        _check_no_margin(function, head.margin, several, batch)
+    head = head._replace(labels=labels.reshape(math.prod(several or ()), tokens).T)
+    counted = None if ignore_label is None else head.labels != ignore_label
+    return Labels(head, None if counted is None else jnp.any(counted, 1), None, several, counted)
+
+
+def _check_labels(
+    function: str, labels: Any, batch: tuple[int, ...], classes: int, several: bool
+) -> tuple[Array, tuple[int, ...] | None]:
+    """Integers of the tokens' shape, or distributions with the classes behind it; and the axes of several labels in
+    front of it."""
+    shape, of = np.shape(labels), "the shape of hidden without its last axis"
+    way_out = "Each row of hidden is one token with one label: cut both alike"
+    if len(shape) > len(batch) and shape[len(shape) - len(batch) :] == batch:
+        array = as_array(function, "labels", labels)
+        if several and jnp.issubdtype(array.dtype, jnp.integer):
+            return wide_integers(array), shape[: len(shape) - len(batch)]
+        wanted = ", ".join(map(str, (*shape, "d")))
+        way_out = f"For several labels of each token write jnp.broadcast_to(hidden, ({wanted}))"
+    array = check_labels(
+        function,
+        "labels",
+        labels,
+        batch,
+        of=f"{of},",
+        way_out=way_out,
+        distributions=(*batch, classes),
+        of_distributions=f"{of}, and the classes,",
+    )
+    return array, None
+
+
+def _check_no_margin(function: str, margin: Any, several: tuple[int, ...], batch: tuple[int, ...]) -> None:
+    """A margin makes other scores for each label."""
+    if margin is not None:
+        wanted = ", ".join(map(str, (*several, *batch, "d")))
+        raise ValueError(
+            f"{function}: margin must be left out where a token has several labels; got {margin}. It makes other "
+            f"scores for each of them: write jnp.broadcast_to(hidden, ({wanted}))."
+        )

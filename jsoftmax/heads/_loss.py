@@ -1,0 +1,55 @@
+"""What a pass over the vocabulary gives, made into the loss of each token (MATH 11.4, 7.8)."""
+
+from typing import Any, cast
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jsoftmax import maps
+from jsoftmax.checks.labels import in_range
+from jsoftmax.checks.top_targets import TopTargets
+from jsoftmax.heads._check import CheckedHead, is_valid
+from jsoftmax.heads._head import Head, Plan, vocabulary
+from jsoftmax.heads._statistics import Statistics
+from jsoftmax.losses._cross_entropy import expected, minus_log_p, regularized
+from jsoftmax.losses._top import joined
+from jsoftmax.sharding import keeps_label, psum
+
+
+def loss_of_tokens(
+    head: Head, plan: Plan, found: Statistics, smoothing: Array | None = None, z_loss: Array | None = None
+) -> Array:
+    """(1 − a) (−l_y) + (a/K) Σ (−l) + z_loss L² `[N, m]`, or with Σ q (−l) `[N, 1]`  (MATH 11.4).
+
+    A label on a class that the mask leaves out counts 0; one out of range is NaN, with derivatives 0.
+    """
+    loss: Any = found.loss
+    if head.labels is not None and head.where is not None:
+        loss = jnp.where(_keeps(head, plan, head.labels), loss, 0)
+    mean = None
+    if smoothing is not None:
+        mean = (found.log_total + found.spread / jnp.maximum(found.kept_count, 1))[:, None]
+    return in_vocabulary(regularized(loss, mean, found.log_normalizer[:, None], smoothing, z_loss), head, plan)
+
+
+def loss_of_top(given: CheckedHead, found: Statistics, z_loss: Array | None) -> Array:
+    """Σ q (−l) over the k classes of `TopTargets` and the rest, and z_loss L²  (MATH 7.8); NaN, with derivatives 0,
+    where a class that is out of range has mass."""
+    head, plan, top = given.head, given.plan, cast("TopTargets", given.top)
+    label, valid = in_range(top.indices, vocabulary(head, plan))
+    kept, count = valid, vocabulary(head, plan)
+    if head.where is not None:
+        kept, count = valid & _keeps(head, plan, label), psum(jnp.sum(head.where, dtype=jnp.int32), plan.axis_name)
+    x, q = joined(top, given.restore(found.label), kept, given.restore(found.log_normalizer)[..., None], count)
+    loss, L = expected(q, x, minus_log_p(x)), maps.log_sum(x, (x.ndim - 1,))
+    valid = jnp.all(valid | (top.probabilities == 0), -1)
+    return jnp.where(valid, regularized(loss, None, L, None, z_loss)[..., 0], jnp.nan)
+
+
+def _keeps(head: Head, plan: Plan, labels: Array) -> Array:
+    return keeps_label(lambda own: head.where[own], labels, head.weight.shape[0], plan.axis_name)
+
+
+def in_vocabulary(a: Array, head: Head, plan: Plan) -> Array:
+    """What belongs to labels; NaN, with derivatives 0, for a label out of range."""
+    return a if head.labels is None else jnp.where(is_valid(head, plan), a, jnp.nan)

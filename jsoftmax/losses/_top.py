@@ -1,0 +1,46 @@
+"""A target that names k classes, as a row of k + 1: those, and the rest as one (MATH 7.8)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jsoftmax import maps
+from jsoftmax.checks.labels import Labelled, in_range
+from jsoftmax.checks.top_targets import TopTargets
+from jsoftmax.sharding import AxisName, has_label, local_label, pick, psum
+from jsoftmax.sums import class_sum
+
+
+def row_of_top(given: Labelled, x: Array, axis_name: AxisName) -> tuple[Array, Array]:
+    """Scores and targets `[..., k + 1]` of a row of scores `[..., K]`, whose classes may be sharded; those of the
+    result are not."""
+    top: TopTargets = given.labels
+    label, valid = in_range(top.indices, given.classes, axis_name)
+    own, inside = local_label(label, given.classes, axis_name)
+    inside = jnp.broadcast_to(inside, own.shape) & valid
+    mask = jnp.ones(x.shape, bool) if given.where is None else given.where
+
+    def value(a: Array) -> Array:
+        return psum(jnp.where(inside, pick(a, own), 0), axis_name)
+
+    others = ~has_label(x, jnp.where(inside, own, x.shape[-1]))
+    rest = maps.log_sum(jnp.where(others, x, -jnp.inf), (x.ndim - 1,), axis_name)
+    count = psum(jnp.sum(mask, -1, keepdims=True, dtype=jnp.int32), axis_name)
+    return joined(given.top(), value(x), value(mask.astype(jnp.int32)) > 0, rest, count)
+
+
+def joined(top: TopTargets, x: Array, kept: Array, rest: Array, count: Any) -> tuple[Array, Array]:
+    """Scores of the k classes `[..., k]` and log Σ e^x of the rest `[..., 1]`, with their targets  (MATH 7.8).
+
+    kept: which of the k classes there are, and the mask keeps; count: how many of all it keeps. Mass that no class has
+    counts 0.
+    """
+    given = top.probabilities
+    total = class_sum(given, (given.ndim - 1,))
+    any_other = count > jnp.sum(kept, -1, keepdims=True, dtype=jnp.int32)
+    left = jnp.where(any_other & (total < 1), 1 - total, 0) if top.tail == "class" else jnp.zeros_like(total)
+    if top.tail == "renormalise":
+        given = given / jnp.where(total == 0, 1, total)
+    q = jnp.concatenate([jnp.where(kept, given, 0), left], -1)
+    return jnp.concatenate([jnp.where(kept, x, -jnp.inf), rest], -1), q

@@ -1,0 +1,225 @@
+"""Targets of k classes: against the plain sums in float64, from scores and from heads; digits, edges, shards."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sharding
+from cells import some
+from jax.sharding import PartitionSpec
+
+import jsoftmax as js
+from jsoftmax import heads, losses, verify
+from jsoftmax.checks.top_targets import TAILS
+from jsoftmax.losses import TopTargets
+from jsoftmax.verify import PHIS
+
+RNG = np.random.default_rng(0)
+ROWS, CLASSES, K = 6, 48, 4
+Z = RNG.normal(size=(ROWS, CLASSES))
+INDICES = np.stack([RNG.permutation(CLASSES)[:K] for _ in range(ROWS)])
+Q = RNG.dirichlet(np.ones(K + 1), size=ROWS)[:, :K]
+HIDDEN, WEIGHT = RNG.normal(size=(ROWS, 5)) / 5, RNG.normal(size=(CLASSES, 5))
+KEEP = np.arange(CLASSES) % 7 != 3
+
+
+def plain_terms(z, q, tail, phi):
+    """Probabilities of the classes and of the rest `[..., K + 1]`, and their targets."""
+    w = phi.definition(z, verify.Plain)
+    named = jnp.take_along_axis(w, INDICES, -1) / w.sum(-1, keepdims=True)
+    others = jnp.where(jnp.any(jnp.arange(CLASSES) == INDICES[..., None], 1), 0, w).sum(-1) / w.sum(-1)
+    total = q.sum(-1, keepdims=True)
+    left = 1 - total if tail == "class" else 0 * total
+    q = q / total if tail == "renormalise" else q
+    return jnp.concatenate([named, others[:, None]], -1), jnp.concatenate([q, left], -1)
+
+
+def plain_cross_entropy(z, q, tail, phi):
+    p, q = plain_terms(z, q, tail, phi)
+    return -jnp.sum(q * jnp.log(p), -1)
+
+
+def plain_divergence(z, q, tail, phi):
+    p, q = plain_terms(z, q, tail, phi)
+    return jnp.sum(jnp.where(q > 0, q * (jnp.log(jnp.where(q > 0, q, 1)) - jnp.log(p)), 0), -1)
+
+
+def results(f, *given):
+    """Value, gradient and, in a scan, a Hessian product, of unequal weights, by every argument."""
+
+    def total(*given):
+        return jnp.sum(jnp.cos(jnp.arange(ROWS)) * f(*given))
+
+    def scanned(*given):
+        return jax.lax.scan(lambda c, a: (c + total(*a), None), 0.0, [a[None] for a in given])[0]
+
+    every = tuple(range(len(given)))
+    along = tuple(jnp.cos(3 * a) for a in given)
+    return f(*given), jax.grad(total, every)(*given), jax.jvp(jax.grad(scanned, every), given, along)[1]
+
+
+def assert_same(f, g, given, rtol=1e-10):
+    programs = [verify.jit_formulas(functools.partial(results, h)) for h in (f, g)]
+    for a, b in zip(*(jax.tree.leaves(program(*given)) for program in programs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-12)
+
+
+SHORT = [("class", js.exp), ("renormalise", js.taylor(2)), ("ignore", js.softplus), ("class", js.relu_power(2, 0.1))]
+
+
+@pytest.mark.parametrize("case", some(list(itertools.product(TAILS, PHIS)), SHORT), ids=str)
+def test_losses(case):
+    tail, phi = case
+    with jax.enable_x64(True):
+
+        def both(f, g):
+            return lambda z, q: f(z, q) + 2 * g(z, q)
+
+        def ours(f):
+            return lambda z, q: f(z / 2, TopTargets(INDICES, q, tail), phi=phi)
+
+        def plain(f):
+            return lambda z, q: f(z / 2, q, tail, phi)
+
+        f = both(ours(losses.cross_entropy), ours(losses.kl_to_target))
+        g = both(plain(plain_cross_entropy), plain(plain_divergence))
+        assert_same(f, g, (jnp.asarray(Z), jnp.asarray(Q)), 1e-9)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_head(tail):
+    """As of its scores, with every option, whatever the blocks are."""
+    with jax.enable_x64(True):
+        bias, prior = jnp.sin(jnp.arange(CLASSES)), jnp.cos(jnp.arange(CLASSES))
+        options = {"log_weights": prior, "phi": js.softplus, "z_loss": 0.1}
+
+        def ours(h, W, q):
+            top = TopTargets(INDICES, q, tail)
+            return heads.linear_cross_entropy(h, W, top, bias, where=KEEP, soft_cap=2.0, block_size=(4, 7), **options)
+
+        def plain(h, W, q):
+            z = 2 * jnp.tanh((h @ W.T + bias) / 2)
+            return losses.cross_entropy(z, TopTargets(INDICES, q, tail), where=KEEP[None], **options)
+
+        assert_same(ours, plain, tuple(map(jnp.asarray, (HIDDEN, WEIGHT, Q))))
+
+
+def test_all_classes_are_a_distribution_and_one_a_label():
+    order = np.argsort(Z, -1)
+    q = np.float32(jax.nn.softmax(np.sin(Z)))
+    z = jnp.float32(Z)
+    whole = losses.cross_entropy(z, q)
+    for tail in TAILS:  # no class is left for what 1 − Σ q is by rounding
+        every = TopTargets(order, np.take_along_axis(q, order, -1), tail)
+        np.testing.assert_allclose(losses.cross_entropy(z, every), whole, rtol=1e-6)
+        one = TopTargets(INDICES[:, :1], jnp.ones((ROWS, 1)), tail)
+        np.testing.assert_allclose(losses.cross_entropy(z, one), losses.cross_entropy(z, INDICES[:, 0]), rtol=1e-6)
+
+
+def test_a_small_rest_keeps_its_digits():
+    """A student that is nearly sure of the k classes: the rest by its own sum, not by 1 − Σ p; scores made in the
+    program."""
+    scores = np.full((1, 40), -30.0)
+    scores[0, :2] = 2.0, 1.0
+    top = TopTargets(np.array([[0, 1]]), np.float32([[0.75, 0.1875]]))
+
+    def of(scores):
+        rest = -np.log(38 * np.exp(-30.0)) + np.log(np.exp(2.0) + np.exp(1.0) + 38 * np.exp(-30.0))
+        return 0.0625 * rest + 0.75 * np.log1p(np.exp(-1.0)) + 0.1875 * (1 + np.log1p(np.exp(-1.0)))
+
+    made = jax.jit(lambda z, c: losses.cross_entropy(c * z, top))(jnp.float32(scores / 2), jnp.float32(2))
+    np.testing.assert_allclose(made, of(scores), rtol=3e-7)
+    by_rest = jax.grad(lambda z: losses.cross_entropy(z, TopTargets(top.indices, jnp.ones((1, 2)) / 2)).sum())
+    np.testing.assert_allclose(by_rest(jnp.float32(scores))[0, 2:], np.exp(-30) / (np.exp(2) + np.exp(1)), rtol=1e-5)
+
+
+def test_edges():
+    """Of rows: padded by −1, out of range with mass, on a class that the mask leaves out, on an impossible one, with a
+    bad score, left out."""
+    indices = jnp.array([[0, -1], [0, 9], [0, 2], [0, 3], [0, 1], [0, 9]])
+    q = jnp.array([[0.5, 0.0], [0.5, 0.25], [0.5, 0.25], [0.5, 0.25], [0.5, 0.25], [jnp.nan, 1.0]])
+    z = jnp.zeros((6, 5)).at[3, 3].set(-jnp.inf).at[4, 4].set(jnp.nan)
+    mask, rows = jnp.ones((6, 5), bool).at[2, 2].set(False), jnp.arange(6) < 5
+
+    def masked(z, q):
+        return losses.cross_entropy(z, TopTargets(indices, q), where=mask)
+
+    def counted(z, q):
+        return losses.cross_entropy(z, TopTargets(indices, q), where=rows)
+
+    half = np.log(5) / 2
+    np.testing.assert_allclose(counted(z, q)[:2], [half + np.log(5 / 4) / 2, np.nan], rtol=1e-6)
+    np.testing.assert_array_equal(counted(z, q)[3:], [np.inf, np.nan, 0])
+    np.testing.assert_allclose(masked(z, q)[2], np.log(4) / 2 + np.log(4 / 3) / 4, rtol=1e-6)
+    gradients = jax.grad(lambda z, q: jnp.sum(jnp.where(jnp.arange(6) == 4, 0, counted(z, q))), (0, 1))(z, q)
+    assert all(np.isfinite(g[jnp.array([0, 1, 2, 3, 5])]).all() for g in gradients)
+    np.testing.assert_array_equal(gradients[0][jnp.array([1, 5])], 0)
+    many = TopTargets(jnp.array([[1, 0]]), jnp.array([[0.75, 0.75]]))  # more than all of the mass: no rest
+    np.testing.assert_allclose(losses.cross_entropy(z[:1], many), 1.5 * np.log(5), rtol=1e-6)
+
+
+def test_narrow_scores_axes_and_vmap():
+    z, top = jnp.asarray(Z, jnp.bfloat16), TopTargets(jnp.asarray(INDICES), jnp.asarray(Q, jnp.bfloat16))
+    want = losses.cross_entropy(z.astype(jnp.float32), top)
+    assert losses.cross_entropy(z, top).dtype == jnp.float32
+    np.testing.assert_allclose(losses.cross_entropy(z, top), want, rtol=1e-6)
+    np.testing.assert_allclose(losses.cross_entropy(z.T, top, axis=0), want, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(losses.cross_entropy)(z, top), want, rtol=1e-6)
+    narrow = [jnp.asarray(a, jnp.bfloat16) for a in (HIDDEN, WEIGHT)]
+    wide = [a.astype(jnp.float32) for a in narrow]
+    for f in (heads.linear_cross_entropy, jax.vmap(heads.linear_cross_entropy, (0, None, 0))):
+        np.testing.assert_allclose(f(*narrow, top), heads.linear_cross_entropy(*wide, top), rtol=1e-5)
+
+
+def test_classes_on_several_devices():
+    """Of scores and of a head, in shard_map and, of a head, by shards: value, gradient, Hessian product."""
+    with jax.enable_x64(True):
+        q = jnp.asarray(Q)
+
+        def of_scores(h, W, **o):
+            return losses.cross_entropy(h @ W.T, TopTargets(INDICES, q), **o)
+
+        def of_head(h, W, **o):
+            return heads.linear_cross_entropy(h, W, TopTargets(INDICES, q), block_size=(4, 5), **o)
+
+        cut = {"mesh": sharding.mesh(), "in_specs": (PartitionSpec(), PartitionSpec("v")), "out_specs": PartitionSpec()}
+        want = verify.jit_formulas(functools.partial(results, of_scores))(jnp.asarray(HIDDEN), jnp.asarray(WEIGHT))
+        for f in (
+            jax.shard_map(functools.partial(of_scores, axis_name="v"), **cut),
+            jax.shard_map(functools.partial(of_head, axis_name="v"), **cut),
+            functools.partial(of_head, shards=sharding.DEVICES),
+        ):
+            found = verify.jit_formulas(functools.partial(results, f))(jnp.asarray(HIDDEN), jnp.asarray(WEIGHT))
+            sharding.assert_close(found, want, 1e-9)
+
+
+WRONG = [
+    (lambda: TopTargets(INDICES, Q, "rest"), ValueError, "labels.tail must be one of 'class'"),
+    (lambda: TopTargets(Q, INDICES), TypeError, "labels.indices must be integers"),
+    (lambda: TopTargets(INDICES, INDICES), TypeError, "labels.probabilities must be floating"),
+    (lambda: TopTargets(INDICES[0], Q[0]), ValueError, r"must have the shape \(6, k\)"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "words"), WRONG)
+def test_wrong_targets(make, error, words):
+    for call in (
+        lambda: losses.cross_entropy(jnp.float32(Z), make()),
+        lambda: heads.linear_cross_entropy(jnp.float32(HIDDEN), jnp.float32(WEIGHT), make()),
+    ):
+        with pytest.raises(error, match=words):
+            call()
+
+
+@pytest.mark.parametrize("keyword", [{"label_smoothing": 0.1}, {"margin": 0.1}, {"ignore_label": 3}])
+def test_options_of_labels(keyword):
+    top = TopTargets(INDICES, jnp.float32(Q))
+    for f, given in (
+        (losses.cross_entropy, (jnp.float32(Z),)),
+        (heads.linear_cross_entropy, (jnp.float32(HIDDEN), jnp.float32(WEIGHT))),
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(keyword))} must be left out where labels are"):
+            f(*given, top, **keyword)
