@@ -207,6 +207,11 @@ def plain_label_loss(phi: Phi, xp: Any, z: Any) -> Any:
     return -(1 - a) * log_p[1] - a * xp.sum(log_p) / len(z) + penalty
 
 
+def plain_log_prob(phi: Phi, xp: Any, z: Any) -> Any:
+    """log p_1."""
+    return plain_log_softmax(phi, xp, z)[1]
+
+
 def plain_focal(phi: Phi, xp: Any, z: Any) -> Any:
     """−(1 − p_y)² log p_y."""
     return -((1 - plain_softmax(phi, xp, z)[1]) ** 2) * plain_log_softmax(phi, xp, z)[1]
@@ -238,6 +243,7 @@ def _to_target(z: Any, targets: Any, **options: Any) -> Any:
 
 LOSSES = (
     _loss("cross_entropy", functools.partial(losses.cross_entropy, **_OPTIONS), plain_label_loss, arguments=(_LABEL,)),
+    _loss("log_prob", losses.log_prob, plain_log_prob, arguments=(_LABEL,), empty=-math.inf),
     _loss("focal_cross_entropy", losses.focal_cross_entropy, plain_focal, arguments=(_LABEL,)),
     _loss("poly_cross_entropy", losses.poly_cross_entropy, plain_poly, arguments=(_LABEL,)),
     _loss("kl_to_target", _to_target, plain_to_target, scores=2, keeps=3),

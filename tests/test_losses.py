@@ -109,6 +109,47 @@ def test_distributions(name):
         assert_same(lambda q: cross_entropy(z, q, **options), lambda q: defined(js.exp, z, q, **options), q)
 
 
+@pytest.mark.parametrize("phi", some(PHIS, [js.exp, js.taylor(2)]), ids=str)
+def test_log_prob(phi):
+    """Of one label of each row and of several: that of log_softmax, and the negative of cross_entropy."""
+    with jax.enable_x64(True):
+        z, several = jnp.asarray(Z), jnp.stack([LABELS, LABELS[::-1], jnp.full(3, 1)])
+        rows = jnp.arange(3)
+
+        def plain(z):
+            log_p = js.log_softmax(z, phi=phi, log_weights=PRIOR)
+            return sum(log_p[rows, labels] * jnp.sin(i + rows) for i, labels in enumerate(several))
+
+        def ours(z):
+            found = losses.log_prob(z, several, phi=phi, log_weights=PRIOR)
+            return sum(found * jnp.sin(rows[:, None] + rows))
+
+        assert_same(ours, plain, z)
+        one = losses.log_prob(z, several[0], phi=phi)
+        np.testing.assert_allclose(one, -cross_entropy(z, several[0], phi=phi), rtol=1e-14)
+
+
+def test_log_prob_of_draws_of_any_shape():
+    z, mask = jnp.asarray(Z, jnp.float32), jnp.asarray(KEEP)
+    draws = jax.random.randint(jax.random.key(0), (5, 2, 3), 0, 4)
+    log_p = js.log_softmax(z, where=mask[None])
+    want = log_p[jnp.arange(3), draws]
+    np.testing.assert_allclose(losses.log_prob(z, draws, where=mask[None] & jnp.ones((3, 1), bool)), want, rtol=1e-6)
+    np.testing.assert_allclose(losses.log_prob(z.T, draws, 0, mask[:, None]), want, rtol=1e-6)
+    np.testing.assert_array_equal(losses.log_prob(z[0], draws), losses.log_prob(z[:1], draws))
+    by_z = jax.grad(lambda z: losses.log_prob(z, jnp.array([1, 9, 2]), where=mask[None]).sum())(z)
+    np.testing.assert_array_equal(by_z[:2], 0)  # a class that is left out, and none
+    bad = losses.log_prob(z, jnp.array([[1, 9, 2], [-1, 0, 1]]), where=jnp.array([True, True, False]))
+    np.testing.assert_array_equal(jnp.isnan(bad), [[False, True, False], [True, False, False]])
+    np.testing.assert_array_equal(bad[:, 2], 0)
+    for labels, error, words in (
+        (jnp.ones(3), TypeError, "log_prob: labels must be integers"),
+        (draws[..., :2], ValueError, r"log_prob: labels must broadcast with .* \(3,\)"),
+    ):
+        with pytest.raises(error, match=words):
+            losses.log_prob(z, labels)
+
+
 def test_agrees_with_optax():
     z = jnp.asarray(Z, jnp.float32)
     for f, g, labels in (

@@ -34,6 +34,9 @@ from jsoftmax.sharding import (
     shard_count,
 )
 
+APART: Any = object()
+"""Labels that are checked elsewhere."""
+
 
 class Labelled(NamedTuple):
     """Checked, in the accumulation dtype but for the scores, the class axes as one, the last; None for what is not
@@ -127,7 +130,8 @@ def check_labelled(
     axis_name: Any = None,
     names: tuple[str, str] = ("logits", "labels"),
 ) -> Labelled:
-    """The arguments of a loss, checked; `where` masks classes or rows, `ignore_label` rows."""
+    """The arguments of a loss, checked; `where` masks classes or rows, `ignore_label` rows. labels: APART for a
+    caller that checks them itself."""
     maps.check_phi(function, phi)
     z = check_logits(function, names[0], logits)
     check_sharded(function, names[0], z, check_axis_name(function, axis_name))
@@ -145,7 +149,9 @@ def check_labelled(
     if axis_name is not None and np.size(labels) * shard_count(axis_name) == math.prod(batch):
         way_out = f"They are the same on all devices along axis_name={axis_name!r}: leave it out of their in_specs"
     by_top = isinstance(labels, TopTargets)
-    if by_top:
+    if labels is APART:
+        labels = jnp.zeros(batch, jnp.int32)
+    elif by_top:
         labels = check_top_targets(function, names[1], labels, batch, dtype)
     else:
         labels = check_labels(

@@ -1,0 +1,88 @@
+"""Log-probabilities of labels, such as draws: several of each row, whose scores are read once (MATH 7.1)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from jsoftmax import maps
+from jsoftmax.checks.arguments import Axis, as_array, public, read, wide_integers
+from jsoftmax.checks.labels import APART, Labelled, check_labelled, in_range
+from jsoftmax.losses._cross_entropy import negative_log_p
+from jsoftmax.phi import Phi, exp
+from jsoftmax.sharding import AxisName, local_value_at_label, pick, psum
+
+
+@functools.partial(jax.jit, static_argnames="axis_name")
+def _log_prob(given: Labelled, labels: Array, phi: Phi, axis_name: AxisName) -> Array:
+    """l of labels of any shape that broadcasts with the rows'."""
+    shape = jnp.broadcast_shapes(labels.shape, given.logits.shape[:-1])
+    front = len(shape) - given.logits.ndim + 1
+    x = maps.weighted_scores(phi, read(given.scores()), given.where, given.log_weights)
+    x = jnp.broadcast_to(x, (*shape[front:], x.shape[-1]))
+    label, valid = in_range(jnp.broadcast_to(labels, shape), given.classes, axis_name)
+    if front == 0:
+        log_p = -negative_log_p(x, label[..., None], axis_name)[..., 0]
+    else:
+        last = jnp.moveaxis(label.reshape(-1, *shape[front:]), 0, -1)  # the labels of a row side by side
+        every = maps.log_p(x, (x.ndim - 1,), axis_name)
+        found = psum(local_value_at_label(lambda own: pick(every, own), last, given.classes, axis_name), axis_name)
+        log_p = jnp.moveaxis(found, -1, 0).reshape(shape)
+    log_p = jnp.where(jnp.isneginf(log_p), lax.stop_gradient(log_p), log_p)
+    log_p = jnp.where(valid, log_p, jnp.nan)
+    return log_p if given.rows is None else jnp.where(given.rows, log_p, 0)
+
+
+@public
+def log_prob(
+    z: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    phi: Phi = exp,
+    log_weights: ArrayLike | None = None,
+    axis_name: AxisName = None,
+) -> Float[Array, "..."]:
+    """Log-probability of each label, or of several labels of each row, such as draws.
+
+    l_y = x_y − L,  x = ψ(z) + log w;   ∂l_y/∂z = (1_y − p) s     (MATH 7.1)
+
+    The negative of `cross_entropy`; but a class that is left out has −inf, as in `log_softmax`.
+
+    Args:
+      z, axis, where, phi, log_weights, axis_name: as `logits`, … in `cross_entropy`.
+      labels: integers, of any shape that broadcasts with `[...]`, that of the scores without the classes: `[k, N]`, as
+        `gumbel.categorical(key, z, shape=(k, N))` draws them, beside scores `[N, K]`, which are not repeated.
+    Returns: the joint shape, in the scores' dtype, but float32 for narrower ones; within |u| + 4 ulp, of a value near 0
+      too (MATH 4). Rows that `where` leaves out: 0. A label on a class that is left out or impossible, or in a row
+      without classes: −inf, with derivatives 0. Out of range: NaN, with derivatives 0. A score of +inf or NaN: NaN in
+      that row alone.
+    Raises: as `cross_entropy`; TypeError for labels that are no integers.
+    Source: Bridle 1990.
+
+    >>> log_prob(jnp.array([[0., -20.], [1., 2.]]), jnp.array([[0, 1], [1, 1]]))
+    Array([[-2.06115...e-09, -3.13261...e-01],
+           [-2.00000...e+01, -3.13261...e-01]], dtype=float32)
+    """
+    function = "log_prob"
+    array = as_array(function, "labels", labels)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: labels must be integers; got dtype {array.dtype}. Convert class numbers: labels.astype(int); "
+            "of distributions there is cross_entropy."
+        )
+    options = {"phi": phi, "log_weights": log_weights, "axis_name": axis_name}
+    given = check_labelled(function, z, APART, axis, where, **options, names=("z", "labels"))
+    batch = given.logits.shape[:-1]
+    try:
+        jnp.broadcast_shapes(array.shape, batch)
+    except ValueError:
+        raise ValueError(
+            f"{function}: labels must broadcast with the scores' shape without the classes, {batch}; got shape "
+            f"{array.shape}. Several labels of each row stand in front: [k, …]."
+        ) from None
+    return _log_prob(given, wide_integers(array), phi, axis_name)
