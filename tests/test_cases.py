@@ -174,6 +174,7 @@ OF_NOTHING = {
     "linear_statistics": (lambda: heads.linear_statistics(NO_TOKENS, WEIGHT, NO_LABELS).entropy, (0,)),
     "linear_log_normalizer": (lambda: heads.linear_log_normalizer(NO_TOKENS, WEIGHT), (0,)),
     "linear_kl": (lambda: heads.linear_kl(NO_TOKENS, WEIGHT, NO_TOKENS, WEIGHT), (0,)),
+    "linear_jsd": (lambda: heads.linear_jsd(NO_TOKENS, WEIGHT, NO_TOKENS, WEIGHT), (0,)),
     "linear_top_k": (lambda: heads.linear_top_k(NO_TOKENS, WEIGHT, 2).indices, (0, 2)),
     "linear_categorical": (lambda: heads.linear_categorical(KEY, NO_TOKENS, WEIGHT), (0,)),
     "quadratic": (lambda: heads.quadratic_cross_entropy(NO_TOKENS, WEIGHT, NO_LABELS, phi=js.taylor(2)), (0,)),

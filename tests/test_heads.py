@@ -276,6 +276,51 @@ def test_kl(name):
         np.testing.assert_allclose(frozen, plain, rtol=1e-11)
 
 
+def test_jensen_shannon():
+    """Of all arguments, β and the temperature among them; at its ends the divergences."""
+    options = {"where": KEEP, "phi": js.spherical(0.1)}
+
+    def plain(h, W, b, g, U, a, beta, tau):  # noqa: PLR0917  (all that are differentiated)
+        p, q = (js.softmax(scores(*head, 3.0) / tau, **options) for head in ((h, W, b), (g, U, a)))
+        m = jnp.where(KEEP, beta * p + (1 - beta) * q, 1)
+        return sum(w * jnp.sum(r * jnp.log(jnp.where(KEEP, r, 1) / m), -1) for w, r in ((beta, p), (1 - beta, q)))
+
+    def ours(h, W, b, g, U, a, beta, tau):  # noqa: PLR0917  (as above)
+        given = {"soft_cap": 3.0, "temperature": tau, "block_size": (5, 7), **options}
+        return heads.linear_jsd(h, W, g, U, b, a, beta=beta, **given)
+
+    with jax.enable_x64(True):
+        hidden, weight, bias = arrays()
+        other = (jnp.sin(hidden), jnp.cos(weight), jnp.sin(bias))
+        assert_same(ours, plain, (hidden, weight, bias, *other, jnp.asarray(0.3), jnp.asarray(1.5)), 1e-10)
+        for beta, (p, q) in ((1e-9, (hidden, other[0])), (1 - 1e-9, (other[0], hidden))):
+            found = heads.linear_jsd(hidden, weight, other[0], weight, beta=beta) / 1e-9
+            np.testing.assert_allclose(found, heads.linear_kl(p, weight, q, weight), rtol=1e-5)
+
+
+def test_jensen_shannon_of_near_and_far_heads():
+    """Equal heads have 0, near ones their digits, far ones log 2; the ends have 0; derivatives are finite."""
+    hidden, weight, _ = arrays(jnp.float32)
+    no_scores, flat = (jnp.ones((1, 1)), jnp.zeros((CLASSES, 1))), jnp.zeros(CLASSES)
+    near = 2.0**-10 * jnp.round(4 * jnp.sin(jnp.arange(CLASSES)))
+
+    def total(a, b, beta):
+        return jnp.sum(heads.linear_jsd(*no_scores, *no_scores, a, b, beta=beta))
+
+    f = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
+    np.testing.assert_array_equal(heads.linear_jsd(hidden, weight, hidden, weight), 0)
+    p, q = (np.exp(np.float64(z)) / np.sum(np.exp(np.float64(z))) for z in (flat, near))
+    m = 0.25 * p + 0.75 * q
+    want = np.sum(0.25 * p * np.log(p / m) + 0.75 * q * np.log(q / m))
+    np.testing.assert_allclose(f(flat, near, 0.25)[0], want, rtol=1e-4)
+    first, second = flat.at[0].set(200.0), flat.at[1].set(200.0)
+    np.testing.assert_allclose(f(first, second, 0.5)[0], np.log(2), rtol=1e-6)
+    for beta in (0.0, 1.0):
+        value, gradients = f(first, near, beta)
+        np.testing.assert_allclose(value, 0, atol=1e-7)
+        assert all(np.isfinite(g).all() for g in gradients)
+
+
 @pytest.mark.parametrize("k", some([1, 3, 50], [3, 50]))
 def test_top_k(k):
     """One class and several of them, of long blocks, below."""

@@ -36,6 +36,7 @@ ON_ACCELERATORS = {
     "linear_cross_entropy_sum": lambda h, W, y: heads.linear_cross_entropy_sum(h, W, y)[None],
     "linear_statistics": lambda h, W, y: heads.linear_statistics(h, W, y).entropy,
     "linear_kl": lambda h, W, y: heads.linear_kl(h, W, jnp.cos(h), W / 2),
+    "linear_jsd": lambda h, W, y: heads.linear_jsd(h, W, jnp.cos(h), W / 2),
     "linear_top_k": lambda h, W, y: heads.linear_top_k(h, W, 3).log_prob,
 }
 
@@ -158,6 +159,10 @@ def several(hidden, weight, labels):
     return loss(hidden, weight, jnp.stack([labels, labels[::-1], jnp.roll(labels, 1)]))
 
 
+def jsd(hidden, weight, labels):
+    return jnp.mean(heads.linear_jsd(hidden, weight, jnp.cos(hidden), weight, block_size=(64, 256)))
+
+
 def along(f, *arguments):
     return jax.jvp(f, arguments, arguments)[1]
 
@@ -180,7 +185,7 @@ MODES = {
 
 @pytest.mark.parametrize(
     ("mode", "f"),
-    product(list(MODES), [loss, statistics, summed, kl, top, several], met=[(0, 1)]),
+    product(list(MODES), [loss, statistics, summed, kl, jsd, top, several], met=[(0, 1)]),
     ids=lambda a: getattr(a, "__name__", a),
 )
 def test_no_array_of_tokens_by_classes(mode, f):
@@ -196,7 +201,7 @@ def test_no_array_of_tokens_by_classes(mode, f):
     logits, weight_bytes = 4 * 512 * 16384, 4 * 8 * 16384
     # cotangents and directions; the divergence has two heads, here of one weight
     weights = {"reverse over reverse": 4, "value": 0, "jacfwd": 0}.get(mode, 1) * (
-        2 if f is kl or (f is summed and mode != "value") else 1
+        2 if f in {kl, jsd} or (f is summed and mode != "value") else 1
     )
     assert needed[1] - weights * weight_bytes < logits / 20, needed
     assert needed[1] - needed[0] <= weights * weight_bytes * 3 / 4 + 2**15, needed

@@ -36,6 +36,7 @@ def functions(labels, w):
         "linear_statistics": lambda h, W, b, **o: jnp.stack(heads.linear_statistics(h, W, labels, b, **o)),
         "linear_log_normalizer": heads.linear_log_normalizer,
         "linear_kl": lambda h, W, b, **o: heads.linear_kl(h, W, jnp.sin(h), jnp.cos(W), b, **o),
+        "linear_jsd": lambda h, W, b, **o: heads.linear_jsd(h, W, jnp.sin(h), jnp.cos(W), b, beta=0.3, **o),
         "linear_top_k": lambda h, W, b, **o: heads.linear_top_k(h, W, 11, b, **o).log_prob,
     }
 
@@ -220,6 +221,7 @@ COUNTS = {
     "linear_statistics": (3, 3, 4),
     "linear_top_k": (2, 4, 5),
     "linear_kl": (4, 5, 6),
+    "linear_jsd": (3, 4, 5),
 }
 EXCHANGES = [("shard_map", name) for name in COUNTS] + [("shards", name) for name in list(COUNTS)[:2]]
 

@@ -319,6 +319,7 @@ def of_heads(w):
         "log_prob": lambda h: heads.linear_statistics(h, W, LABELS, **capped).log_prob,
         "entropy": lambda h: heads.linear_statistics(h, W, LABELS, **capped).entropy,
         "linear_kl": lambda h: heads.linear_kl(h, W, h[::-1], W / 2),
+        "linear_jsd": lambda h: heads.linear_jsd(h, W, h[::-1], W / 2),
         "linear_top_k": lambda h: heads.linear_top_k(h, W, 3, soft_cap=9.0).log_prob,
         "quadratic": lambda h: heads.quadratic_cross_entropy(h, W, LABELS, phi=js.taylor(2)),
         "sampled": lambda h: heads.sampled_cross_entropy(KEY, h, W, LABELS, 20, log_proposal=w(jnp.zeros(47))),

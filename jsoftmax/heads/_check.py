@@ -64,7 +64,7 @@ class CheckedHead(NamedTuple):
     def in_dtype(self, dtype: Any) -> Head:
         """The head beside another one, for factors of both."""
         wide = accumulation_dtype(dtype)
-        names = ("hidden", "log_weights", "soft_cap", "margin")
+        names = ("hidden", "log_weights", "soft_cap", "temperature", "margin")
         cast = {name: getattr(self.head, name) for name in names}
         return self.head._replace(**{name: None if a is None else a.astype(wide) for name, a in cast.items()})
 
@@ -95,6 +95,7 @@ def check(
     labels: Any = NO_LABELS,
     phi: Any,
     soft_cap: Any = None,
+    temperature: Any = 1.0,
     margin: Any = 0.0,
     ignore_label: Any = None,
     where: Any = None,
@@ -144,6 +145,7 @@ def check(
         where=None if where is None else jnp.broadcast_to(where, (classes,)),
         phi=phi,
         soft_cap=cap,
+        temperature=_check_temperature(function, temperature, wide),
         margin=option_if_given(function, margin, wide, margin=(-math.inf, math.inf)),
     )
     rows = None
@@ -180,6 +182,12 @@ def _check_token_weights(  # noqa: PLR0917  (what they are checked against)
 
 
 _TINY = 1e-37
+
+
+def _check_temperature(function: str, temperature: Any, dtype: Any) -> Array | None:
+    """In the accumulation dtype; None for a plain 1, the default, which so costs nothing."""
+    checked = check_option(function, temperature, dtype, temperature=(_TINY, math.inf))
+    return None if is_concrete_number(temperature) and temperature == 1 else checked
 
 
 def _with_accelerator_block(given: CheckedHead, chunks: int, chunk: int) -> CheckedHead:

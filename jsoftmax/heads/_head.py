@@ -36,6 +36,7 @@ class Head(NamedTuple):
     """bool `[V]`."""
     phi: Any = None
     soft_cap: Any = None
+    temperature: Any = None
     margin: Any = None
 
     def only(self, *names: str) -> "Head":
@@ -113,11 +114,13 @@ def block_scores(head: Head, start: Array, plan: Plan) -> Array:
 
 
 def scores_from_products(head: Head, start: Array, o: Array) -> Array:
-    """x = ψ(z) + log w,  z = c tanh((o + b)/c) − m 1_y,  o = h Wᵀ  (MATH 11.1)."""
+    """x = ψ(z) + log w,  z = c tanh((o + b)/c)/τ − m 1_y,  o = h Wᵀ  (MATH 11.1)."""
     if head.bias is not None:
         o = o + head.bias
     if head.soft_cap is not None:
         o = head.soft_cap * jnp.tanh(o / head.soft_cap)
+    if head.temperature is not None:
+        o = o / head.temperature
     if head.margin is not None:
         o = o - jnp.where(is_label(o.shape, head.labels, start=start), head.margin, 0)
     return maps.weighted_scores(head.phi, o, head.where, head.log_weights)

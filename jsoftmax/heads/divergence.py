@@ -1,4 +1,4 @@
-"""Kullback–Leibler divergence of two heads over one vocabulary, in two passes, with its one rule (MATH 11.6)."""
+"""Divergences of two heads over one vocabulary, in two passes, with their rules (MATH 11.6, 11.8)."""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,7 +9,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax._pytree import jvp_of_live, without_zeros
-from jsoftmax.checks.arguments import public
+from jsoftmax._series import excess_series
+from jsoftmax.checks.arguments import check_option, public
 from jsoftmax.entropy import kl_terms, log_ratio
 from jsoftmax.heads import _check
 from jsoftmax.heads._head import Head, Heads, Plan, block_scores, map_shards, scan_classes
@@ -27,18 +28,22 @@ class _TokenConstants(NamedTuple):
     peak_q: Array
     log_total_q: Array
     empty: Array
-    """Whether no class is left for p."""
-    mean: Array | None = None
-    """Σ p r, r of the rule."""
+    """Whether no class is left for p; of 11.8, for p or q."""
+    mean: Any = None
+    """Σ p r, r of the rule; or D(p‖m) and D(q‖m)."""
+    beta: Any = None
 
     def log_probs(self, x_p: Array, x_q: Array) -> tuple[Array, Array]:
         log_p = difference(x_p, self.peak_p[:, None]) - self.log_total_p[:, None]
         return log_p, difference(x_q, self.peak_q[:, None]) - self.log_total_q[:, None]
 
 
-def _known(p: Head, q: Head, plan: Plan) -> _TokenConstants:
+def _known(p: Head, q: Head, plan: Plan, beta: Array | None = None) -> _TokenConstants:
     of_p, of_q = (statistics(head, Extras(), plan) for head in (p, q))
-    return _TokenConstants(of_p.peak, of_p.log_total, of_q.peak, of_q.log_total, jnp.isneginf(of_p.log_normalizer))
+    empty = jnp.isneginf(of_p.log_normalizer)
+    if beta is not None:
+        empty, beta = empty | jnp.isneginf(of_q.log_normalizer), jnp.broadcast_to(beta, empty.shape)
+    return _TokenConstants(of_p.peak, of_p.log_total, of_q.peak, of_q.log_total, empty, beta=beta)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -79,7 +84,7 @@ def _divergence_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
         log_p, log_q = known.log_probs(x_p, x_q)
         p, q = jnp.exp(log_p), jnp.exp(log_q)
         r, _ = log_ratio(log_p, p, log_q)
-        c = r - known.mean[:, None]  # pyright: ignore[reportOptionalSubscript]
+        c = r - known.mean[:, None]
         by_q = jnp.where(jnp.isneginf(x_q) | (known.empty[:, None] & ~jnp.isnan(q)), 0, q - p)
         return state + jnp.sum(p * c * x_p_dot + by_q * x_q_dot, 1)
 
@@ -92,6 +97,100 @@ def _divergence_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
 def divergence(heads: Heads, plan: Plan) -> Array:
     """D  (MATH 11.6)."""
     return _divergence(*heads, plan)[0]
+
+
+def _log_ratios(p: Array, q: Array, beta: Array, log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    """log (p/m) and log (q/m), m = β p + (1 − β) q, 0 where p, or q, is 0; exactly 0 where p = q  (MATH 11.8)."""
+    there = ~(jnp.isneginf(log_p) & jnp.isneginf(log_q))
+    delta = jnp.where(there, log_p, 0) - jnp.where(there, log_q, 0)
+    near = jnp.abs(delta) < _NEAR
+    d = jnp.where(near, delta, 0)
+    larger = delta > 0
+    sum_of_both = jnp.where(larger, beta, 1 - beta) + jnp.where(larger, 1 - beta, beta) * jnp.exp(-jnp.abs(delta))
+    of_larger = -jnp.log(jnp.maximum(sum_of_both, jnp.finfo(delta.dtype).tiny))
+    of_smaller = of_larger - jnp.abs(delta)
+    r_p = jnp.where(near, -jnp.log1p((1 - beta) * jnp.expm1(-d)), jnp.where(larger, of_larger, of_smaller))
+    r_q = jnp.where(near, -jnp.log1p(beta * jnp.expm1(d)), jnp.where(larger, of_smaller, of_larger))
+    return jnp.where(p == 0, 0, r_p), jnp.where(q == 0, 0, r_q)
+
+
+_NEAR = 0.5
+
+
+def _excess(p: Array, r: Array, m: Array) -> Array:
+    """p (e^−r − 1 + r) ≥ 0, r = log (p/m), and m where p is 0  (MATH 6.3)."""
+    near = jnp.abs(r) < _NEAR
+    r_near = jnp.where(near, r, 0)
+    return jnp.where(near & (p > 0), p * r_near**2 * excess_series(r_near), p * r - p + m)
+
+
+def _means(p: Head, q: Head, beta: Array, plan: Plan) -> tuple[Array, Array]:
+    """D(p‖m) and D(q‖m)  (MATH 11.8)."""
+
+    def step(blocks: Heads, _: Heads, *, start: Array, known: _TokenConstants, state: Any, plan: Plan) -> Any:
+        x_p, x_q = (block_scores(block, start, plan) for block in blocks)
+        log_p, log_q = known.log_probs(x_p, x_q)
+        p, q, beta = jnp.exp(log_p), jnp.exp(log_q), known.beta[:, None]
+        r_p, r_q = _log_ratios(p, q, beta, log_p, log_q)
+        m = beta * p + (1 - beta) * q
+        made = (jnp.sum(_excess(p, r_p, m), 1), jnp.sum(_excess(q, r_q, m), 1))
+        return jax.tree.map(jnp.add, state, made)
+
+    own = match_varying_axes(_known(p, q, plan, beta), p.weight, plan.axis_name)
+    zero = jnp.zeros_like(own.peak_p)
+    sums = psum(scan_classes(step, (p, q), (Head(), Head()), own, (zero, zero), plan), plan.axis_name)
+    of_p, of_q = (jnp.where(own.empty & ~jnp.isnan(D), 0, D) for D in sums)
+    return of_p, of_q
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _jensen_shannon(p: Head, q: Head, beta: Array, plan: Plan) -> tuple[Array, Array, Array]:
+    """β D(p‖m) + (1 − β) D(q‖m), and the two divergences  (MATH 11.8)."""
+    of_p, of_q = _means(p, q, beta, plan)
+    return beta * of_p + (1 - beta) * of_q, of_p, of_q
+
+
+@functools.partial(_jensen_shannon.defjvp, symbolic_zeros=True)
+def _jensen_shannon_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
+    """Σ β p (r_p − D(p‖m)) ẋ_p + Σ (1 − β) q (r_q − D(q‖m)) ẋ_q + (D(p‖m) − D(q‖m)) β̇  (MATH 11.8)."""
+    p, q, beta = primals
+    dots = without_zeros(tangents)
+    out = _jensen_shannon(p, q, beta, plan)
+    _, of_p, of_q = out
+
+    def step(blocks: Heads, dots: Heads, *, start: Array, known: _TokenConstants, state: Array, plan: Plan) -> Array:
+        (x_p, x_p_dot), (x_q, x_q_dot) = (
+            jvp_of_live(lambda block: block_scores(block, start, plan), block, dot)
+            for block, dot in zip(blocks, dots, strict=True)
+        )
+        log_p, log_q = known.log_probs(x_p, x_q)
+        p, q, beta = jnp.exp(log_p), jnp.exp(log_q), known.beta[:, None]
+        r_p, r_q = _log_ratios(p, q, beta, log_p, log_q)
+        of_p, of_q = (mean[:, None] for mean in known.mean)
+        return state + jnp.sum(beta * p * (r_p - of_p) * x_p_dot + (1 - beta) * q * (r_q - of_q) * x_q_dot, 1)
+
+    known = _known(p, q, plan, beta)._replace(mean=(of_p, of_q))
+    own = match_varying_axes(known, p.weight, plan.axis_name)
+    part = scan_classes(step, (p, q), dots[:2], own, jnp.zeros_like(own.peak_p), plan)
+    rate = jnp.where(own.empty, 0, psum(part, plan.axis_name))
+    if dots[2] is not None:
+        rate = rate + (of_p - of_q) * dots[2]
+    means = jvp_of_live(lambda given: _means(given[0], given[1], given[2], plan), (p, q, beta), dots)[1]
+    return out, (rate, *means)
+
+
+def jensen_shannon(given: tuple[Head, Head, Array], plan: Plan) -> Array:
+    """The divergence  (MATH 11.8)."""
+    return _jensen_shannon(*given, plan)[0]
+
+
+def _check_both(function: str, of_p: Any, of_q: Any, options: dict[str, Any]) -> tuple[_check.CheckedHead, Heads, Plan]:
+    """Two heads over one vocabulary, in their joint dtype."""
+    p = _check.check(function, *of_p, **options, names=("hidden_p", "weight_p", "bias_p"))
+    q = _check.check(function, *of_q, **options, names=("hidden_q", "weight_q", "bias_q"))
+    _check.check_pair(function, p, q)
+    dtype = jnp.result_type(p.plan.dtype, q.plan.dtype)
+    return p, (p.in_dtype(dtype), q.in_dtype(dtype)), p.plan._replace(dtype=dtype)
 
 
 @public
@@ -107,6 +206,7 @@ def linear_kl(  # noqa: PLR0917  (two heads, each by position as in `linear_cros
     soft_cap: ArrayLike | None = None,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -116,7 +216,7 @@ def linear_kl(  # noqa: PLR0917  (two heads, each by position as in `linear_cros
 
     It equals
 
-        z_p, z_q = hidden_p @ weight_p.T + bias_p, hidden_q @ weight_q.T + bias_q          bent by soft_cap
+        z_p, z_q = hidden_p @ weight_p.T + bias_p, hidden_q @ weight_q.T + bias_q     bent by soft_cap, over temperature
         kl_divergence(z_p, z_q, where=where, phi=φ, log_weights=log w)          (MATH 11.6)
 
     Two passes, four products: small divergences keep their digits, and none is negative. A frozen reference is
@@ -126,6 +226,7 @@ def linear_kl(  # noqa: PLR0917  (two heads, each by position as in `linear_cros
       hidden_p, hidden_q: `[..., d]`, the same tokens; each head may have its own d.
       weight_p, weight_q: `[V, d]`, the same classes.
       bias_p, bias_q: `[V]`, or None.
+      temperature: τ > 0, by which both heads' scores are divided; one number, may be traced.
       phi, soft_cap, where, log_weights, block_size, precision, axis_name, shards: as in
         `linear_cross_entropy`, for both heads.
     Returns: `[...]` ≥ 0, float32 at least; edges as in `kl_divergence`.
@@ -141,14 +242,69 @@ def linear_kl(  # noqa: PLR0917  (two heads, each by position as in `linear_cros
         "soft_cap": soft_cap,
         "where": where,
         "log_weights": log_weights,
+        "temperature": temperature,
         "block_size": block_size,
         "precision": precision,
         "axis_name": axis_name,
         "shards": shards,
     }
-    p = _check.check(function, hidden_p, weight_p, bias_p, **options, names=("hidden_p", "weight_p", "bias_p"))
-    q = _check.check(function, hidden_q, weight_q, bias_q, **options, names=("hidden_q", "weight_q", "bias_q"))
-    _check.check_pair(function, p, q)
-    dtype = jnp.result_type(p.plan.dtype, q.plan.dtype)
-    heads = (p.in_dtype(dtype), q.in_dtype(dtype))
-    return p.restore(map_shards(divergence, heads, p.plan._replace(dtype=dtype)))
+    given, heads, plan = _check_both(function, (hidden_p, weight_p, bias_p), (hidden_q, weight_q, bias_q), options)
+    return given.restore(map_shards(divergence, heads, plan))
+
+
+@public
+def linear_jsd(  # noqa: PLR0917  (two heads, each by position as in `linear_cross_entropy`)
+    hidden_p: ArrayLike,
+    weight_p: ArrayLike,
+    hidden_q: ArrayLike,
+    weight_q: ArrayLike,
+    bias_p: ArrayLike | None = None,
+    bias_q: ArrayLike | None = None,
+    *,
+    beta: ArrayLike = 0.5,
+    phi: Phi = exp,
+    soft_cap: ArrayLike | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
+    log_weights: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    block_size: int | tuple[int, int] | None = None,
+    precision: Any = None,
+    axis_name: AxisName = None,
+    shards: int = 1,
+) -> Float[Array, "..."]:
+    """Generalised Jensen–Shannon divergence of two linear heads' softmaxes, in nats; no logits.
+
+    D = β D(p‖m) + (1 − β) D(q‖m),   m = β p + (1 − β) q;   ∂D/∂z_p = β p (log (p/m) − D(p‖m)) s(z_p)     (MATH 11.8)
+
+    p and q are the softmaxes of `linear_kl`. β = ½ is the Jensen–Shannon divergence. At both ends D is 0, and what it
+    grows by is a Kullback–Leibler divergence: D/β → `linear_kl(p, q)` for β → 0, and D/(1 − β) → `linear_kl(q, p)`, the
+    heads swapped, for β → 1. Where a library takes β = 0 or 1 for one of these, call `linear_kl`.
+
+    Args:
+      hidden_p, weight_p, hidden_q, weight_q, bias_p, bias_q, phi, soft_cap, where, log_weights, temperature,
+        block_size, precision, axis_name, shards: as in `linear_kl`. Two passes, four products.
+      beta: β in [0, 1], one number, may be traced; differentiable.
+    Returns: `[...]` in [0, log 2], float32 at least, finite where p or q is 0; small divergences keep their digits,
+      and equal heads have 0. A token for which one of the heads has no class: 0. A score of +inf or NaN: NaN in that
+      token alone.
+    Raises: as `linear_kl`.
+    Source: Lin 1991, equation 5.1 (weights β, 1 − β); Agarwal et al. 2024 (distillation).
+
+    >>> linear_jsd(jnp.ones((1, 2)), jnp.eye(3, 2), jnp.ones((1, 2)), jnp.zeros((3, 2)))
+    Array([0.02...], dtype=float32)
+    """
+    function = "linear_jsd"
+    options = {
+        "phi": phi,
+        "soft_cap": soft_cap,
+        "where": where,
+        "log_weights": log_weights,
+        "temperature": temperature,
+        "block_size": block_size,
+        "precision": precision,
+        "axis_name": axis_name,
+        "shards": shards,
+    }
+    given, heads, plan = _check_both(function, (hidden_p, weight_p, bias_p), (hidden_q, weight_q, bias_q), options)
+    b = check_option(function, beta, heads[0].hidden.dtype, beta=(0.0, 1.0))
+    return given.restore(map_shards(jensen_shannon, (*heads, b), plan))
