@@ -249,7 +249,9 @@ def _check_alpha(function: str, alpha: Any, shape: tuple[int, ...], axes: tuple[
     return jnp.moveaxis(array, axes, range(-len(axes), 0)).reshape(*batch, 1), power
 
 
-def _map(function: str, z: Any, alpha: Any, axis: Any, where: Any) -> Array:
+def _map(  # noqa: PLR0917  (as the public functions have them)
+    function: str, z: Any, alpha: Any, axis: Any, where: Any, sink: Any
+) -> Array:
     arguments = maps.check(function, {"z": z}, axis, where, maps.exp, None)
     (scores,), axes, mask = arguments.scores, arguments.axis, arguments.where
     alpha, power = _check_alpha(function, alpha, scores.shape, axes, scores.dtype)
@@ -257,12 +259,19 @@ def _map(function: str, z: Any, alpha: Any, axis: Any, where: Any) -> Array:
         scores = jnp.where(mask, scores, -jnp.inf)
     moved = jnp.moveaxis(scores, axes, range(-len(axes), 0))
     flat = moved.reshape(*alpha.shape[:-1], math.prod(moved.shape[moved.ndim - len(axes) :]))
-    p = _entmax(flat, alpha, power).reshape(moved.shape)
+    if sink is not None:  # one more class, which is dropped
+        last = per_row(function, "sink", sink, scores.shape, axes=axes, dtype=scores.dtype)
+        last = jnp.moveaxis(last, axes, range(-len(axes), 0)).reshape(alpha.shape)
+        flat = jnp.concatenate([flat, last], -1)
+    p = _entmax(flat, alpha, power)
+    p = (p if sink is None else p[..., :-1]).reshape(moved.shape)
     return jnp.moveaxis(p, range(-len(axes), 0), axes).astype(arguments.dtype)
 
 
 @public
-def sparsemax(z: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None) -> Float[Array, "..."]:
+def sparsemax(
+    z: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None, *, sink: ArrayLike | None = None
+) -> Float[Array, "..."]:
     """Sparsemax: the point of the probability simplex that is nearest to the scores; most classes get exactly 0.
 
     p = [z − τ]_+ with Σ p = 1;   ∂p/∂z = diag(w) − w wᵀ/Σ w,  w = 1 where p > 0     (MATH 8.1, 8.3; α = 2)
@@ -271,6 +280,8 @@ def sparsemax(z: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | Non
       z: scores `[..., K]`, any floating dtype; integers promote.
       axis: int, tuple or None (all): the classes' axis.
       where: bool, broadcastable to `z`; False leaves a class out.
+      sink: the score of one more class, which takes its share and is dropped, as in `sink_softmax`: a number, or an
+        array with one for each row, of length 1 along the classes; differentiable. None: there is none.
     Returns: the shape and dtype of `z`, computed in float32 at least. A class left out, or with a score of −inf, has
       p = 0 and derivatives 0; so have all classes of an empty row. A score of +inf or NaN makes its row NaN. Second
       derivatives are 0, as they are wherever they exist.
@@ -280,17 +291,19 @@ def sparsemax(z: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | Non
     >>> sparsemax(jnp.array([-2., 0., 0.5]))
     Array([0.  , 0.25, 0.75], dtype=float32)
     """
-    return _map("sparsemax", z, 2, axis, where)
+    return _map("sparsemax", z, 2, axis, where, sink)
 
 
 @public
-def entmax15(z: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None) -> Float[Array, "..."]:
+def entmax15(
+    z: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None, *, sink: ArrayLike | None = None
+) -> Float[Array, "..."]:
     """1.5-entmax, between softmax and sparsemax: exact zeros, and smooth where there are none.
 
     p = [z/2 − τ]_+² with Σ p = 1;   ∂p/∂z = diag(w) − w wᵀ/Σ w,  w = √p     (MATH 8.1, 8.3; α = 1.5)
 
     Args:
-      z, axis, where: as in `sparsemax`.
+      z, axis, where, sink: as in `sparsemax`.
     Returns: as `sparsemax`; second derivatives are right, beside zeros too.
     Raises: as `sparsemax`.
     Source: Peters, Niculae & Martins 2019, section 4.
@@ -298,12 +311,17 @@ def entmax15(z: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None
     >>> entmax15(jnp.array([-2., 0., 0.5]))
     Array([0.        , 0.32600..., 0.67399...], dtype=float32)
     """
-    return _map("entmax15", z, 1.5, axis, where)
+    return _map("entmax15", z, 1.5, axis, where, sink)
 
 
 @public
 def entmax(
-    z: ArrayLike, alpha: ArrayLike, axis: Axis = -1, where: Bool[ArrayLike, "..."] | None = None
+    z: ArrayLike,
+    alpha: ArrayLike,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    sink: ArrayLike | None = None,
 ) -> Float[Array, "..."]:
     """α-entmax: softmax for α = 1, `entmax15`, `sparsemax` for α = 2, and all between and beyond.
 
@@ -311,7 +329,7 @@ def entmax(
     ∂p/∂α = g − w Σ g/Σ w,  g = (p − w − (α − 1) p log p)/(α − 1)²     (MATH 8.3)
 
     Args:
-      z, axis, where: as in `sparsemax`.
+      z, axis, where, sink: as in `sparsemax`.
       alpha: α ≥ 1, a number, or an array with one for each row, of length 1 along the classes. May be traced and
         learned: differentiable, through α = 1 too. A traced α < 1 gives NaN or nonsense: learn 1 + jnp.exp(a).
     Returns: as `sparsemax`. p^{α−1} is right to a few units in the last place of 1, so for α > 2 a p near 0 is as
@@ -322,7 +340,7 @@ def entmax(
     >>> entmax(jnp.array([-1., 0., 0.5]), 1.33)
     Array([0.04598..., 0.32763..., 0.62638...], dtype=float32)
     """
-    return _map("entmax", z, alpha, axis, where)
+    return _map("entmax", z, alpha, axis, where, sink)
 
 
 @public

@@ -320,8 +320,8 @@ assert losses[-1] < losses[0] / 2
 # be the same.
 #
 # Prompt and padding have the label `IGNORED`, whose log-probability and entropy are 0. `linear_kl` has no labels: it
-# computes every token, and the mask comes after. For a policy with a temperature divide the hidden states, and the
-# bias, by it.
+# computes every token, and the mask comes after. For a policy with a temperature give it to both:
+# `temperature=`.
 
 # %%
 import jax
@@ -477,7 +477,7 @@ weight = jax.random.normal(jax.random.key(1), (vocabulary, width)) / width**0.5
 key, of_temperature, of_top = jax.random.split(jax.random.key(2), 3)
 
 drawn = heads.linear_categorical(key, hidden, weight, shape=(500, tokens))  # 500 for each token
-cooler = heads.linear_categorical(of_temperature, hidden / 0.7, weight, shape=(500, tokens))  # divide a bias, too
+cooler = heads.linear_categorical(of_temperature, hidden, weight, shape=(500, tokens), temperature=0.7)
 
 top = heads.linear_top_k(hidden, weight, 50)  # log_prob and indices, [tokens, 50]
 place = jax.random.categorical(of_top, top.log_prob)

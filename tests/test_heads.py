@@ -24,11 +24,13 @@ OPTIONS = {
     "margin": {"margin": 0.3},
     "smoothing": {"label_smoothing": 0.2},
     "z_loss": {"z_loss": 0.01},
+    "temperature": {"temperature": 1.7, "margin": 0.3},
     "prior": {"log_weights": PRIOR},
     "classes": {"where": KEEP},
     "ignored": {"ignore_label": 7},
     "all": {
         "soft_cap": 2.0,
+        "temperature": 0.8,
         "margin": 0.3,
         "label_smoothing": 0.2,
         "z_loss": 0.01,
@@ -52,11 +54,11 @@ def scores(hidden, weight, bias=None, soft_cap=None):
     return z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap)
 
 
-def plain_loss(hidden, weight, bias, soft_cap=None, **options):
+def plain_loss(hidden, weight, bias, soft_cap=None, temperature=1.0, **options):
     """The two lines that `linear_cross_entropy` equals."""
     if "where" in options:
         options |= {"where": options["where"][None, None]}
-    return losses.cross_entropy(scores(hidden, weight, bias, soft_cap), LABELS, **options)
+    return losses.cross_entropy(scores(hidden, weight, bias, soft_cap) / temperature, LABELS, **options)
 
 
 def assert_same(f, g, arguments, rtol=1e-11):
@@ -365,7 +367,8 @@ def test_draws():
     where = jnp.arange(290) % 5 != 1
     token, draws = hidden[0, :2], 10_000
     p = js.softmax(token @ weight.T, where=where)
-    many = heads.linear_categorical(jax.random.key(0), token, weight, shape=(draws, 2), where=where)
+    hot = {"temperature": 2.0, "where": where}
+    many = heads.linear_categorical(jax.random.key(0), 2 * token, weight, shape=(draws, 2), **hot)
     for i in range(2):
         assert_frequencies(many[:, i], p[i])
     rows = jnp.broadcast_to(token[0], (draws, FEATURES))

@@ -99,7 +99,7 @@ def test_every_phi(phi):
         assert_same(lambda z: cross_entropy(z, labels, phi=phi), lambda z: defined(phi, z, labels), z)
 
 
-@pytest.mark.parametrize("name", ["plain", "smoothing", "z_loss", "prior", "classes", "rows"])
+@pytest.mark.parametrize("name", ["plain", "smoothing", "z_loss", "prior", "weights", "classes", "rows"])
 def test_distributions(name):
     with jax.enable_x64(True):
         z, options = jnp.asarray(Z), OPTIONS[name]
@@ -470,7 +470,6 @@ WRONG = [
     (lambda: f(Z, LABELS > 1), TypeError, "labels must be integers or floating distributions; got dtype bool"),
     (lambda: f(Z, Q[0]), ValueError, "labels that are distributions must have the logits' shape (3, 4)"),
     (lambda: f(Z, Q, margin=0.1), ValueError, "margin must be left out where labels are distributions"),
-    (lambda: f(Z, Q, class_weights=ALPHA), ValueError, "class_weights must be left out"),
     (lambda: f(Z, Q, ignore_label=0), ValueError, "ignore_label must be left out"),
     (lambda: f(Z, LABELS, label_smoothing=1.5), ValueError, "label_smoothing must be in [0, 1]; got 1.5"),
     (lambda: f(Z, LABELS, z_loss=-1.0), ValueError, "z_loss must be >= 0 and finite; got -1.0"),
@@ -490,7 +489,7 @@ focal, to_target, z_loss, ranking = map(
 )
 OTHERS_WRONG = [
     (lambda: focal(Z, LABELS, gamma=-1), ValueError, "focal_cross_entropy: gamma must be >= 0 and finite; got -1"),
-    (lambda: focal(Z, Q, class_weights=ALPHA), ValueError, "focal_cross_entropy: class_weights must be left out"),
+    (lambda: focal(Z, Q, ignore_label=1), ValueError, "focal_cross_entropy: ignore_label must be left out"),
     (lambda: to_target(Z, LABELS), TypeError, "kl_to_target: targets must be floating distributions"),
     (lambda: to_target(Z, Q[0]), ValueError, "kl_to_target: targets that are distributions must have"),
     (lambda: z_loss(Z, Q), TypeError, "spherical_z_loss: labels must be integers; got dtype float32"),

@@ -379,6 +379,34 @@ WRONG = [
 ]
 
 
+def test_a_sink_is_one_more_class():
+    """As of the scores with it behind, of every axis and by the sink; none left over for an empty row."""
+    with jax.enable_x64(True):
+        z, sink = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 4))), jnp.asarray([[[0.3]], [[-0.4]]])
+
+        def joined(z, sink, alpha):
+            return js.entmax(jnp.concatenate([z, jnp.broadcast_to(sink, (2, 3, 1))], -1), alpha)[..., :-1]
+
+        def both(f, g, *given):
+            def results(f):
+                total = lambda *given: jnp.sum(jnp.cos(jnp.arange(24.0)).reshape(2, 3, 4) * f(*given))  # noqa: E731
+                gradient = jax.grad(total, (0, 1))
+                return f(*given), gradient(*given), jax.jvp(gradient, given, tuple(map(jnp.cos, given)))[1]
+
+            programs = [jax.jit(functools.partial(results, h)) for h in (f, g)]
+            for a, b in zip(*(jax.tree.leaves(program()) for program in programs), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+        both(lambda z, s: js.entmax(z, 1.7, sink=s), lambda z, s: joined(z, s, 1.7), z, sink)
+        np.testing.assert_allclose(js.entmax(z, 1.0, sink=sink), js.sink_softmax(z, sink), rtol=1e-13)
+        moved = js.sparsemax(jnp.moveaxis(z, -1, 0), 0, sink=0.3)
+        np.testing.assert_allclose(jnp.moveaxis(moved, 0, -1), joined(z, 0.3, 2.0), rtol=1e-13)
+        several = js.entmax15(z, (1, 2), sink=0.1)
+        np.testing.assert_allclose(several.reshape(2, 12), js.entmax15(z.reshape(2, 12), sink=0.1), rtol=1e-13)
+        np.testing.assert_array_equal(js.sparsemax(z, where=jnp.zeros(4, bool), sink=0.0), 0)
+        np.testing.assert_array_equal(js.entmax15(z, sink=-jnp.inf), js.entmax15(z))
+
+
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong[2])
 def test_wrong_calls(wrong):
     call, error, says = wrong

@@ -69,10 +69,11 @@ def check_top_targets(function: str, argument: str, top: TopTargets, batch: tupl
     return TopTargets(wide_integers(indices), probabilities.astype(dtype), top.tail)
 
 
-def reject_smoothing(function: str, smoothing: Any) -> None:
-    """The tail says what becomes of the rest of the mass."""
-    if smoothing is not None:
-        raise ValueError(
-            f"{function}: label_smoothing must be left out where labels are TopTargets; got {smoothing}. Smooth their "
-            "probabilities; tail=… says what becomes of the rest of the mass."
-        )
+def reject_of_all_classes(function: str, **options: Any) -> None:
+    """What takes every class by itself: here the rest is one class."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"{function}: {name} must be left out where labels are TopTargets; got {value}. The rest of the "
+                "classes is one: change the probabilities, or tail=…, which says what becomes of the rest of their mass."
+            )

@@ -25,7 +25,7 @@ from jsoftmax.checks.arguments import (
     option_if_given,
 )
 from jsoftmax.checks.labels import in_range
-from jsoftmax.checks.top_targets import TopTargets, reject_smoothing
+from jsoftmax.checks.top_targets import TopTargets, reject_of_all_classes
 from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
 from jsoftmax.heads._labels import add_labels
 from jsoftmax.sharding import (
@@ -369,7 +369,7 @@ def loss_options(
     option = functools.partial(option_if_given, function, dtype=given.head.hidden.dtype)
     smoothing = option(label_smoothing, label_smoothing=(0.0, 1.0))
     if given.top is not None:
-        reject_smoothing(function, smoothing)
+        reject_of_all_classes(function, label_smoothing=smoothing)
     return smoothing, option(z_loss, z_loss=(0.0, math.inf))
 
 

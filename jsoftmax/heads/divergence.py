@@ -204,9 +204,9 @@ def linear_kl(  # noqa: PLR0917  (two heads, each by position as in `linear_cros
     *,
     phi: Phi = exp,
     soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
-    temperature: ArrayLike = 1.0,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -226,8 +226,7 @@ def linear_kl(  # noqa: PLR0917  (two heads, each by position as in `linear_cros
       hidden_p, hidden_q: `[..., d]`, the same tokens; each head may have its own d.
       weight_p, weight_q: `[V, d]`, the same classes.
       bias_p, bias_q: `[V]`, or None.
-      temperature: τ > 0, by which both heads' scores are divided; one number, may be traced.
-      phi, soft_cap, where, log_weights, block_size, precision, axis_name, shards: as in
+      phi, soft_cap, temperature, where, log_weights, block_size, precision, axis_name, shards: as in
         `linear_cross_entropy`, for both heads.
     Returns: `[...]` ≥ 0, float32 at least; edges as in `kl_divergence`.
     Raises: as `linear_cross_entropy`; ValueError where tokens or classes differ.
@@ -240,9 +239,9 @@ def linear_kl(  # noqa: PLR0917  (two heads, each by position as in `linear_cros
     options = {
         "phi": phi,
         "soft_cap": soft_cap,
+        "temperature": temperature,
         "where": where,
         "log_weights": log_weights,
-        "temperature": temperature,
         "block_size": block_size,
         "precision": precision,
         "axis_name": axis_name,
@@ -264,9 +263,9 @@ def linear_jsd(  # noqa: PLR0917  (two heads, each by position as in `linear_cro
     beta: ArrayLike = 0.5,
     phi: Phi = exp,
     soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
-    temperature: ArrayLike = 1.0,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -281,7 +280,7 @@ def linear_jsd(  # noqa: PLR0917  (two heads, each by position as in `linear_cro
     heads swapped, for β → 1. Where a library takes β = 0 or 1 for one of these, call `linear_kl`.
 
     Args:
-      hidden_p, weight_p, hidden_q, weight_q, bias_p, bias_q, phi, soft_cap, where, log_weights, temperature,
+      hidden_p, weight_p, hidden_q, weight_q, bias_p, bias_q, phi, soft_cap, temperature, where, log_weights,
         block_size, precision, axis_name, shards: as in `linear_kl`. Two passes, four products.
       beta: β in [0, 1], one number, may be traced; differentiable.
     Returns: `[...]` in [0, log 2], float32 at least, finite where p or q is 0; small divergences keep their digits,
@@ -297,9 +296,9 @@ def linear_jsd(  # noqa: PLR0917  (two heads, each by position as in `linear_cro
     options = {
         "phi": phi,
         "soft_cap": soft_cap,
+        "temperature": temperature,
         "where": where,
         "log_weights": log_weights,
-        "temperature": temperature,
         "block_size": block_size,
         "precision": precision,
         "axis_name": axis_name,

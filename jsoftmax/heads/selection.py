@@ -119,6 +119,7 @@ def linear_top_k(
     *,
     phi: Phi = exp,
     soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
     block_size: int | tuple[int, int] | None = None,
@@ -130,12 +131,12 @@ def linear_top_k(
 
     It equals
 
-        z = c tanh((hidden @ weight.T + bias) / c)          without soft_cap  z = hidden @ weight.T + bias
+        z = c tanh((hidden @ weight.T + bias) / c) / τ          without soft_cap  z = (hidden @ weight.T + bias) / τ
         jax.lax.top_k(log_softmax(z, where=where, phi=φ, log_weights=log w), k)          (MATH 11.1, 11.2)
 
     Args:
-      hidden, weight, bias, phi, soft_cap, where, log_weights, block_size, precision, axis_name, shards: as in
-        `linear_cross_entropy`.
+      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, block_size, precision, axis_name, shards: as
+        in `linear_cross_entropy`.
       k: how many, an int in [1, V]; part of the compiled program.
     Returns: `LinearTopK(log_prob, indices)`, `[..., k]`, in descending order, the first of equals first; log_prob,
       float32 at least, is differentiable. Beyond the classes that are kept: −inf and −1. A token with NaN: NaN and −1.
@@ -158,6 +159,7 @@ def linear_top_k(
         bias,
         phi=phi,
         soft_cap=soft_cap,
+        temperature=temperature,
         where=where,
         log_weights=log_weights,
         block_size=block_size,
@@ -184,6 +186,7 @@ def linear_categorical(
     replace: bool = True,
     phi: Phi = exp,
     soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
     block_size: int | tuple[int, int] | None = None,
@@ -195,7 +198,7 @@ def linear_categorical(
 
     It equals in distribution
 
-        z = c tanh((hidden @ weight.T + bias) / c)          without soft_cap  z = hidden @ weight.T + bias
+        z = c tanh((hidden @ weight.T + bias) / c) / τ          without soft_cap  z = (hidden @ weight.T + bias) / τ
         gumbel.categorical(key, z, shape=shape, replace=replace, where=where, phi=φ, log_weights=log w)
 
     One pass gives the log-normaliser of each 128 classes; one of these chunks is drawn, then a class of it from scores
@@ -204,13 +207,14 @@ def linear_categorical(
 
     Args:
       key: a PRNG key.
-      hidden, weight, bias, phi, soft_cap, where, log_weights, precision, axis_name, shards: as in
+      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, precision, axis_name, shards: as in
         `linear_cross_entropy`. The draw is the same sharded where a shard has whole chunks.
       shape: the result's, which ends in `[...]`: what stands before counts the draws of each token. None: one draw.
       replace: False: the draws of one token are distinct, in the order of a draw without replacement.
       block_size: as in `linear_cross_entropy`, rounded up to whole chunks.
     Returns: int32 of the given shape, each class at its rate (`jsoftmax.gumbel.categorical`). A token without classes,
       or with NaN or +inf: −1; so are draws without replacement beyond the classes that are kept. No derivatives.
+      Their log-probabilities: `linear_statistics` takes the draws as several labels of each token.
     Raises: as `linear_cross_entropy` and `jsoftmax.gumbel.categorical`.
     Source: Devroye 1986, section III.2; without replacement: Maddison et al. 2014 (the largest of a group of Gumbel
       variables), Kool et al. 2019.
@@ -229,6 +233,7 @@ def linear_categorical(
         bias,
         phi=phi,
         soft_cap=soft_cap,
+        temperature=temperature,
         where=where,
         log_weights=log_weights,
         block_size=block_size,

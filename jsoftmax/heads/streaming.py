@@ -38,6 +38,7 @@ def linear_cross_entropy(
     *,
     phi: Phi = exp,
     soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     margin: ArrayLike = 0.0,
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
@@ -53,7 +54,7 @@ def linear_cross_entropy(
 
     It equals, with V × N numbers less,
 
-        z = c tanh((hidden @ weight.T + bias) / c)          without soft_cap  z = hidden @ weight.T + bias
+        z = c tanh((hidden @ weight.T + bias) / c) / τ          without soft_cap  z = (hidden @ weight.T + bias) / τ
         losses.cross_entropy(z, labels, where=where, phi=φ, log_weights=log w, margin=m, …)     (MATH 11.1, 11.4)
 
     ∂/∂z = (p − 1_y) s, of which each block's share is multiplied out while it is in cache     (MATH 11.3)
@@ -70,6 +71,7 @@ def linear_cross_entropy(
       bias: b `[V]`, or None.
       phi: the positive map φ.
       soft_cap: c > 0: scores are bent into (−c, c). None: they are taken as they are.
+      temperature: τ > 0, by which the scores are then divided; one number, may be traced, differentiable.
       margin: m, subtracted from the label's score before φ; with one integer label of each token.
       label_smoothing: a in [0, 1], shared by the classes that are kept.
       z_loss: factor of L².
@@ -115,6 +117,7 @@ def linear_cross_entropy(
         labels=labels,
         phi=phi,
         soft_cap=soft_cap,
+        temperature=temperature,
         margin=margin,
         ignore_label=ignore_label,
         where=where,
@@ -143,6 +146,7 @@ def linear_cross_entropy_sum(
     token_weights: ArrayLike | None = None,
     phi: Phi = exp,
     soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     margin: ArrayLike = 0.0,
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
@@ -168,8 +172,9 @@ def linear_cross_entropy_sum(
     For the mean over tokens that count divide by their number: `/ jnp.sum(labels != ignore_label)`.
 
     Args:
-      hidden, weight, labels, bias, phi, soft_cap, margin, label_smoothing, z_loss, ignore_label, where, log_weights,
-        precision, axis_name, shards: as in `linear_cross_entropy`.
+      hidden, weight, labels, bias, phi, soft_cap, temperature, margin, label_smoothing, z_loss, ignore_label, where,
+        log_weights, precision, axis_name, shards: as in `linear_cross_entropy`; labels of one token are one integer, or
+        a distribution.
       token_weights: w, broadcastable to `[...]`; differentiable. None: 1. A token with weight 0 and a label out of
         range counts nothing.
       block_size: as there; where products are kept, they are the tokens of a block times V.
@@ -194,6 +199,7 @@ def linear_cross_entropy_sum(
         labels=labels,
         phi=phi,
         soft_cap=soft_cap,
+        temperature=temperature,
         margin=margin,
         ignore_label=ignore_label,
         where=where,
@@ -218,6 +224,7 @@ def linear_statistics(
     *,
     phi: Phi = exp,
     soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     ignore_label: int | None = None,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
@@ -230,14 +237,14 @@ def linear_statistics(
 
     It equals
 
-        z = c tanh((hidden @ weight.T + bias) / c)          without soft_cap  z = hidden @ weight.T + bias
+        z = c tanh((hidden @ weight.T + bias) / c) / τ          without soft_cap  z = (hidden @ weight.T + bias) / τ
         (log_softmax(z)[y], entropy(z), log_normalizer(z), argmax(softmax(z)))          (MATH 11.1, 11.2)
 
     All but the last are differentiable, each by itself and together     (MATH 11.3)
 
     Args:
-      hidden, weight, bias, phi, soft_cap, where, log_weights, block_size, precision, axis_name, shards: as in
-        `linear_cross_entropy`.
+      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, block_size, precision, axis_name, shards: as
+        in `linear_cross_entropy`.
       labels: integers `[...]`, or several of each token, `[k, ...]`; or distributions q `[..., V]`: then log_prob is
         Σ q l.
       ignore_label: labels of that number have log_prob 0; tokens with no other have 0 for each number and −1 for the
@@ -261,6 +268,7 @@ def linear_statistics(
         labels=labels,
         phi=phi,
         soft_cap=soft_cap,
+        temperature=temperature,
         ignore_label=ignore_label,
         where=where,
         log_weights=log_weights,
@@ -287,6 +295,7 @@ def linear_log_normalizer(
     *,
     phi: Phi = exp,
     soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
     block_size: int | tuple[int, int] | None = None,
@@ -298,12 +307,12 @@ def linear_log_normalizer(
 
     It equals
 
-        z = c tanh((hidden @ weight.T + bias) / c)          without soft_cap  z = hidden @ weight.T + bias
+        z = c tanh((hidden @ weight.T + bias) / c) / τ          without soft_cap  z = (hidden @ weight.T + bias) / τ
         log_normalizer(z, where=where, phi=φ, log_weights=log w)          (MATH 11.1, 11.2)
 
     Args:
-      hidden, weight, bias, phi, soft_cap, where, log_weights, block_size, precision, axis_name, shards: as in
-        `linear_cross_entropy`.
+      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, block_size, precision, axis_name, shards: as
+        in `linear_cross_entropy`.
     Returns: `[...]`, float32 at least; edges as in `log_normalizer`.
     Raises: as `linear_cross_entropy`.
     Source: Milakov and Gimelshein 2018.
@@ -319,6 +328,7 @@ def linear_log_normalizer(
         bias,
         phi=phi,
         soft_cap=soft_cap,
+        temperature=temperature,
         where=where,
         log_weights=log_weights,
         block_size=block_size,

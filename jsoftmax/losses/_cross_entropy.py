@@ -16,7 +16,7 @@ from jsoftmax._rules import compiled_rule
 from jsoftmax._series import expm1, expm1_ratio
 from jsoftmax.checks.arguments import Axis, check_option, option_if_given, public, read
 from jsoftmax.checks.labels import Labelled, check_labelled, reject_given
-from jsoftmax.checks.top_targets import TopTargets, reject_smoothing
+from jsoftmax.checks.top_targets import TopTargets, reject_of_all_classes
 from jsoftmax.losses._top import row_of_top
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
@@ -160,8 +160,11 @@ def _weighted(given: Labelled, loss: Array, label: Array, axis_name: AxisName) -
 
 
 def _against(given: Labelled, x: Array, axis_name: AxisName) -> tuple[Array, Array, AxisName]:
-    """Scores and targets of a row, and the axis over which they are sharded."""
-    return (*row_of_top(given, x, axis_name), None) if given.by_top else (x, given.targets(), axis_name)
+    """Scores and targets of a row, times class weights, and the axis over which they are sharded."""
+    if given.by_top:
+        return *row_of_top(given, x, axis_name), None
+    q = given.targets()
+    return x, q if given.class_weights is None else q * given.class_weights, axis_name
 
 
 def expected(q: Array, x: Array, n: Array) -> Array:
@@ -274,10 +277,11 @@ def cross_entropy(
       where: bool; with as many dimensions as the logits it leaves classes out of the whole computation, with as many
         as the loss it leaves rows out. The table below says what a label there gives.
       phi: the positive map φ.
-      margin: m, subtracted from the label's score before φ.
+      margin: m, subtracted from the label's score before φ; with integer labels.
       label_smoothing: a in [0, 1], shared by the K classes that are kept.
       z_loss: factor of L², L the log-normaliser of x: keeps logits from drifting.
-      class_weights: α, of the class axes' shape. Like `margin`, it goes with integer labels.
+      class_weights: α, of the class axes' shape; the loss of a distribution is then −Σ α q l. Not with `TopTargets`,
+        whose rest has none.
       ignore_label: rows with that label have loss 0.
       log_weights: log w, broadcastable to the logits, e.g. log class frequencies for logit adjustment.
       axis_name: as in `jsoftmax.softmax`, where the classes are sharded: each device gives its part of the logits, of
@@ -311,7 +315,7 @@ def cross_entropy(
         reject_given(function, {"margin": m})
     a = option(label_smoothing, label_smoothing=(0.0, 1.0))
     if given.by_top:
-        reject_smoothing(function, a)
+        reject_of_all_classes(function, label_smoothing=a)
     return _cross_entropy(given, phi, m, a, option(z_loss, z_loss=(0.0, math.inf)), axis_name)
 
 
@@ -336,7 +340,7 @@ def focal_cross_entropy(
     Args:
       logits, labels, axis, where, phi, ignore_label, log_weights, axis_name: as in `cross_entropy`.
       gamma: γ ≥ 0, one number, may be traced; 0 is cross-entropy.
-      class_weights: α, of the class axes' shape, with integer labels. The factor (1 − p_y)^γ knows nothing of them.
+      class_weights: α, of the class axes' shape, as in `cross_entropy`. The factor (1 − p_y)^γ knows nothing of them.
     Returns: `[...]`, as `cross_entropy`; 1 − p_y keeps its digits. For 0 < γ < 1 the second derivative is infinite
       where p_y = 1.
     Raises: as `cross_entropy`.
@@ -373,7 +377,7 @@ def poly_cross_entropy(
     Args:
       logits, labels, axis, where, phi, ignore_label, log_weights, axis_name: as in `cross_entropy`.
       epsilon: ε, one number, may be traced; 0 is cross-entropy.
-      class_weights: α, of the class axes' shape, with integer labels; p_y knows nothing of them.
+      class_weights: α, of the class axes' shape, as in `cross_entropy`; p_y knows nothing of them.
     Returns: `[...]`, as `cross_entropy`; 1 − p_y keeps its digits.
     Raises: as `cross_entropy`.
     Source: Leng et al. 2022, equation 6.
