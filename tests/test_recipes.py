@@ -1,9 +1,11 @@
 """What other trainers do around a head: each equals the same training by all logits, or by one batch.
 
-Complete steps for flax and Equinox are in notebooks/06-recipes.py.
+Complete steps for flax and Equinox are in notebooks/04-recipes.py; losses of a few lines in docs/guides/recipes.md.
 """
 
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -168,3 +170,83 @@ def test_checkpoints_go_on_as_if_nothing_had_been(tmp_path):
         resumed = saved_and_loaded(halfway, tmp_path / f"{name}.npz")
         for a, b in zip(jax.tree.leaves(step(resumed)), jax.tree.leaves(step(halfway)), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+# --- docs/guides/recipes.md ----------------------------------------------------------------------------------
+
+PAGE = (pathlib.Path(__file__).parent.parent / "docs/guides/recipes.md").read_text()
+PAGE_NAMES: dict = {}
+exec("".join(re.findall(r"```python\n(.*?)```", PAGE, re.S)), PAGE_NAMES)  # functions only
+HIDDEN, WEIGHT = RNG.normal(size=(2, 4, 6, WIDTH)), RNG.normal(size=(CLASSES, WIDTH))
+
+
+def log_probs(hidden, weight, labels):
+    """log p of each label, 0 where it is ignored, and all of them."""
+    log_p = jax.nn.log_softmax(hidden @ weight.T)
+    of_label = jnp.take_along_axis(log_p, jnp.where(labels == IGNORED, 0, labels)[..., None], -1)[..., 0]
+    return jnp.where(labels == IGNORED, 0, of_label), log_p
+
+
+def assert_equal_training(ours, plain, *given):
+    """Value and gradient by every argument."""
+    every = tuple(range(len(given)))
+    given = tuple(jnp.float32(a) for a in given)
+    assert_close(*(jax.jit(jax.value_and_grad(f, every))(*given) for f in (ours, plain)))
+
+
+def test_clip():
+    def plain(images, texts, temperature):
+        z = images @ texts.T / temperature
+        return -jnp.mean(jnp.diag(jax.nn.log_softmax(z)) + jnp.diag(jax.nn.log_softmax(z.T))) / 2
+
+    assert_equal_training(PAGE_NAMES["clip_loss"], plain, WEIGHT[:20], WEIGHT[20:40], 2.0)
+
+
+def test_policy_loss():
+    old, reference = RNG.normal(size=(2, 4, 6)) - 4
+    advantages = jnp.float32(RNG.normal(size=(4, 1)))
+    rest = (LABELS, jnp.float32(old), jnp.float32(reference), advantages)
+
+    def plain(hidden, weight):
+        log_prob, log_p = log_probs(hidden, weight, LABELS)
+        ratio, r = jnp.exp(log_prob - rest[1]), jnp.exp(rest[2] - log_prob)
+        gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 0.8, 1.2) * advantages)
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, -1)
+        return -jnp.mean(gain - 0.05 * (r - 1 - jnp.log(r)) + 0.01 * entropy, where=LABELS != IGNORED)
+
+    assert_equal_training(lambda h, W: PAGE_NAMES["policy_loss"](h, W, *rest), plain, HIDDEN[0], WEIGHT)
+
+
+def test_dpo():
+    reference = jnp.float32(RNG.normal(size=(2, 4)) - 20)
+
+    def ours(chosen, rejected, weight):
+        of = [PAGE_NAMES["sequence_log_prob"](hidden, weight, LABELS) for hidden in (chosen, rejected)]
+        return PAGE_NAMES["dpo_loss"](*of, *reference)
+
+    def plain(chosen, rejected, weight):
+        of = [jnp.sum(log_probs(hidden, weight, LABELS)[0], -1) for hidden in (chosen, rejected)]
+        return -jnp.mean(jax.nn.log_sigmoid(0.1 * (of[0] - reference[0] - of[1] + reference[1])))
+
+    assert_equal_training(ours, plain, *HIDDEN, WEIGHT)
+
+
+def test_speculative_tokens_have_the_law_of_the_target():
+    """The first token of many drafts, and the second of those whose first stands."""
+    target, draft = (jnp.float32(RNG.normal(size=(n, 7)) * 1.5) for n in (3, 2))
+    draws = 40_000
+
+    @jax.jit
+    @jax.vmap
+    def tokens(key):
+        of_draft, of_target = jax.random.split(key)
+        drawn = js.gumbel.categorical(of_draft, draft)
+        count, following = PAGE_NAMES["speculate"](of_target, target, draft, drawn)
+        return jnp.where(jnp.arange(3) < count, jnp.append(drawn, -1), -1).at[count].set(following)
+
+    made = np.asarray(tokens(jax.random.split(jax.random.key(0), draws)))
+    for place in range(3):
+        seen = made[:, place][made[:, place] >= 0]
+        p = np.asarray(js.softmax(target[place]))
+        error = np.abs(np.bincount(seen, minlength=7) / len(seen) - p)
+        assert np.all(error < 5 * np.sqrt(p * (1 - p) / len(seen)) + 1e-4)

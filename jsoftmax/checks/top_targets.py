@@ -75,5 +75,5 @@ def reject_of_all_classes(function: str, **options: Any) -> None:
         if value is not None:
             raise ValueError(
                 f"{function}: {name} must be left out where labels are TopTargets; got {value}. The rest of the "
-                "classes is one: change the probabilities, or tail=…, which says what becomes of the rest of their mass."
+                "classes is one: change the probabilities, or tail=…, which says what becomes of the rest of the mass."
             )
