@@ -52,6 +52,7 @@ PHI, MIXTURES, SHARDED, MACHINERY = (
 )
 SUMS, TRANSFORMATIONS, SAMPLED = (f"tests/test_{name}.py" for name in ("sums", "transformations", "heads_sampled"))
 QUADRATIC, FACTORED, ADAPTIVE = (f"tests/test_heads_{name}.py" for name in ("quadratic", "factored", "adaptive"))
+TOP = "tests/test_top_targets.py"
 HEADS_SHARDED = "tests/test_heads_sharded.py"
 
 MUTANTS = (
@@ -147,7 +148,12 @@ MUTANTS = (
     Mutant("heads/_statistics.py", "(part.gap + (1 + part.rest) *", "(part.gap - (1 + part.rest) *", f"{HEADS} -k cotangent"),
     Mutant("heads/_statistics.py", "-total(p * (1 + c) * x_dot)", "-total(p * c * x_dot)", f"{HEADS} -k cotangent"),
     Mutant("heads/_statistics.py", "total((excess + (known.mass", "total((excess - (known.mass", f"{HEADS} -k distributions"),
-    Mutant("heads/_statistics.py", "at_label = expm1(-known.loss)[:, None]", "at_label = jnp.exp(-known.loss)[:, None]", f"{HEADS} -k options"),
+    Mutant("heads/_statistics.py", "at_label = expm1(-known.loss)", "at_label = jnp.exp(-known.loss)", f"{HEADS} -k options"),
+    Mutant("heads/_statistics.py", "total(jnp.where(sure, 0, p * x_dot))", "total(p * x_dot)", f"{HEADS} -k sure"),
+    Mutant("heads/divergence.py", "q * (r_q - of_q) * x_q_dot", "q * (r_q + of_q) * x_q_dot", f"{HEADS} -k jensen"),
+    Mutant("losses/_top.py", "count > jnp.sum(kept", "count >= jnp.sum(kept", f"{TOP} -k all_classes"),
+    Mutant("losses/_top.py", "jnp.where(others, x, -jnp.inf)", "x", f"{TOP} -k test_losses"),
+    Mutant("losses/_log_prob.py", "jnp.where(jnp.isneginf(log_p), lax.stop_gradient(log_p), log_p)", "log_p", f"{LOSSES} -k log_prob"),
     Mutant("heads/sampled.py", "- math.log(draws.shape[0])", "+ math.log(draws.shape[0])", SAMPLED),
     Mutant("heads/factored/_sgd.py", "jnp.where(fold, 0, K) + K_y)", "jnp.where(fold, 0, K) - K_y)", FACTORED),
     # optimisers
