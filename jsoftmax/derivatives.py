@@ -210,8 +210,8 @@ def cross_entropy_hessian(
     ∇²CE = Q diag(s) (diag(p) − p pᵀ) diag(s) + diag(t (Q p − q)),   Q = Σ q     (MATH 1.14)
 
     Args:
-      z: scores `[..., K]`; q: targets that broadcast with them, a distribution (Q = 1) or any weights. Of a class left
-        out nothing is counted, its target neither.
+      z: scores `[..., K]`; q: targets that broadcast with them, a distribution (Q = 1) or any weights. A class
+        left out does not count, nor does its target.
       where, phi, log_weights: as in `softmax_jacobian`.
     Returns: a symmetric operator `[..., K, K]`, as in `softmax_jacobian`. For phi=exp and Q = 1 it does not depend on q
       and is ∇²L.

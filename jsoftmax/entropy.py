@@ -327,7 +327,7 @@ def entropy_expansion(
       order: 1 or 2.
       axis, where, phi, log_weights, axis_name: as in `entropy`.
     Returns: `[...]`, in the common dtype of `z` and `dz`, but float32 for narrower ones. Changes of classes that are
-      left out count nothing. Edges as in `entropy`.
+      left out do not count. Edges as in `entropy`.
     Raises: as `entropy`, and ValueError if `order` is neither 1 nor 2 or the shapes do not broadcast together.
     Source: the article, section 6.1, corrected.
 

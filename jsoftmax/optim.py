@@ -183,7 +183,7 @@ def newton_cg(
       `update` raises TypeError without its arguments or for integer targets, ValueError for targets of another shape
       than the scores, or a gradient of another than the parameters. ModuleNotFoundError without optax.
     Returns: an `optax.GradientTransformationExtraArgs`; `update(gradient, state, parameters, inputs=…, targets=…)` with
-      targets q `[..., K]`. Chain a line search after it, as after `optax.lbfgs`'s.
+      targets q `[..., K]`. Chain a line search after it, as after `optax.lbfgs`.
     Source: Nocedal & Wright 2006, section 7.1.
 
     >>> import optax

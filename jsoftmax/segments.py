@@ -184,7 +184,7 @@ def segment_softmax(
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
 ) -> Float[Array, "..."]:
-    """Probabilities p = w φ(z) / Σ w φ(z) within each segment: the softmax of ragged rows, as of a graph's edges.
+    """Probabilities p = w φ(z) / Σ w φ(z) within each segment: the softmax of ragged rows, such as a graph's edges.
 
     p_k = e^{x_k − L_r},  x = ψ(z) + log w,  r the row of k     (MATH 15.1); as `jsoftmax.softmax` of each row
 
@@ -193,8 +193,8 @@ def segment_softmax(
         rows.
       segment_ids: integers `[N]`, the row of each score, in any order; as in `jax.ops.segment_sum` what is outside
         [0, num_segments) is in no row.
-      num_segments: how many rows there are, a Python int. None: the largest id and 1, where they are not traced.
-      indices_are_sorted: whether the ids do not decrease, which is faster; what is wrongly said to be so is undefined.
+      num_segments: how many rows there are, a Python int. None: the largest id plus 1; ids must not be traced then.
+      indices_are_sorted: whether the ids do not decrease, which is faster. If True is wrong, the result is undefined.
       phi, where, log_weights: as in `jsoftmax.softmax`, broadcastable to `z`.
     Returns: the shape and dtype of `z`; computed in float32 at least, with the digits and edges of `jsoftmax.softmax`
       (MATH 4, 5). A score in no row: 0, with derivatives 0.

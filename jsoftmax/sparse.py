@@ -362,7 +362,7 @@ def fenchel_young_loss(
 
     Args:
       logits: scores `[..., K]`, any floating dtype.
-      labels: integers `[...]`, or distributions q `[..., K]` with the sum 1, which take part in the derivatives.
+      labels: integers `[...]`, or distributions q `[..., K]` with the sum 1, which are differentiable, too.
       alpha: α ≥ 1, as in `entmax`.
       axis, where, ignore_label: as in `jsoftmax.losses.cross_entropy`.
     Returns: `[...]`, in the logits' dtype, but float32 for narrower ones. Labels out of range or left out, and bad

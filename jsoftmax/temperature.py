@@ -120,10 +120,10 @@ def temperature_for_entropy(
       phi: the positive map φ.
     Returns: t > 0, `[...]`, in the dtype of `z`, but float32 for narrower scores; with derivatives of every order in
       `z`, `target` and φ's parameters. NaN where the entropy is out of reach: for phi=exp outside (log of the number of
-      classes that share the maximum, log K). Where the entropy is not monotone in t, as for φ that are not, one of the
-      solutions. A score of +inf or NaN: NaN in that row alone.
+      classes that share the maximum, log K). Where the entropy is not monotone in t, as for a φ that is not, t is one
+      of the solutions. A score of +inf or NaN: NaN in that row alone.
     Raises: as `jsoftmax.entropy`, and ValueError if `target` does not broadcast.
-    Source: van der Maaten & Hinton 2008 (perplexity), there by halving.
+    Source: van der Maaten & Hinton 2008 (perplexity), there by bisection.
 
     >>> from jsoftmax import entropy
     >>> z = jnp.array([0., 1., 3.])

@@ -97,7 +97,7 @@ def truncate(
 ) -> Float[Array, "..."]:
     """Scores with −inf where the law p = w φ(z) / Σ w φ(z) is cut, for every function of scores that follows.
 
-    Kept are, one cut after the other,     (MATH 9.4)
+    The cuts, made one after the other, keep     (MATH 9.4)
 
         top_k   the k classes with the largest p
         top_p   the fewest of these with the largest p whose p, of those kept so far, sum up to top_p or more

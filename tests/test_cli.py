@@ -23,9 +23,12 @@ def test_without_a_command_it_says_what_there_is(capsys):
 
 @pytest.mark.parametrize("name", ["verify", "train", "lm"])
 def test_help_has_an_example_that_parses(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         cli.main([name, "--help"])
-    example = capsys.readouterr().out.split("example: python -m jsoftmax ")[1]
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    example = said.split("example: python -m jsoftmax ")[1]
     given = []
     monkeypatch.setattr(f"jsoftmax.cli.{name}.run", lambda arguments: given.append(arguments) or 0)
     assert cli.main(example.split()) == 0

@@ -68,11 +68,11 @@ def dot_product_attention(
         out.
       mask: bool, in the same way; False leaves a key out.
       scale: a factor of q·k, one number; differentiable. None: 1/√H.
-      is_causal: whether query t sees the keys up to place t alone. Blocks of which it sees none are skipped.
+      is_causal: whether query t sees only the keys up to position t. Blocks of which it sees none are skipped.
       query_seq_lengths: integers `[B]`: queries beyond have output 0.
       key_value_seq_lengths: integers `[B]`: keys beyond are left out. What stands beyond the lengths may be anything.
-      local_window_size: (left, right), or one number for both: query t sees the keys from place t − left to t + right
-        alone. Blocks outside are skipped.
+      local_window_size: (left, right), or one number for both: query t sees only the keys from position t − left to
+        t + right. Blocks outside are skipped.
       return_residual: whether to return L, too.
       phi: the positive map φ.
       soft_cap: c > 0: scores are bent into (−c, c). None: they are taken as they are.
@@ -83,7 +83,7 @@ def dot_product_attention(
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the keys are sharded: key, value, and bias
         and mask where they have keys, are then this device's part; places and lengths count all keys; query, sink and
         the rest are the same on all     (MATH 13.1). Derivatives as those of `heads.linear_cross_entropy` (MATH 13.3).
-        Heads and batches are sharded without a word.
+        Sharded heads and batches need no argument.
     Returns: `[B, T, N, H']` or `[T, N, H']` in the inputs' dtype; factors of products are in that dtype, and sums in
       float32 at least. float32 factors keep all their digits on GPUs and TPUs, too, unless
       `jax_default_matmul_precision` is set. With return_residual the output and L = log Σ φ(s) `[B, T, N]`, the sink

@@ -51,8 +51,10 @@ class Job(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lm`."""
-    parser.add_argument("--head", choices=[*HEADS, "all"], default="streaming", help="which head (default streaming)")
-    parser.add_argument("--phi", choices=PHI_CHOICES, help="φ (default exp, taylor(2) where a head needs order 2)")
+    which = f"which head (default streaming): {', '.join(HEADS)}, or all"
+    parser.add_argument("--head", choices=[*HEADS, "all"], default="streaming", metavar="HEAD", help=which)
+    which = f"φ (default exp, taylor(2) where a head needs order 2): {', '.join(PHI_CHOICES)}"
+    parser.add_argument("--phi", choices=PHI_CHOICES, metavar="PHI", help=which)
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", type=pathlib.Path, metavar="FILE", help="your own text; its last tenth is held out")
     packages, default = list(_corpus.PACKAGES), _corpus.HELD_OUT

@@ -101,9 +101,11 @@ class Result(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `train`."""
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how many seeds (default 5)")
-    parser.add_argument("--loss", nargs="+", choices=LOSSES, default=list(LOSSES), help="which losses (default all)")
+    which = f"which losses (default all): {', '.join(LOSSES)}"
+    parser.add_argument("--loss", nargs="+", choices=LOSSES, default=list(LOSSES), metavar="LOSS", help=which)
     names = [str(phi) for phi in PHIS]
-    parser.add_argument("--phi", nargs="+", choices=names, help="which φ, for every loss that takes one")
+    which = f"which φ, for every loss that takes one: {', '.join(names)}"
+    parser.add_argument("--phi", nargs="+", choices=names, metavar="PHI", help=which)
     parser.add_argument("--margin", type=float, default=1.0, metavar="M", help="the soft-margin loss's (default 1)")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="optax's (default adam)")
     parser.add_argument("--learning-rate", type=float, default=1e-2, metavar="R", help="for all alike (default 0.01)")

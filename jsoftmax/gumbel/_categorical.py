@@ -177,9 +177,9 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
 
     P(k) = p_k;   k = #{j: F_j ≤ U F_K},  F cumulative sums of 2^31 p in whole numbers     (MATH 10.2)
 
-    By one random number a draw and p once, where `jax.random.categorical` takes one a draw and class: a million draws
-    from one row need no array of draws × classes. GPUs and TPUs take one a class for a single draw of each row, which
-    is faster there and, by the same key, another draw than CPU's.
+    It takes one random number for each draw and computes p once, where `jax.random.categorical` takes one for each draw
+    and class: a million draws from one row need no array of draws × classes. For a single draw of each row GPUs and
+    TPUs take one for each class, which is faster there; the same key then gives another draw than on CPU.
 
     Args:
       key: a PRNG key.

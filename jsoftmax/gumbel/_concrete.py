@@ -83,10 +83,10 @@ def gumbel_softmax(
         stands before counts the samples of each row, as in `categorical`. None: one sample.
       hard: True: straight-through, the value exactly one-hot, the derivatives those of the relaxed sample.
       phi, where, log_weights: as in `jsoftmax.softmax`; differentiable.
-    Returns: the shape of `z` behind that count, and its dtype; computed in float32 at least. The noise is a constant.
-      Finite values and
-      derivatives for small τ, down to 1e-12 or so; a traced τ ≤ 0 gives nonsense: learn jnp.exp(t). A class left out
-      has 0, and so has one 10^18 τ below the largest. A score of NaN or +inf: NaN in that row alone.
+    Returns: the shape of `z`, with the axes of `shape` that count samples in front, and its dtype; computed in float32
+      at least. The noise is a constant. Values and derivatives are finite for small τ, down to 1e-12 or so; a traced τ
+      ≤ 0 gives nonsense: learn jnp.exp(t). A class left out has 0, and so has one 10^18 τ below the largest. A score of
+      NaN or +inf: NaN in that row alone.
     Raises: as `jsoftmax.softmax`; ValueError if τ is known at trace time and not positive: for τ = 0 draw with
       `categorical`.
     Source: Jang, Gu & Poole 2017, equation 2; Maddison, Mnih & Teh 2017, equation 10.
@@ -158,8 +158,8 @@ def subset_softmax(  # noqa: PLR0917  (as the others have them)
     Args:
       key, z, temperature, axis, shape, phi, where, log_weights: as in `gumbel_softmax`.
       k: how many, an int in [1, K].
-    Returns: as there. A row with one class has 1 there; with less than k, classes count more than
-      once. A class left out has 0. A score of NaN or +inf: NaN in that row alone.
+    Returns: as there. A row with one class has 1 there; with fewer than k, classes count more than once. A class
+      left out has 0. A score of NaN or +inf: NaN in that row alone.
     Raises: as `gumbel_softmax`; ValueError or TypeError if `k` is no int in [1, K].
     Source: Xie & Ermon 2019, algorithm 1 (after Plötz & Roth 2018).
 
@@ -256,9 +256,8 @@ def exp_concrete_log_density(
       z: scores `[..., K]`, any floating dtype; integers promote.
       temperature, axis, phi, where, log_weights: as in `gumbel_softmax`. K counts the classes that are kept.
     Returns: `[...]`, the joint shape without the classes, in the dtype of `z`, but float32 for narrower scores;
-      differentiable in all arguments. A sample
-      with −inf at a class that is kept, or without it at one that is left out: −inf. One class left: 0. NaN and +inf:
-      NaN in that row alone.
+      differentiable in all arguments. A sample with −inf at a class that is kept, or without it at one that is left
+      out: −inf. One class left: 0. NaN and +inf: NaN in that row alone.
     Raises: as `gumbel_softmax`; ValueError if x does not broadcast with `z`, or has other classes.
     Source: Maddison, Mnih & Teh 2017, equation 23 (appendix C.3).
 

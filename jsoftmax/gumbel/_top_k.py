@@ -54,7 +54,7 @@ def gumbel_top_k(
       axis_name: as there, where the classes are sharded; K, and the classes in the result, count over all devices. The
         key is the same on all; the device's number is folded into it, so the sample depends on how many there are.
     Returns: `TopK(indices, perturbed, threshold)`: int32 and float32 at least. `perturbed` and `threshold` are
-      differentiable; the noise is a constant. A row with less than k classes: −1 and −inf beyond them; a row with a
+      differentiable; the noise is a constant. A row with fewer than k classes: −1 and −inf beyond them; a row with a
       score of NaN or +inf: −1 and NaN.
     Raises: as `jsoftmax.softmax`; ValueError or TypeError if `k` is no int in [1, K].
     Source: Vieira 2014; Kool, van Hoof & Welling 2019, section 3.

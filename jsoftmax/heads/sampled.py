@@ -83,7 +83,7 @@ def sampled_cross_entropy(
     default draws classes without repetition, with other expected counts: its values differ.
 
     Args:
-      key: a PRNG key; another one for every step.
+      key: a PRNG key; use a new one for every step.
       hidden: h `[..., d]`, floating; differentiable.
       weight: W `[V, d]`; differentiable. Only the rows of labels and samples are read; its gradient is a dense array.
       labels: integers `[...]`.
@@ -126,12 +126,12 @@ def nce_loss(
     loss = softplus(−Δ_y) + Σ_i softplus(Δ_{j_i}),  Δ_k = x_k − log n Q_k,  x = ψ(W h + b),  j_1 … j_n ~ Q
     (MATH 12.8)
 
-    In the mean it is least where x = log p, without any normaliser. Samples that are the label count, as the theory has
+    Its mean is least where x = log p, without any normaliser. Samples that are the label count, as the theory has
     it and as TensorFlow's `nce_loss` does by default; that one draws classes without repetition.
 
     Args:
       key, hidden, weight, labels, num_samples, bias, where, phi: as in `sampled_cross_entropy`.
-      log_proposal: as there. A label with Q = 0 is told at once: its term is 0.
+      log_proposal: as there. A label with Q = 0 is never a sample, so its term is 0.
     Returns: as `sampled_cross_entropy`; a sum over the samples, not their mean.
     Raises: as `sampled_cross_entropy`.
     Source: Gutmann & Hyvärinen 2012; Mnih & Teh 2012, with one set of samples for a batch.

@@ -52,7 +52,7 @@ def linear_cross_entropy(
 ) -> Float[Array, "..."]:
     """Cross-entropy of labels under the softmax of a linear layer, in nats, not reduced; the logits never exist.
 
-    It equals, with V × N numbers less,
+    It equals, without the N × V scores in memory,
 
         z = c tanh((hidden @ weight.T + bias) / c) / τ          without soft_cap  z = (hidden @ weight.T + bias) / τ
         losses.cross_entropy(z, labels, where=where, phi=φ, log_weights=log w, margin=m, …)     (MATH 11.1, 11.4)
@@ -76,7 +76,7 @@ def linear_cross_entropy(
       label_smoothing: a in [0, 1], shared by the classes that are kept.
       z_loss: factor of L².
       ignore_label: tokens with that label have loss 0 and, in blocks of them, cost nothing: −100 for labels made for
-        PyTorch. Left out, such a label is out of range.
+        PyTorch. Without it, such a label is out of range.
       where: bool, broadcastable to `[V]`; False leaves a class out, such as padding of the vocabulary.
       log_weights: log w, broadcastable to `[V]`: a prior, logit adjustment, a correction for sampling. Differentiable.
       block_size: how many classes at a time, or (tokens, classes). None: on CPU blocks that fit a cache; compiled for
@@ -87,8 +87,9 @@ def linear_cross_entropy(
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the classes are sharded: weight, bias,
         where, log_weights and distributions are then this device's part, labels count all classes; hidden is the same
         on all     (MATH 13.1). Derivatives are right taken outside, and inside with check_vma, the default (MATH 13.3).
-        Inside without it, or in `jax.vmap(axis_name=…)`, they are too large by the number of devices, and that by
-        hidden is this device's share: divide that by weight, and take `jax.lax.pmean` of that by hidden.
+        Inside without it, or in `jax.vmap(axis_name=…)`, they are too large by a factor, the number of devices, and
+        the gradient in hidden is this device's share: divide the gradient in weight by that number, and take
+        `jax.lax.pmean` of the one in hidden.
       shards: under plain `jit` with a weight whose classes are sharded, over how many devices, or a multiple; it must
         divide V. Without it XLA gathers the whole weight on every device. It gathers hidden where blocks cut tokens
         that are sharded too: for these use axis_name. Axes of type `AxisType.Explicit` are an error outside
@@ -176,7 +177,7 @@ def linear_cross_entropy_sum(
         log_weights, precision, axis_name, shards: as in `linear_cross_entropy`; labels of one token are one integer, or
         a distribution.
       token_weights: w, broadcastable to `[...]`; differentiable. None: 1. A token with weight 0 and a label out of
-        range counts nothing.
+        range adds 0.
       block_size: as there; where products are kept, they are the tokens of a block times V.
     Returns: a number, float32 at least. Forward mode and Hessian products work; they, and derivatives by anything but
       hidden, weight, bias and token_weights, take the rule of `linear_cross_entropy`, as does all with `shards`. With

@@ -265,11 +265,12 @@ def cross_entropy(
     ∂(−l_y)/∂z = (p − 1_y) s     (MATH 7.1)
 
     With phi=taylor(2) it is the log-Taylor softmax's loss, with phi=spherical(ε) the log-spherical softmax's; with a
-    margin the soft-margin softmax's, and with margin and phi=taylor(n) SM-Taylor's. A temperature is logits / T.
+    margin the soft-margin softmax's, and with margin and phi=taylor(n) SM-Taylor's. For a temperature T
+    pass logits / T.
 
     Args:
-      logits: scores `[..., K]`, of a floating dtype. Of many classes in bfloat16 no wider copy is made, with phi=exp
-        and neither margin nor log_weights.
+      logits: scores `[..., K]`, of a floating dtype. Many classes in bfloat16 are read without a wider copy if phi=exp
+        and there is neither a margin nor log_weights.
       labels: integers `[...]`, the class y; or, if floating, distributions q `[..., K]`: then −l_y is −Σ q l, and
         q takes part in the derivatives; or `TopTargets`, k classes of each row and the rest as one, without
         label_smoothing     (MATH 7.8). Over several class axes an integer is a flat index, as in optax.
@@ -333,14 +334,14 @@ def focal_cross_entropy(
     log_weights: ArrayLike | None = None,
     axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
-    """Focal loss: cross-entropy that counts the rows less that are right already.
+    """Focal loss: cross-entropy that down-weights rows that are already classified correctly.
 
     loss = α_y (1 − p_y)^γ (−l_y);  for distributions Σ q (1 − p)^γ (−l)     (MATH 7.3)
 
     Args:
       logits, labels, axis, where, phi, ignore_label, log_weights, axis_name: as in `cross_entropy`.
       gamma: γ ≥ 0, one number, may be traced; 0 is cross-entropy.
-      class_weights: α, of the class axes' shape, as in `cross_entropy`. The factor (1 − p_y)^γ knows nothing of them.
+      class_weights: α, of the class axes' shape, as in `cross_entropy`. The factor (1 − p_y)^γ does not depend on them.
     Returns: `[...]`, as `cross_entropy`; 1 − p_y keeps its digits. For 0 < γ < 1 the second derivative is infinite
       where p_y = 1.
     Raises: as `cross_entropy`.
@@ -370,14 +371,14 @@ def poly_cross_entropy(
     log_weights: ArrayLike | None = None,
     axis_name: AxisName = None,
 ) -> Float[Array, "..."]:
-    """Poly-1 cross-entropy: the first term of its series in 1 − p has another weight.
+    """Poly-1 cross-entropy: another weight for the first term of its series in 1 − p.
 
     loss = α_y (−l_y + ε (1 − p_y));  for distributions Σ q (−l + ε (1 − p))     (MATH 7.4)
 
     Args:
       logits, labels, axis, where, phi, ignore_label, log_weights, axis_name: as in `cross_entropy`.
       epsilon: ε, one number, may be traced; 0 is cross-entropy.
-      class_weights: α, of the class axes' shape, as in `cross_entropy`; p_y knows nothing of them.
+      class_weights: α, of the class axes' shape, as in `cross_entropy`; p_y does not depend on them.
     Returns: `[...]`, as `cross_entropy`; 1 − p_y keeps its digits.
     Raises: as `cross_entropy`.
     Source: Leng et al. 2022, equation 6.

@@ -75,7 +75,7 @@ def kl_to_target(
     D = Σ q (log q − log p);   ∂D/∂z = (Q p − q) s, Q = Σ q;   ∂D/∂q = log q − log p + 1     (MATH 7.5)
 
     Cross-entropy less the target's own entropy: 0 where p = q, and small differences keep their digits. For a target
-    given by scores, `jsoftmax.kl_divergence`.
+    given by scores use `jsoftmax.kl_divergence`.
 
     Args:
       logits, axis, where, phi, log_weights: as in `cross_entropy`.
