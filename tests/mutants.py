@@ -45,7 +45,7 @@ class Mutant(NamedTuple):
 
 
 ORACLE, DIGITS, EDGES, CASES = (f"tests/test_{name}.py" for name in ("oracle", "digits", "edges", "cases"))
-PRODUCERS, LOSSES, SPARSE, HEADS = (f"tests/test_{name}.py" for name in ("producers", "losses", "sparse", "heads"))
+LOSSES, SPARSE, HEADS = (f"tests/test_{name}.py" for name in ("losses", "sparse", "heads"))
 OPERATORS, OPTIM, GUMBEL, ORDERS = (f"tests/test_{name}.py" for name in ("operators", "optim", "gumbel", "orders"))
 PHI, MIXTURES, SHARDED, MACHINERY = (
     f"tests/test_{name}.py" for name in ("phi", "mixtures", "sharded", "heads_machinery")
@@ -53,7 +53,7 @@ PHI, MIXTURES, SHARDED, MACHINERY = (
 SUMS, TRANSFORMATIONS, SAMPLED = (f"tests/test_{name}.py" for name in ("sums", "transformations", "heads_sampled"))
 QUADRATIC, FACTORED, ADAPTIVE = (f"tests/test_heads_{name}.py" for name in ("quadratic", "factored", "adaptive"))
 TOP = "tests/test_top_targets.py"
-HEADS_SHARDED = "tests/test_heads_sharded.py"
+SEGMENTS, TRUNCATION, ATTENTION = (f"tests/test_{name}.py" for name in ("segments", "truncation", "attention"))
 
 MUTANTS = (
     # φ: slopes, curvatures, domains
@@ -74,7 +74,7 @@ MUTANTS = (
     Mutant("phi/base.py", "    if jax.tree.leaves(live):", "    if False:", f"{TRANSFORMATIONS} -k spherical"),
     # series
     Mutant("_series.py", "total * y**2 + 1 / (2 * k + 1)", "total * y**2 + 1 / (2 * k + 3)", f"{ORACLE} -k softplus"),
-    Mutant("_series.py", "return s, s * sigmoid(-z) * z_dot", "return s, s * (1 - s) * z_dot", f"{PHI} {MIXTURES}"),
+    Mutant("_series.py", "return s, s * sigmoid(-z) * z_dot", "return s, s * (1 - s) * z_dot", f"{PHI} -k sigmoid_near_one"),
     Mutant("_series.py", "return expm1(y), jnp.exp(y) * y_dot", "return expm1(y), (expm1(y) + 1) * y_dot", f"{CASES} -k small"),
     Mutant("_series.py", "1 - r / k * total", "1 + r / k * total", f"{ORACLE} -k kl_"),
     Mutant("_series.py", "1 + y_near / k * total", "1 - y_near / k * total", f"{ORACLE} -k entmax"),
@@ -92,7 +92,7 @@ MUTANTS = (
     Mutant("sums/reference.py", "return (rest + (1 - e)) / (1 + rest)", "return 1 - e / (1 + rest)", f"{ORACLE} -k confident"),
     Mutant("sums/reference.py", "jnp.where(jnp.isneginf(x), 0, centred_rate(x, x_dot, axis, axis_name))", "centred_rate(x, x_dot, axis, axis_name)", f"{EDGES} -k 'test_rows and log_softmax'"),
     Mutant("sums/reference.py", "coefficients = jnp.where(is_label, at_label, p)", "coefficients = p", f"{ORACLE} -k cross_entropy"),
-    Mutant("sums/cpu/rows.py", "return jnp.minimum(largest, x) - peak", "return x - peak", f"{PRODUCERS} -k every_producer"),
+    Mutant("sums/cpu/rows.py", "return jnp.minimum(largest, x) - peak", "return x - peak", f"{CASES} -k long_row"),
     Mutant("sums/cpu/rows.py", "jnp.where(e == 0, 0, u + m), not_negative", "jnp.where(e == 0, 0, u - m), not_negative", f"{SUMS} -k equals_the_reference"),
     Mutant("sums/cpu/rates.py", "of_others + p_y * x_dot_y, of_kept", "of_others, of_kept", f"{SUMS} -k equals_the_reference"),
     # entropies and divergences
@@ -160,6 +160,16 @@ MUTANTS = (
     Mutant("optim.py", "(B.mv(forward(v)) / rows)", "B.mv(forward(v))", OPTIM),
     Mutant("optim.py", "_along(residual, new_size / size, direction)", "_along(residual, 0 * size, direction)", OPTIM),
     Mutant("optim.py", "_along(product(v), strength, v)", "_along(product(v), -strength, v)", OPTIM),
+    # ragged rows, truncated laws, attention
+    Mutant("segments.py", "x_dot, layout)[0] - spread(layout, ids, total)", "x_dot, layout)[0] + spread(layout, ids, total)", f"{SEGMENTS} -k padded_rows"),
+    Mutant("segments.py", "out.complement * x_dot - beside[..., 0]", "out.complement * x_dot + beside[..., 0]", f"{SEGMENTS} -k near_1"),
+    Mutant("segments.py", "jnp.where(peak == jnp.inf, peak, peak + log_total)", "peak + log_total", f"{SEGMENTS} -k edges"),
+    Mutant("truncation.py", "above < limit, 0, 1)", "above <= limit, 0, 1)", f"{TRUNCATION} -k sorted_reference"),
+    Mutant("truncation.py", "kept &= (bits >= least) | (top_p >= 1)", "kept &= (bits > least) | (top_p >= 1)", f"{TRUNCATION} -k sorted_reference"),
+    Mutant("attention/_mean.py", "-(1 + jnp.where(p == 0, 0, u)", "-(jnp.where(p == 0, 0, u)", f"{ATTENTION} -k options"),
+    Mutant("attention/_mean.py", "factor * (part.gap + total * jnp.minimum(fall, FAR))", "factor * (part.gap - total * jnp.minimum(fall, FAR))", f"{ATTENTION} -k options"),
+    Mutant("attention/_mean.py", "jnp.where(query < given.query_lengths[:, None, None, None], x, -jnp.inf)", "x", f"{ATTENTION} -k sink"),
+    Mutant("attention/_blocks.py", "bias = jnp.where(kept, bias, 0)", "bias = 1.0 * bias", f"{ATTENTION} -k left_out"),
 )  # fmt: skip
 
 

@@ -1,13 +1,14 @@
 """Streaming heads: memory of every mode, narrow dtypes, digits, edges, sharded tokens, wrong calls."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sharding
-from cells import product, some
+from cells import covering, product, some
 from jax.sharding import PartitionSpec
 from platforms import as_on_accelerators
 
@@ -183,9 +184,18 @@ MODES = {
 }
 
 
+FEW_MODES = ["gradient", "hvp in a scan", "reverse over reverse", "vmap"]
+"""What the others are parts of, or the same scans as."""
+FUNCTIONS = [loss, statistics, summed, kl, jsd, top, several]
+OF_MEMORY = covering(FEW_MODES, FUNCTIONS, met=[(0, 1)])
+OF_MEMORY += [
+    pytest.param(*cell, marks=pytest.mark.full) for cell in itertools.product(MODES, FUNCTIONS) if cell not in OF_MEMORY
+]
+
+
 @pytest.mark.parametrize(
     ("mode", "f"),
-    product(list(MODES), [loss, statistics, summed, kl, jsd, top, several], met=[(0, 1)]),
+    OF_MEMORY,
     ids=lambda a: getattr(a, "__name__", a),
 )
 def test_no_array_of_tokens_by_classes(mode, f):

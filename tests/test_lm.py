@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import some
 
 import jsoftmax as js
 from jsoftmax import cli
@@ -159,7 +160,7 @@ def plain_log_prob(head, above, hidden, phi):
     return np.log(w / w.sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("head", _lm_heads.HEADS)
+@pytest.mark.parametrize("head", some(_lm_heads.HEADS, ["streaming", "factored"]))
 def test_each_head_learns_and_its_perplexity_is_the_definition(head, corpus):
     phi, end = _lm_heads.choose_phi(head, None), corpus.words.index(END)
     job = lm.Job(head, None, (_lm_heads.HEADS[head].rate, _lm_heads.HEADS[head].sgd_rate), corpus)

@@ -9,8 +9,8 @@ import pytest
 from cells import product
 
 import jsoftmax as js
+from jsoftmax import _series, verify
 from jsoftmax import phi as phi_room
-from jsoftmax import verify
 
 MORE = (js.taylor(6), js.taylor(8), js.q_exponential(1.0001), js.relu_power(3, 0.1), js.relu_power(1.0, 1.0))
 BUILT_IN = [phi for phi in (*js.PHIS, *MORE) if phi.name != "from_callable"]
@@ -58,6 +58,11 @@ def test_relu_itself_has_finite_curvature():
     z = jnp.array([2e-38, 0.5, 0.0])
     hessian = jax.hessian(lambda z: js.entropy(z, phi=js.relu_power(1.0, 0.1)))(z)
     assert np.all(np.isfinite(hessian))
+
+
+def test_the_slope_of_a_sigmoid_near_one_keeps_its_digits():
+    """σ(z) σ(−z), in which σ is 1 in float32."""
+    np.testing.assert_allclose(jax.grad(_series.sigmoid)(jnp.array(20.0)), np.exp(-20.0), rtol=1e-6)
 
 
 HARD_ROWS = [[-90.0, -95.0, -110.0], [5.0, -120.0, 0.0], [-100.0, -100.0, -101.0], [300.0, -9e3, 0.0]]

@@ -16,6 +16,7 @@ import pytest
 import jsoftmax as js
 from jsoftmax import heads
 from jsoftmax.heads import adaptive, factored
+from jsoftmax.verify import jit_formulas
 
 CLASSES, WIDTH, IGNORED = 60, 8, -100
 RNG = np.random.default_rng(0)
@@ -75,7 +76,7 @@ def test_accumulated_token_means():
     def mean(parameters):
         return plain_total(parameters, TOKENS, LABELS) / counted(LABELS)
 
-    assert_close(jax.jit(accumulated)(parameters()), jax.jit(jax.value_and_grad(mean))(parameters()))
+    assert_close(jit_formulas(accumulated)(parameters()), jit_formulas(jax.value_and_grad(mean))(parameters()))
 
 
 def test_multi_steps_of_bfloat16_parameters():
@@ -83,7 +84,7 @@ def test_multi_steps_of_bfloat16_parameters():
     optimizer = optax.MultiSteps(optax.sgd(0.5), every_k_schedule=4)
     start = parameters(jnp.bfloat16)
 
-    @jax.jit
+    @jit_formulas
     def step(parameters, state, tokens, labels):
         gradient = jax.grad(lambda p: total(p, tokens, labels) / 6)(parameters)
         assert {a.dtype for a in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.bfloat16)}
@@ -95,7 +96,7 @@ def test_multi_steps_of_bfloat16_parameters():
         made, state = step(made, state, TOKENS[i], LABELS[i])
     assert {a.dtype for a in jax.tree.leaves(made)} == {jnp.dtype(jnp.bfloat16)}
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), start)
-    gradient = jax.jit(jax.grad(lambda p: plain_total(p, TOKENS, LABELS) / 24))(wide)
+    gradient = jit_formulas(jax.grad(lambda p: plain_total(p, TOKENS, LABELS) / 24))(wide)
     assert_close(made, jax.tree.map(lambda p, g: p - 0.5 * g, wide, gradient), 0.02)
 
 
@@ -103,10 +104,10 @@ def test_multi_steps_of_bfloat16_parameters():
 def test_checkpointed_layers(policy):
     """`jax.checkpoint` on the layers, and on the layers with the head."""
     checkpoint = functools.partial(jax.checkpoint, policy=policy)
-    wanted = jax.jit(jax.value_and_grad(plain_total))(parameters(), TOKENS, LABELS)
+    wanted = jit_formulas(jax.value_and_grad(plain_total))(parameters(), TOKENS, LABELS)
     of_layers = functools.partial(total, layer=checkpoint(layer))
     for f in (of_layers, checkpoint(total)):
-        assert_close(jax.jit(jax.value_and_grad(f))(parameters(), TOKENS, LABELS), wanted)
+        assert_close(jit_formulas(jax.value_and_grad(f))(parameters(), TOKENS, LABELS), wanted)
 
 
 def test_a_head_behind_each_layer_of_a_scan():
@@ -127,12 +128,12 @@ def test_a_head_behind_each_layer_of_a_scan():
         picked = jnp.take_along_axis(log_p, jnp.where(LABELS == IGNORED, 0, LABELS)[..., None], -1)[..., 0]
         return -jnp.sum(jnp.where(LABELS == IGNORED, 0, picked))
 
-    @functools.partial(jax.jit, static_argnums=0)
     def results(head, parameters):
         f = jax.value_and_grad(functools.partial(scanned, head=head))
         return jax.jvp(f, (parameters,), (jax.tree.map(jnp.cos, parameters),))
 
-    assert_close(results(streamed, parameters()), results(plain, parameters()), 1e-3)
+    found, want = (jit_formulas(functools.partial(results, head))(parameters()) for head in (streamed, plain))
+    assert_close(found, want, 1e-3)
 
 
 def saved_and_loaded(tree, path):
@@ -148,14 +149,14 @@ def test_checkpoints_go_on_as_if_nothing_had_been(tmp_path):
     hidden, labels = jax.random.normal(jax.random.key(1), (24, WIDTH)), jnp.abs(LABELS.ravel()) % CLASSES
     optimizer = optax.adam(0.1)
 
-    @jax.jit
+    @jit_formulas
     def adaptive_step(made):
         params, state = made
         gradient = jax.grad(lambda params: -adaptive.log_prob(params, hidden, labels).mean())(params)
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(params, updates), state
 
-    @jax.jit
+    @jit_formulas
     def factored_step(state):
         loss = factored.log_loss(js.taylor(2))
         return factored.loss_and_update(state, hidden, labels, 0.1, loss=loss).state
