@@ -32,7 +32,7 @@ def test_equals_dense(name, phi):
         z = batch(phi).astype(jnp.float64)
         v, b = jnp.sin(1 + z), jnp.cos(2 * z)
 
-        @jax.jit
+        @verify.jit_formulas
         def results(z, v, b):
             A = OPERATORS[name](z, phi=phi)
             damping = 0.1 - jnp.minimum(jnp.min(A.d, -1), 0)
@@ -54,6 +54,15 @@ def test_equals_dense(name, phi):
         )
         for a, w in zip(got, want, strict=True):
             np.testing.assert_allclose(a, w, rtol=1e-9, atol=1e-12 * np.max(np.abs(w)))
+
+
+def test_sign_of_a_diagonal_below_0():
+    """One of three entries."""
+    u = jnp.array([[1.0], [0.5], [0.25]])
+    A = js.DiagonalPlusLowRank(jnp.array([2.0, -1.0, 3.0]), u, u)
+    sign, logabs = A.slogdet()
+    assert sign == -1
+    np.testing.assert_allclose(logabs, np.linalg.slogdet(A.as_matrix())[1], rtol=1e-6)
 
 
 def test_some_are_indefinite():
@@ -165,7 +174,8 @@ def test_lives_inside_transformations():
         return jnp.sum(jnp.linalg.solve(jax.jacobian(jax.nn.softmax)(z) + 0.5 * jnp.eye(4), v) ** 2)
 
     for transform in (jax.grad, jax.hessian):
-        np.testing.assert_allclose(transform(through)(z[0]), transform(dense)(z[0]), rtol=2e-4, atol=1e-5)
+        found, want = (verify.jit_formulas(transform(f))(z[0]) for f in (through, dense))
+        np.testing.assert_allclose(found, want, rtol=2e-4, atol=1e-5)
     assert repr(A) == "DiagonalPlusLowRank(shape=(3, 4, 4), rank=2)"
 
 
