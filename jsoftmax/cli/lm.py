@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", type=pathlib.Path, metavar="FILE", help="your own text; its last tenth is held out")
     packages, default = list(_corpus.PACKAGES), _corpus.HELD_OUT
-    text.add_argument("--hold-out", choices=packages, default=default, help=f"the package held out (default {default})")
+    which = f"the package held out (default {default}): {', '.join(packages)}"
+    text.add_argument("--hold-out", choices=packages, default=default, metavar="PACKAGE", help=which)
     parser.add_argument("--quick", action="store_true", help="a small text, Python's help topics if none is given")
     help_rate = "Adam's, and that of the factored head's SGD (default: tuned for each head)"
     parser.add_argument("--learning-rate", type=float, nargs="+", metavar="R", help=help_rate)
