@@ -51,9 +51,18 @@ _OTHERS_NAMES = {
     "weights": "class_weights",
     "mask": "where",
     "tau": "temperature",
-    "reduction": None,
+    "num_samples": "shape",
+    "p": "top_p",
 }
-"""Keywords of PyTorch and others, and ours; None: there is none, and `answer` says what to write instead."""
+"""Keywords of PyTorch and others, and ours."""
+
+_WRITTEN_ELSEWHERE = {
+    "reduction": "Results are one number a row: write jnp.mean(…) or jnp.sum(…) around the call",
+    "base": "Results are in nats: divide by jnp.log(base)",
+    "dtype": "Results have the scores' dtype, or float32 where classes are reduced: write .astype(…) around the call",
+    "temperature": "Divide the scores: z / temperature",
+}
+"""Keywords of others for which there is none here, and what to write instead."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -84,15 +93,16 @@ def public(f: _Function) -> _Function:
     parameters = signature.parameters
     names, all_plain = tuple(parameters), _all_plain
     compiled = jax.jit(f, static_argnames=tuple(_STATIC & parameters.keys()))
-    foreign = {name: ours for name, ours in _OTHERS_NAMES.items() if name not in parameters}
+    foreign = {name for name in (*_OTHERS_NAMES, *_WRITTEN_ELSEWHERE) if name not in parameters}
 
     def answer(name: str) -> str:
-        if name == "reduction":
-            return "Results are one number a row: write jnp.mean(…) or jnp.sum(…) around the call"
-        return f"Write {foreign[name]}=…" if foreign[name] in parameters else f"There is no {foreign[name]}= either"
+        if name in _WRITTEN_ELSEWHERE:
+            return _WRITTEN_ELSEWHERE[name]
+        ours = _OTHERS_NAMES[name]
+        return f"Write {ours}=…" if ours in parameters else f"There is no {ours}= either"
 
     def call(*args: Any, **keywords: Any) -> Any:
-        for name in keywords.keys() & foreign.keys():
+        for name in keywords.keys() & foreign:
             raise TypeError(
                 f"{f.__name__}: an unexpected keyword {name}=; wanted some of {', '.join(parameters)}. {answer(name)}."
             )
