@@ -15,6 +15,7 @@ from jsoftmax import maps
 from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
 from jsoftmax.checks.arguments import Axis, all_known, canonical_axis, is_concrete_number, per_row, public, read
 from jsoftmax.checks.labels import Labelled, check_labelled
+from jsoftmax.checks.top_targets import reject_top_targets
 from jsoftmax.sharding import is_label
 from jsoftmax.sums import difference, weighted_deviations
 
@@ -374,6 +375,7 @@ def fenchel_young_loss(
     Array([0.18437..., 0.        ], dtype=float32)
     """
     function = "fenchel_young_loss"
+    reject_top_targets(function, "labels", labels)
     given = check_labelled(function, logits, labels, axis, where, ignore_label=ignore_label)
     shape = jnp.shape(logits)
     axes = canonical_axis(function, axis, len(shape))

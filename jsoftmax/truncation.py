@@ -68,7 +68,8 @@ def _is_kept(x: Array, axis: tuple[int, ...], top_k: Array | None, top_p: Array 
     """
     x = lax.stop_gradient(x)
     bits, x = _ordered_bits(x), arguments.read(x)
-    u = difference(x, jnp.max(x, axis, keepdims=True, initial=-jnp.inf))
+    peak = jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
+    u = difference(x, peak)
     kept = x > -jnp.inf
     if top_k is not None:
         kept &= bits >= _threshold(bits, jnp.array(1), jnp.maximum(top_k, 1), axis)
@@ -80,7 +81,7 @@ def _is_kept(x: Array, axis: tuple[int, ...], top_k: Array | None, top_p: Array 
     if min_p is not None:
         kept &= u >= jnp.minimum(jnp.log(min_p), 0)  # the mode stays
     bad = jnp.any(~(x < jnp.inf), axis, keepdims=True)
-    return kept | bad
+    return kept | bad | (x == peak)
 
 
 @public
@@ -139,6 +140,8 @@ def truncate(
         if not arguments.all_known(value, lambda a: (a >= low) & (a <= high)):
             bounds = "an integer >= 1" if math.isinf(high) else f"in {'(' if low else '['}0, 1]"
             raise ValueError(f"{function}: {argument} must be {bounds}; got {value}. Leave it out to cut nothing.")
+        if arguments.is_int(value):
+            value = min(value, 2**31 - 1)
         return arguments.per_row(function, argument, value, x.shape, axes=axes, dtype=dtype)
 
     if top_k is not None and not jnp.issubdtype(jnp.result_type(top_k), jnp.integer):

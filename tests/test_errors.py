@@ -110,6 +110,8 @@ SCORES = [
 
 KEY, LABELS, HIDDEN, WEIGHT = jax.random.key(0), jnp.array([0, 1]), jnp.zeros((4, 5)), jnp.zeros((7, 5))
 
+TOP = losses.TopTargets(jnp.array([[0], [1]]), jnp.ones((2, 1)))
+
 FROM_ELSEWHERE = [  # as other libraries are called, or with an object of the wrong kind
     (lambda: js.softmax(Z, dim=-1), TypeError, "softmax: an unexpected keyword dim=", "axis=…"),
     (lambda: js.softmax(Z, mask=None), TypeError, "softmax: an unexpected keyword mask=", "where=…"),
@@ -117,6 +119,10 @@ FROM_ELSEWHERE = [  # as other libraries are called, or with an object of the wr
     (lambda: js.entropy(Z, base=2), TypeError, "entropy: an unexpected keyword base=", "jnp.log(base)"),
     (lambda: js.truncate(Z, p=0.5), TypeError, "truncate: an unexpected keyword p=", "Write top_p="),
     (lambda: js.gumbel.categorical(KEY, Z, num_samples=2), TypeError, "keyword num_samples=", "Write shape="),
+    *(
+        (lambda f=f: raw(f)(Z, TOP), TypeError, f"{f.__name__}: labels must be integers or a distribution; got TopT")
+        for f in (js.fenchel_young_loss, losses.spherical_z_loss, losses.log_prob)
+    ),
     (lambda: losses.cross_entropy(Z, LABELS, ignore_index=-1), TypeError, "cross_entropy: ", "ignore_label=…"),
     (lambda: losses.cross_entropy(Z, LABELS, weight=None), TypeError, "cross_entropy: ", "class_weights=…"),
     (lambda: gumbel.gumbel_softmax(KEY, Z, tau=0.5), TypeError, "gumbel_softmax: ", "temperature=…"),

@@ -300,6 +300,31 @@ def test_jensen_shannon():
             np.testing.assert_allclose(found, heads.linear_kl(p, weight, q, weight), rtol=1e-5)
 
 
+def test_jensen_shannon_beside_its_ends():
+    """Gradients of little weight keep their digits; at an end they are 0, and by β the divergence of the other side."""
+    no_scores, flat = jnp.ones((1, 1)), jnp.zeros((2, 1))
+    a, b = jnp.array([0.0, -3.0]), jnp.array([-3.0, 0.0])
+
+    @jax.jit
+    def gradients(a, b, beta):
+        def divergence(a, b, beta):
+            return jnp.sum(heads.linear_jsd(no_scores, flat, no_scores, flat, a, b, beta=beta))
+
+        return jax.grad(divergence, (0, 1, 2))(a, b, beta)
+
+    for beta in (1e-8, 1e-5, 1e-3):
+        with jax.enable_x64(True):
+            weight = np.float64(np.float32(beta))
+            p, q = (np.exp(np.float64(z)) / np.sum(np.exp(np.float64(z))) for z in (a, b))
+            r = -np.log1p(weight * (p / q - 1))
+            want = (1 - weight) * q * (r - np.sum(q * r))
+        np.testing.assert_allclose(gradients(a, b, beta)[1], want, rtol=3e-6)
+    for beta, sign in ((0.0, 1), (1.0, -1)):
+        by_a, by_b, by_beta = gradients(100 * a / 3, 100 * b / 3, beta)
+        np.testing.assert_array_equal([by_a, by_b], 0)
+        np.testing.assert_allclose(by_beta, sign * 100, rtol=1e-6)
+
+
 def test_jensen_shannon_of_near_and_far_heads():
     """Equal heads have 0, near ones their digits, far ones log 2; the ends have 0; derivatives are finite."""
     hidden, weight, _ = arrays(jnp.float32)

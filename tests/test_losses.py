@@ -129,6 +129,27 @@ def test_log_prob(phi):
         np.testing.assert_allclose(one, -cross_entropy(z, several[0], phi=phi), rtol=1e-14)
 
 
+def test_a_weight_of_a_class_that_a_mask_leaves_out_counts_nothing():
+    z, where = jnp.array([0.0, 1.0, 2.0]), jnp.array([False, True, True])
+    weights = jnp.array([np.inf, 1.0, 3.0])
+    found = losses.cross_entropy(z, jnp.array([0.0, 0.5, 0.5]), where=where, class_weights=weights)
+    np.testing.assert_allclose(found, 0.5 * 1.3132617 + 1.5 * 0.3132617, rtol=1e-6)
+
+
+def test_several_labels_of_sharded_classes_keep_the_digits_of_a_sure_one():
+    mesh = jax.make_mesh((4,), ("classes",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec, whole = jax.sharding.PartitionSpec(None, "classes"), jax.sharding.PartitionSpec()
+    labels = jnp.array([[2, 5], [2, 2]])  # two of each of two rows
+    z = jnp.zeros((2, 8)).at[0, 2].set(60.0).at[1, 5].set(50.0)
+
+    def of_parts(z):
+        return losses.log_prob(z, labels, axis_name="classes")
+
+    parts = jax.shard_map(of_parts, mesh=mesh, in_specs=spec, out_specs=whole)
+    for f in (jax.jit, lambda f: jax.jit(jax.grad(lambda z: f(z).sum()))):
+        np.testing.assert_allclose(f(parts)(z), f(lambda z: losses.log_prob(z, labels))(z), rtol=1e-5)
+
+
 def test_log_prob_of_draws_of_any_shape():
     z, mask = jnp.asarray(Z, jnp.float32), jnp.asarray(KEEP)
     draws = jax.random.randint(jax.random.key(0), (5, 2, 3), 0, 4)

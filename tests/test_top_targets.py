@@ -223,3 +223,21 @@ def test_options_of_labels(keyword):
     ):
         with pytest.raises(ValueError, match=f"{next(iter(keyword))} must be left out where labels are"):
             f(*given, top, **keyword)
+
+
+def test_derivatives_of_little_mass_that_is_shared_out():
+    z, indices = jnp.array([0.0, 1.0, 2.0]), jnp.array([0, 1])
+
+    def loss(q):
+        return losses.cross_entropy(z, TopTargets(indices, q, "renormalise"))
+
+    np.testing.assert_allclose(jax.grad(loss)(jnp.array([1e-20, 3e-20])), [1.875e19, -6.25e18], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_scores_under_strict_promotion(dtype):
+    z, target = jnp.array([[0, 1, 2]], dtype), TopTargets(jnp.array([[0]]), jnp.array([[0.5]], dtype))
+    wide = TopTargets(target.indices, target.probabilities.astype(jnp.float32))
+    with jax.numpy_dtype_promotion("strict"):
+        for f in (losses.cross_entropy, losses.focal_cross_entropy, losses.poly_cross_entropy, losses.kl_to_target):
+            np.testing.assert_allclose(f(z, target), f(z.astype(jnp.float32), wide), rtol=1e-6)

@@ -100,11 +100,13 @@ def test_edges():
         got = js.truncate(z, **options)
         np.testing.assert_array_equal(got[:3], z[:3])
         np.testing.assert_array_equal(got[3], [-INF, 1.0, -INF])
-    for options in ({"top_k": 0}, {"top_p": 0.0}, {"top_k": -3}, {"min_p": 1.5}):  # traced: at least one class stays
+    out_of_range = [{"top_k": 0}, {"top_p": 0.0}, {"top_k": -3}, {"min_p": 1.5}, {"top_p": np.nan}, {"min_p": np.nan}]
+    for options in out_of_range:  # traced: at least one class stays
         got = jax.jit(lambda options: js.truncate(z[3], **options))(options)
         np.testing.assert_array_equal(got, [-INF, 1.0, -INF])
     assert js.truncate(jnp.zeros((2, 0)), top_k=1).shape == (2, 0)
     np.testing.assert_array_equal(js.truncate(z[3], top_p=1.0, min_p=0.0, top_k=99), z[3])
+    np.testing.assert_array_equal(js.truncate(z[3], top_k=2**40), z[3])
 
 
 @pytest.mark.parametrize(

@@ -77,3 +77,12 @@ def reject_of_all_classes(function: str, **options: Any) -> None:
                 f"{function}: {name} must be left out where labels are TopTargets; got {value}. The rest of the "
                 "classes is one: change the probabilities, or tail=…, which says what becomes of the rest of the mass."
             )
+
+
+def reject_top_targets(function: str, argument: str, value: Any) -> None:
+    """For what takes labels or whole distributions alone."""
+    if isinstance(value, TopTargets):
+        raise TypeError(
+            f"{function}: {argument} must be integers or a distribution; got TopTargets. losses.cross_entropy, "
+            "losses.kl_to_target and heads.linear_cross_entropy take them."
+        )

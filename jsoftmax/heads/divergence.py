@@ -105,16 +105,27 @@ def _log_ratios(p: Array, q: Array, beta: Array, log_p: Array, log_q: Array) -> 
     delta = jnp.where(there, log_p, 0) - jnp.where(there, log_q, 0)
     near = jnp.abs(delta) < _NEAR
     d = jnp.where(near, delta, 0)
-    larger = delta > 0
-    sum_of_both = jnp.where(larger, beta, 1 - beta) + jnp.where(larger, 1 - beta, beta) * jnp.exp(-jnp.abs(delta))
-    of_larger = -jnp.log(jnp.maximum(sum_of_both, jnp.finfo(delta.dtype).tiny))
-    of_smaller = of_larger - jnp.abs(delta)
-    r_p = jnp.where(near, -jnp.log1p((1 - beta) * jnp.expm1(-d)), jnp.where(larger, of_larger, of_smaller))
-    r_q = jnp.where(near, -jnp.log1p(beta * jnp.expm1(d)), jnp.where(larger, of_smaller, of_larger))
+    of_larger, of_smaller = _far_ratios(delta > 0, jnp.where(near, 1, jnp.abs(delta)), beta)
+    r_p = jnp.where(near, -jnp.log1p((1 - beta) * jnp.expm1(-d)), jnp.where(delta > 0, of_larger, of_smaller))
+    r_q = jnp.where(near, -jnp.log1p(beta * jnp.expm1(d)), jnp.where(delta > 0, of_smaller, of_larger))
     return jnp.where(p == 0, 0, r_p), jnp.where(q == 0, 0, r_q)
 
 
-_NEAR = 0.5
+def _far_ratios(p_is_larger: Array, a: Array, beta: Array) -> tuple[Array, Array]:
+    """log (larger/m) and log (smaller/m), a = |δ|, by log1p where they may be small  (MATH 11.8)."""
+    of_p, of_q = jnp.broadcast_arrays(beta, 1 - beta)
+    w_larger, w_smaller = jnp.where(p_is_larger, of_p, of_q), jnp.where(p_is_larger, of_q, of_p)
+    by_log1p = w_smaller <= 0.5
+    total = jnp.where(by_log1p, 1, w_larger + w_smaller * jnp.exp(-a))
+    lost = total < jnp.finfo(a.dtype).tiny  # where the larger has no weight, and e^−a underflows
+    by_log = jnp.where(lost, a - jnp.log(jnp.where(lost, w_smaller, 1)), -jnp.log(jnp.where(lost, 1, total)))
+    of_larger = jnp.where(by_log1p, -jnp.log1p(jnp.where(by_log1p, w_smaller * jnp.expm1(-a), 0)), by_log)
+    growth = w_larger * jnp.expm1(jnp.minimum(a, _NO_OVERFLOW))
+    small = (growth < 1) & ((a < _NO_OVERFLOW) | (w_larger == 0))
+    return of_larger, jnp.where(small, -jnp.log1p(jnp.where(small, growth, 0)), of_larger - a)
+
+
+_NEAR, _NO_OVERFLOW = 0.5, 80.0
 
 
 def _excess(p: Array, r: Array, m: Array) -> Array:

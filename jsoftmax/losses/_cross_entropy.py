@@ -18,7 +18,7 @@ from jsoftmax.checks.arguments import Axis, check_option, option_if_given, publi
 from jsoftmax.checks.labels import Labelled, check_labelled, reject_given
 from jsoftmax.checks.top_targets import TopTargets, reject_of_all_classes
 from jsoftmax.losses._top import row_of_top
-from jsoftmax.maps import normalize
+from jsoftmax.maps import normalize, zero_where
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sharding import AxisName, apply_to_rows, is_label, local_value_at_label, pick, psum
 from jsoftmax.sums import class_sum, difference, is_empty, not_negative
@@ -164,7 +164,10 @@ def _against(given: Labelled, x: Array, axis_name: AxisName) -> tuple[Array, Arr
     if given.by_top:
         return *row_of_top(given, x, axis_name), None
     q = given.targets()
-    return x, q if given.class_weights is None else q * given.class_weights, axis_name
+    if given.class_weights is not None:
+        q = q * given.class_weights
+        q = q if given.where is None else zero_where(~given.where, q)  # a weight may be infinite there
+    return x, q, axis_name
 
 
 def expected(q: Array, x: Array, n: Array) -> Array:

@@ -11,9 +11,10 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import maps
 from jsoftmax.checks.arguments import Axis, as_array, public, read, wide_integers
 from jsoftmax.checks.labels import APART, Labelled, check_labelled, in_range
+from jsoftmax.checks.top_targets import reject_top_targets
 from jsoftmax.losses._cross_entropy import negative_log_p
 from jsoftmax.phi import Phi, exp
-from jsoftmax.sharding import AxisName, local_value_at_label, pick, psum
+from jsoftmax.sharding import AxisName, pick
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
@@ -26,10 +27,13 @@ def _log_prob(given: Labelled, labels: Array, phi: Phi, axis_name: AxisName) -> 
     label, valid = in_range(jnp.broadcast_to(labels, shape), given.classes, axis_name)
     if front == 0:
         log_p = -negative_log_p(x, label[..., None], axis_name)[..., 0]
+    elif axis_name is not None:  # the rule of one label keeps the digits beside a p near 1, that of all classes not
+        of_one = jax.vmap(lambda label: -negative_log_p(x, label[..., None], axis_name)[..., 0])
+        log_p = of_one(label.reshape(-1, *shape[front:])).reshape(shape)
     else:
         last = jnp.moveaxis(label.reshape(-1, *shape[front:]), 0, -1)  # the labels of a row side by side
-        every = maps.log_p(x, (x.ndim - 1,), axis_name)
-        found = psum(local_value_at_label(lambda own: pick(every, own), last, given.classes, axis_name), axis_name)
+        every = maps.log_p(x, (x.ndim - 1,))
+        found = pick(every, last)
         log_p = jnp.moveaxis(found, -1, 0).reshape(shape)
     log_p = jnp.where(jnp.isneginf(log_p), lax.stop_gradient(log_p), log_p)
     log_p = jnp.where(valid, log_p, jnp.nan)
@@ -69,6 +73,7 @@ def log_prob(
            [-2.00000...e+01, -3.13261...e-01]], dtype=float32)
     """
     function = "log_prob"
+    reject_top_targets(function, "labels", labels)
     array = as_array(function, "labels", labels)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jsoftmax import maps
+from jsoftmax.checks.arguments import read
 from jsoftmax.checks.labels import Labelled, in_range
 from jsoftmax.checks.top_targets import TopTargets
 from jsoftmax.sharding import AxisName, has_label, local_label, pick, psum
@@ -16,6 +18,7 @@ def row_of_top(given: Labelled, x: Array, axis_name: AxisName) -> tuple[Array, A
     """Scores and targets `[..., k + 1]` of a row of scores `[..., K]`, whose classes may be sharded; those of the
     result are not."""
     top: TopTargets = given.labels
+    x = read(x)
     label, valid = in_range(top.indices, given.classes, axis_name)
     own, inside = local_label(label, given.classes, axis_name)
     inside = jnp.broadcast_to(inside, own.shape) & valid
@@ -41,6 +44,20 @@ def joined(top: TopTargets, x: Array, kept: Array, rest: Array, count: Any) -> t
     any_other = count > jnp.sum(kept, -1, keepdims=True, dtype=jnp.int32)
     left = jnp.where(any_other & (total < 1), 1 - total, 0) if top.tail == "class" else jnp.zeros_like(total)
     if top.tail == "renormalise":
-        given = given / jnp.where(total == 0, 1, total)
+        given = _ratio(given, jnp.where(total == 0, 1, total))
     q = jnp.concatenate([jnp.where(kept, given, 0), left], -1)
     return jnp.concatenate([jnp.where(kept, x, -jnp.inf), rest], -1), q
+
+
+@jax.custom_jvp
+def _ratio(a: Array, b: Array) -> Array:
+    """a/b, without the 1/b² of JAX's derivative, which overflows for a b of 1e-20."""
+    return a / b
+
+
+@_ratio.defjvp
+def _ratio_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """(ȧ − (a/b) ḃ)/b."""
+    (a, b), (a_dot, b_dot) = primals, tangents
+    ratio = _ratio(a, b)
+    return ratio, _ratio(a_dot - ratio * b_dot, b)

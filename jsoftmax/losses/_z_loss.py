@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax._series import log1p_exp
 from jsoftmax.checks.arguments import Axis, check_option, public, read
 from jsoftmax.checks.labels import Labelled, check_labelled
+from jsoftmax.checks.top_targets import reject_top_targets
 from jsoftmax.sharding import pick
 from jsoftmax.sums import difference
 
@@ -89,6 +90,7 @@ def spherical_z_loss(
     Array(0.21762..., dtype=float32)
     """
     function = "spherical_z_loss"
+    reject_top_targets(function, "labels", labels)
     given = check_labelled(function, logits, labels, axis, where, ignore_label=ignore_label)
     if not given.by_label:
         raise TypeError(
