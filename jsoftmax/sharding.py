@@ -199,6 +199,15 @@ def reshard_like(a: Array, like: Array) -> Array:
     return jax.sharding.reshard(a, jax.typeof(like).sharding) if has_explicit_sharding(like) else a
 
 
+def reshard_rows(a: Array, like: Array, axes: tuple[int, ...]) -> Array:
+    """Numbers of rows, of length 1 along the class axes, sharded in their type as the rows of `like` are."""
+    if not has_explicit_sharding(like):
+        return a
+    sharding = jax.typeof(like).sharding
+    spec = [None if i in axes else part for i, part in enumerate(sharding.spec)]
+    return jax.sharding.reshard(a, jax.NamedSharding(sharding.mesh, jax.P(*spec)))
+
+
 @functools.cache
 def even_length(classes: int, usual: int) -> int:
     """About the usual length, one that leaves no class over and a number of blocks with a factor of 8 or 16, so that an

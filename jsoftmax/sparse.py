@@ -16,7 +16,7 @@ from jsoftmax._series import excess_ratio, expm1_ratio, log1p_deficit
 from jsoftmax.checks.arguments import Axis, all_known, canonical_axis, is_concrete_number, per_row, public, read
 from jsoftmax.checks.labels import Labelled, check_labelled
 from jsoftmax.checks.top_targets import reject_top_targets
-from jsoftmax.sharding import is_label
+from jsoftmax.sharding import is_label, reshard_rows
 from jsoftmax.sums import difference, weighted_deviations
 
 # --- p = P [1 + (α − 1) v]_+^{1/(α−1)}, v = P^{1−α} u, u = z − max z, for the largest p, P ----------------------
@@ -260,10 +260,12 @@ def _map(  # noqa: PLR0917  (as the public functions have them)
         scores = jnp.where(mask, scores, -jnp.inf)
     moved = jnp.moveaxis(scores, axes, range(-len(axes), 0))
     flat = moved.reshape(*alpha.shape[:-1], math.prod(moved.shape[moved.ndim - len(axes) :]))
+    classes = (flat.ndim - 1,)
+    alpha = reshard_rows(alpha, flat, classes)
     if sink is not None:  # one more class, which is dropped
         last = per_row(function, "sink", sink, scores.shape, axes=axes, dtype=scores.dtype)
         last = jnp.moveaxis(last, axes, range(-len(axes), 0)).reshape(alpha.shape)
-        flat = jnp.concatenate([flat, last], -1)
+        flat = jnp.concatenate([flat, reshard_rows(last, flat, classes)], -1)
     p = _entmax(flat, alpha, power)
     p = (p if sink is None else p[..., :-1]).reshape(moved.shape)
     return jnp.moveaxis(p, range(-len(axes), 0), axes).astype(arguments.dtype)
@@ -386,6 +388,7 @@ def fenchel_young_loss(
 @functools.partial(jax.jit, static_argnames="power")
 def _loss(given: Labelled, alpha: Array, power: int) -> Array:
     z, (label, valid) = read(given.scores()), given.label()
+    alpha = reshard_rows(alpha, z, (z.ndim - 1,))
     if given.where is not None:
         z = jnp.where(given.where, z, -jnp.inf)
     if not given.by_label:

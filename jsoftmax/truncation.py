@@ -14,6 +14,7 @@ from jsoftmax import maps
 from jsoftmax.checks import arguments
 from jsoftmax.checks.arguments import Axis, public
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sharding import reshard_rows
 from jsoftmax.sums import class_sum, difference
 
 
@@ -45,7 +46,7 @@ def _threshold(bits: Array, weights: Array, limit: Array, axis: tuple[int, ...])
                 passed += jnp.where(above < limit, 0, 1).astype(bits.dtype)
             return found | (passed << shift)
 
-        first, start = length % digit, jnp.zeros_like(bits, shape=limit.shape)
+        first, start = length % digit, jnp.max(bits, axis, keepdims=True, initial=0) & 0  # sharded as the rows are
         rest = length - first
         if first:
             start = advance(start, jnp.array(rest, bits.dtype), 2**first)
@@ -142,7 +143,7 @@ def truncate(
             raise ValueError(f"{function}: {argument} must be {bounds}; got {value}. Leave it out to cut nothing.")
         if arguments.is_int(value):
             value = min(value, 2**31 - 1)
-        return arguments.per_row(function, argument, value, x.shape, axes=axes, dtype=dtype)
+        return reshard_rows(arguments.per_row(function, argument, value, x.shape, axes=axes, dtype=dtype), x, axes)
 
     if top_k is not None and not jnp.issubdtype(jnp.result_type(top_k), jnp.integer):
         raise TypeError(

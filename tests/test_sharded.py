@@ -343,6 +343,23 @@ def test_rows_in_explicit_mode(cut, classes):
         losses.cross_entropy(given[0], jnp.array(3), axis=None)
 
 
+def test_sparse_maps_and_truncation_of_rows_in_explicit_mode():
+    explicit, z, labels = mesh(AxisType.Explicit), scores(CLASSES)[0][:DEVICES], LABELS[:DEVICES]
+
+    def found(z, labels):
+        gradient = jax.grad(lambda z: jnp.sum(js.fenchel_young_loss(z, labels)))(z)
+        cut = js.truncate(z, top_k=3, top_p=0.9, min_p=0.01)
+        return js.entmax(z, 1.7, sink=0.5), js.sparsemax(z, sink=jnp.ones((DEVICES, 1))), gradient, cut
+
+    want = found(z, labels)
+    rows = NamedSharding(explicit, PartitionSpec("v"))
+    with jax.set_mesh(explicit):
+        got = jit_formulas(found)(jax.device_put(z, rows), jax.device_put(labels, rows))
+        for one, other in zip(got, want, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+            assert jax.typeof(one).sharding.spec[0] == "v"
+
+
 @pytest.mark.parametrize("draw", [gumbel.categorical, lambda key, z, **o: gumbel.gumbel_top_k(key, z, 2, **o).indices])
 def test_keys_that_differ(draw):
     """A key with the device's number in it would draw classes that do not exist."""
