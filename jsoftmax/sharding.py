@@ -204,8 +204,8 @@ def reshard_rows(a: Array, like: Array, axes: tuple[int, ...]) -> Array:
     if not has_explicit_sharding(like):
         return a
     sharding = jax.typeof(like).sharding
-    spec = [None if i in axes else part for i, part in enumerate(sharding.spec)]
-    return jax.sharding.reshard(a, jax.NamedSharding(sharding.mesh, jax.P(*spec)))
+    spec = PartitionSpec(*(None if i in axes else part for i, part in enumerate(sharding.spec)))
+    return jax.sharding.reshard(a, NamedSharding(sharding.mesh, spec))
 
 
 @functools.cache

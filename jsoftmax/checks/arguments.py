@@ -314,10 +314,12 @@ def check_option(function: str, value: Any, dtype: Any, **limits: tuple[float, f
     return array.astype(dtype)
 
 
-def option_if_given(function: str, value: Any, dtype: Any, **limits: tuple[float, float]) -> jax.Array | None:
-    """The same, and None for a plain 0, the default, which so costs nothing."""
+def option_if_given(
+    function: str, value: Any, dtype: Any, *, default: float = 0.0, **limits: tuple[float, float]
+) -> jax.Array | None:
+    """The same, and None for the plain default, which changes nothing and so costs nothing."""
     checked = check_option(function, value, dtype, **limits)
-    return None if is_concrete_number(value) and value == 0 else checked
+    return None if is_concrete_number(value) and value == default else checked
 
 
 def check_flag(function: str, argument: str, value: Any) -> bool:

@@ -20,7 +20,7 @@ from jsoftmax.checks.arguments import (
     is_int,
     wide_integers,
 )
-from jsoftmax.checks.top_targets import TopTargets, check_top_targets, reject_of_all_classes
+from jsoftmax.checks.top_targets import TopTargets, check_top_targets, mass_is_in_range, reject_of_all_classes
 from jsoftmax.phi import exp
 from jsoftmax.sharding import (
     AxisName,
@@ -34,8 +34,8 @@ from jsoftmax.sharding import (
     shard_count,
 )
 
-APART: Any = object()
-"""Labels that are checked elsewhere."""
+NO_LABELS: Any = object()
+"""For a function without labels, or one that checks them itself."""
 
 
 class Labelled(NamedTuple):
@@ -94,8 +94,7 @@ class Labelled(NamedTuple):
     def label(self, axis_name: AxisName = None) -> tuple[Array, Array]:
         """Labels `[..., 1]` in range, and where they were; of distributions 0, and whether all that have mass were."""
         if self.by_top:
-            valid = in_range(self.labels.indices, self.classes, axis_name)[1] | (self.labels.probabilities == 0)
-            valid = jnp.all(valid, -1, keepdims=True)
+            valid = mass_is_in_range(self.labels, in_range(self.labels.indices, self.classes, axis_name)[1])
             return jnp.zeros(valid.shape, jnp.int32), valid
         if not self.by_label:
             rows = self.labels.shape[:-1]
@@ -130,8 +129,7 @@ def check_labelled(
     axis_name: Any = None,
     names: tuple[str, str] = ("logits", "labels"),
 ) -> Labelled:
-    """The arguments of a loss, checked; `where` masks classes or rows, `ignore_label` rows. labels: APART for a
-    caller that checks them itself."""
+    """The arguments of a loss, checked; `where` masks classes or rows, `ignore_label` rows."""
     maps.check_phi(function, phi)
     z = check_logits(function, names[0], logits)
     check_sharded(function, names[0], z, check_axis_name(function, axis_name))
@@ -149,7 +147,7 @@ def check_labelled(
     if axis_name is not None and np.size(labels) * shard_count(axis_name) == math.prod(batch):
         way_out = f"They are the same on all devices along axis_name={axis_name!r}: leave it out of their in_specs"
     by_top = isinstance(labels, TopTargets)
-    if labels is APART:
+    if labels is NO_LABELS:
         labels = jnp.zeros(batch, jnp.int32)
     elif by_top:
         labels = check_top_targets(function, names[1], labels, batch, dtype)

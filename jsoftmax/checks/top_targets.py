@@ -44,6 +44,11 @@ class TopTargets:
     tail: str = static("class")
 
 
+def mass_is_in_range(top: TopTargets, valid: Array) -> Array:
+    """Whether all of the k classes `[..., 1]` are in range, as `valid` says of each, but for those without mass."""
+    return jnp.all(valid | (top.probabilities == 0), -1, keepdims=True)
+
+
 def check_top_targets(function: str, argument: str, top: TopTargets, batch: tuple[int, ...], dtype: Any) -> TopTargets:
     """Its arrays, of the batch's shape with k behind it, in 32 bits at least and in a dtype."""
     if top.tail not in TAILS:

@@ -24,7 +24,7 @@ from jsoftmax.checks.arguments import (
     is_int,
     option_if_given,
 )
-from jsoftmax.checks.labels import in_range
+from jsoftmax.checks.labels import NO_LABELS, in_range
 from jsoftmax.checks.top_targets import TopTargets, reject_of_all_classes
 from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
 from jsoftmax.heads._labels import add_labels
@@ -37,9 +37,6 @@ from jsoftmax.sharding import (
     match_varying_axes,
     shard_count,
 )
-
-NO_LABELS: Any = object()
-"""Of a function that takes none."""
 
 
 class CheckedHead(NamedTuple):
@@ -145,7 +142,7 @@ def check(
         where=None if where is None else jnp.broadcast_to(where, (classes,)),
         phi=phi,
         soft_cap=cap,
-        temperature=_check_temperature(function, temperature, wide),
+        temperature=option_if_given(function, temperature, wide, default=1.0, temperature=(_TINY, math.inf)),
         margin=option_if_given(function, margin, wide, margin=(-math.inf, math.inf)),
     )
     rows = None
@@ -182,12 +179,6 @@ def _check_token_weights(  # noqa: PLR0917  (what they are checked against)
 
 
 _TINY = 1e-37
-
-
-def _check_temperature(function: str, temperature: Any, dtype: Any) -> Array | None:
-    """In the accumulation dtype; None for a plain 1, the default, which so costs nothing."""
-    checked = check_option(function, temperature, dtype, temperature=(_TINY, math.inf))
-    return None if is_concrete_number(temperature) and temperature == 1 else checked
 
 
 def _with_accelerator_block(given: CheckedHead, chunks: int, chunk: int) -> CheckedHead:

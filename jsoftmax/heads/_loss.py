@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from jsoftmax import maps
 from jsoftmax.checks.labels import in_range
-from jsoftmax.checks.top_targets import TopTargets
+from jsoftmax.checks.top_targets import TopTargets, mass_is_in_range
 from jsoftmax.heads._check import CheckedHead, is_valid
 from jsoftmax.heads._head import Head, Plan, vocabulary
 from jsoftmax.heads._statistics import Statistics
@@ -42,8 +42,7 @@ def loss_of_top(given: CheckedHead, found: Statistics, z_loss: Array | None) -> 
         kept, count = valid & _keeps(head, plan, label), psum(jnp.sum(head.where, dtype=jnp.int32), plan.axis_name)
     x, q = joined(top, given.restore(found.label), kept, given.restore(found.log_normalizer)[..., None], count)
     loss, L = expected(q, x, minus_log_p(x)), maps.log_sum(x, (x.ndim - 1,))
-    valid = jnp.all(valid | (top.probabilities == 0), -1)
-    return jnp.where(valid, regularized(loss, None, L, None, z_loss)[..., 0], jnp.nan)
+    return jnp.where(mass_is_in_range(top, valid), regularized(loss, None, L, None, z_loss), jnp.nan)[..., 0]
 
 
 def _keeps(head: Head, plan: Plan, labels: Array) -> Array:

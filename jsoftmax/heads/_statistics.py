@@ -345,7 +345,7 @@ def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last,
     """A block's terms of the rule, those that `like` has; linear in ẋ and the targets' tangent."""
     made: dict[str, Any] = {}
     if like.label is not None:
-        made["label"] = _rate_at_labels(block, start, x_dot)
+        made["label"] = _rate_at(block.labels, start, x_dot)
         x = without_labels(x, block.labels, start)
     u = difference(x, known.peak[:, None])
     log_p = u - known.log_total[:, None]
@@ -368,7 +368,7 @@ def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last,
             made["loss"] = rate[:, None]
         else:
             # Σ p ẋ without the class with p > ¾, which is added where it is not the label: so p_y − 1 keeps its digits
-            sure, at = p > SURE, _rate_at_labels(block, start, x_dot)
+            sure, at = p > SURE, _rate_at(block.labels, start, x_dot)
             of_sure = total(jnp.where(sure, p * x_dot, 0))[:, None]
             of_label = jnp.where(at_label > _SURE_LABEL - 1, at_label * at, of_sure - at)
             made["loss"] = total(jnp.where(sure, 0, p * x_dot))[:, None] + of_label
@@ -383,14 +383,13 @@ def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last,
     if like.mass is not None:
         made.setdefault("mass", jnp.zeros_like(like.mass))
     if like.top is not None:
-        place, inside = place_in_block(known.top_class, start, x.shape[1])
-        made["top"] = -jnp.where(inside, jnp.take_along_axis(x_dot, place, 1), 0)
+        made["top"] = -_rate_at(known.top_class, start, x_dot)
     return Rates(**made)
 
 
-def _rate_at_labels(block: Head, start: Array, x_dot: Array) -> Array:
-    """ẋ_y `[N, m]` of the labels in this block, 0 of the others."""
-    place, inside = place_in_block(block.labels, start, x_dot.shape[1])
+def _rate_at(classes: Array, start: Array, x_dot: Array) -> Array:
+    """ẋ of classes `[N, m]` where they are in this block, 0 of the others."""
+    place, inside = place_in_block(classes, start, x_dot.shape[1])
     return jnp.where(inside, jnp.take_along_axis(x_dot, place, 1), 0)
 
 

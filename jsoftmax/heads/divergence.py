@@ -46,6 +46,14 @@ def _known(p: Head, q: Head, plan: Plan, beta: Array | None = None) -> _TokenCon
     return _TokenConstants(of_p.peak, of_p.log_total, of_q.peak, of_q.log_total, empty, beta=beta)
 
 
+def _scores_and_rates(blocks: Heads, dots: Heads, start: Array, plan: Plan) -> list[tuple[Array, Array]]:
+    """x and ẋ of a block, of both heads."""
+    return [
+        jvp_of_live(lambda block: block_scores(block, start, plan), block, dot)
+        for block, dot in zip(blocks, dots, strict=True)
+    ]
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _divergence(p: Head, q: Head, plan: Plan) -> tuple[Array, Array]:
     """D = Σ p r, r = log p − log q, in terms p (e^−r − 1 + r) ≥ 0: so both normalisers come first; and Σ p r over the
@@ -77,10 +85,7 @@ def _divergence_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     D, mean = _divergence(p, q, plan)
 
     def step(blocks: Heads, dots: Heads, *, start: Array, known: _TokenConstants, state: Array, plan: Plan) -> Array:
-        (x_p, x_p_dot), (x_q, x_q_dot) = (
-            jvp_of_live(lambda block: block_scores(block, start, plan), block, dot)
-            for block, dot in zip(blocks, dots, strict=True)
-        )
+        (x_p, x_p_dot), (x_q, x_q_dot) = _scores_and_rates(blocks, dots, start, plan)
         log_p, log_q = known.log_probs(x_p, x_q)
         p, q = jnp.exp(log_p), jnp.exp(log_q)
         r, _ = log_ratio(log_p, p, log_q)
@@ -170,10 +175,7 @@ def _jensen_shannon_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     _, of_p, of_q = out
 
     def step(blocks: Heads, dots: Heads, *, start: Array, known: _TokenConstants, state: Array, plan: Plan) -> Array:
-        (x_p, x_p_dot), (x_q, x_q_dot) = (
-            jvp_of_live(lambda block: block_scores(block, start, plan), block, dot)
-            for block, dot in zip(blocks, dots, strict=True)
-        )
+        (x_p, x_p_dot), (x_q, x_q_dot) = _scores_and_rates(blocks, dots, start, plan)
         log_p, log_q = known.log_probs(x_p, x_q)
         p, q, beta = jnp.exp(log_p), jnp.exp(log_q), known.beta[:, None]
         r_p, r_q = _log_ratios(p, q, beta, log_p, log_q)

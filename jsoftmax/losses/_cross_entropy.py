@@ -200,13 +200,14 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
     if alone:
         loss, L, spread = terms(x, label, axis_name, smoothing is not None)
     else:
+        row, q, name = (x, None, axis_name) if given.by_label else _against(given, x, axis_name)
+        n = minus_log_p(row, name)
         weights = 1 if given.class_weights is None else given.class_weights
-        spread = None if smoothing is None else _mean_of_kept(weights * minus_log_p(x, axis_name), x, axis_name)
-        if given.by_label:
+        spread = None if smoothing is None else _mean_of_kept(weights * n, row, name)
+        if q is None:
             loss, L, _ = terms(x, label, axis_name)
         else:
-            row, q, name = _against(given, x, axis_name)
-            loss, L = psum(expected(q, row, minus_log_p(row, name)), name), maps.log_sum(row, (x.ndim - 1,), name)
+            loss, L = psum(expected(q, row, n), name), maps.log_sum(row, (x.ndim - 1,), name)
     if given.by_label:
         loss = _weighted(given, loss, label, axis_name)
     return given.finish(regularized(loss, spread, L, smoothing, z_loss), valid)

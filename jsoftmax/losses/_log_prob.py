@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from jsoftmax import maps
 from jsoftmax.checks.arguments import Axis, as_array, public, read, wide_integers
-from jsoftmax.checks.labels import APART, Labelled, check_labelled, in_range
+from jsoftmax.checks.labels import NO_LABELS, Labelled, check_labelled, in_range
 from jsoftmax.checks.top_targets import reject_top_targets
 from jsoftmax.losses._cross_entropy import negative_log_p
 from jsoftmax.phi import Phi, exp
@@ -81,7 +81,7 @@ def log_prob(
             "of distributions there is cross_entropy."
         )
     options = {"phi": phi, "log_weights": log_weights, "axis_name": axis_name}
-    given = check_labelled(function, z, APART, axis, where, **options, names=("z", "labels"))
+    given = check_labelled(function, z, NO_LABELS, axis, where, **options, names=("z", "labels"))
     batch = given.logits.shape[:-1]
     try:
         jnp.broadcast_shapes(array.shape, batch)
