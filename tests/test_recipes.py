@@ -4,14 +4,20 @@ Complete steps for flax and Equinox are in notebooks/04-recipes.py; losses of a 
 """
 
 import functools
+import itertools
 import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import optax
 import pytest
+import scipy.optimize
+import scipy.special
+import sklearn.calibration
+import sklearn.metrics
 
 import jsoftmax as js
 from jsoftmax import heads
@@ -175,9 +181,16 @@ def test_checkpoints_go_on_as_if_nothing_had_been(tmp_path):
 
 # --- docs/guides/recipes.md ----------------------------------------------------------------------------------
 
-PAGE = (pathlib.Path(__file__).parent.parent / "docs/guides/recipes.md").read_text()
+TEXT = (pathlib.Path(__file__).parent.parent / "docs/guides/recipes.md").read_text()
+PAGE, *OF_PEERS = re.split(r"^## Distributions for ", TEXT, flags=re.M)
+
+
+def code_of(text):
+    return "".join(re.findall(r"```python\n(.*?)```", text, re.S))
+
+
 PAGE_NAMES: dict = {}
-exec("".join(re.findall(r"```python\n(.*?)```", PAGE, re.S)), PAGE_NAMES)  # functions only
+exec(code_of(PAGE), PAGE_NAMES)  # functions only
 HIDDEN, WEIGHT = RNG.normal(size=(2, 4, 6, WIDTH)), RNG.normal(size=(CLASSES, WIDTH))
 
 
@@ -251,3 +264,231 @@ def test_speculative_tokens_have_the_law_of_the_target():
         p = np.asarray(js.softmax(target[place]))
         error = np.abs(np.bincount(seen, minlength=7) / len(seen) - p)
         assert np.all(error < 5 * np.sqrt(p * (1 - p) / len(seen)) + 1e-4)
+
+
+def router_objective(of_weights, balance, penalty, weights):
+    """A number to which everything adds that a router is trained by."""
+    return jnp.sum(of_weights * weights) + 3 * balance + penalty
+
+
+@pytest.mark.parametrize("probabilities", [js.softmax, js.entmax15, js.sparsemax], ids=lambda f: f.__name__)
+def test_router(probabilities):
+    tokens, experts, k = 40, 8, 2
+    z, of_weights = jnp.float32(RNG.normal(size=(tokens, experts)) * 2), RNG.normal(size=(tokens, k))
+    chosen = np.argsort(-np.asarray(probabilities(z)), -1, kind="stable")[:, :k]
+    counted = [sum(expert in row for row in chosen) / (tokens * k) for expert in range(experts)]
+
+    def ours(z):
+        found, weights, balance, penalty = PAGE_NAMES["route"](z, k, probabilities)
+        return router_objective(of_weights, balance, penalty, weights), found
+
+    def plain(z):
+        p = probabilities(z)
+        picked = jnp.stack([row[own] for row, own in zip(p, chosen, strict=True)])
+        balance = experts * sum(f * jnp.mean(p[:, e]) for e, f in enumerate(counted))
+        penalty = jnp.mean(jax.nn.logsumexp(z, -1) ** 2)
+        return router_objective(of_weights, balance, penalty, picked / picked.sum(-1, keepdims=True))
+
+    np.testing.assert_array_equal(ours(z)[1], chosen)
+    assert_equal_training(lambda z: ours(z)[0], plain, z)
+
+
+def test_router_of_equal_and_of_far_scores():
+    """Equal means of the probabilities give the balance 1; underflow gives no NaN."""
+    assert PAGE_NAMES["route"](jnp.zeros((5, 4)), 2)[2] == 1
+    far = jnp.array([[0.0, 300.0, -300.0], [1e4, 0.0, -1e4]])
+    _, weights, balance, _ = PAGE_NAMES["route"](far, 2)
+    np.testing.assert_array_equal(weights, [[1, 0], [1, 0]])
+    assert balance == 1.5  # two of three experts have half of the mass and of the choices each
+
+    def objective(z):
+        _, weights, balance, penalty = PAGE_NAMES["route"](z, 2)
+        return router_objective(jnp.ones(2), balance, penalty, weights)
+
+    assert np.all(np.isfinite(jax.grad(objective)(far)))
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0, 300.0])
+def test_calibration(scale):
+    """Scores that are `scale` times too large; scikit-learn's measures of probabilities before and after."""
+    right = jnp.float32(RNG.normal(size=(2000, 3)) * 1.5)
+    labels = js.gumbel.categorical(jax.random.key(1), right)
+    z = scale * right
+    t = PAGE_NAMES["fit_temperature"](z, labels)
+
+    def loss(log_t):
+        log_p = np.float64(right) * scale / np.exp(log_t)
+        log_p -= scipy.special.logsumexp(log_p, -1, keepdims=True)
+        return -np.mean(log_p[np.arange(len(labels)), labels])
+
+    best = scipy.optimize.minimize_scalar(loss, np.log(scale) + np.array([-1, 1]), method="brent", tol=1e-9)
+    np.testing.assert_allclose(t, np.exp(best.x), rtol=1e-4)
+    np.testing.assert_allclose(t, scale, rtol=0.1)
+    measured = []
+    for p in map(np.asarray, (js.softmax(z), js.softmax(z / t))):
+        brier = sum(sklearn.metrics.brier_score_loss(labels == k, p[:, k]) for k in range(3))
+        np.testing.assert_allclose(PAGE_NAMES["brier_score"](p, labels), brier, rtol=1e-5)
+        correct, confidence = p.argmax(-1) == labels, p.max(-1)
+        accuracies, means = sklearn.calibration.calibration_curve(correct, confidence, n_bins=15)
+        counts = np.bincount(np.searchsorted(np.linspace(0, 1, 16)[1:-1], confidence))
+        error = np.sum(np.abs(accuracies - means) * counts[counts > 0]) / len(labels)
+        np.testing.assert_allclose(PAGE_NAMES["calibration_error"](p, labels), error, rtol=1e-4, atol=1e-6)
+        measured.append((brier, error))
+    (brier_before, error_before), (brier_after, error_after) = measured
+    assert brier_after < brier_before
+    assert error_after < 0.03 < error_before / 3
+
+
+@pytest.mark.parametrize("phi", [js.exp, js.taylor(2)], ids=str)
+def test_pairs_are_bernoulli(phi):
+    z = jnp.float32(RNG.normal(size=9) * 3)
+    odds = phi.definition(z, jnp) / phi.definition(0.0, jnp)
+    np.testing.assert_allclose(js.softmax(PAGE_NAMES["pair"](z), phi=phi)[:, 1], odds / (1 + odds), rtol=1e-5)
+
+
+def test_binary_cross_entropy():
+    """Beside optax, and far out beside mpmath, where the naive computation has nothing."""
+    z, labels = jnp.float32(RNG.normal(size=(4, 5)) * 3), jnp.asarray(RNG.integers(0, 2, (4, 5)))
+    ours = PAGE_NAMES["binary_cross_entropy"]
+    of_optax = optax.sigmoid_binary_cross_entropy
+    assert_equal_training(lambda z: ours(z, labels).sum(), lambda z: of_optax(z, labels).sum(), z)
+    q = jnp.float32(RNG.random((4, 5)))
+    np.testing.assert_allclose(ours(z, jnp.stack([1 - q, q], -1)), of_optax(z, q), rtol=1e-5)
+    far = jnp.array([40.0, -40.0, 80.0, 16.5])
+    for sign, label in ((1, 1), (-1, 0)):
+        value, gradient = jax.vmap(jax.value_and_grad(lambda z, label=label: ours(z, label)))(sign * far)
+        np.testing.assert_allclose(value, [float(mpmath.log1p(mpmath.exp(-a))) for a in far.tolist()], rtol=1e-6)
+        want = [-sign / float(1 + mpmath.exp(a)) for a in far.tolist()]
+        np.testing.assert_allclose(gradient, want, rtol=1e-6)
+    naive = jax.value_and_grad(lambda z: -jnp.log(jax.nn.sigmoid(z)))(40.0)
+    assert naive == (0, 0)
+
+
+CUTS = np.float32([-1, 0, 1e-5, 3]).tolist()
+
+
+def test_ordinal_training():
+    score, labels = RNG.normal(size=12), jnp.arange(12) % 5
+
+    def ours(score, cuts):
+        return jnp.mean(js.losses.cross_entropy(PAGE_NAMES["ordinal_log_p"](score, cuts), labels))
+
+    def plain(score, cuts):
+        below = jax.nn.sigmoid(cuts - score[:, None])
+        at_most = jnp.concatenate([jnp.zeros((12, 1)), below, jnp.ones((12, 1))], -1)
+        return -jnp.mean(jnp.log(jnp.diff(at_most)[jnp.arange(12), labels]))
+
+    with jax.enable_x64(True):
+        every, given = (0, 1), (jnp.asarray(score), jnp.asarray(CUTS))
+        assert_close(*(jax.value_and_grad(f, every)(*given) for f in (ours, plain)), 1e-6)
+
+
+@pytest.mark.parametrize("score", [-60.0, -20.0, 0.0, 20.0, 60.0])
+def test_ordinal_digits(score):
+    """float32 beside differences of 100 digits; a narrow class, and scores at which σ rounds to 0 and 1."""
+    found = PAGE_NAMES["ordinal_log_p"](jnp.float32(score), jnp.float32(CUTS))
+    rates = jax.jacobian(PAGE_NAMES["ordinal_log_p"])(jnp.float32(score), jnp.float32(CUTS))
+    with mpmath.workdps(100):
+        at_most = [0, *(1 / (1 + mpmath.exp(score - mpmath.mpf(c))) for c in CUTS), 1]
+        density = [F * (1 - F) for F in at_most]  # −∂F/∂s
+        p = [b - a for a, b in itertools.pairwise(at_most)]
+        log_p = [float(mpmath.log(p_j)) for p_j in p]
+        by_score = [float((density[j] - density[j + 1]) / p[j]) for j in range(5)]
+    np.testing.assert_allclose(found, log_p, rtol=1e-6)
+    np.testing.assert_allclose(rates, by_score, rtol=1e-4, atol=1e-6)
+
+
+def made_for(peer):
+    """What the page makes for a package of the extra `peers`."""
+    pytest.importorskip(peer)
+    (section,) = (part for part in OF_PEERS if part.startswith(f"{peer}\n"))
+    names = dict(PAGE_NAMES)
+    exec(code_of(section), names)
+    return names
+
+
+PHIS = [js.exp, js.taylor(2), js.spherical(0.1)]
+SCORES, DRAWS, TAU = jnp.float32(RNG.normal(size=(3, 4)) * 2), jnp.asarray(RNG.integers(0, 4, (7, 3))), 0.7
+
+
+def frequencies(draws):
+    """Of classes drawn from three rows of four."""
+    return np.stack([np.bincount(column, minlength=4) / len(column) for column in np.asarray(draws).T])
+
+
+@pytest.mark.parametrize("phi", PHIS, ids=str)
+def test_distributions_for_numpyro(phi):
+    """Beside numpyro's own of the logits log φ, and its relaxed Bernoulli variable for two classes."""
+    names = made_for("numpyro")
+    of_numpyro, logits = names["distributions"], jnp.log(phi.definition(SCORES, jnp))
+    ours = names["Categorical"](SCORES, phi, validate_args=True)
+    theirs = of_numpyro.Categorical(logits=logits)
+    of_both = [jax.jit(lambda law: law.log_prob(DRAWS))(law) for law in (ours, theirs)]
+    np.testing.assert_allclose(*of_both, rtol=1e-5)
+    assert ours.expand((2, 3)).sample(jax.random.key(0), (5,)).shape == (5, 2, 3)
+    drawn = ours.sample(jax.random.key(1), (40_000,))
+    np.testing.assert_allclose(frequencies(drawn), js.softmax(SCORES, phi=phi), atol=0.012)
+
+    relaxed = names["RelaxedOneHot"](TAU, SCORES, phi, validate_args=True)
+    points = relaxed.sample(jax.random.key(2), (40_000,))
+    assert points.shape == (40_000, 3, 4)
+    np.testing.assert_allclose(frequencies(jnp.argmax(points, -1)), js.softmax(SCORES, phi=phi), atol=0.012)
+    two = names["RelaxedOneHot"](TAU, SCORES[:, :2], phi)
+    x = two.sample(jax.random.key(3), (9,))
+    of_bernoulli = of_numpyro.RelaxedBernoulli(TAU, logits=logits[:, 0] - logits[:, 1])
+    np.testing.assert_allclose(two.log_prob(x), of_bernoulli.log_prob(x[..., 0]), rtol=1e-4, atol=1e-5)
+
+
+def test_inference_by_numpyro():
+    """The density of a model with observed classes, and variational inference by relaxed samples."""
+    names = made_for("numpyro")
+    import numpyro  # noqa: PLC0415  (the extra)
+
+    def model(scores):
+        with numpyro.plate("rows", 3):
+            numpyro.sample("class", names["Categorical"](scores, js.taylor(2)), obs=DRAWS[0])
+
+    def density(scores):
+        return numpyro.infer.util.log_density(model, (scores,), {}, {})[0]
+
+    def plain(scores):
+        w = 1 + scores + scores**2 / 2
+        return jnp.sum(jnp.log((w / w.sum(-1, keepdims=True))[jnp.arange(3), DRAWS[0]]))
+
+    assert_equal_training(density, plain, SCORES)
+
+    def relaxed_model(seen):
+        x = numpyro.sample("x", names["RelaxedOneHot"](TAU, jnp.zeros(4)))
+        numpyro.sample("seen", numpyro.distributions.Normal(x @ jnp.arange(4.0), 0.3), obs=seen)
+
+    def guide(seen):
+        scores = numpyro.param("scores", jnp.zeros(4))
+        numpyro.sample("x", names["RelaxedOneHot"](TAU, scores))
+
+    svi = numpyro.infer.SVI(relaxed_model, guide, optax.adam(0.1), numpyro.infer.Trace_ELBO(16))
+    result = svi.run(jax.random.key(0), 100, jnp.array(3.0), progress_bar=False)
+    assert jnp.argmax(result.params["scores"]) == 3
+    assert jnp.mean(result.losses[-10:]) < jnp.mean(result.losses[:10])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its import
+@pytest.mark.parametrize("phi", PHIS, ids=str)
+def test_distributions_for_distrax(phi):
+    """Beside its own Categorical of the logits log φ, and the relaxed one of the library that it is made of."""
+    names = made_for("distrax")
+    from tensorflow_probability.substrates import jax as tfp  # noqa: PLC0415  (distrax needs it)
+
+    logits = jnp.log(phi.definition(SCORES, jnp))
+    ours, theirs = names["Categorical"](SCORES, phi), names["distrax"].Categorical(logits)
+    for of_law in (lambda law: law.log_prob(DRAWS), lambda law: law.entropy(), lambda law: law.mode()):
+        np.testing.assert_allclose(jax.jit(of_law)(ours), of_law(theirs), rtol=1e-5)
+    assert (ours.batch_shape, ours.event_shape) == ((3,), ())
+    drawn, log_prob = ours.sample_and_log_prob(seed=1, sample_shape=(40, 1000))
+    assert drawn.shape == log_prob.shape == (40, 1000, 3)
+    np.testing.assert_allclose(frequencies(drawn.reshape(-1, 3)), js.softmax(SCORES, phi=phi), atol=0.012)
+
+    relaxed = names["RelaxedOneHot"](TAU, SCORES, phi)
+    x = relaxed.sample(seed=2, sample_shape=9)
+    assert (x.shape, relaxed.batch_shape, relaxed.event_shape) == ((9, 3, 4), (3,), (4,))
+    of_tfp = tfp.distributions.RelaxedOneHotCategorical(TAU, logits=logits)
+    np.testing.assert_allclose(relaxed.log_prob(x), of_tfp.log_prob(x), rtol=1e-4, atol=1e-4)
