@@ -274,6 +274,11 @@ def plain_entmax(alpha: float, xp: Any, z: Any) -> Any:
     return xp.where(inside, r**power, 0)
 
 
+def plain_entmax_with_sink(alpha: float, xp: Any, z: Any) -> Any:
+    """That of the scores and ½, whose p is dropped."""
+    return plain_entmax(alpha, xp, xp.concatenate([z, 0.5 + 0 * z[:1]]))[:-1]
+
+
 def plain_fenchel_young(alpha: float, xp: Any, z: Any) -> Any:
     """⟨p, z⟩ − Ω(p) − z_y, Ω(p) = Σ (p^α − p)/(α (α − 1)); Ω of a label is 0."""
     p = plain_entmax(alpha, xp, z)
@@ -320,6 +325,11 @@ SPARSE_MAPS = (
     _without_phi("entmax15", sparse.entmax15, functools.partial(plain_entmax, 1.5)),
     _entmax(1.25),
     _entmax(1.7),
+    _without_phi(
+        "entmax15 with a sink",
+        functools.partial(sparse.entmax15, sink=0.5),
+        functools.partial(plain_entmax_with_sink, 1.5),
+    ),
     _without_phi(
         "fenchel_young_loss", sparse.fenchel_young_loss, functools.partial(plain_fenchel_young, 1.5), _LABEL, 1.5
     ),

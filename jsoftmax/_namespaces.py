@@ -12,7 +12,7 @@ class Plain:
     """`jax.numpy` as a namespace for plain definitions."""
 
     exp, log, log1p, sum, where = jnp.exp, jnp.log, jnp.log1p, jnp.sum, jnp.where
-    maximum, minimum, arange = jnp.maximum, jnp.minimum, jnp.arange
+    maximum, minimum, arange, concatenate = jnp.maximum, jnp.minimum, jnp.arange, jnp.concatenate
     newton_steps = 8  # from quadratic convergence to float64, the derivatives too
     jacobian, hessian = staticmethod(jax.jacrev), staticmethod(jax.hessian)
 
@@ -42,7 +42,7 @@ class ManyDigits:
         self.step = self.mp.mpf(10) ** -15
         self.exp, self.log, self.log1p = (np.frompyfunc(f, 1, 1) for f in (self.mp.exp, self.mp.log, self.mp.log1p))
         self.sum, self.where, self.maximum, self.minimum = np.sum, np.where, np.maximum, np.minimum
-        self.arange = np.arange
+        self.arange, self.concatenate = np.arange, np.concatenate
 
     def array(self, values: Any) -> Any:
         """Floats as they are, with many digits."""

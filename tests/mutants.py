@@ -133,6 +133,7 @@ MUTANTS = (
     Mutant("sparse.py", "(g - w * (jnp.sum(g", "(g + w * (jnp.sum(g", SPARSE),
     Mutant("sparse.py", "        if at_label is not None:  # p_y", "        if False:  # p_y", f"{CASES} -k fenchel"),
     Mutant("sparse.py", "jnp.sqrt(safe) if power == 2", "safe if power == 2", f"{ORACLE} -k entmax15"),
+    Mutant("sparse.py", "p if sink is None else p[..., :-1]", "p if sink is None else p[..., 1:]", f"{ORACLE} -k 'entmax15 and sink'"),
     Mutant("mixtures.py", "near = far > -0.5", "near = far > 1", f"{MIXTURES} -k keeps_digits"),
     Mutant("mixtures.py", "log_p_dot + log_weights_dot", "log_p_dot - log_weights_dot", f"{MIXTURES} -k mixture {ORACLE}"),
     Mutant("mixtures.py", "return p * sigmoid(gap)", "return p * sigmoid(-gap)", f"{ORACLE} -k sink"),
