@@ -13,7 +13,8 @@ from jsoftmax.derivatives import (
     softmax_second_derivative,
     softmax_second_derivative_product,
 )
-from jsoftmax.entropy import entropy, entropy_expansion, kl_divergence, renyi_entropy, tsallis_entropy, varentropy
+from jsoftmax.divergence import jensen_shannon_divergence, kl_divergence
+from jsoftmax.entropy import entropy, entropy_expansion, renyi_entropy, tsallis_entropy, varentropy
 from jsoftmax.maps import log_normalizer, log_softmax, softmax
 from jsoftmax.mixtures import mixture_log_softmax, sink_softmax
 from jsoftmax.operators import DiagonalPlusLowRank
@@ -47,6 +48,7 @@ __all__ = [  # noqa: RUF022  (grouped as the guides group them)
     "tsallis_entropy",
     "renyi_entropy",
     "kl_divergence",
+    "jensen_shannon_divergence",
     "entropy_expansion",
     "softmax",
     "log_softmax",

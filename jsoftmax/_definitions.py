@@ -12,6 +12,7 @@ from jsoftmax import (
     derivatives,
     entropy,
     entropy_expansion,
+    jensen_shannon_divergence,
     kl_divergence,
     log_normalizer,
     log_softmax,
@@ -78,6 +79,13 @@ def plain_kl(phi: Phi, xp: Any, z_p: Any, z_q: Any) -> Any:
     return xp.sum(p * (_log(p, xp) - _log(q, xp)))
 
 
+def plain_jensen_shannon(phi: Phi, xp: Any, z_p: Any, z_q: Any) -> Any:
+    """β Σ p (log p − log m) + (1 − β) Σ q (log q − log m), m = β p + (1 − β) q, for β = ¼."""
+    p, q = plain_softmax(phi, xp, z_p), plain_softmax(phi, xp, z_q)
+    log_m = _log((p + 3 * q) / 4, xp)
+    return xp.sum(p * (_log(p, xp) - log_m) + 3 * q * (_log(q, xp) - log_m)) / 4
+
+
 def plain_expansion(phi: Phi, xp: Any, z: Any, dz: Any) -> Any:
     """h(0) + h'(0) + h''(0)/2 for h(τ) = H(z + τ Δ)."""
 
@@ -125,6 +133,12 @@ FUNCTIONS = (
     Function("tsallis_entropy", tsallis_entropy, plain_tsallis, arguments=(1.5,)),
     Function("renyi_entropy", renyi_entropy, plain_renyi, arguments=(1.5,), orders=3),
     Function("kl_divergence", kl_divergence, plain_kl, scores=2),
+    Function(
+        "jensen_shannon_divergence",
+        functools.partial(jensen_shannon_divergence, beta=0.25),
+        plain_jensen_shannon,
+        scores=2,
+    ),
     Function(
         "entropy_expansion",
         entropy_expansion,

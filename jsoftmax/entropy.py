@@ -1,4 +1,4 @@
-"""Entropy, varentropy, Kullback–Leibler divergence and the entropy's second-order expansion, for every φ."""
+"""Entropies, varentropy and the entropy's second-order expansion, for every φ."""
 
 import functools
 import math
@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import maps, sums
 from jsoftmax._orders import renyi, tsallis
 from jsoftmax._rules import compiled_rule
-from jsoftmax._series import excess_series
 from jsoftmax.checks.arguments import Axis, all_known, check_flag, is_int, per_row, public, widened
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, curvature, exp, slope
@@ -55,46 +54,6 @@ def _varentropy_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, ta
     x_dot = widened(x_dot)
     (c, _), p, V = centred_log_p(x, axis, axis_name), normalize(x, axis, axis_name).p, _varentropy(x, axis, axis_name)
     return V, class_sum(p * (c**2 + 2 * c - V) * x_dot, axis, axis_name)
-
-
-def log_ratio(log_p: Array, p: Array, log_q: Array) -> tuple[Array, Array]:
-    """r = log p − log q, and where p and q are positive; elsewhere r is 0, and those classes are dealt with apart.
-
-    p underflows where log p is finite, and r may overflow there: 0 · inf would be NaN.
-    """
-    both = (p > 0) & (log_q > -jnp.inf) | jnp.isnan(log_p) | jnp.isnan(log_q)
-    return jnp.where(both, log_p, 0) - jnp.where(both, log_q, 0), both
-
-
-def kl_terms(log_p: Array, p: Array, log_q: Array, q: Array) -> tuple[Array, Array]:
-    """p (e^−r − 1 + r) ≥ 0, and r = log p − log q, 0 where one of them is 0  (MATH 6.3)."""
-    r, both = log_ratio(log_p, p, log_q)
-    near = both & (jnp.abs(r) < 0.5)
-    r_near = jnp.where(near, r, 0)
-    return jnp.where(near, p * r_near**2 * excess_series(r_near), p * r - p + q), r
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    """D = Σ p r, r = log p − log q, summed as p (e^−r − 1 + r) ≥ 0, since Σ q − Σ p = 0  (MATH 6.3)."""
-    (log_p, p, L_p, _), (log_q, q, *_) = normalize(x_p, axis, axis_name), normalize(x_q, axis, axis_name)
-    D = class_sum(kl_terms(log_p, p, log_q, q)[0], axis, axis_name)
-    impossible = class_sum((jnp.isneginf(log_q) & (log_p > -jnp.inf)).astype(D.dtype), axis, axis_name) > 0
-    return jnp.where(jnp.isnan(D), D, jnp.where(jnp.isneginf(L_p), 0, jnp.where(impossible, jnp.inf, D)))
-
-
-@_kl.defjvp
-def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4); finite where D is not: those classes have r = 0."""
-    (x_p, x_q), (x_p_dot, x_q_dot) = primals, [widened(dot) for dot in tangents]
-    (log_p, p, L_p, complement_p), (log_q, q, _, complement_q) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
-    r, _ = log_ratio(log_p, p, log_q)
-    by_p = p * sums.minus_mean(r, p, 1, complement_p, p > sums.SURE, axis, axis_name)
-    # q − p where both are above ½ by 1 − p and 1 − q, which have the digits
-    q_minus_p = jnp.where((p > 0.5) & (q > 0.5), complement_p - complement_q, q - p)
-    by_q = jnp.where(jnp.isneginf(x_q) | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q_minus_p)
-    rate = by_p * x_p_dot + by_q * x_q_dot
-    return _kl(x_p, x_q, axis, axis_name), class_sum(rate, axis, axis_name)
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "axis_name", "order"))
@@ -271,39 +230,6 @@ def _of_order(function: str, f: Any, z: Any, alpha: Any, *options: Any) -> Array
     (scores,) = arguments.scores
     order = per_row(function, "alpha", alpha, scores.shape, axes=arguments.axis, dtype=scores.dtype)
     return maps.reduce_classes(f, arguments, phi, check_flag(function, "keepdims", keepdims), (order,))
-
-
-@public
-def kl_divergence(
-    z_p: ArrayLike,
-    z_q: ArrayLike,
-    axis: Axis = -1,
-    where: Bool[ArrayLike, "..."] | None = None,
-    *,
-    phi: Phi = exp,
-    log_weights: ArrayLike | None = None,
-    axis_name: AxisName = None,
-) -> Float[Array, "..."]:
-    """Kullback–Leibler divergence D(p‖q) of p = w φ(z_p)/Σ and q = w φ(z_q)/Σ, in nats.
-
-    D = Σ p (log p − log q);   ∂D/∂z_p = p (log p − log q − D) s,   ∂D/∂z_q = (q − p) s     (MATH 6.3, 6.4)
-
-    Args:
-      z_p, z_q: scores `[..., K]` that broadcast together.
-      axis: int, tuple or None (all): the classes' axis, reduced.
-      where, phi, log_weights, axis_name: as in `entropy`, for both distributions.
-    Returns: `[...]` ≥ 0, in the scores' common dtype, but float32 for narrower ones. A class with p = 0 adds 0; one
-      with q = 0 < p makes D = +inf, with finite derivatives for the other classes. No class left for p: 0. A score of
-      +inf or NaN: NaN in that row alone.
-    Raises: as `entropy`, and ValueError if the scores do not broadcast together.
-    Source: Kullback & Leibler 1951.
-
-    >>> kl_divergence(jnp.array([0., 1.]), jnp.array([1., 0.]))
-    Array(0.46211..., dtype=float32)
-    """
-    return maps.reduce_classes(
-        _kl, maps.check("kl_divergence", {"z_p": z_p, "z_q": z_q}, axis, where, phi, log_weights, axis_name), phi
-    )
 
 
 @public

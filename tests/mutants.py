@@ -52,7 +52,7 @@ PHI, MIXTURES, SHARDED, MACHINERY = (
 )
 SUMS, TRANSFORMATIONS, SAMPLED = (f"tests/test_{name}.py" for name in ("sums", "transformations", "heads_sampled"))
 QUADRATIC, FACTORED, ADAPTIVE = (f"tests/test_heads_{name}.py" for name in ("quadratic", "factored", "adaptive"))
-TOP = "tests/test_top_targets.py"
+TOP, DIVERGENCE = "tests/test_top_targets.py", "tests/test_divergence.py"
 SEGMENTS, TRUNCATION, ATTENTION = (f"tests/test_{name}.py" for name in ("segments", "truncation", "attention"))
 
 MUTANTS = (
@@ -99,8 +99,13 @@ MUTANTS = (
     Mutant("entropy.py", "H_dot = -class_sum(", "H_dot = class_sum(", f"{ORACLE} -k entropy"),
     Mutant("entropy.py", "x_dot, axis, axis_name) + H_dot, H_dot)", "x_dot, axis, axis_name) - H_dot, H_dot)", f"{ORACLE} -k entropy"),
     Mutant("entropy.py", "p * (c**2 + 2 * c - V) * x_dot", "p * (c**2 + c - V) * x_dot", f"{ORACLE} -k varentropy"),
-    Mutant("entropy.py", "excess_series(r_near), p * r - p + q)", "excess_series(r_near), p * r)", f"{ORACLE} -k kl_"),
-    Mutant("entropy.py", "complement_p - complement_q, q - p)", "complement_q - complement_p, q - p)", f"{ORACLE} {CASES} -k kl_"),
+    Mutant("divergence.py", "excess_series(r_near), p * r - p + m)", "excess_series(r_near), p * r)", f"{ORACLE} -k kl_"),
+    Mutant("divergence.py", "complement_p - complement_q, q - p)", "complement_q - complement_p, q - p)", f"{ORACLE} {CASES} -k kl_"),
+    Mutant("divergence.py", "rate + share * of.p * centred", "rate + of.p * centred", f"{ORACLE} -k jensen"),
+    Mutant("divergence.py", "(of_p - of_q) * beta_dot", "(of_q - of_p) * beta_dot", DIVERGENCE),
+    Mutant("divergence.py", "(p == 0) | jnp.isinf(r_p)", "(p == 0)", DIVERGENCE),
+    Mutant("divergence.py", "jnp.where(empty, 0, class_sum(rate", "jnp.where(False, 0, class_sum(rate", DIVERGENCE),
+    Mutant("divergence.py", "small = (growth < 1) &", "small = (growth < 0) &", DIVERGENCE),
     Mutant("entropy.py", "((1 + c) * centred**2 + c", "((1 - c) * centred**2 + c", f"{ORACLE} -k expansion"),
     Mutant("_orders.py", "alpha * (b - p * S)", "alpha * (b + p * S)", f"{ORACLE} -k tsallis"),
     Mutant("_orders.py", "-p * d * expm1_ratio(y_near), (r", "p * d * expm1_ratio(y_near), (r", f"{ORACLE} -k renyi"),

@@ -153,6 +153,7 @@ OF_NOTHING = {
     "log_normalizer": (lambda: js.log_normalizer(NOTHING), ()),
     "entropy": (lambda: js.entropy(NOTHING), ()),
     "kl_divergence": (lambda: js.kl_divergence(NO_ROWS, NO_ROWS), (0,)),
+    "jensen_shannon_divergence": (lambda: js.jensen_shannon_divergence(NO_ROWS, NO_ROWS), (0,)),
     "tsallis_entropy": (lambda: js.tsallis_entropy(NO_ROWS, 2.0), (0,)),
     "renyi_entropy": (lambda: js.renyi_entropy(NO_ROWS, 2.0), (0,)),
     "cross_entropy": (lambda: losses.cross_entropy(NO_ROWS, NO_LABELS), (0,)),

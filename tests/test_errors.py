@@ -50,6 +50,17 @@ WRONG = [  # call, error, what the message says
     (lambda: raw(js.entropy_expansion)(Z, Z, 3), ValueError, "entropy_expansion: order must be 1 or 2", "got 3"),
     (lambda: raw(js.entropy_expansion)(Z, Z, None), ValueError, "entropy_expansion: order", "got None"),
     (lambda: js.kl_divergence(Z, jnp.zeros(4)), ValueError, "kl_divergence: z_p and z_q", "(2, 3) and (4,)"),
+    (
+        lambda: js.jensen_shannon_divergence(Z, Z, beta=1.5),
+        ValueError,
+        "jensen_shannon_divergence: beta must be in [0, 1]",
+        "got 1.5",
+    ),
+    (
+        lambda: js.jensen_shannon_divergence(Z, Z, beta=jnp.ones(2) / 2),
+        ValueError,
+        "jensen_shannon_divergence: beta must be one number",
+    ),
     (lambda: js.entropy_expansion(Z, jnp.zeros(4)), ValueError, "entropy_expansion: z and dz", "broadcast"),
     (lambda: raw(type(js.exp).log)(js.exp, [1.0]), TypeError, "exp.log: z", "jnp.asarray(z)"),
     (lambda: J.mv(jnp.zeros(2)), ValueError, "DiagonalPlusLowRank.mv: v must have 3 classes last", "(2,)", "jax.vmap"),

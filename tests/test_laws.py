@@ -40,6 +40,9 @@ def test_exp_ignores_a_shift(z, shift):
 @hypothesis.given(z_p=rows, z_q=rows)
 def test_divergence(z_p, z_q):
     assert js.kl_divergence(z_p, z_q) >= 0
-    assert js.kl_divergence(z_p, z_p) == 0
+    assert js.kl_divergence(z_p, z_p) == js.jensen_shannon_divergence(z_p, z_p) == 0
+    of_mean = js.jensen_shannon_divergence(z_p, z_q, beta=0.25)
+    assert 0 <= of_mean <= np.log(2) * (1 + 1e-6)
+    np.testing.assert_allclose(js.jensen_shannon_divergence(z_q, z_p, beta=0.75), of_mean, rtol=1e-5, atol=1e-37)
     tied = jnp.broadcast_to(z_p[0], CLASSES)
     np.testing.assert_allclose(js.entropy(z_q), np.log(CLASSES) - js.kl_divergence(z_q, tied), atol=5e-6)

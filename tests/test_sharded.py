@@ -30,6 +30,7 @@ def of_scores():
         "tsallis_entropy": lambda z, w, **o: js.tsallis_entropy(z, 1.5, log_weights=w, **o),
         "renyi_entropy": lambda z, w, **o: js.renyi_entropy(z, 0.5, log_weights=w, **o),
         "kl_divergence": js.kl_divergence,
+        "jensen_shannon_divergence": functools.partial(js.jensen_shannon_divergence, beta=0.3),
         "entropy_expansion": lambda z, w, **o: js.entropy_expansion(z, w, phi=js.taylor(2), **o),
         "cross_entropy": lambda z, w, **o: losses.cross_entropy(
             z, LABELS, log_weights=w, label_smoothing=0.1, z_loss=0.1, margin=0.3, ignore_label=3, **o
@@ -127,6 +128,7 @@ COUNTS = {  # value, gradient, Hessian product (MATH 13.2)
     "log_softmax": (js.log_softmax, 2, 2, 2),
     "entropy": (js.entropy, 2, 2, 3),
     "kl_divergence": (lambda z, **o: js.kl_divergence(z, jnp.sin(z), **o), 3, 3, 3),
+    "jensen_shannon_divergence": (lambda z, **o: js.jensen_shannon_divergence(z, jnp.sin(z), **o), 3, 3, 3),
     "cross_entropy": (lambda z, **o: losses.cross_entropy(z, LABELS, **o), 2, 2, 3),
 }
 
@@ -226,6 +228,7 @@ def test_edges():
         js.entropy,
         js.varentropy,
         lambda z, **o: js.kl_divergence(z, jnp.roll(z, 1, 0), **o),
+        lambda z, **o: js.jensen_shannon_divergence(z, jnp.roll(z, 1, 0), **o),
         lambda z, **o: losses.cross_entropy(z, labels, **o),
     )
 

@@ -9,9 +9,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax._pytree import jvp_of_live, without_zeros
-from jsoftmax._series import excess_series
 from jsoftmax.checks.arguments import check_option, public
-from jsoftmax.entropy import kl_terms, log_ratio
+from jsoftmax.divergence import excess, kl_terms, log_ratio, log_ratios_to_mean
 from jsoftmax.heads import _check
 from jsoftmax.heads._head import Head, Heads, Plan, block_scores, map_shards, scan_classes
 from jsoftmax.heads._statistics import Extras, statistics
@@ -104,52 +103,16 @@ def divergence(heads: Heads, plan: Plan) -> Array:
     return _divergence(*heads, plan)[0]
 
 
-def _log_ratios(p: Array, q: Array, beta: Array, log_p: Array, log_q: Array) -> tuple[Array, Array]:
-    """log (p/m) and log (q/m), m = β p + (1 − β) q, 0 where p, or q, is 0; exactly 0 where p = q  (MATH 11.8)."""
-    there = ~(jnp.isneginf(log_p) & jnp.isneginf(log_q))
-    delta = jnp.where(there, log_p, 0) - jnp.where(there, log_q, 0)
-    near = jnp.abs(delta) < _NEAR
-    d = jnp.where(near, delta, 0)
-    of_larger, of_smaller = _far_ratios(delta > 0, jnp.where(near, 1, jnp.abs(delta)), beta)
-    r_p = jnp.where(near, -jnp.log1p((1 - beta) * jnp.expm1(-d)), jnp.where(delta > 0, of_larger, of_smaller))
-    r_q = jnp.where(near, -jnp.log1p(beta * jnp.expm1(d)), jnp.where(delta > 0, of_smaller, of_larger))
-    return jnp.where(p == 0, 0, r_p), jnp.where(q == 0, 0, r_q)
-
-
-def _far_ratios(p_is_larger: Array, a: Array, beta: Array) -> tuple[Array, Array]:
-    """log (larger/m) and log (smaller/m), a = |δ|, by log1p where they may be small  (MATH 11.8)."""
-    of_p, of_q = jnp.broadcast_arrays(beta, 1 - beta)
-    w_larger, w_smaller = jnp.where(p_is_larger, of_p, of_q), jnp.where(p_is_larger, of_q, of_p)
-    by_log1p = w_smaller <= 0.5
-    total = jnp.where(by_log1p, 1, w_larger + w_smaller * jnp.exp(-a))
-    lost = total < jnp.finfo(a.dtype).tiny  # where the larger has no weight, and e^−a underflows
-    by_log = jnp.where(lost, a - jnp.log(jnp.where(lost, w_smaller, 1)), -jnp.log(jnp.where(lost, 1, total)))
-    of_larger = jnp.where(by_log1p, -jnp.log1p(jnp.where(by_log1p, w_smaller * jnp.expm1(-a), 0)), by_log)
-    growth = w_larger * jnp.expm1(jnp.minimum(a, _NO_OVERFLOW))
-    small = (growth < 1) & ((a < _NO_OVERFLOW) | (w_larger == 0))
-    return of_larger, jnp.where(small, -jnp.log1p(jnp.where(small, growth, 0)), of_larger - a)
-
-
-_NEAR, _NO_OVERFLOW = 0.5, 80.0
-
-
-def _excess(p: Array, r: Array, m: Array) -> Array:
-    """p (e^−r − 1 + r) ≥ 0, r = log (p/m), and m where p is 0  (MATH 6.3)."""
-    near = jnp.abs(r) < _NEAR
-    r_near = jnp.where(near, r, 0)
-    return jnp.where(near & (p > 0), p * r_near**2 * excess_series(r_near), p * r - p + m)
-
-
 def _means(p: Head, q: Head, beta: Array, plan: Plan) -> tuple[Array, Array]:
-    """D(p‖m) and D(q‖m)  (MATH 11.8)."""
+    """D(p‖m) and D(q‖m)  (MATH 6.8)."""
 
     def step(blocks: Heads, _: Heads, *, start: Array, known: _TokenConstants, state: Any, plan: Plan) -> Any:
         x_p, x_q = (block_scores(block, start, plan) for block in blocks)
         log_p, log_q = known.log_probs(x_p, x_q)
         p, q, beta = jnp.exp(log_p), jnp.exp(log_q), known.beta[:, None]
-        r_p, r_q = _log_ratios(p, q, beta, log_p, log_q)
+        r_p, r_q = log_ratios_to_mean(p, q, beta, log_p, log_q)
         m = beta * p + (1 - beta) * q
-        made = (jnp.sum(_excess(p, r_p, m), 1), jnp.sum(_excess(q, r_q, m), 1))
+        made = (jnp.sum(excess(p, r_p, m), 1), jnp.sum(excess(q, r_q, m), 1))
         return jax.tree.map(jnp.add, state, made)
 
     own = match_varying_axes(_known(p, q, plan, beta), p.weight, plan.axis_name)
@@ -161,14 +124,14 @@ def _means(p: Head, q: Head, beta: Array, plan: Plan) -> tuple[Array, Array]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _jensen_shannon(p: Head, q: Head, beta: Array, plan: Plan) -> tuple[Array, Array, Array]:
-    """β D(p‖m) + (1 − β) D(q‖m), and the two divergences  (MATH 11.8)."""
+    """β D(p‖m) + (1 − β) D(q‖m), and the two divergences  (MATH 6.8)."""
     of_p, of_q = _means(p, q, beta, plan)
     return beta * of_p + (1 - beta) * of_q, of_p, of_q
 
 
 @functools.partial(_jensen_shannon.defjvp, symbolic_zeros=True)
 def _jensen_shannon_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
-    """Σ β p (r_p − D(p‖m)) ẋ_p + Σ (1 − β) q (r_q − D(q‖m)) ẋ_q + (D(p‖m) − D(q‖m)) β̇  (MATH 11.8)."""
+    """Σ β p (r_p − D(p‖m)) ẋ_p + Σ (1 − β) q (r_q − D(q‖m)) ẋ_q + (D(p‖m) − D(q‖m)) β̇  (MATH 6.8)."""
     p, q, beta = primals
     dots = without_zeros(tangents)
     out = _jensen_shannon(p, q, beta, plan)
@@ -178,7 +141,7 @@ def _jensen_shannon_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
         (x_p, x_p_dot), (x_q, x_q_dot) = _scores_and_rates(blocks, dots, start, plan)
         log_p, log_q = known.log_probs(x_p, x_q)
         p, q, beta = jnp.exp(log_p), jnp.exp(log_q), known.beta[:, None]
-        r_p, r_q = _log_ratios(p, q, beta, log_p, log_q)
+        r_p, r_q = log_ratios_to_mean(p, q, beta, log_p, log_q)
         of_p, of_q = (mean[:, None] for mean in known.mean)
         return state + jnp.sum(beta * p * (r_p - of_p) * x_p_dot + (1 - beta) * q * (r_q - of_q) * x_q_dot, 1)
 
@@ -286,19 +249,18 @@ def linear_jsd(  # noqa: PLR0917  (two heads, each by position as in `linear_cro
 ) -> Float[Array, "..."]:
     """Generalised Jensen–Shannon divergence of two linear heads' softmaxes, in nats; no logits.
 
-    D = β D(p‖m) + (1 − β) D(q‖m),   m = β p + (1 − β) q;   ∂D/∂z_p = β p (log (p/m) − D(p‖m)) s(z_p)     (MATH 11.8)
+    It equals
 
-    p and q are the softmaxes of `linear_kl`. β = ½ is the Jensen–Shannon divergence. At both ends D is 0, and what it
-    grows by is a Kullback–Leibler divergence: D/β → `linear_kl(p, q)` for β → 0, and D/(1 − β) → `linear_kl(q, p)`, the
-    heads swapped, for β → 1. Where a library takes β = 0 or 1 for one of these, call `linear_kl`.
+        jensen_shannon_divergence(z_p, z_q, where=where, beta=β, phi=φ, log_weights=log w)          (MATH 11.8)
+
+    of the scores of `linear_kl`. Where a library takes β = 0 or 1 for a Kullback–Leibler divergence, call `linear_kl`:
+    here both ends give 0.
 
     Args:
       hidden_p, weight_p, hidden_q, weight_q, bias_p, bias_q, phi, soft_cap, temperature, where, log_weights,
         block_size, precision, axis_name, shards: as in `linear_kl`. Two passes, four products.
       beta: β in [0, 1], one number, may be traced; differentiable.
-    Returns: `[...]` in [0, log 2], float32 at least, finite where p or q is 0; small divergences keep their digits,
-      and equal heads have 0. A token for which one of the heads has no class: 0. A score of +inf or NaN: NaN in that
-      token alone.
+    Returns: `[...]` in [0, log 2], float32 at least; edges as in `jensen_shannon_divergence`.
     Raises: as `linear_kl`.
     Source: Lin 1991, equation 5.1 (weights β, 1 − β); Agarwal et al. 2024 (distillation).
 

@@ -13,7 +13,7 @@ from jsoftmax._series import excess_series, expm1
 from jsoftmax.checks.arguments import Axis, public, widened
 from jsoftmax.checks.labels import Labelled, check_labelled
 from jsoftmax.checks.top_targets import TopTargets
-from jsoftmax.entropy import log_ratio
+from jsoftmax.divergence import log_ratio
 from jsoftmax.losses._top import row_of_top
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp

@@ -1,0 +1,212 @@
+"""Kullback–Leibler and Jensen–Shannon divergences, for every φ; heads take the arithmetic of a class from here."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from jsoftmax import maps, sums
+from jsoftmax._series import excess_series
+from jsoftmax.checks.arguments import Axis, accumulation_dtype, check_option, public, widened
+from jsoftmax.maps import normalize
+from jsoftmax.phi import Phi, exp
+from jsoftmax.sharding import AxisName
+from jsoftmax.sums import class_sum
+
+_NEAR, _NO_OVERFLOW = 0.5, 80.0
+
+# --- class by class ------------------------------------------------------------------------------------------
+
+
+def excess(p: Array, r: Array, m: Array) -> Array:
+    """p (e^−r − 1 + r) ≥ 0, r = log (p/m), and m where p is 0  (MATH 6.3)."""
+    near = jnp.abs(r) < _NEAR
+    r_near = jnp.where(near, r, 0)
+    return jnp.where(near & (p > 0), p * r_near**2 * excess_series(r_near), p * r - p + m)
+
+
+def log_ratio(log_p: Array, p: Array, log_q: Array) -> tuple[Array, Array]:
+    """r = log p − log q, and where p and q are positive; elsewhere r is 0, and those classes are dealt with apart.
+
+    p underflows where log p is finite, and r may overflow there: 0 · inf would be NaN.
+    """
+    both = (p > 0) & (log_q > -jnp.inf) | jnp.isnan(log_p) | jnp.isnan(log_q)
+    return jnp.where(both, log_p, 0) - jnp.where(both, log_q, 0), both
+
+
+def kl_terms(log_p: Array, p: Array, log_q: Array, q: Array) -> tuple[Array, Array]:
+    """p (e^−r − 1 + r) ≥ 0, and r = log p − log q, 0 where one of them is 0  (MATH 6.3)."""
+    r, _ = log_ratio(log_p, p, log_q)
+    return excess(p, r, q), r
+
+
+def log_ratios_to_mean(p: Array, q: Array, beta: Array, log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    """log (p/m) and log (q/m), m = β p + (1 − β) q; 0 where p, or q, is 0, and exactly 0 where p = q  (MATH 6.8).
+
+    0, too, where m is 0 beside a positive p or q: at an end of β, where that p or q counts 0.
+    """
+    there = ~(jnp.isneginf(log_p) & jnp.isneginf(log_q))
+    delta = jnp.where(there, log_p, 0) - jnp.where(there, log_q, 0)
+    near = jnp.abs(delta) < _NEAR
+    d = jnp.where(near, delta, 0)
+    of_larger, of_smaller = _far_ratios(delta > 0, jnp.where(near, 1, jnp.abs(delta)), beta)
+    r_p = jnp.where(near, -jnp.log1p((1 - beta) * jnp.expm1(-d)), jnp.where(delta > 0, of_larger, of_smaller))
+    r_q = jnp.where(near, -jnp.log1p(beta * jnp.expm1(d)), jnp.where(delta > 0, of_smaller, of_larger))
+    return jnp.where((p == 0) | jnp.isinf(r_p), 0, r_p), jnp.where((q == 0) | jnp.isinf(r_q), 0, r_q)
+
+
+def _far_ratios(p_is_larger: Array, a: Array, beta: Array) -> tuple[Array, Array]:
+    """log (larger/m) and log (smaller/m), a = |δ|, by log1p where they may be small  (MATH 6.8)."""
+    of_p, of_q = jnp.broadcast_arrays(beta, 1 - beta)
+    w_larger, w_smaller = jnp.where(p_is_larger, of_p, of_q), jnp.where(p_is_larger, of_q, of_p)
+    by_log1p = w_smaller <= 0.5
+    total = jnp.where(by_log1p, 1, w_larger + w_smaller * jnp.exp(-a))
+    lost = total < jnp.finfo(a.dtype).tiny  # where the larger has no weight, and e^−a underflows
+    by_log = jnp.where(lost, a - jnp.log(jnp.where(lost, w_smaller, 1)), -jnp.log(jnp.where(lost, 1, total)))
+    of_larger = jnp.where(by_log1p, -jnp.log1p(jnp.where(by_log1p, w_smaller * jnp.expm1(-a), 0)), by_log)
+    growth = w_larger * jnp.expm1(jnp.minimum(a, _NO_OVERFLOW))
+    small = (growth < 1) & ((a < _NO_OVERFLOW) | (w_larger == 0))
+    return of_larger, jnp.where(small, -jnp.log1p(jnp.where(small, growth, 0)), of_larger - a)
+
+
+# --- Kullback–Leibler ----------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    """D = Σ p r, r = log p − log q, summed as p (e^−r − 1 + r) ≥ 0, since Σ q − Σ p = 0  (MATH 6.3)."""
+    (log_p, p, L_p, _), (log_q, q, *_) = normalize(x_p, axis, axis_name), normalize(x_q, axis, axis_name)
+    D = class_sum(kl_terms(log_p, p, log_q, q)[0], axis, axis_name)
+    impossible = class_sum((jnp.isneginf(log_q) & (log_p > -jnp.inf)).astype(D.dtype), axis, axis_name) > 0
+    return jnp.where(jnp.isnan(D), D, jnp.where(jnp.isneginf(L_p), 0, jnp.where(impossible, jnp.inf, D)))
+
+
+@_kl.defjvp
+def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4); finite where D is not: those classes have r = 0."""
+    (x_p, x_q), (x_p_dot, x_q_dot) = primals, [widened(dot) for dot in tangents]
+    (log_p, p, L_p, complement_p), (log_q, q, _, complement_q) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
+    r, _ = log_ratio(log_p, p, log_q)
+    by_p = p * sums.minus_mean(r, p, 1, complement_p, p > sums.SURE, axis, axis_name)
+    # q − p where both are above ½ by 1 − p and 1 − q, which have the digits
+    q_minus_p = jnp.where((p > 0.5) & (q > 0.5), complement_p - complement_q, q - p)
+    by_q = jnp.where(jnp.isneginf(x_q) | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q_minus_p)
+    rate = by_p * x_p_dot + by_q * x_q_dot
+    return _kl(x_p, x_q, axis, axis_name), class_sum(rate, axis, axis_name)
+
+
+@public
+def kl_divergence(
+    z_p: ArrayLike,
+    z_q: ArrayLike,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    phi: Phi = exp,
+    log_weights: ArrayLike | None = None,
+    axis_name: AxisName = None,
+) -> Float[Array, "..."]:
+    """Kullback–Leibler divergence D(p‖q) of p = w φ(z_p)/Σ and q = w φ(z_q)/Σ, in nats.
+
+    D = Σ p (log p − log q);   ∂D/∂z_p = p (log p − log q − D) s,   ∂D/∂z_q = (q − p) s     (MATH 6.3, 6.4)
+
+    Args:
+      z_p, z_q: scores `[..., K]` that broadcast together.
+      axis: int, tuple or None (all): the classes' axis, reduced.
+      where, phi, log_weights, axis_name: as in `entropy`, for both distributions.
+    Returns: `[...]` ≥ 0, in the scores' common dtype, but float32 for narrower ones. A class with p = 0 adds 0; one
+      with q = 0 < p makes D = +inf, with finite derivatives for the other classes. No class left for p: 0. A score of
+      +inf or NaN: NaN in that row alone.
+    Raises: as `entropy`, and ValueError if the scores do not broadcast together.
+    Source: Kullback & Leibler 1951.
+
+    >>> kl_divergence(jnp.array([0., 1.]), jnp.array([1., 0.]))
+    Array(0.46211..., dtype=float32)
+    """
+    return maps.reduce_classes(
+        _kl, maps.check("kl_divergence", {"z_p": z_p, "z_q": z_q}, axis, where, phi, log_weights, axis_name), phi
+    )
+
+
+# --- Jensen–Shannon ------------------------------------------------------------------------------------------
+
+
+def _divergences_from_mean(
+    x_p: Array, x_q: Array, beta: Array, axis: tuple[int, ...], axis_name: AxisName
+) -> tuple[Array, Array]:
+    """D(p‖m) and D(q‖m), m = β p + (1 − β) q, as sums of terms that are not negative; 0 where p or q has no class."""
+    (log_p, p, L_p, _), (log_q, q, L_q, _) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
+    r_p, r_q = log_ratios_to_mean(p, q, beta, log_p, log_q)
+    m = beta * p + (1 - beta) * q
+    of_p, of_q = (class_sum(excess(a, r, m), axis, axis_name) for a, r in ((p, r_p), (q, r_q)))
+    empty = jnp.isneginf(L_p) | jnp.isneginf(L_q)
+    return jnp.where(empty & ~jnp.isnan(of_p), 0, of_p), jnp.where(empty & ~jnp.isnan(of_q), 0, of_q)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _jensen_shannon(x_p: Array, x_q: Array, beta: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    """β D(p‖m) + (1 − β) D(q‖m)  (MATH 6.8)."""
+    of_p, of_q = _divergences_from_mean(x_p, x_q, beta, axis, axis_name)
+    return beta * of_p + (1 - beta) * of_q
+
+
+@functools.partial(_jensen_shannon.defjvp, symbolic_zeros=True)
+def _jensen_shannon_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """Σ β p (r_p − D(p‖m)) ẋ_p + Σ (1 − β) q (r_q − D(q‖m)) ẋ_q + (D(p‖m) − D(q‖m)) β̇  (MATH 6.8)."""
+    (x_p, x_q, beta), (x_p_dot, x_q_dot, beta_dot) = primals, tangents
+    of_both = [normalize(x, axis, axis_name) for x in (x_p, x_q)]
+    r = log_ratios_to_mean(of_both[0].p, of_both[1].p, beta, of_both[0].log_p, of_both[1].log_p)
+    rate = jnp.zeros_like(of_both[0].p)
+    for of, r_of, share, dot in zip(of_both, r, (beta, 1 - beta), (x_p_dot, x_q_dot), strict=True):
+        if not isinstance(dot, SymbolicZero):
+            centred = sums.minus_mean(r_of, of.p, 1, of.complement, of.p > sums.SURE, axis, axis_name)
+            rate = rate + share * of.p * centred * widened(dot)
+    empty = jnp.isneginf(of_both[0].log_normalizer) | jnp.isneginf(of_both[1].log_normalizer)
+    D_dot = jnp.where(empty, 0, class_sum(rate, axis, axis_name))
+    if not isinstance(beta_dot, SymbolicZero):
+        of_p, of_q = _divergences_from_mean(x_p, x_q, beta, axis, axis_name)
+        D_dot = D_dot + (of_p - of_q) * beta_dot
+    return _jensen_shannon(x_p, x_q, beta, axis, axis_name), D_dot
+
+
+@public
+def jensen_shannon_divergence(
+    z_p: ArrayLike,
+    z_q: ArrayLike,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    *,
+    beta: ArrayLike = 0.5,
+    phi: Phi = exp,
+    log_weights: ArrayLike | None = None,
+    axis_name: AxisName = None,
+) -> Float[Array, "..."]:
+    """Generalised Jensen–Shannon divergence of p = w φ(z_p)/Σ and q = w φ(z_q)/Σ, in nats.
+
+    D = β D(p‖m) + (1 − β) D(q‖m),   m = β p + (1 − β) q;   ∂D/∂z_p = β p (log (p/m) − D(p‖m)) s(z_p)     (MATH 6.8)
+
+    β = ½ is the Jensen–Shannon divergence. At both ends D is 0, and what it grows by is a Kullback–Leibler divergence:
+    D/β → `kl_divergence(z_p, z_q)` for β → 0, and D/(1 − β) → `kl_divergence(z_q, z_p)` for β → 1. The same of two
+    linear heads, without their logits: `heads.linear_jsd`.
+
+    Args:
+      z_p, z_q, axis, where, phi, log_weights, axis_name: as in `kl_divergence`.
+      beta: β in [0, 1], one number, may be traced; differentiable.
+    Returns: `[...]` in [0, log 2], in the scores' common dtype, but float32 for narrower ones; finite where p or q is
+      0, as are its derivatives; of those in β at an end, a class that one of p and q lacks is left out. Small
+      divergences keep their digits, and equal scores have 0. No class left for p or for q: 0. A score of +inf or NaN:
+      NaN in that row alone.
+    Raises: as `kl_divergence`, and ValueError if β is known at trace time and outside [0, 1].
+    Source: Lin 1991, equation 5.1 (weights β, 1 − β).
+
+    >>> jensen_shannon_divergence(jnp.array([0., 1.]), jnp.array([1., 0.]))
+    Array(0.1109..., dtype=float32)
+    """
+    function = "jensen_shannon_divergence"
+    arguments = maps.check(function, {"z_p": z_p, "z_q": z_q}, axis, where, phi, log_weights, axis_name)
+    share = check_option(function, beta, accumulation_dtype(arguments.dtype), beta=(0.0, 1.0))
+    return maps.reduce_classes(_jensen_shannon, arguments, phi, parameters=(share,))

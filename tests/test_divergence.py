@@ -1,0 +1,113 @@
+"""The Jensen–Shannon divergence in β, at its ends, and where a class has no probability; of scores and of heads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsoftmax as js
+from jsoftmax import heads, verify
+
+NO_SCORES, FLAT = jnp.ones((1, 1)), jnp.zeros((3, 1))
+
+
+def of_scores(z_p, z_q, beta):
+    return js.jensen_shannon_divergence(z_p, z_q, beta=beta)
+
+
+def of_heads(z_p, z_q, beta):
+    """The same scores as the biases of heads that have no others."""
+    return heads.linear_jsd(NO_SCORES, FLAT, NO_SCORES, FLAT, z_p, z_q, beta=beta)[0]
+
+
+BOTH = pytest.mark.parametrize("divergence", [of_scores, of_heads])
+Z, OUT, EMPTY = jnp.array([0.0, 1.0, -1.0]), jnp.array([0.5, 1.0, -jnp.inf]), jnp.full(3, -jnp.inf)
+
+
+def test_of_all_arguments():
+    """Gradient and Hessian product in scores, β, a prior and φ's parameter, under a mask."""
+    rng = np.random.default_rng(0)
+    keep, axis = jnp.arange(6).reshape(2, 3) != 4, (1, 2)
+
+    def weighted(D):
+        return jnp.vdot(jnp.cos(jnp.arange(D.size)), D)
+
+    def ours(z_p, z_q, log_w, beta, epsilon):
+        options = {"where": keep, "beta": beta, "phi": js.spherical(epsilon), "log_weights": log_w}
+        return weighted(js.jensen_shannon_divergence(z_p, z_q, axis, **options))
+
+    def plain(z_p, z_q, log_w, beta, epsilon):
+        options = {"where": keep, "phi": js.spherical(epsilon), "log_weights": log_w}
+        p, q = (jnp.where(keep, js.softmax(z, axis, **options), 1) for z in (z_p, z_q))
+        log_m = jnp.log(beta * p + (1 - beta) * q)
+        terms = beta * p * (jnp.log(p) - log_m) + (1 - beta) * q * (jnp.log(q) - log_m)
+        return weighted(jnp.sum(terms, axis))
+
+    def derivatives(f, given):
+        gradient = jax.grad(f, tuple(range(5)))
+        return f(*given), *jax.jvp(gradient, given, jax.tree.map(jnp.cos, given))
+
+    with jax.enable_x64(True):
+        given = (*(jnp.asarray(rng.normal(size=(4, 2, 3))) for _ in range(2)), jnp.asarray(rng.normal(size=(2, 3))))
+        given = (*given, jnp.asarray(0.3), jnp.asarray(0.1))
+        found, want = (verify.jit_formulas(lambda given, f=f: derivatives(f, given))(given) for f in (ours, plain))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+@BOTH
+@pytest.mark.parametrize("beta", [1e-8, 1e-5, 1e-3, 0.5])
+def test_digits_of_far_scores(divergence, beta):
+    """What β adds to q where q is large keeps its digits in the gradient, in float32."""
+    z_p, z_q = jnp.array([0.0, -3.0, -6.0]), jnp.array([-3.0, 0.0, -30.0])
+    found = jax.grad(divergence, 1)(z_p, z_q, beta)
+    p, q = (np.exp(np.float64(z)) / np.sum(np.exp(np.float64(z))) for z in (z_p, z_q))
+    share = np.float64(np.float32(beta))
+    r = -np.log1p(share * (p / q - 1))
+    np.testing.assert_allclose(found, (1 - share) * q * (r - np.sum(q * r)), rtol=3e-6, atol=1e-12 * beta)
+
+
+@BOTH
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_ends(divergence, beta):
+    """0, with derivatives 0 in the scores, also where a class is possible for one alone; in β ± a divergence."""
+    for z_p, z_q in ((Z, OUT), (OUT, Z), (Z, -Z)):
+        value, (by_p, by_q, by_beta) = jax.value_and_grad(divergence, (0, 1, 2))(z_p, z_q, beta)
+        assert value == 0
+        np.testing.assert_array_equal([by_p, by_q], 0)
+        assert np.isfinite(by_beta)
+    want = js.kl_divergence(Z, -Z) if beta == 0 else -js.kl_divergence(-Z, Z)
+    np.testing.assert_allclose(by_beta, want, rtol=1e-6)
+
+
+@BOTH
+def test_impossible_classes(divergence):
+    """A class of one of them alone adds a finite number; no class left: 0; NaN and +inf: NaN."""
+    p, q = np.float64(jax.nn.softmax(Z)), np.float64(jax.nn.softmax(OUT))
+    m = 0.25 * p + 0.75 * q
+    want = 0.25 * np.sum(p * np.log(p / m)) + 0.75 * np.sum(q[:2] * np.log(q[:2] / m[:2]))
+    for given in ((Z, OUT, 0.25), (OUT, Z, 0.75)):
+        value, gradients = jax.value_and_grad(divergence, (0, 1))(*given)
+        np.testing.assert_allclose(value, want, rtol=1e-6)
+        assert np.all(np.isfinite(gradients))
+    for given in ((EMPTY, Z, 0.25), (Z, EMPTY, 0.25), (EMPTY, EMPTY, 0.25)):
+        value, gradients = jax.value_and_grad(divergence, (0, 1, 2))(*given)
+        assert value == 0
+        np.testing.assert_array_equal(jnp.hstack(gradients), 0)
+    np.testing.assert_allclose(divergence(jnp.array([0, -300.0, -400.0]), jnp.array([-300.0, 0, -400]), 0.5), np.log(2))
+    for bad in (jnp.nan, jnp.inf):
+        assert np.isnan(divergence(Z, Z.at[0].set(bad), 0.25))
+        assert np.isnan(divergence(Z.at[2].set(bad), Z, 0.25))
+
+
+def test_a_bad_row_stays_alone():
+    rows = jnp.stack([Z, Z.at[1].set(jnp.nan), OUT])
+    value, gradient = jax.vmap(jax.value_and_grad(lambda z: of_scores(z, -Z, 0.25)))(rows)
+    np.testing.assert_array_equal(np.isnan(value), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(gradient).any(-1), [False, True, False])
+
+
+def test_beta_may_be_traced_and_mapped_over():
+    betas = jnp.linspace(0, 1, 5)
+    of_betas = jax.jit(jax.vmap(lambda beta: of_scores(Z, -Z, beta)))(betas)
+    np.testing.assert_allclose(of_betas, [of_scores(Z, -Z, float(beta)) for beta in betas], rtol=1e-6)
