@@ -160,17 +160,19 @@ def _jensen_shannon_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any
     (x_p, x_q, beta), (x_p_dot, x_q_dot, beta_dot) = primals, tangents
     of_both = [normalize(x, axis, axis_name) for x in (x_p, x_q)]
     r = log_ratios_to_mean(of_both[0].p, of_both[1].p, beta, of_both[0].log_p, of_both[1].log_p)
-    rate = jnp.zeros_like(of_both[0].p)
+    D, rates = _jensen_shannon(x_p, x_q, beta, axis, axis_name), []
     for of, r_of, share, dot in zip(of_both, r, (beta, 1 - beta), (x_p_dot, x_q_dot), strict=True):
         if not isinstance(dot, SymbolicZero):
             centred = sums.minus_mean(r_of, of.p, 1, of.complement, of.p > sums.SURE, axis, axis_name)
-            rate = rate + share * of.p * centred * widened(dot)
-    empty = jnp.isneginf(of_both[0].log_normalizer) | jnp.isneginf(of_both[1].log_normalizer)
-    D_dot = jnp.where(empty, 0, class_sum(rate, axis, axis_name))
+            rates.append(share * of.p * centred * widened(dot))
+    D_dot = jnp.zeros_like(D)
+    if rates:
+        empty = jnp.isneginf(of_both[0].log_normalizer) | jnp.isneginf(of_both[1].log_normalizer)
+        D_dot = jnp.where(empty, 0, class_sum(functools.reduce(jnp.add, rates), axis, axis_name))
     if not isinstance(beta_dot, SymbolicZero):
         of_p, of_q = _divergences_from_mean(x_p, x_q, beta, axis, axis_name)
         D_dot = D_dot + (of_p - of_q) * beta_dot
-    return _jensen_shannon(x_p, x_q, beta, axis, axis_name), D_dot
+    return D, D_dot
 
 
 @public
