@@ -94,6 +94,8 @@ def test_impossible_classes(divergence):
         value, gradients = jax.value_and_grad(divergence, (0, 1, 2))(*given)
         assert value == 0
         np.testing.assert_array_equal(jnp.hstack(gradients), 0)
+    many = jnp.float32(np.random.default_rng(1).normal(0, 2, (30, 3)))
+    np.testing.assert_array_equal(jax.vmap(jax.grad(divergence, 1), (None, 0, None))(EMPTY, many, 0.3), 0)
     np.testing.assert_allclose(divergence(jnp.array([0, -300.0, -400.0]), jnp.array([-300.0, 0, -400]), 0.5), np.log(2))
     for bad in (jnp.nan, jnp.inf):
         assert np.isnan(divergence(Z, Z.at[0].set(bad), 0.25))
