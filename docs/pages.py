@@ -1,6 +1,7 @@
 """A hook of mkdocs: the site's pages that stand elsewhere in the repository, and links between files as on disk."""
 
 import base64
+import html
 import json
 import pathlib
 import posixpath
@@ -8,10 +9,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import latex2mathml.converter
 from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).parent.parent
 ELSEWHERE = ("MATH.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/*.md", "benchmarks/results/*.png", "tests/*.md")
+ROW = re.compile(r"^((?:- )?\*\*(\d+\.\d+) .*?\*\*)", re.M)
+TEX = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
+PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)]*)?\))")
 
 
@@ -57,4 +62,16 @@ def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
             return found[0]
         return found[1] + posixpath.relpath(uri, posixpath.dirname(page.file.src_uri)) + found[3]
 
-    return LINK.sub(link, markdown)
+    if page.file.src_uri == "MATH.md":
+        markdown = ROW.sub(r"\1{#row-\2}", markdown)  # every row can be linked to
+    return PICTURE.sub(r"[\g<0>](\1)", LINK.sub(link, markdown))  # a picture leads to itself, which a phone can enlarge
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Formulas in TeX become MathML, which browsers show without a script from another server."""
+
+    def formula(found: re.Match[str]) -> str:
+        display = "block" if found[1] == "div" else "inline"
+        return latex2mathml.converter.convert(html.unescape(found[2]), display=display)
+
+    return TEX.sub(formula, content)
