@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ELSEWHERE = ("MATH.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/*.md", "benchmarks/results/*.png", "tests/*.md")
 ROW = re.compile(r"^((?:- )?\*\*(\d+\.\d+) .*?\*\*)", re.M)
 TEX = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
+NAME = re.compile(r'(?<=class="doc doc-object-name doc-)([\w-]+">)([\w.]+)')
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)]*)?\))")
 
@@ -68,10 +69,11 @@ def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Formulas in TeX become MathML, which browsers show without a script from another server."""
+    """Formulas in TeX become MathML, which needs no script of another server; long names may break at . and _."""
 
     def formula(found: re.Match[str]) -> str:
         display = "block" if found[1] == "div" else "inline"
         return latex2mathml.converter.convert(html.unescape(found[2]), display=display)
 
+    content = NAME.sub(lambda found: found[1] + re.sub(r"([._])", r"\1<wbr>", found[2]), content)
     return TEX.sub(formula, content)
