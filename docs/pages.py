@@ -39,15 +39,17 @@ def notebook(path: pathlib.Path) -> Iterator[tuple[str, str | bytes]]:
     for number, cell in enumerate(json.loads(path.read_text())["cells"]):
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        printed = ""  # of several outputs that follow one another
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            text = "".join(output.get("text", data.get("text/plain", "")))
             if "image/png" in data:
                 name = f"{path.stem}-{number}.png"
                 yield name, base64.b64decode(data["image/png"])
                 parts.append(f"![the picture that the code above draws]({name})")
-            elif text:
-                parts.append(f"```text\n{text.rstrip()}\n```")
+            else:
+                printed += "".join(output.get("text", data.get("text/plain", "")))
+        if printed.strip():
+            parts.append(f"```text\n{printed.rstrip()}\n```")
     yield f"{path.stem}.md", "\n\n".join(parts) + "\n"
 
 
@@ -63,6 +65,8 @@ def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
             return found[0]
         return found[1] + posixpath.relpath(uri, posixpath.dirname(page.file.src_uri)) + found[3]
 
+    if page.file.src_uri.startswith("api/"):
+        page.meta["search"] = {"boost": 4}  # the reference comes before what mentions a name
     if page.file.src_uri == "MATH.md":
         markdown = ROW.sub(r"\1{#row-\2}", markdown)  # every row can be linked to
     return PICTURE.sub(r"[\g<0>](\1)", LINK.sub(link, markdown))  # a picture leads to itself, which a phone can enlarge
