@@ -18,6 +18,14 @@ ROW = re.compile(r"^((?:- )?\*\*(\d+\.\d+) .*?\*\*)", re.M)
 TEX = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 NAME = re.compile(r'(?<=class="doc doc-object-name doc-)([\w-]+">)([\w.]+)')
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
+TABLE = re.compile(r"^\|.*\| MATH\.md \|\n(?:\|.*\n)+", re.M)  # of functions, each with its rows of MATH.md
+FUNCTION = re.compile(r"^\| (`([\w.]+)[^`]*`)", re.M)
+LAST = re.compile(r"(?<=\| )\d+\.\d+.*(?= \|$)", re.M)
+REFERENCE = {
+    name: f"api/{path.name}#{name}"
+    for path in (ROOT / "docs/api").glob("*.md")
+    for name in re.findall(r"^::: (\S+)$", path.read_text(), re.M)
+}
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)]*)?\))")
 
 
@@ -65,11 +73,27 @@ def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
             return found[0]
         return found[1] + posixpath.relpath(uri, posixpath.dirname(page.file.src_uri)) + found[3]
 
+    markdown = LINK.sub(link, markdown)
+    to_root = posixpath.relpath(".", posixpath.dirname(page.file.src_uri) or ".")
+    markdown = TABLE.sub(lambda table: _linked(table[0], to_root), markdown)
     if page.file.src_uri.startswith("api/"):
         page.meta["search"] = {"boost": 4}  # the reference comes before what mentions a name
     if page.file.src_uri == "MATH.md":
         markdown = ROW.sub(r"\1{#row-\2}", markdown)  # every row can be linked to
-    return PICTURE.sub(r"[\g<0>](\1)", LINK.sub(link, markdown))  # a picture leads to itself, which a phone can enlarge
+    return PICTURE.sub(r"[\g<0>](\1)", markdown)  # a picture leads to itself, which a phone can enlarge
+
+
+def _linked(table: str, to_root: str) -> str:
+    """The table, with each function linked to its reference and each row to MATH.md."""
+
+    def function(found: re.Match[str]) -> str:
+        place = REFERENCE.get(f"jsoftmax.{found[2]}")
+        return f"| [{found[1]}]({to_root}/{place})" if place else found[0]
+
+    def rows(found: re.Match[str]) -> str:
+        return re.sub(r"\d+\.\d+", lambda row: f"[{row[0]}]({to_root}/MATH.md#row-{row[0]})", found[0])
+
+    return LAST.sub(rows, FUNCTION.sub(function, table))
 
 
 def on_page_content(content: str, **_: Any) -> str:
