@@ -10,6 +10,8 @@ from markdown.extensions.toc import slugify
 MATH = (pathlib.Path(__file__).parent.parent / "MATH.md").read_text()
 ANCHORS = {n: slugify(f"{n}. {title}", "-") for n, title in re.findall(r"^## (\d+)\. (.*)$", MATH, re.M)}
 CITED = re.compile(r" {4,}(\(MATH \d.*?\))$", re.M)
+ROW = re.compile(r"\d+(?:\.\d+)?")
+CITATION = re.compile(rf"MATH {ROW.pattern}(?:(?:, | and | to |–){ROW.pattern})*")
 SECTIONS = re.compile(r"^(Args|Returns|Raises|Source):[ \t]*", re.M)
 
 
@@ -23,7 +25,12 @@ def markdown(text: str) -> str:
     if examples:
         made.append(f"```pycon\n{examples.rstrip()}\n```")
     text = "\n\n".join(part.strip("\n") for part in made)
-    return re.sub(r"MATH ((\d+)(?:\.\d+)?)", lambda found: f"MATH [{found[1]}](../MATH.md#{ANCHORS[found[2]]})", text)
+    return CITATION.sub(lambda cited: ROW.sub(_link, cited[0]), text)
+
+
+def _link(row: re.Match[str]) -> str:
+    """To a row, or to a section."""
+    return f"[{row[0]}](../MATH.md#{ANCHORS.get(row[0], 'row-' + row[0])})"
 
 
 def _prose(text: str) -> str:

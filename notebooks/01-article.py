@@ -14,9 +14,9 @@
 # %% [markdown]
 # # The softmax function, section by section, and where the article errs
 #
-# The article *The softmax function* (September 2024) lists the softmax's formulas. Here is each of them beside the call
-# that computes it and a check against automatic differentiation. Three are wrong; the true ones stand beside them.
-# Row numbers are those of `MATH.md`.
+# The article *The softmax function* (September 2024) lists formulas of the softmax. This notebook takes them one by
+# one: each stands beside the call that computes it, and is checked against automatic differentiation. Three of the
+# article's formulas are wrong; the correct ones stand beside them. Row numbers refer to [MATH.md](../MATH.md).
 
 # %%
 import jax
@@ -44,7 +44,7 @@ def check(ours, reference, tolerance=1e-12):
 #
 # $$\sigma(\mathbf z)_i = \frac{e^{z_i}}{\sum_j e^{z_j}}$$
 #
-# `softmax`, row 1.2. A shift of all scores changes nothing.
+# `softmax`, row 1.2. Adding one number to all scores changes nothing.
 
 # %%
 p = js.softmax(z)
@@ -56,7 +56,7 @@ check(p, jnp.exp(z) / jnp.exp(z).sum()), check(js.softmax(z + 100), p, 1e-12)
 #
 # $$\frac{\partial\sigma_i}{\partial z_j} = \sigma_i(\delta_{ij} - \sigma_j)$$
 #
-# `softmax_jacobian`, row 1.6: a diagonal and a matrix of rank one, so a product with a vector costs O(K).
+# `softmax_jacobian`, row 1.6: a diagonal matrix plus one of rank one, so a product with a vector costs O(K).
 
 # %%
 J = js.softmax_jacobian(z)
@@ -64,12 +64,12 @@ print(J)
 check(J.as_matrix(), jax.jacobian(jax.nn.softmax)(z)), check(J.mv(z), J.as_matrix() @ z)
 
 # %% [markdown]
-# The second derivatives are a tensor, row 1.8:
+# The second derivatives form a tensor (row 1.8):
 #
 # $$T_{ijk} = \sigma_i(\delta_{ij}-\sigma_j)(\delta_{ik}-\sigma_k) - \sigma_i\sigma_j(\delta_{jk}-\sigma_k)$$
 #
-# The article's general formula is right. Of its table of cases, one is wrong (the factor for $i \ne j = k$) and one,
-# $i = k \ne j$, is missing.
+# The article's general formula is right. In its table of cases, one is wrong (the factor for $i \ne j = k$), and one is
+# missing ($i = k \ne j$).
 
 # %%
 T = js.softmax_second_derivative(z)
@@ -80,7 +80,7 @@ print(f"article's i ≠ j = k:                    σ_i σ_k (2σ_i − 1) = {p[i
 print(f"missing   i = k ≠ j: T = {T[i, k, i]:+.6f}, σ_i σ_j (2σ_i − 1) = {p[i] * p[k] * (2 * p[i] - 1):+.6f}")
 
 # %% [markdown]
-# The operators and the tensor as pictures: the Jacobian's rank-one part and diagonal, and four slices of $T$.
+# The same as pictures: the Jacobian, and the four slices of $T$.
 
 # %%
 figure, axes = plt.subplots(1, K + 1, figsize=(13, 2.8), layout="constrained")
@@ -99,8 +99,9 @@ plt.show()
 #
 # $$\Phi(\mathbf z)_i = \frac{\phi(z_i)}{\sum_j \phi(z_j)}$$
 #
-# Any positive φ. With ψ = log φ it is the softmax of ψ(z), so its derivatives need only the slope s = ψ′ = φ′/φ and the
-# curvature t = ψ″. The Jacobian of the article is right; simplified, $J = \mathrm{diag}(p s) - p (p s)^\top$, row 1.6.
+# The function φ may be any positive one. With ψ = log φ the result is the softmax of ψ(z), so its derivatives need only
+# the slope s = ψ′ = φ′/φ and the curvature t = ψ″. The article's Jacobian is right; it simplifies to $J =
+# \mathrm{diag}(p s) - p (p s)^\top$ (row 1.6).
 
 # %%
 for phi in js.PHIS:
@@ -126,12 +127,13 @@ right.legend()
 plt.show()
 
 # %% [markdown]
-# Taylor and spherical φ are not monotone: there the most probable class need not have the largest score.
+# The Taylor and spherical φ are not monotone: with them, the most probable class need not have the largest score.
 #
 # ## 4 Log-Taylor softmax
 #
-# The article leaves it open. It is the logarithm of the softmax with a Taylor polynomial of even order for the
-# exponential (row 3.2), computed through ψ = n log|z| + … so that nothing overflows.
+# The article leaves this section open. The log-Taylor softmax is the logarithm of the softmax in which a Taylor
+# polynomial of even order replaces the exponential (row 3.2). It is computed through ψ = n log|z| + …, so that nothing
+# overflows.
 
 # %%
 taylor = js.taylor(2)
@@ -143,7 +145,8 @@ print("scores of 1e30 in float32:", js.log_softmax(jnp.array([1e30, -1e30, 1.0],
 # %% [markdown]
 # ## 5 Via Gumbel
 #
-# With $g_i$ independent Gumbel variables, $\arg\max_i (\log\phi(z_i) + g_i)$ is a sample from $p$, for every φ.
+# If the $g_i$ are independent Gumbel variables, $\arg\max_i (\log\phi(z_i) + g_i)$ is a sample from $p$. This holds for
+# every φ.
 
 # %%
 draws = 200_000
@@ -161,8 +164,8 @@ for phi in (js.exp, js.spherical(0.1)):
 #
 # $$H = -\sum_i p_i \log p_i$$
 #
-# The article's gradient is $-1 + p$. That is not the gradient of $H$: it is the gradient of $L - \sum_i z_i$. With
-# $c = \log p + H$ the true one is $-p\,c$ (row 1.5).
+# The article's gradient is $-1 + p$. That is not the gradient of $H$ but the gradient of $L - \sum_i z_i$. With $c =
+# \log p + H$ the true gradient is $-p\,c$ (row 1.5).
 
 # %%
 H = js.entropy(z)
@@ -191,8 +194,8 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# So its Hessian, $\mathrm{diag}(p) - p p^\top$, is that of $L$, always positive semi-definite. The true one (row 1.8)
-# is indefinite:
+# The article's Hessian, $\mathrm{diag}(p) - p p^\top$, is therefore that of $L$, which is always positive
+# semi-definite. The true Hessian (row 1.8) is indefinite:
 #
 # $$\nabla^2 H = p p^\top + (pc) p^\top + p (pc)^\top - \mathrm{diag}(p(1+c))$$
 
@@ -204,7 +207,8 @@ print("eigenvalues, claimed:", np.round(np.linalg.eigvalsh(claimed), 4))
 check(true, jax.hessian(plain)(z))
 
 # %% [markdown]
-# The second-order expansion inherits both errors. True: `entropy_expansion`, row 6.5, whose error is of third order.
+# The article's second-order expansion inherits both errors. The true expansion is `entropy_expansion` (row 6.5); its
+# error is of third order.
 
 # %%
 center, direction = jnp.array([0.8, 0.0, -0.4]), jnp.array([1.0, -0.5, 0.3])
@@ -233,7 +237,8 @@ slope = np.polyfit(np.log(steps[:15]), np.log(np.abs(errors["order 2, true"][:15
 assert abs(slope - 3) < 0.1
 
 # %% [markdown]
-# The surface of $H$ over the two differences of three scores, and both expansions about the dot.
+# The pictures show $H$ of three scores as the first two of them change, and both expansions about the point that the
+# white dot marks.
 
 # %%
 side = jnp.linspace(-3, 3, 81)
@@ -257,8 +262,9 @@ plt.show()
 # %% [markdown]
 # ### 6.2 Non-exponential
 #
-# The article's gradient of the generalised entropy is right; it simplifies to $-p\,c\,s$ (row 1.5). Its Hessian is
-# $\mathrm{diag}(s)[\,\cdot\,]\mathrm{diag}(s) - \mathrm{diag}(p c t)$, with the bracket of 6.1 (row 1.8).
+# The article's gradient of the generalised entropy is right; it simplifies to $-p\,c\,s$ (row 1.5). The Hessian is
+# $\mathrm{diag}(s)[\,\cdot\,]\mathrm{diag}(s) - \mathrm{diag}(p c t)$; between the brackets stands the Hessian of
+# section 6.1 (row 1.8).
 
 # %%
 for phi in js.PHIS:
@@ -273,4 +279,4 @@ for phi in js.PHIS:
     print(f"{phi!s:28} gradient: {gradient}   Hessian: {hessian}")
 
 # %% [markdown]
-# All that at once, for every function and φ, in float64 and in float32: `python -m jsoftmax verify`.
+# `python -m jsoftmax verify` checks all of this at once, for every function and every φ, in float64 and in float32.

@@ -14,10 +14,11 @@
 # %% [markdown]
 # # Gradients through a drawn class: bias and variance
 #
-# A bandit on scanned digits. The policy sees an image and draws one of ten prototypes; the reward is the log-likelihood
-# of the image under that prototype's pixels. With ten actions the expected reward and its gradient are sums of ten
-# terms, so each estimator's bias and variance can be seen, not guessed. The policy's entropy is added with a weight;
-# its gradient is a closed form, −p c (row 1.5 of `MATH.md`), which no estimator needs to sample.
+# The example is a bandit on scanned digits. The policy sees an image and draws one of ten prototypes; the reward is the
+# log-likelihood of the image under that prototype's pixels. With ten actions, the expected reward and its gradient are
+# sums of ten terms, so the bias and the variance of each estimator can be measured against the exact gradient. The
+# policy's entropy is added to the reward with a weight; its gradient has a closed form, −p c (row 1.5 of
+# [MATH.md](../MATH.md)), and needs no sampling.
 
 # %%
 import functools
@@ -58,7 +59,7 @@ def expected(W, image):
 
 
 # %% [markdown]
-# The policy is trained by the exact gradient for some steps, so that it is neither uniform nor certain.
+# The policy is first trained for 25 steps with the exact gradient, so that it is neither uniform nor certain.
 
 # %%
 W = jnp.zeros((64, 10))
@@ -81,13 +82,13 @@ print(f"worth {value:.2f} nats, entropy {entropy:.2f} of {np.log(10):.2f} nats")
 # %% [markdown]
 # ## The estimators
 #
-# Each is a function of a key, the scores and the image, whose gradient in the scores estimates the exact one. The
-# entropy's part is the same in all, and exact.
+# Each estimator is a function of a key, the scores and the image; its gradient in the scores estimates the exact
+# gradient. The entropy's part is exact, and the same for all of them.
 #
 # - straight-through: `gumbel_softmax(…, hard=True)`
-# - Rao–Blackwell: `rao_blackwellised`, the same mean with the noise averaged out, here over 10 draws of it
-# - ReinMax: `reinmax`, of second order
-# - REINFORCE: (reward − baseline) ∇ log p of the class that was drawn; the baseline is the reward of a second draw
+# - Rao–Blackwell: `rao_blackwellised`, which has the same mean but averages over the noise, here over 10 draws of it
+# - ReinMax: `reinmax`, which is accurate to second order
+# - REINFORCE: (reward − baseline) ∇ log p of the class drawn; the baseline is the reward of a second draw
 
 
 # %%
@@ -152,9 +153,10 @@ for name, (f, temperatures) in ESTIMATORS.items():
         print(f"{name:18} τ = {tau:3}   bias {table[name, tau][0]:.3f}   standard deviation {table[name, tau][1]:.3f}")
 
 # %% [markdown]
-# Both in units of the exact gradient's length (root mean square over a hundred images). REINFORCE has no bias: what is
-# printed is below the sampling error of the mean. Straight-through trades one for the other by τ; Rao–Blackwell has its
-# bias and less variance; ReinMax at τ = 1 has hardly any bias here, and the variance of REINFORCE.
+# Bias and standard deviation are given in units of the exact gradient's length (root mean square over a hundred
+# images). REINFORCE has no bias: the number printed for it is below the sampling error of the mean. The
+# straight-through estimator trades bias for variance through τ. Rao–Blackwell has the same bias and less variance.
+# ReinMax at τ = 1 has hardly any bias here, and about the variance of REINFORCE.
 
 # %%
 assert table["REINFORCE", 1.0][0] <= table["REINFORCE", 1.0][2]
@@ -163,15 +165,18 @@ for tau in (0.3, 0.5, 1.0, 2.0):  # the same mean, less variance
 
 fig, axes = plt.subplots(figsize=(8, 5.5))
 floor = 0.005
-places = {"straight-through": (7, 3), "Rao–Blackwell": (-38, -10), "ReinMax": (-14, 8), "REINFORCE": (7, 3)}
+places = {"straight-through": (7, 4), "Rao–Blackwell": (-38, -10), "ReinMax": (-36, 5), "REINFORCE": (7, 3)}
+places["ReinMax", 2.0] = (7, -5)
 for (name, (_, temperatures)), marker in zip(ESTIMATORS.items(), "os^D", strict=True):
     bias, deviation = np.array([table[name, tau][:2] for tau in temperatures]).T
     axes.plot(np.maximum(bias, floor), deviation, marker + "-", label=name, alpha=0.8)
     for x, y, tau in zip(bias, deviation, temperatures, strict=True):
         text = "no bias" if name == "REINFORCE" else f"τ = {tau}"
-        axes.annotate(text, (max(x, floor), y), xytext=places[name], textcoords="offset points", fontsize=8)
+        place = places.get((name, tau), places[name])
+        axes.annotate(text, (max(x, floor), y), xytext=place, textcoords="offset points", fontsize=8)
 axes.set_xscale("log")
 axes.set_yscale("log")
+axes.set_xlim(right=1.6)
 axes.set_xticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
 axes.set_yticks([0.6, 1, 2, 3, 4], ["0.6", "1", "2", "3", "4"])
 axes.minorticks_off()

@@ -14,11 +14,16 @@
 # %% [markdown]
 # # Huge vocabularies: memory and time against V
 #
-# The loss of a linear layer with V outputs, its value and gradient, in four ways: all logits at once with optax; block
-# by block (`heads.linear_cross_entropy`), or its sum with the gradient made on the way
-# (`heads.linear_cross_entropy_sum`); and, for a φ of order 2, the exact shortcut (`heads.quadratic_cross_entropy`) and
-# exact SGD that never passes over the classes (`heads.factored`). Everything is measured here, by the functions of
-# `benchmarks/heads.py`; rows 11.1 to 12.4 of `MATH.md` have the formulas.
+# This notebook computes the loss of a linear layer with V outputs and its gradient in five ways:
+#
+# - from all logits at once, with optax
+# - block by block, with `heads.linear_cross_entropy`
+# - as a sum whose gradient is computed in the same pass, with `heads.linear_cross_entropy_sum`
+# - for a φ of order 2, by an exact shortcut, `heads.quadratic_cross_entropy`
+# - for a φ of order 2, by exact steps of SGD that never pass over the classes, with `heads.factored`
+#
+# Everything is measured here, with the functions of `benchmarks/heads.py`. The formulas are rows 11.1 to 12.4 of
+# [MATH.md](../MATH.md).
 
 # %%
 import json
@@ -60,8 +65,9 @@ print(
 # %% [markdown]
 # ## Memory
 #
-# What the compiled program needs beside its arguments and results. All logits grow with V in every mode; block by block
-# nothing does. Its sum keeps the products of 256 tokens with all classes, here all tokens.
+# The table shows the memory that the compiled program needs in addition to its arguments and results. With all logits
+# it grows with V in every mode; block by block it does not grow. The sum keeps the products of 256 tokens, which are
+# all tokens here, with all classes.
 
 # %%
 MODES = {"value and gradient": (ways.gradient, False), "Hessian product": (ways.hessian_product, True)}
@@ -87,9 +93,10 @@ for mode, (make, with_direction) in MODES.items():
 # %% [markdown]
 # ## Time
 #
-# Medians of a few calls each; small sizes, so that the notebook is quick. `benchmarks/results/heads-*.json` has 2,048
-# tokens, 512 features and 131,072 classes beside optax and PyTorch. The factored step is one of SGD on the weight, its
-# state donated, of 256 tokens; its line is flat: it passes over no class but the labels.
+# Each time is the median of a few calls; the sizes are small, so that the notebook runs quickly.
+# `benchmarks/results/heads-*.json` has times for 2,048 tokens, 512 features and 131,072 classes, beside optax and
+# PyTorch. The factored step is a step of SGD on the weight for 256 tokens, with the buffers of its state donated. Its
+# line is flat because it visits no class except the labels.
 
 
 # %%
@@ -140,7 +147,8 @@ figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper")
 plt.show()
 
 # %% [markdown]
-# In one pass come also the log-probability, the entropy and the mode of each token, all but the last differentiable:
+# One pass also gives the log-probability, the entropy and the most probable class of each token. All but the last are
+# differentiable:
 
 # %%
 found = heads.linear_statistics(hidden, weight, labels)
@@ -152,8 +160,8 @@ print("mean entropy", found.entropy.mean(), "nats, of at most", jnp.log(4_096.0)
 # %% [markdown]
 # ## The flat line
 #
-# The factored step alone, to a million classes: what it costs does not depend on them (MATH 12.2). A step of dense SGD
-# under the same φ is beside it, as far as that is quick.
+# Here is the factored step alone, up to a million classes: its cost does not depend on their number (MATH 12.2). A step
+# of dense SGD under the same φ stands beside it, for the sizes at which it is quick enough.
 
 # %%
 MILLION = (4_096, 16_384, 65_536, 262_144, 1_048_576)
@@ -188,12 +196,14 @@ plt.show()
 # %% [markdown]
 # ## A real run
 #
-# The table of `python -m jsoftmax lm --head all`, read from `benchmarks/results/lm-jax-0.10.json`: a small recurrent
-# network under each head, on the docstrings of installed packages, one of which is held out as a whole.
+# This is the table of `python -m jsoftmax lm --head all`, read from `benchmarks/results/lm-jax-0.10.json`. A small
+# recurrent network is trained under each head on the docstrings of installed packages; one package is held out as a
+# whole.
 #
-# Reference pattern, on other texts and larger networks: Grave et al. 2017 report for text8, 44,000 words, 144
-# in 83 minutes for the full softmax, 166 in 41 for sampling and 147 in 30 for the adaptive softmax; de Brébisson &
-# Vincent 2016 for Penn Treebank 126.7, 147.2 and 149.2 for log-softmax, log-Taylor and log-spherical softmax.
+# For comparison, these perplexities were published for other texts and larger networks. For text8 with 44,000 words,
+# Grave et al. 2017 report 144 in 83 minutes for the full softmax, 166 in 41 minutes for sampling and 147 in 30 minutes
+# for the adaptive softmax. For Penn Treebank, de Brébisson & Vincent 2016 report 126.7, 147.2 and 149.2 for
+# log-softmax, log-Taylor and log-spherical softmax.
 
 # %%
 run = json.loads((here / "benchmarks/results/lm-jax-0.10.json").read_text())

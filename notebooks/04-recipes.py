@@ -15,20 +15,20 @@
 # # Recipes: streaming heads and attention in a training step
 #
 # The functions of `jsoftmax.heads` take hidden states `[..., d]` and the weight `[V, d]` of the last layer, and compute
-# what a loss needs block by block: the logits, tokens × classes numbers, never exist at once.
+# what a loss needs block by block: the logits, tokens × classes numbers, never exist all at once.
 #
-# Every section has one cell to copy, complete by itself, and one that checks it against the plain computation, which
-# makes all logits. The models are toys: replace what makes the hidden states by your own.
+# Every section has one cell to copy, which is complete in itself, and one that checks it against the plain computation,
+# which makes all logits. The models are toys: replace the part that makes the hidden states with your own.
 
 # %% [markdown]
 # ## 1. JAX and optax, tied embeddings
 #
-# The loss is the sum over the tokens that count, divided by their number: PyTorch's token mean with
-# `ignore_index=-100`, but 0, not NaN, for a batch without any. Over microbatches or devices, add up the sums and the
-# numbers and divide once. The embedding table is `[V, d]` and is the head's weight as it is; its gradient has both
-# parts.
+# The loss is the sum over the tokens that count, divided by their number. This is PyTorch's token mean with
+# `ignore_index=-100`, except that a batch without such tokens gives 0, not NaN. Over microbatches or devices, add up
+# the sums and the numbers, and divide once. The embedding table `[V, d]` serves as the head's weight without a change;
+# its gradient has the parts of both uses.
 #
-# `ignore_label` has no default: without it a label of −100 is out of range, and the loss NaN.
+# `ignore_label` has no default: without it, a label of −100 is out of range and the loss is NaN.
 
 # %%
 import jax
@@ -109,9 +109,9 @@ assert fused(parameters, tokens, jnp.full_like(labels, IGNORED))[0] == 0  # no t
 # %% [markdown]
 # ## 2. flax
 #
-# `nnx.Linear` keeps its kernel as `[d, V]`, so it goes in as `kernel.T`; its bias is an argument, and may be None. The
-# module returns hidden states. Its head is only asked for its numbers, not called: a `dtype` that it was given does
-# nothing, so cast (section 6).
+# `nnx.Linear` stores its kernel as `[d, V]`, so pass `kernel.T`; the bias is an argument of its own, and may be None.
+# The module returns hidden states. Its head is not called, only its parameters are read. So a `dtype` given to the head
+# has no effect: cast instead (section 6).
 
 # %%
 import jax
@@ -167,9 +167,9 @@ chex.assert_trees_all_close(fused, nnx.jit(nnx.value_and_grad(plain))(model), rt
 assert losses[-1] < losses[0] / 2
 
 # %% [markdown]
-# `kernel.T` is not free: the loop reads blocks of rows, and the compiled program holds a transposed copy of the kernel,
-# and one of its gradient. A weight that is kept as `[V, d]` is read in place: the `embedding` of an `nnx.Embed`, tied
-# or not, or a plain `nnx.Param`. What the compiler says of temporary memory:
+# `kernel.T` is not free: the loop reads blocks of rows, so the compiled program holds a transposed copy of the kernel,
+# and one of its gradient. A weight stored as `[V, d]` is read in place: the `embedding` of an `nnx.Embed`, tied or not,
+# or a plain `nnx.Param`. The compiler reports this much temporary memory:
 
 
 # %%
@@ -192,8 +192,8 @@ print("a weight of 32 MiB; for loss and gradient, temporary,")
 print(f"as [V, d]: {temporary(of_weight, 32768, 256):.0f} MiB, as kernel.T: {temporary(of_kernel, 256, 32768):.0f} MiB")
 
 # %% [markdown]
-# In linen the parameters are a tree, and the head's kernel is a leaf of it. `init` calls the module, so that the head
-# has parameters; one token is enough.
+# In linen the parameters are a tree, and the head's kernel is one of its leaves. `init` calls the module so that the
+# head gets parameters; one token is enough.
 
 # %%
 import jax
@@ -244,8 +244,8 @@ chex.assert_trees_all_close((value, gradient), jax.jit(jax.value_and_grad(plain)
 # %% [markdown]
 # ## 3. Equinox
 #
-# `eqx.nn.Linear` keeps its weight as `[V, d]`: it goes in as it is. Equinox maps layers over the tokens by `vmap`; the
-# head takes all tokens at once and needs none.
+# `eqx.nn.Linear` stores its weight as `[V, d]`, so pass it as it is. Equinox maps layers over the tokens with `vmap`;
+# the head takes all tokens at once and needs no `vmap`.
 
 # %%
 import equinox as eqx
@@ -314,14 +314,13 @@ assert losses[-1] < losses[0] / 2
 # %% [markdown]
 # ## 4. Policy gradients: PPO, GRPO
 #
-# `linear_statistics` gives the log-probability of each token that was drawn and the entropy of its distribution, both
-# differentiable, in one pass. `linear_kl` is the exact divergence from a reference over the whole vocabulary, not its
-# estimate from the token that was drawn. The reference's hidden states may have another width: only the classes must
-# be the same.
+# In one pass, `linear_statistics` gives the log-probability of each drawn token and the entropy of its distribution,
+# both differentiable. `linear_kl` is the exact divergence from a reference over the whole vocabulary, not an estimate
+# from the drawn token. The hidden states of the reference may have another width: only the classes must be the same.
 #
-# Prompt and padding have the label `IGNORED`, whose log-probability and entropy are 0. `linear_kl` has no labels: it
-# computes every token, and the mask comes after. For a policy with a temperature give it to both:
-# `temperature=`.
+# Prompt and padding have the label `IGNORED`; their log-probability and entropy are 0. `linear_kl` takes no labels: it
+# computes the divergence of every token, and the mask is applied afterwards. If the policy has a temperature, pass
+# `temperature=` to both functions.
 
 # %%
 import jax
@@ -407,7 +406,7 @@ assert 0 < seen["clipped"] < 1
 # %% [markdown]
 # ## 5. Forward mode, Hessian-vector products, draws
 #
-# All results but classes are differentiable in both modes and to any order, block by block as before.
+# All results except classes are differentiable in both modes and to any order, block by block as before.
 
 # %%
 import jax
@@ -462,8 +461,8 @@ chex.assert_trees_all_close(along, plain_along, rtol=1e-4)
 chex.assert_trees_all_close(product, plain_product, rtol=1e-3, atol=1e-4)
 
 # %% [markdown]
-# Draws from the head: from all classes; at a temperature; from the k most probable. `shape` ends in the tokens' shape;
-# left out, it is that, one draw for each. With `replace=False` the draws of a token are distinct.
+# The head can draw from all classes, at a temperature, or from the k most probable classes. `shape` ends in the shape
+# of the tokens; without it, there is one draw for each token. With `replace=False` the draws of one token are distinct.
 
 # %%
 import jax
@@ -505,10 +504,10 @@ for draws, temperature in ((drawn, 1.0), (cooler, 0.7)):
 # %% [markdown]
 # ## 6. Mixed precision
 #
-# Hidden states and weight in bfloat16: the logits are products of bfloat16 numbers, summed in float32; results are
-# float32. A gradient has the dtype of its argument, and is summed in float32 before it is narrowed. If one of the two
-# is float32, so are the products: cast both. For parameters kept in float32 the cast is in the loss; their gradient is
-# float32, narrowed to bfloat16 once on its way.
+# Let hidden states and weight be in bfloat16. The logits are products of bfloat16 numbers, summed in float32, and the
+# results are float32. A gradient has the dtype of its argument; it is summed in float32 before it is rounded to
+# bfloat16. If one of the two arguments is float32, the products are float32 too, so cast both. For parameters that are
+# kept in float32, put the cast into the loss: their gradient is float32, and is rounded to bfloat16 once on its way.
 
 # %%
 import jax
@@ -563,12 +562,13 @@ for g, w in zip(gradients, wanted, strict=True):
 # %% [markdown]
 # ## 7. Forward mode through attention: a mean-flow step
 #
-# Losses of mean flows and of consistency models need the derivative of a network along a direction at each step: a
-# `jax.jvp`, and then the gradient of what it gives. `js.attention.dot_product_attention` has the arguments of
-# `jax.nn.dot_product_attention` and all modes of differentiation, and never makes an array of queries × keys.
+# At each step, the losses of mean flows and of consistency models need the derivative of a network along a direction (a
+# `jax.jvp`), and then the gradient of a loss that contains it. `js.attention.dot_product_attention` takes the arguments
+# of `jax.nn.dot_product_attention`, works in all modes of differentiation, and never makes an array of queries × keys.
 #
-# u(z_t, r, t) is the mean velocity from r to t along z_t = (1 − t) x + t e, with velocity v = e − x; it satisfies
-# u = v − (t − r) du/dt, whose right-hand side is the target (Geng et al. 2025, arXiv:2505.13447).
+# The network u(z_t, r, t) is the mean velocity from time r to time t along z_t = (1 − t) x + t e, whose velocity is v =
+# e − x. It satisfies u = v − (t − r) du/dt; the right-hand side is the target of the training (Geng et al. 2025,
+# arXiv:2505.13447).
 
 # %%
 import jax

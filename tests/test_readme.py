@@ -108,6 +108,13 @@ def test_readme_example():
     np.testing.assert_allclose(names["token_losses"], np.log(1000), rtol=1e-5)
 
 
+def test_home_example():
+    names = run_examples("docs/index.md")
+    np.testing.assert_allclose(names["loss"], [0.4076059, 2.0611537e-09], rtol=1e-6)
+    assert np.all(np.isfinite(names["H"]))
+    assert np.all(np.isfinite(names["hessians"]))
+
+
 def test_quick_start():
     names = run_examples("docs/quick-start.md")
     np.testing.assert_allclose(names["H"], [0.8323954, 4.328423e-08], rtol=1e-6)
