@@ -75,7 +75,8 @@ def of_wanted(f: Callable[..., Any], wanted: Array, *rows: Array) -> Any:
         return maps.zero_where(~layout.taken.reshape(*layout.taken.shape, *[1] * (a.ndim - 1)), a[layout.row])
 
     def skip(*given: Array) -> Any:
-        zero = sum(jnp.zeros_like(a, jnp.int32, shape=()) for a in given)  # sharded as the rows are
+        zeros = [jnp.zeros_like(a, jnp.int32, shape=()) for a in given]  # sharded as the rows are
+        zero = functools.reduce(jnp.add, zeros)
         return jax.tree.map(lambda a: jnp.broadcast_to(zero.astype(a.dtype), a.shape), jax.eval_shape(f, *given))
 
     def block(given: Any) -> Any:
