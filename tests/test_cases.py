@@ -198,6 +198,8 @@ OF_NOTHING = {
     "adaptive.log_probs": (lambda: adaptive.log_probs(PARAMS, NO_HIDDEN), (0, 50)),
     "adaptive.predict": (lambda: adaptive.predict(PARAMS, NO_HIDDEN), (0,)),
     "adaptive.entropy": (lambda: adaptive.entropy(PARAMS, NO_HIDDEN), (0,)),
+    "adaptive.top_k": (lambda: adaptive.top_k(PARAMS, NO_HIDDEN, 3).log_prob, (0, 3)),
+    "adaptive.categorical": (lambda: adaptive.categorical(KEY, PARAMS, NO_HIDDEN), (0,)),
 }
 
 

@@ -134,6 +134,18 @@ FROM_ELSEWHERE = [  # as other libraries are called, or with an object of the wr
         (lambda f=f: raw(f)(Z, TOP), TypeError, f"{f.__name__}: labels must be integers or a distribution; got TopT")
         for f in (js.fenchel_young_loss, losses.spherical_z_loss, losses.log_prob)
     ),
+    (
+        lambda: raw(heads.linear_statistics)(HIDDEN, WEIGHT, TOP),
+        TypeError,
+        "linear_statistics: labels must be integers or a distribution; got TopTargets",
+        "heads.linear_cross_entropy, which has the scores of a linear layer",
+    ),
+    (
+        lambda: raw(heads.quadratic_cross_entropy)(HIDDEN, WEIGHT, TOP, phi=js.taylor(2)),
+        TypeError,
+        "quadratic_cross_entropy: labels must be integers; got TopTargets",
+        "heads.linear_cross_entropy",
+    ),
     (lambda: losses.cross_entropy(Z, LABELS, ignore_index=-1), TypeError, "cross_entropy: ", "ignore_label=…"),
     (lambda: losses.cross_entropy(Z, LABELS, weight=None), TypeError, "cross_entropy: ", "class_weights=…"),
     (lambda: gumbel.gumbel_softmax(KEY, Z, tau=0.5), TypeError, "gumbel_softmax: ", "temperature=…"),

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sharding
 from cells import some
+from jax.sharding import PartitionSpec
 from platforms import as_on_accelerators
 
 import jsoftmax as js
@@ -282,6 +284,261 @@ def test_predict():
     assert jax.grad(lambda h: adaptive.predict(params, h).sum() * 1.0)(h).sum() == 0
 
 
+# --- the most probable classes, and draws --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phi", some([js.exp, js.spherical(0.3)], [js.spherical(0.3)]), ids=str)
+def test_top_k(phi):
+    """Values and derivatives, of the head and of both tails."""
+    with jax.enable_x64(True):
+        params = make(jnp.float64)
+        params = params._replace(bias=params.bias.at[8:].add(2.0))
+        assert_same(
+            lambda params, h: adaptive.top_k(params, h, 11, phi=phi).log_prob,
+            lambda params, h: jax.lax.top_k(defined(params, h, phi), 11)[0],
+            params,
+            jnp.asarray(H),
+        )
+
+
+@pytest.mark.parametrize("tail_bias", [-9.0, 0.0, 2.0, 9.0])
+def test_top_k_of_log_probs(tail_bias):
+    """Also where no tail is searched, or none of the head's classes is among them; for one class and for all."""
+    params, h = jax.tree.map(lambda a: 3 * a, make()), jnp.asarray(H, jnp.float32)
+    params = params._replace(bias=params.bias.at[8:].add(tail_bias))
+    log_p = adaptive.log_probs(params, h)
+    for k in (1, 5, 20, CLASSES):
+        found = adaptive.top_k(params, h, k)
+        best, index = jax.lax.top_k(log_p, k)
+        np.testing.assert_array_equal(found.indices, index)
+        np.testing.assert_allclose(found.log_prob, best, rtol=1e-6)
+
+
+def test_top_k_of_many_classes():
+    """A tail of so many that its largest are found by parts, with a class that is there twice."""
+    params = adaptive.init(KEY, 8, 1500, (20,), div_value=1)
+    weight = params.tails[0].weight.at[700].set(params.tails[0].weight[30])
+    params = params._replace(tails=(params.tails[0]._replace(weight=weight),))
+    at_both = jnp.linalg.pinv(params.tails[0].projection) @ weight[30]
+    h = jnp.concatenate([jax.random.normal(KEY, (37, 8)), at_both[None]])
+    log_p = adaptive.log_probs(params, 3 * h)
+    for k in (1, 4):
+        np.testing.assert_array_equal(adaptive.top_k(params, 3 * h, k).indices, jax.lax.top_k(log_p, k)[1])
+
+
+def test_top_k_of_equals():
+    """The first first: all of the head, then all of either tail."""
+    even = jax.tree.map(jnp.zeros_like, make())
+    found = adaptive.top_k(even, jnp.ones((3, 2, D)), CLASSES)
+    np.testing.assert_array_equal(found.indices, np.broadcast_to(np.arange(CLASSES), (3, 2, CLASSES)))
+    as_one = even._replace(bias=even.bias.at[8:].set(jnp.log(jnp.array([22.0, 30.0]))))  # 1/60 each, but for rounding
+    np.testing.assert_allclose(adaptive.top_k(as_one, jnp.ones(D), 20).log_prob, -np.log(60), rtol=1e-6)
+
+
+def spoil(tail):
+    return tail._replace(weight=tail.weight.at[3].set(jnp.nan))
+
+
+def test_bad_rows_of_top_k_and_draws():
+    """NaN in the head is in that row alone; in a tail in rows that searched it, whatever their neighbours did."""
+    params, h = make(), jnp.asarray(H, jnp.float32)
+    clean = adaptive.top_k(params, h, 5)
+    draw = functools.partial(adaptive.categorical, KEY, shape=(7, ROWS), return_log_prob=True)
+    for bad in (jnp.nan, jnp.inf):
+        found = adaptive.top_k(params, h.at[5].set(bad), 5)
+        np.testing.assert_array_equal(found.indices, clean.indices.at[5].set(-1))
+        np.testing.assert_array_equal(found.log_prob, clean.log_prob.at[5].set(jnp.nan))
+        for replace in (True, False):
+            drawn, log_p = draw(params, h.at[5].set(bad), replace=replace)
+            want, want_log_p = draw(params, h, replace=replace)
+            np.testing.assert_array_equal(drawn, want.at[:, 5].set(-1))
+            np.testing.assert_allclose(log_p, want_log_p.at[:, 5].set(jnp.nan), rtol=1e-6)
+    spoilt = params._replace(tails=(params.tails[0], spoil(params.tails[1])))
+    found = adaptive.top_k(spoilt, h, 5)
+    head = jnp.concatenate([h @ params.head.T + params.bias], -1)
+    fifth = jnp.sort(jnp.concatenate([adaptive.log_probs(params, h)[:, :30]], -1), -1)[:, -5]
+    searched = js.log_softmax(head)[:, 9] > fifth
+    assert 0 < np.sum(searched) < ROWS
+    np.testing.assert_array_equal(np.isnan(found.log_prob[:, 0]), searched)
+    np.testing.assert_array_equal(found.indices, jnp.where(searched[:, None], -1, clean.indices))
+    drawn, log_p = draw(spoilt, h)
+    want, _ = draw(params, h)
+    np.testing.assert_array_equal(drawn, jnp.where(want >= 30, -1, want))
+    np.testing.assert_array_equal(np.isnan(log_p), want >= 30)
+
+
+def test_impossible_classes_of_top_k_and_draws():
+    """Beyond the classes that are possible: −inf and −1, and derivatives that are 0 there."""
+    phi = js.q_exponential(0.5)
+    params, h = make(), 9 * jnp.asarray(H, jnp.float32)
+    log_p = adaptive.log_probs(params, h, phi=phi)
+    possible = jnp.sum(log_p > -jnp.inf, 1)
+    assert np.min(possible) < CLASSES
+    best, index = jax.lax.top_k(log_p, CLASSES)
+    found = adaptive.top_k(params, h, CLASSES, phi=phi)
+    np.testing.assert_allclose(found.log_prob, best, rtol=1e-5)
+    np.testing.assert_array_equal(found.indices, jnp.where(best > -jnp.inf, index, -1))
+    every, every_log_p = adaptive.categorical(
+        KEY, params, h, shape=(CLASSES, ROWS), replace=False, phi=phi, return_log_prob=True
+    )
+    np.testing.assert_array_equal(jnp.sum(every >= 0, 0), possible)
+    np.testing.assert_array_equal(jnp.sort(every, 0).T, jnp.sort(found.indices, 1))
+    np.testing.assert_array_equal(every_log_p == -jnp.inf, every == -1)
+
+    def total(h):
+        a = adaptive.top_k(params, h, CLASSES, phi=phi).log_prob
+        b = adaptive.categorical(KEY, params, h, phi=phi, return_log_prob=True)[1]
+        return jnp.sum(jnp.where(a > -jnp.inf, a, 0)) + jnp.sum(b)
+
+    assert np.isfinite(jax.grad(total)(h)).all()
+    nothing = params._replace(head=0 * params.head, bias=jnp.full(10, -9.0))
+    none = adaptive.categorical(KEY, nothing, h, phi=phi, return_log_prob=True)
+    np.testing.assert_array_equal(none, [[-1] * ROWS, [-jnp.inf] * ROWS])
+    np.testing.assert_array_equal(adaptive.predict(nothing, h, phi=phi), -1)
+
+
+def chi_square(drawn, p):
+    """Σ (n − m p)²/(m p) in standard deviations from its mean, classes of fewer than five expected draws as one."""
+    counts, expected = np.bincount(drawn, minlength=len(p)), drawn.size * np.float64(p)
+    few = expected < 5
+    counts, expected = (np.append(a[~few], a[few].sum()) for a in (counts, expected))
+    degrees = len(counts) - 1
+    return (np.sum((counts - expected) ** 2 / np.maximum(expected, 1e-9)) - degrees) / np.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("many_rows", [False, True])
+def test_draws(many_rows):
+    """Frequencies of draws with and without replacement, many of a row or one of each of many."""
+    params = jax.tree.map(lambda a: 2 * a, make())
+    params = params._replace(bias=params.bias.at[8:].add(1.0))
+    draws, h = 6000, jnp.asarray(H[:1], jnp.float32)
+    p = np.exp(np.float64(adaptive.log_probs(params, h)[0]))
+    if many_rows:
+        drawn = adaptive.categorical(KEY, params, jnp.broadcast_to(h, (draws, D)))
+    else:
+        drawn = adaptive.categorical(KEY, params, h, shape=(draws, 1)).ravel()
+    assert chi_square(drawn, p) < 4
+    assert chi_square(drawn, p[::-1]) > 100
+    first, second = adaptive.categorical(KEY, params, jnp.broadcast_to(h, (draws, D)), shape=(2, draws), replace=False)
+    assert not np.any(first == second)
+    assert chi_square(first, p) < 4
+    assert chi_square(second, p * (np.sum(p / (1 - p)) - p / (1 - p))) < 4
+    pairs = 8 * np.minimum(first, 7) + np.minimum(second, 7)  # of the classes below 7, and of the others
+    q = np.append(p[:7], p[7:].sum())
+    joint = q[:, None] * q / (1 - q[:, None])
+    inner = np.sum(p[7:] * (1 - p[:7].sum() - p[7:]) / (1 - p[7:]))  # two of the others
+    joint[7, :7], joint[7, 7] = np.sum(p[7:, None] * p[:7] / (1 - p[7:, None]), 0), inner
+    joint[np.arange(7), np.arange(7)] = 0
+    assert chi_square(pairs, joint.ravel()) < 4
+
+
+def test_one_draw_as_on_accelerators(monkeypatch):
+    """By noise there; the same law."""
+    params, h = make(), jnp.broadcast_to(jnp.asarray(H[:1], jnp.float32), (4000, D))
+    p = np.exp(np.float64(adaptive.log_probs(params, h[0])))
+    as_on_accelerators(monkeypatch)
+    jax.clear_caches()
+    drawn = adaptive.categorical(KEY, params, h)
+    jax.clear_caches()
+    assert chi_square(drawn, p) < 4
+
+
+def test_shapes_of_top_k_and_draws():
+    params, h = make(), jnp.asarray(H, jnp.float32)
+    for rows in (0, 1, 17):
+        drawn = adaptive.categorical(KEY, params, h[:rows], shape=(2, 3, rows), replace=False)
+        assert drawn.shape == (2, 3, rows)
+        assert adaptive.top_k(params, h[:rows], 3).indices.shape == (rows, 3)
+    for replace in (True, False):
+        assert adaptive.categorical(KEY, params, h, shape=(0, ROWS), replace=replace).shape == (0, ROWS)
+    batches = h.reshape(5, 8, D)
+    whole = adaptive.top_k(params, h, 3)
+    for found in (
+        adaptive.top_k(params, batches, 3),
+        jax.vmap(lambda h: adaptive.top_k(params, h, 3))(batches),
+        jax.lax.map(lambda h: adaptive.top_k(params, h, 3), batches),
+    ):
+        np.testing.assert_array_equal(found.indices.reshape(ROWS, 3), whole.indices)
+        np.testing.assert_allclose(found.log_prob.reshape(ROWS, 3), whole.log_prob, rtol=1e-6)
+    drawn = adaptive.categorical(KEY, params, batches, shape=(4, 5, 8))
+    np.testing.assert_array_equal(drawn.reshape(4, ROWS), adaptive.categorical(KEY, params, h, shape=(4, ROWS)))
+    one = [adaptive.categorical(KEY, params, h) for h in batches]
+    mapped = jax.vmap(adaptive.categorical, (None, None, 0))(KEY, params, batches)
+    np.testing.assert_array_equal(mapped, one)
+    plain = make(cutoffs=())
+    assert set(adaptive.categorical(KEY, plain, h[0], shape=(500,)).tolist()) <= set(range(CLASSES))
+    assert adaptive.categorical(jax.random.PRNGKey(0), params, h[0]).shape == ()
+
+
+def test_log_prob_of_draws():
+    """What `log_prob` says of them, derivatives too."""
+    params, h = make(), jnp.asarray(H, jnp.float32)
+
+    def of_draws(params, h, replace):
+        return adaptive.categorical(KEY, params, h, shape=(3, ROWS), replace=replace, return_log_prob=True)
+
+    for replace in (True, False):
+        drawn, _ = of_draws(params, h, replace)
+        ours = jax.value_and_grad(lambda p, h: weighted(of_draws(p, h, replace)[1]), (0, 1))  # noqa: B023
+        plain = jax.value_and_grad(
+            lambda p, h: weighted(jnp.stack([by_label(defined(p, h, js.exp), y) for y in drawn])),  # noqa: B023
+            (0, 1),
+        )
+        assert_close(ours(params, h), plain(params, h), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_on_several_devices():
+    """Top k, its gradient and Hessian product, and draws of rows that are sharded, inside shard_map and under jit."""
+    params, h = make(), jnp.asarray(H, jnp.float32)
+
+    def total(params, h):
+        return weighted(jnp.exp(adaptive.top_k(params, h, 4).log_prob))
+
+    def results(params, h):
+        return jax.jvp(jax.grad(total, (0, 1)), (params, h), (params, h))
+
+    cut = PartitionSpec("v")
+    both = {"mesh": sharding.mesh(), "in_specs": (PartitionSpec(), cut)}
+    top = jax.shard_map(lambda p, h: adaptive.top_k(p, h, 4), out_specs=cut, **both)
+
+    def sharded_total(params, h):
+        return weighted(jnp.exp(top(params, h).log_prob))
+
+    found = verify.jit_formulas(lambda params, h: jax.jvp(jax.grad(sharded_total, (0, 1)), (params, h), (params, h)))(
+        params, h
+    )
+    sharding.assert_close(found, verify.jit_formulas(results)(params, h), 1e-4)
+    for replace in (True, False):
+        draw = functools.partial(adaptive.categorical, KEY, replace=replace)
+        drawn = jax.jit(
+            jax.shard_map(functools.partial(draw, shape=(6, 10)), out_specs=PartitionSpec(None, "v"), **both)
+        )(params, h)
+        for i in range(sharding.DEVICES):
+            part = draw(params, h[10 * i :][:10], shape=(6, 10))
+            assert np.mean(drawn[:, 10 * i :][:, :10] == part) > 0.95  # a rounding may move a draw
+    placed = jax.device_put(h, jax.NamedSharding(both["mesh"], cut))
+    np.testing.assert_array_equal(
+        jax.jit(adaptive.top_k, static_argnums=2)(params, placed, 4).indices, adaptive.top_k(params, h, 4).indices
+    )
+
+
+def test_memory_of_top_k_and_draws():
+    """No array of rows × classes."""
+    rows, classes = 16384, 4000
+    params = jax.eval_shape(lambda: adaptive.init(KEY, 16, classes, (500,)))
+    hidden = jax.ShapeDtypeStruct((rows, 16), jnp.float32)
+
+    def gradient(params, h):
+        return jax.grad(lambda p, h: jnp.sum(adaptive.top_k(p, h, 3).log_prob), (0, 1))(params, h)
+
+    def draws(params, h, replace):
+        return adaptive.categorical(KEY, params, h, shape=(2, rows), replace=replace)
+
+    for f in (gradient, functools.partial(draws, replace=True), functools.partial(draws, replace=False)):
+        found = verify.jit_formulas(f).lower(params, hidden).compile().memory_analysis().temp_size_in_bytes
+        assert found < 4 * rows * classes / 8
+
+
 def certain(gap):
     """Weights by which one row is sure of a class of tail 1, in float32 numbers."""
     params = jax.tree.map(jnp.zeros_like, make(bias=False))
@@ -331,8 +588,14 @@ def test_edges():
 
 
 def everything(params, h, y):
-    loss, gradient = jax.value_and_grad(lambda p: -jnp.sum(adaptive.log_prob(p, h, y)))(params)
-    return gradient, (loss, adaptive.entropy(params, h), adaptive.log_probs(params, h)), adaptive.predict(params, h)
+    def loss(params):
+        drawn, log_p = adaptive.categorical(KEY, params, h, return_log_prob=True)
+        top = adaptive.top_k(params, h, 3)
+        return -jnp.sum(adaptive.log_prob(params, h, y)) - jnp.sum(top.log_prob) - jnp.sum(log_p), (drawn, top.indices)
+
+    (loss, classes), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    floats = loss, adaptive.entropy(params, h), adaptive.log_probs(params, h)
+    return gradient, floats, (*classes, adaptive.predict(params, h))
 
 
 def test_dtypes_under_strict_promotion_and_debug_nans():
@@ -341,10 +604,10 @@ def test_dtypes_under_strict_promotion_and_debug_nans():
     with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
         f = verify.jit_formulas(everything)
         narrow = make(jnp.bfloat16), jnp.asarray(H, jnp.bfloat16)
-        gradient, floats, mode = f(*narrow, y)
+        gradient, floats, classes = f(*narrow, y)
         by_float32, *_ = f(*jax.tree.map(lambda a: a.astype(jnp.float32), narrow), y)
     assert {a.dtype for a in floats} == {jnp.dtype(jnp.float32)}
-    assert mode.dtype == jnp.int32
+    assert {a.dtype for a in classes} == {jnp.dtype(jnp.int32)}
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(by_float32), strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
@@ -353,9 +616,9 @@ def test_dtypes_under_strict_promotion_and_debug_nans():
 def test_float64_under_strict_promotion():
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         given = make(jnp.float64), jnp.asarray(H), jnp.asarray(LABELS)
-        gradient, floats, mode = jax.eval_shape(everything, *given)
+        gradient, floats, classes = jax.eval_shape(everything, *given)
         assert {a.dtype for a in jax.tree.leaves((gradient, floats))} == {jnp.dtype(jnp.float64)}
-        assert mode.dtype == jnp.int32
+        assert {a.dtype for a in classes} == {jnp.dtype(jnp.int32)}
 
 
 # --- weights -------------------------------------------------------------------------------------------------
@@ -485,6 +748,18 @@ WRONG = [
     (lambda: log_prob(P, H, LABELS, phi=jnp.exp), TypeError, "log_prob: phi must be a φ"),
     (lambda: adaptive.log_probs(P, H[:, 1:]), ValueError, "log_probs: hidden must have 12 numbers"),
     (lambda: raw(adaptive.predict)(P, H, phi=1), TypeError, "predict: phi must be a φ"),
+    (lambda: raw(adaptive.top_k)(P, H, LABELS), TypeError, "top_k: k must be an int, known at trace time"),
+    (lambda: raw(adaptive.top_k)(P, H, 61), ValueError, "top_k: k must be an int in [1, 60]; got 61"),
+    (lambda: raw(adaptive.top_k)(P, H[:, 1:], 3), ValueError, "top_k: hidden must have 12 numbers"),
+    (lambda: raw(adaptive.categorical)(P, H, KEY), TypeError, "categorical: key must be one PRNG key"),
+    (lambda: raw(adaptive.categorical)(KEY, H, P), TypeError, "categorical: params must be AdaptiveParams"),
+    (lambda: raw(adaptive.categorical)(KEY, P, H, shape=(3,)), ValueError, "categorical: shape must end in the"),
+    (lambda: raw(adaptive.categorical)(KEY, P, H, replace=1), TypeError, "categorical: replace must be True or False"),
+    (
+        lambda: raw(adaptive.categorical)(KEY, P, H, shape=(61, ROWS), replace=False),
+        ValueError,
+        "categorical: shape must ask for no more draws than there are classes, 60",
+    ),
     (lambda: raw(adaptive.entropy)(None, H), TypeError, "entropy: params must be AdaptiveParams; got NoneType"),
     (lambda: adaptive.from_torch(3), TypeError, "from_torch: module_or_state must be a module or its state_dict"),
     (lambda: adaptive.from_torch({"x": 1}), ValueError, "from_torch: module_or_state must have head.weight"),

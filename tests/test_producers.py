@@ -333,6 +333,7 @@ def of_heads(w):
         "nce": lambda h: heads.nce_loss(KEY, h, W, LABELS, 20, log_proposal=w(jnp.zeros(47))),
         "adaptive": lambda h: heads.adaptive.log_prob(params, h, LABELS),
         "adaptive.entropy": lambda h: heads.adaptive.entropy(params, h),
+        "adaptive.top_k": lambda h: heads.adaptive.top_k(params, h, 5).log_prob,
     }
 
 

@@ -107,6 +107,85 @@ def test_head(tail):
         assert_same(ours, plain, tuple(map(jnp.asarray, (HIDDEN, WEIGHT, Q))))
 
 
+def test_sum_of_head():
+    """Σ w loss and its derivatives, tokens without weight before and between others."""
+    with jax.enable_x64(True):
+        weights = jnp.asarray([0.0, 2.0, -1.0, 0.0, 0.5, 3.0])
+        options = {"phi": js.softplus, "z_loss": 0.1, "where": KEEP, "block_size": (4, 7)}
+
+        def ours(h, W, q, w):
+            top = TopTargets(INDICES, q)
+            return jnp.broadcast_to(heads.linear_cross_entropy_sum(h, W, top, token_weights=w, **options), ROWS)
+
+        def plain(h, W, q, w):
+            loss = heads.linear_cross_entropy(h, W, TopTargets(INDICES, q), **options)
+            return jnp.broadcast_to(jnp.sum(w * loss), ROWS)
+
+        assert_same(ours, plain, (*map(jnp.asarray, (HIDDEN, WEIGHT, Q)), weights))
+
+
+def test_sum_of_head_without_the_tokens_that_have_no_weight():
+    """A class out of range, or impossible, that has mass counts 0 with weight 0, NaN or +inf otherwise."""
+    indices, impossible = INDICES.copy(), jnp.zeros(CLASSES).at[INDICES[1, 2]].set(-jnp.inf)
+    indices[0, 1] = CLASSES
+    indices[1:, 2] = INDICES[1, 2]
+    top, given = TopTargets(indices, jnp.float32(Q)), (jnp.float32(HIDDEN), jnp.float32(WEIGHT))
+    weights = jnp.zeros(ROWS)
+
+    def total(h, W, weights, top=top, bias=impossible):
+        return heads.linear_cross_entropy_sum(h, W, top, bias, token_weights=weights)
+
+    value, gradient = jax.jit(jax.value_and_grad(total, (0, 1)))(*given, weights)
+    assert value == 0
+    assert all(np.all(g == 0) for g in gradient)
+    assert np.isnan(total(*given, weights.at[0].set(1)))
+    assert total(*given, weights.at[3].set(1)) == np.inf
+    possible = total(*given, weights.at[2:].set(1), bias=None)
+    each = heads.linear_cross_entropy(*given, top)
+    np.testing.assert_allclose(possible, jnp.sum(each[2:]), rtol=1e-6)
+    assert np.isnan(each[0])
+
+
+def test_a_rest_that_is_impossible_has_no_mass_by_rounding():
+    """Of a teacher whose other classes are impossible, as the student's are; a mass that is more than that is +inf."""
+    rng = np.random.default_rng(3)
+    scores = np.float32(rng.normal(size=(200, 40)))
+    scores[:, 30:] = -np.inf
+    q = jax.nn.softmax(jnp.float32(rng.normal(size=(200, 30))))
+    rest = 1 - jnp.sum(q, -1)
+    assert np.any(rest > 0)
+    top = TopTargets(np.broadcast_to(np.arange(30), (200, 30)), q)
+    want = losses.cross_entropy(scores, jnp.pad(q, [(0, 0), (0, 10)]))
+    np.testing.assert_allclose(losses.cross_entropy(scores, top), want, rtol=1e-6)
+    assert np.isfinite(losses.kl_to_target(scores, top)).all()
+    bias = jnp.float32(scores[0])
+    hidden, weight = jnp.zeros((200, 3)), jnp.ones((40, 3))
+    of_head = heads.linear_cross_entropy(hidden, weight, top, bias)
+    np.testing.assert_allclose(of_head, losses.cross_entropy(jnp.broadcast_to(bias, (200, 40)), top), rtol=1e-6)
+    np.testing.assert_array_equal(losses.cross_entropy(scores, TopTargets(top.indices, 0.999 * q)), np.inf)
+    possible = (
+        jnp.zeros((1, 3)),
+        TopTargets(jnp.array([[0]]), jnp.array([[1 - 2.0**-24]])),
+    )  # 1 − S has its digits there
+    np.testing.assert_allclose(
+        jax.grad(lambda z: losses.cross_entropy(z, possible[1]).sum())(possible[0].at[0, 0].set(40.0))[0, 1],
+        -(2.0**-25),
+        rtol=1e-4,
+    )
+
+
+def test_classes_that_are_there_twice_and_negative_probabilities():
+    """As the docstring says: without an error."""
+    z = jnp.array([0.5, 1.0, 2.0])
+    twice = losses.cross_entropy(z, TopTargets(jnp.array([2, 2]), jnp.array([0.5, 0.25])))
+    x = np.append(np.float64(z[jnp.array([2, 2])]), np.logaddexp(0.5, 1.0))
+    np.testing.assert_allclose(twice, -np.array([0.5, 0.25, 0.25]) @ (x - np.logaddexp.reduce(x)), rtol=1e-6)
+    negative = TopTargets(jnp.array([0, 1, 2]), jnp.array([-0.25, 0.75, 0.5]))
+    np.testing.assert_allclose(losses.cross_entropy(z, negative), losses.cross_entropy(z, negative.probabilities))
+    assert np.isnan(losses.kl_to_target(z, negative))
+    assert np.isnan(losses.kl_to_target(z, negative.probabilities))
+
+
 def test_all_classes_are_a_distribution_and_one_a_label():
     order = np.argsort(Z, -1)
     q = np.float32(jax.nn.softmax(np.sin(Z)))
@@ -194,6 +273,23 @@ def test_classes_on_several_devices():
         ):
             found = verify.jit_formulas(functools.partial(results, f))(jnp.asarray(HIDDEN), jnp.asarray(WEIGHT))
             sharding.assert_close(found, want, 1e-9)
+
+
+def test_sum_of_head_over_classes_on_several_devices():
+    """Value and gradient, in shard_map and by shards."""
+    weights, top = jnp.cos(jnp.arange(ROWS, dtype=jnp.float32)), TopTargets(INDICES, jnp.float32(Q))
+    given = jnp.float32(HIDDEN), jnp.float32(WEIGHT)
+
+    def total(h, W, **o):
+        return heads.linear_cross_entropy_sum(h, W, top, token_weights=weights, **o)
+
+    cut = {"mesh": sharding.mesh(), "in_specs": (PartitionSpec(), PartitionSpec("v")), "out_specs": PartitionSpec()}
+    want = jax.value_and_grad(lambda h, W: jnp.sum(weights * losses.cross_entropy(h @ W.T, top)), (0, 1))(*given)
+    for f in (
+        jax.shard_map(functools.partial(total, axis_name="v"), **cut),
+        functools.partial(total, shards=sharding.DEVICES),
+    ):
+        sharding.assert_close(jax.jit(jax.value_and_grad(f, (0, 1)))(*given), want, 1e-5)
 
 
 WRONG = [

@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from jsoftmax.checks.arguments import as_array, as_floating
 from jsoftmax.checks.labels import check_labels
+from jsoftmax.checks.top_targets import reject_top_targets
 from jsoftmax.maps import check_phi
 from jsoftmax.phi import Phi
 
@@ -35,6 +36,7 @@ def check_width(function: str, hidden: Array, width: int) -> None:
 
 def check_row_labels(function: str, labels: Any, batch: tuple[int, ...]) -> Array:
     """Integers, one for each row of `hidden`."""
+    reject_top_targets(function, "labels", labels, "integers")
     of = "the shape of hidden without its last axis,"
     return check_labels(function, "labels", labels, batch, of=of, way_out="Give each row its label")
 

@@ -21,16 +21,19 @@ class TopTargets:
         tail="renormalise"   −Σ (q_j/S) log p_{i_j}
         tail="ignore"        −Σ q_j log p_{i_j}          (MATH 7.8)
 
-    It goes where a loss takes a distribution: `cross_entropy` and its kin, `kl_to_target` and
-    `jsoftmax.heads.linear_cross_entropy`. log p_rest is the log-sum-exp of the other
+    It goes where a loss takes a distribution: `cross_entropy` and its kin, `kl_to_target`,
+    `jsoftmax.heads.linear_cross_entropy` and `linear_cross_entropy_sum`. log p_rest is the log-sum-exp of the other
     classes, so a small p_rest keeps its digits.
 
     Args:
-      indices: integers `[..., k]`, the classes, distinct in each row. One that is out of range is none, where its
-        probability is 0 (`jsoftmax.heads.linear_top_k` gives −1 beyond the classes kept); otherwise the row is NaN.
-      probabilities: `[..., k]`, floating, not negative. Differentiable.
+      indices: integers `[..., k]`, the classes, distinct in each row: one that is there twice counts twice in p, too,
+        and so makes another loss, without an error. One that is out of range is none, where its probability is 0
+        (`jsoftmax.heads.linear_top_k` gives −1 beyond the classes kept); otherwise the row is NaN.
+      probabilities: `[..., k]`, floating, not negative. Differentiable. Negative ones are as in a dense distribution:
+        `cross_entropy` takes them as they are, `kl_to_target` is NaN.
       tail: what becomes of the rest of the mass, of which there is none where S ≥ 1, and which counts 0 where the mask
-        leaves no other class; part of the compiled program.
+        leaves no other class; part of the compiled program. Where all others are impossible (scores or log-weights of
+        −inf) it is +inf, but for a rest of (k + 8) roundings of 1 or less, which counts 0.
     Source: Anshumann et al. 2025 (the teacher's k largest classes, and the bias where the rest is left out).
 
     >>> from jsoftmax.losses import cross_entropy
@@ -84,10 +87,10 @@ def reject_of_all_classes(function: str, **options: Any) -> None:
             )
 
 
-def reject_top_targets(function: str, argument: str, value: Any) -> None:
+def reject_top_targets(function: str, argument: str, value: Any, wanted: str = "integers or a distribution") -> None:
     """For what takes labels or whole distributions alone."""
     if isinstance(value, TopTargets):
         raise TypeError(
-            f"{function}: {argument} must be integers or a distribution; got TopTargets. losses.cross_entropy, "
-            "losses.kl_to_target and heads.linear_cross_entropy take them."
+            f"{function}: {argument} must be {wanted}; got TopTargets. losses.cross_entropy, "
+            "losses.kl_to_target and heads.linear_cross_entropy, which has the scores of a linear layer, take them."
         )

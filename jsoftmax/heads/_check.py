@@ -25,7 +25,7 @@ from jsoftmax.checks.arguments import (
     option_if_given,
 )
 from jsoftmax.checks.labels import NO_LABELS, in_range
-from jsoftmax.checks.top_targets import TopTargets, reject_of_all_classes
+from jsoftmax.checks.top_targets import TopTargets, mass_is_in_range, reject_of_all_classes
 from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
 from jsoftmax.heads._labels import add_labels
 from jsoftmax.sharding import (
@@ -157,7 +157,7 @@ def check(
             function, labels, head, batch, axis_name, ignore_label, per_token
         )
     if token_weights is not None:
-        token_weights, rows = _check_token_weights(function, token_weights, batch, head, plan, rows)
+        token_weights, rows = _check_token_weights(function, token_weights, batch, head, plan, rows, top)
     if rows is not None or head.hidden.shape[0] > plan.tokens:
         check_not_explicit(function, names[0], head.hidden)
     given = _in_order(head, plan, batch, rows, token_weights)
@@ -166,7 +166,13 @@ def check(
 
 
 def _check_token_weights(  # noqa: PLR0917  (what they are checked against)
-    function: str, token_weights: Any, batch: tuple[int, ...], head: Head, plan: Plan, rows: Array | None
+    function: str,
+    token_weights: Any,
+    batch: tuple[int, ...],
+    head: Head,
+    plan: Plan,
+    rows: Array | None,
+    top: TopTargets | None,
 ) -> tuple[Array, Array | None]:
     """`[N]`, and the tokens that count: padding has no weight and no label."""
     of_tokens = broadcast_number(function, "token_weights", token_weights, batch, "the tokens' shape")
@@ -174,7 +180,11 @@ def _check_token_weights(  # noqa: PLR0917  (what they are checked against)
     all_count = is_concrete_number(token_weights) and token_weights != 0
     if head.labels is None or all_count:
         return weights, rows
-    counts = (weights != 0) | is_valid(head, plan)[:, 0]
+    valid = is_valid(head, plan)
+    if top is not None:
+        mass = top.probabilities.reshape(valid.shape)
+        valid = mass_is_in_range(TopTargets(head.labels, mass), valid)
+    counts = (weights != 0) | valid[:, 0]
     return weights, counts if rows is None else rows & counts
 
 

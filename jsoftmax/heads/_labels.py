@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jsoftmax.checks.arguments import as_array, wide_integers
 from jsoftmax.checks.labels import check_ignore_label, check_labels, reject_given
-from jsoftmax.checks.top_targets import TopTargets, check_top_targets
+from jsoftmax.checks.top_targets import TopTargets, check_top_targets, reject_top_targets
 from jsoftmax.heads._head import Head
 from jsoftmax.sharding import AxisName, check_parts
 
@@ -42,10 +42,7 @@ def add_labels(  # noqa: PLR0917  (what they are checked against)
     tokens, classes, wide = math.prod(batch), head.weight.shape[0], head.hidden.dtype
     if isinstance(labels, TopTargets):
         if TOP not in per_token:
-            raise TypeError(
-                f"{function}: labels must be integers or distributions; got TopTargets. Write "
-                "jnp.sum(linear_cross_entropy(…)), which takes them."
-            )
+            reject_top_targets(function, "labels", labels)
         reject_given(function, {"ignore_label": ignore_label, "margin": head.margin})
         top = check_top_targets(function, "labels", labels, batch, wide)
         return Labels(head._replace(labels=top.indices.reshape(tokens, top.indices.shape[-1])), None, top, None, None)

@@ -34,7 +34,7 @@ def loss_of_tokens(
 
 def loss_of_top(given: CheckedHead, found: Statistics, z_loss: Array | None) -> Array:
     """Σ q (−l) over the k classes of `TopTargets` and the rest, and z_loss L²  (MATH 7.8); NaN, with derivatives 0,
-    where a class that is out of range has mass."""
+    where a class that is out of range has mass, 0 of tokens that do not count."""
     head, plan, top = given.head, given.plan, cast("TopTargets", given.top)
     label, valid = in_range(top.indices, vocabulary(head, plan))
     kept, count = valid, vocabulary(head, plan)
@@ -42,7 +42,8 @@ def loss_of_top(given: CheckedHead, found: Statistics, z_loss: Array | None) -> 
         kept, count = valid & _keeps(head, plan, label), psum(jnp.sum(head.where, dtype=jnp.int32), plan.axis_name)
     x, q = joined(top, given.restore(found.label), kept, given.restore(found.log_normalizer)[..., None], count)
     loss, L = expected(q, x, minus_log_p(x)), maps.log_sum(x, (x.ndim - 1,))
-    return jnp.where(mass_is_in_range(top, valid), regularized(loss, None, L, None, z_loss), jnp.nan)[..., 0]
+    loss = jnp.where(mass_is_in_range(top, valid), regularized(loss, None, L, None, z_loss), jnp.nan)[..., 0]
+    return loss if given.rows is None else jnp.where(given.rows.reshape(loss.shape), loss, 0)
 
 
 def _keeps(head: Head, plan: Plan, labels: Array) -> Array:

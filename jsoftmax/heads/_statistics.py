@@ -128,7 +128,7 @@ def block_statistics(head: Head, wanted: Extras, start: Array, x: Array, plan: P
             made["spread"] = jnp.sum(below, 1)
             made["kept_count"] = jnp.sum(kept, 1, dtype=jnp.int32).astype(x.dtype)
     if wanted.top:
-        made["top"], places = _top_k_of_block(x, min(wanted.top, x.shape[1]), plan)
+        made["top"], places = top_k_of_block(x, min(wanted.top, x.shape[1]), plan)
         made["top_class"] = start + places
     return PartialStatistics(top[:, 0], rest[:, 0], **made)
 
@@ -227,7 +227,7 @@ def _top_k(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:
     return jnp.take_along_axis(x, places, 1), places.astype(jnp.int32)
 
 
-def _top_k_of_block(x: Array, k: int, plan: Plan) -> tuple[Array, Array]:
+def top_k_of_block(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:
     """The same of a block of classes."""
     if k * _TOP_K_LENGTH >= x.shape[1]:
         return _top_k(x, k, plan)

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple, cast
 
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -11,6 +12,7 @@ from jsoftmax.heads import _check, _labels, _loss
 from jsoftmax.heads._head import map_shards
 from jsoftmax.heads._statistics import Extras, statistics
 from jsoftmax.heads._sum import WeightedHead, weighted_sum
+from jsoftmax.losses._cross_entropy import zero_weightless
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sharding import AxisName
 from jsoftmax.sums import not_negative
@@ -141,7 +143,7 @@ def linear_cross_entropy(
 def linear_cross_entropy_sum(
     hidden: ArrayLike,
     weight: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | TopTargets,
     bias: ArrayLike | None = None,
     *,
     token_weights: ArrayLike | None = None,
@@ -174,15 +176,15 @@ def linear_cross_entropy_sum(
 
     Args:
       hidden, weight, labels, bias, phi, soft_cap, temperature, margin, label_smoothing, z_loss, ignore_label, where,
-        log_weights, precision, axis_name, shards: as in `linear_cross_entropy`; labels of one token are one integer, or
-        a distribution.
+        log_weights, precision, axis_name, shards: as in `linear_cross_entropy`; labels of one token are one integer, a
+        distribution, or `jsoftmax.losses.TopTargets`.
       token_weights: w, broadcastable to `[...]`; differentiable. None: 1. A token with weight 0 and a label out of
         range adds 0.
       block_size: as there; where products are kept, they are the tokens of a block times V.
     Returns: a number, float32 at least. Forward mode and Hessian products work; they, and derivatives by anything but
-      hidden, weight, bias and token_weights, take the rule of `linear_cross_entropy`, as does all with `shards`. With
-      `axis_name` the gradient merges block of tokens by block; a jitted `jax.vmap(axis_name=…)` of it can be
-      differentiated inside the jit only.
+      hidden, weight, bias and token_weights, take the rule of `linear_cross_entropy`, as does all of distributions and
+      all with `shards`. With `axis_name` the gradient merges block of tokens by block; a jitted
+      `jax.vmap(axis_name=…)` of it can be differentiated inside the jit only.
     Raises: as `linear_cross_entropy`.
     Source: MATH 11.5.
 
@@ -210,8 +212,13 @@ def linear_cross_entropy_sum(
         axis_name=axis_name,
         shards=shards,
         token_weights=1.0 if token_weights is None else token_weights,
+        per_token=(_labels.TOP,),
     )
     smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
+    if given.top is not None:
+        found, weights = map_shards(statistics, given.head, given.plan, Extras(others=True)), given.token_weights
+        loss, of_tokens = _loss.loss_of_top(given, found, z), given.restore(cast("Array", weights))
+        return jnp.sum(of_tokens * zero_weightless(loss, of_tokens))
     weighed = WeightedHead(given.head, cast("Array", given.token_weights), smoothing, z)
     return map_shards(weighted_sum, weighed, given.plan)
 

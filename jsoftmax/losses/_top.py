@@ -37,12 +37,14 @@ def joined(top: TopTargets, x: Array, kept: Array, rest: Array, count: Any) -> t
     """Scores of the k classes `[..., k]` and log Σ e^x of the rest `[..., 1]`, with their targets  (MATH 7.8).
 
     kept: which of the k classes there are, and the mask keeps; count: how many of all it keeps. Mass that no class has
-    counts 0.
+    counts 0; so does what the rounding of S leaves to a rest that is impossible.
     """
     given = top.probabilities
     total = class_sum(given, (given.ndim - 1,))
     any_other = count > jnp.sum(kept, -1, keepdims=True, dtype=jnp.int32)
-    left = jnp.where(any_other & (total < 1), 1 - total, 0) if top.tail == "class" else jnp.zeros_like(total)
+    by_rounding = jnp.isneginf(rest) & (1 - total <= (given.shape[-1] + 8) * jnp.finfo(total.dtype).eps)
+    any_mass = any_other & (total < 1) & ~by_rounding
+    left = jnp.where(any_mass, 1 - total, 0) if top.tail == "class" else jnp.zeros_like(total)
     if top.tail == "renormalise":
         given = _ratio(given, jnp.where(total == 0, 1, total))
     q = jnp.concatenate([jnp.where(kept, given, 0), left], -1)
