@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple, cast
 
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jsoftmax.checks.arguments import public
 from jsoftmax.checks.top_targets import TopTargets
@@ -229,6 +229,7 @@ def linear_statistics(
     ignore_label: int | None = None,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
+    banned: Int[ArrayLike, "..."] | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -250,6 +251,9 @@ def linear_statistics(
         Σ q l.
       ignore_label: labels of that number have log_prob 0; tokens with no other have 0 for each number and −1 for the
         mode.
+      banned: integers `[..., m]`, classes that each token leaves out, beside those of `where`; numbers out of range,
+        such as −1, ban none, so that lists of different lengths can be filled up. They count all classes, sharded or
+        not. Nothing of tokens × V is made of them; a mask for all tokens is `where`.
     Returns: `LinearStatistics(log_prob, entropy, log_normalizer, argmax)`, each `[...]`, log_prob of several labels
       `[k, ...]`: float32 at least, the last int32. Edges as in `log_softmax`, `entropy` and `log_normalizer`; a label
       out of range: log_prob NaN; a token without classes, or with NaN or +inf: argmax −1.
@@ -273,6 +277,7 @@ def linear_statistics(
         ignore_label=ignore_label,
         where=where,
         log_weights=log_weights,
+        banned=banned,
         block_size=block_size,
         precision=precision,
         axis_name=axis_name,
