@@ -164,6 +164,12 @@ def jsd(hidden, weight, labels):
     return jnp.mean(heads.linear_jsd(hidden, weight, jnp.cos(hidden), weight, block_size=(64, 256)))
 
 
+def drawn(hidden, weight, labels):
+    options = {"banned": jnp.stack([labels, labels + 1], 1), "return_log_prob": True}
+    few = heads.linear_categorical(jax.random.key(0), hidden, weight, min_p=0.1, **options, block_size=(64, 256))
+    return jnp.mean(few[1])
+
+
 def along(f, *arguments):
     return jax.jvp(f, arguments, arguments)[1]
 
@@ -186,7 +192,7 @@ MODES = {
 
 FEW_MODES = ["gradient", "hvp in a scan", "reverse over reverse", "vmap"]
 """What the others are parts of, or the same scans as."""
-FUNCTIONS = [loss, statistics, summed, kl, jsd, top, several]
+FUNCTIONS = [loss, statistics, summed, kl, jsd, top, several, drawn]
 OF_MEMORY = covering(FEW_MODES, FUNCTIONS, met=[(0, 1)])
 OF_MEMORY += [
     pytest.param(*cell, marks=pytest.mark.full) for cell in itertools.product(MODES, FUNCTIONS) if cell not in OF_MEMORY
@@ -284,11 +290,13 @@ def test_strict_promotion_and_debug_nans(dtype):
             "where": jnp.arange(10) != 3,
             "log_weights": jnp.zeros(10, dtype),
             "soft_cap": 3.0,
+            "banned": jnp.array([[7, -1]] * 6),
             "block_size": (4, 4),
         }
         wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
         given = (hidden, weight, labels, bias)
         everything = {"label_smoothing": 0.1, "margin": 0.1, "z_loss": 0.1, "ignore_label": 0}
+        draws = functools.partial(heads.linear_categorical, min_p=0.2, return_log_prob=True)
 
         def values(hidden, weight, bias):
             given = (hidden, weight, labels, bias)
@@ -298,6 +306,8 @@ def test_strict_promotion_and_debug_nans(dtype):
                 *heads.linear_statistics(*given, **options)[:3],
                 heads.linear_kl(hidden, weight, weight[:6], weight, bias, **options),
                 heads.linear_top_k(hidden, weight, 3, bias, **options).log_prob,
+                *draws(jax.random.key(0), hidden, weight, bias, **options)[1:],
+                *draws(jax.random.key(0), hidden, weight, bias, top_k=3, **options)[1:],
             )
 
         def total(*given):

@@ -362,7 +362,7 @@ def loss_options(
     option = functools.partial(option_if_given, function, dtype=given.head.hidden.dtype)
     smoothing = option(label_smoothing, label_smoothing=(0.0, 1.0))
     if given.top is not None:
-        reject_of_all_classes(function, label_smoothing=smoothing)
+        reject_of_all_classes(function, label_smoothing=smoothing, banned=given.head.banned)
     return smoothing, option(z_loss, z_loss=(0.0, math.inf))
 
 

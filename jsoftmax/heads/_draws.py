@@ -28,7 +28,7 @@ CHUNK = 128
 class Wanted(NamedTuple):
     """What is drawn."""
 
-    count: int
+    draws: int
     """How many classes of each token."""
     replace: bool
     top_k: int | None
@@ -38,7 +38,7 @@ class Wanted(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Of each token, `[count, N]`."""
+    """Of each token, `[draws, N]`."""
 
     classes: Array
     """−1 where a row is bad, or has no class left."""
@@ -69,7 +69,7 @@ def _draw_from_top(key: Any, head: Head, min_p: Array | None, wanted: Wanted, pl
     found: Any = statistics(head, Extras(top=wanted.top_k or 0), plan)
     u = -found.top
     u = u if min_p is None else truncate(u, min_p=min_p)
-    shape = (wanted.count, u.shape[0])
+    shape = (wanted.draws, u.shape[0])
     place = categorical(key, lax.stop_gradient(u), shape=shape, replace=wanted.replace)
     at = jnp.maximum(place, 0).T
     classes = jnp.where(place >= 0, jnp.take_along_axis(found.top_class, at, 1).T, -1)
@@ -139,7 +139,7 @@ def _draw_by_chunks(key: Any, given: Head, wanted: Wanted, plan: Plan) -> Draws:
         return (number >= 0) & (number < chunks), jnp.clip(number, 0, chunks - 1)
 
     def with_log_prob(drawn: Array, chunk: Array, within: Any) -> Draws:
-        """log p = log p of the chunk + log p within it, `[count, N]` as the draws are."""
+        """log p = log p of the chunk + log p within it, `[draws, N]` as the draws are."""
         if not wanted.log_prob:
             return Draws(drawn, None)
         of_chunk = jnp.take_along_axis(normalize(L, (1,), None, "log_p").log_p, jnp.maximum(chunk, 0).T, 1).T
@@ -147,7 +147,7 @@ def _draw_by_chunks(key: Any, given: Head, wanted: Wanted, plan: Plan) -> Draws:
         return Draws(drawn, _with_rates(log_prob, given._replace(labels=jnp.maximum(drawn, 0).T), plan))
 
     if wanted.replace:
-        chunk = categorical(of_chunks, L, shape=(wanted.count, L.shape[0]))
+        chunk = categorical(of_chunks, L, shape=(wanted.draws, L.shape[0]))
         inside, number = here(chunk)
 
         def within(xs: tuple[Any, Array]) -> tuple[Array, Array | None]:
@@ -156,18 +156,18 @@ def _draw_by_chunks(key: Any, given: Head, wanted: Wanted, plan: Plan) -> Draws:
             place = categorical(key, x)
             return place, _log_prob_at(x, place[:, None])[:, 0] if wanted.log_prob else None
 
-        place, log_prob = lax.map(within, (jax.random.split(of_classes, wanted.count), number))
+        place, log_prob = lax.map(within, (jax.random.split(of_classes, wanted.draws), number))
         drawn = jnp.where(place >= 0, _head.first_class(head, plan) + number * CHUNK + place, -1)
         drawn, log_prob = psum(jax.tree.map(lambda a: jnp.where(inside, a, 0), (drawn, log_prob)), plan.axis_name)
         return with_log_prob(jnp.where(chunk >= 0, drawn, -1), chunk, log_prob)
-    # the largest x + g of a chunk is a Gumbel variable at its L; those of `count` chunks have the `count` largest
-    best, chunk = top_k(L + _noise.gumbel(of_chunks, L.shape, L.dtype), min(wanted.count, L.shape[1]))
+    # the largest x + g of a chunk is a Gumbel variable at its L; the n chunks with the largest have the n largest
+    best, chunk = top_k(L + _noise.gumbel(of_chunks, L.shape, L.dtype), min(wanted.draws, L.shape[1]))
     inside, number = here(chunk)
     x = jnp.where(inside[:, :, None], jnp.moveaxis(lax.map(scores_of, number.T), 0, 1), 0)
     x = psum(x, plan.axis_name)
     of_place, of_noise = jax.random.split(of_classes)
     perturbed = conditional(of_noise, x, categorical(of_place, x), best[..., None]).reshape(x.shape[0], -1)
-    best, at = top_k(perturbed, wanted.count)
+    best, at = top_k(perturbed, wanted.draws)
     chunk = jnp.take_along_axis(chunk, at // CHUNK, 1)
     first = chunk // chunks * classes + chunk % chunks * CHUNK
     drawn = jnp.where(bad[:, None] | ~(best > -jnp.inf), -1, first + at % CHUNK).T
@@ -182,7 +182,7 @@ def _log_prob_at(x: Array, place: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _with_rates(log_prob: Array, head: Head, plan: Plan) -> Array:
-    """Log-probabilities `[count, N]` of the head's labels `[N, count]`, which are known, with their derivatives."""
+    """Log-probabilities `[draws, N]` of the head's labels `[N, draws]`, which are known, with their derivatives."""
     return log_prob
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Integer, PRNGKeyArray
 
 from jsoftmax.checks.arguments import check_flag, check_option, is_int, public
 from jsoftmax.checks.sampling import check_count, check_key, check_shape
@@ -41,7 +41,7 @@ def linear_top_k(
     temperature: ArrayLike = 1.0,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
-    banned: Int[ArrayLike, "..."] | None = None,
+    banned: Integer[ArrayLike, "..."] | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -55,9 +55,8 @@ def linear_top_k(
         jax.lax.top_k(log_softmax(z, where=where, phi=φ, log_weights=log w), k)          (MATH 11.1, 11.2)
 
     Args:
-      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, block_size, precision, axis_name, shards: as
-        in `linear_cross_entropy`.
-      banned: as in `linear_statistics`.
+      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, banned, block_size, precision, axis_name,
+        shards: as in `linear_cross_entropy`.
       k: how many, an int in [1, V]; part of the compiled program.
     Returns: `LinearTopK(log_prob, indices)`, `[..., k]`, in descending order, the first of equals first; log_prob,
       float32 at least, is differentiable. Beyond the classes that are kept: −inf and −1. A token with NaN: NaN and −1.
@@ -111,7 +110,7 @@ def linear_categorical(
     temperature: ArrayLike = 1.0,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
-    banned: Int[ArrayLike, "..."] | None = None,
+    banned: Integer[ArrayLike, "..."] | None = None,
     top_k: int | None = None,
     min_p: ArrayLike | None = None,
     return_log_prob: bool = False,
@@ -135,9 +134,8 @@ def linear_categorical(
 
     Args:
       key: a PRNG key.
-      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, precision, axis_name, shards: as in
+      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, banned, precision, axis_name, shards: as in
         `linear_cross_entropy`. The draw is the same sharded where a shard has whole chunks.
-      banned: as in `linear_statistics`.
       shape: the result's, which ends in `[...]`: what stands before counts the draws of each token. None: one draw.
       replace: False: the draws of one token are distinct, in the order of a draw without replacement.
       top_k: only the k classes with the largest p are drawn, of a tie for the last place the first, as `linear_top_k`

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple, cast
 
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jsoftmax.checks.arguments import public
 from jsoftmax.checks.top_targets import TopTargets
@@ -45,6 +45,7 @@ def linear_cross_entropy(
     ignore_label: int | None = None,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
+    banned: Integer[ArrayLike, "..."] | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -79,6 +80,9 @@ def linear_cross_entropy(
         PyTorch. Without it, such a label is out of range.
       where: bool, broadcastable to `[V]`; False leaves a class out, such as padding of the vocabulary.
       log_weights: log w, broadcastable to `[V]`: a prior, logit adjustment, a correction for sampling. Differentiable.
+      banned: integers `[..., m]`, classes that each token leaves out, beside those of `where`, such as the other right
+        answers of a contrastive loss, or words that a text has had; without `TopTargets`. Numbers out of range, such as
+        −1, ban none: they fill up shorter lists. They count all classes, sharded or not.
       block_size: how many classes at a time, or (tokens, classes). None: on CPU blocks that fit a cache; compiled for
         GPUs and TPUs all tokens by so many classes that their scores take 256 MiB, or up to twice that. Where it does
         not divide V, the weight is copied once to be padded.
@@ -123,6 +127,7 @@ def linear_cross_entropy(
         ignore_label=ignore_label,
         where=where,
         log_weights=log_weights,
+        banned=banned,
         block_size=block_size,
         precision=precision,
         axis_name=axis_name,
@@ -154,6 +159,7 @@ def linear_cross_entropy_sum(
     ignore_label: int | None = None,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
+    banned: Integer[ArrayLike, "..."] | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -174,8 +180,8 @@ def linear_cross_entropy_sum(
 
     Args:
       hidden, weight, labels, bias, phi, soft_cap, temperature, margin, label_smoothing, z_loss, ignore_label, where,
-        log_weights, precision, axis_name, shards: as in `linear_cross_entropy`; labels of one token are one integer, or
-        a distribution.
+        log_weights, banned, precision, axis_name, shards: as in `linear_cross_entropy`; labels of one token are one
+        integer, or a distribution.
       token_weights: w, broadcastable to `[...]`; differentiable. None: 1. A token with weight 0 and a label out of
         range adds 0.
       block_size: as there; where products are kept, they are the tokens of a block times V.
@@ -205,6 +211,7 @@ def linear_cross_entropy_sum(
         ignore_label=ignore_label,
         where=where,
         log_weights=log_weights,
+        banned=banned,
         block_size=block_size,
         precision=precision,
         axis_name=axis_name,
@@ -229,7 +236,7 @@ def linear_statistics(
     ignore_label: int | None = None,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
-    banned: Int[ArrayLike, "..."] | None = None,
+    banned: Integer[ArrayLike, "..."] | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -245,15 +252,12 @@ def linear_statistics(
     All but the last are differentiable, each by itself and together     (MATH 11.3)
 
     Args:
-      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, block_size, precision, axis_name, shards: as
-        in `linear_cross_entropy`.
+      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, banned, block_size, precision, axis_name,
+        shards: as in `linear_cross_entropy`.
       labels: integers `[...]`, or several of each token, `[k, ...]`; or distributions q `[..., V]`: then log_prob is
         Σ q l.
       ignore_label: labels of that number have log_prob 0; tokens with no other have 0 for each number and −1 for the
         mode.
-      banned: integers `[..., m]`, classes that each token leaves out, beside those of `where`; numbers out of range,
-        such as −1, ban none, so that lists of different lengths can be filled up. They count all classes, sharded or
-        not. Nothing of tokens × V is made of them; a mask for all tokens is `where`.
     Returns: `LinearStatistics(log_prob, entropy, log_normalizer, argmax)`, each `[...]`, log_prob of several labels
       `[k, ...]`: float32 at least, the last int32. Edges as in `log_softmax`, `entropy` and `log_normalizer`; a label
       out of range: log_prob NaN; a token without classes, or with NaN or +inf: argmax −1.
@@ -304,6 +308,7 @@ def linear_log_normalizer(
     temperature: ArrayLike = 1.0,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
+    banned: Integer[ArrayLike, "..."] | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -317,8 +322,8 @@ def linear_log_normalizer(
         log_normalizer(z, where=where, phi=φ, log_weights=log w)          (MATH 11.1, 11.2)
 
     Args:
-      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, block_size, precision, axis_name, shards: as
-        in `linear_cross_entropy`.
+      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, banned, block_size, precision, axis_name,
+        shards: as in `linear_cross_entropy`.
     Returns: `[...]`, float32 at least; edges as in `log_normalizer`.
     Raises: as `linear_cross_entropy`.
     Source: Milakov and Gimelshein 2018.
@@ -337,6 +342,7 @@ def linear_log_normalizer(
         temperature=temperature,
         where=where,
         log_weights=log_weights,
+        banned=banned,
         block_size=block_size,
         precision=precision,
         axis_name=axis_name,
