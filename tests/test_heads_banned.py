@@ -22,10 +22,10 @@ Q = np.random.default_rng(0).dirichlet(np.ones(CLASSES), size=TOKENS)
 OPTIONS = {"where": KEEP, "banned": BANNED, "block_size": (3, 6)}
 
 
-def arrays():
+def arrays(dtype=jnp.float64):
     keys = jax.random.split(jax.random.key(0), 2)
     shapes = ((TOKENS, FEATURES), (CLASSES, FEATURES))
-    return [jax.random.normal(key, shape, jnp.float64) for key, shape in zip(keys, shapes, strict=True)]
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def scores(hidden, weight):
@@ -109,7 +109,7 @@ def test_modes_and_the_largest():
 
 def test_no_lists_and_none_left():
     """Lists of length 0, and of all classes: as without them, and as of an empty row."""
-    hidden, weight = (a.astype(jnp.float32) for a in arrays())
+    hidden, weight = arrays(jnp.float32)
     plain = heads.linear_log_normalizer(hidden, weight)
     for banned in (jnp.zeros((TOKENS, 0), int), jnp.full((TOKENS, 1), -1), jnp.full((TOKENS, 2), CLASSES)):
         np.testing.assert_array_equal(heads.linear_log_normalizer(hidden, weight, banned=banned), plain)
@@ -125,7 +125,7 @@ def test_no_lists_and_none_left():
 
 def test_mapped_and_ignored():
     """Over tokens' lists; those of tokens that do not count change nothing."""
-    hidden, weight = (a.astype(jnp.float32) for a in arrays())
+    hidden, weight = arrays(jnp.float32)
     lists = jnp.stack([BANNED, BANNED[::-1]])
     mapped = jax.vmap(lambda banned: heads.linear_cross_entropy(hidden, weight, LABELS, banned=banned))(lists)
     for found, banned in zip(mapped, lists, strict=True):

@@ -148,7 +148,6 @@ def test_nothing_cut_draws_the_same(replace):
     """Of one key; min_p may be traced, in a map and a scan. At 1 and above it, the mode stays alone."""
     hidden, weight, bias = arrays(jnp.float32)
 
-    @jit_formulas
     def draw(min_p=None, **more):
         options = {"shape": (4, TOKENS), "replace": replace, "return_log_prob": True, "min_p": min_p, **more}
         return heads.linear_categorical(jax.random.key(3), hidden, weight, bias, **options)[0]
@@ -292,6 +291,21 @@ def test_shards(cuts, way, replace):
         np.testing.assert_array_equal(drawn, want)
         np.testing.assert_allclose(log_prob, want_log_prob, rtol=1e-10)
         sharding.assert_close(by, want_by, 1e-9)
+
+
+def test_no_array_of_tokens_by_classes():
+    """More tokens add a few numbers for each chunk of 128 classes, far less than their scores; lists of banned classes
+    and cuts add none."""
+
+    def mean(hidden, weight, banned):
+        options = {"min_p": 0.1, "banned": banned, "return_log_prob": True, "block_size": (64, 256)}
+        return jnp.mean(heads.linear_categorical(jax.random.key(0), hidden, weight, **options)[1])
+
+    needed, weight = [], jnp.ones((16384, 8))
+    for tokens in (512, 1024):
+        f = jax.jit(jax.grad(mean, (0, 1))).lower(jnp.ones((tokens, 8)), weight, jnp.zeros((tokens, 3), int))
+        needed.append(f.compile().memory_analysis().temp_size_in_bytes)
+    assert needed[1] - needed[0] < 512 * weight.shape[0] * 4 / 16, needed
 
 
 H, W = jnp.ones((4, 3)), jnp.ones((5, 3))

@@ -164,12 +164,6 @@ def jsd(hidden, weight, labels):
     return jnp.mean(heads.linear_jsd(hidden, weight, jnp.cos(hidden), weight, block_size=(64, 256)))
 
 
-def drawn(hidden, weight, labels):
-    options = {"banned": jnp.stack([labels, labels + 1], 1), "return_log_prob": True}
-    few = heads.linear_categorical(jax.random.key(0), hidden, weight, min_p=0.1, **options, block_size=(64, 256))
-    return jnp.mean(few[1])
-
-
 def along(f, *arguments):
     return jax.jvp(f, arguments, arguments)[1]
 
@@ -192,7 +186,7 @@ MODES = {
 
 FEW_MODES = ["gradient", "hvp in a scan", "reverse over reverse", "vmap"]
 """What the others are parts of, or the same scans as."""
-FUNCTIONS = [loss, statistics, summed, kl, jsd, top, several, drawn]
+FUNCTIONS = [loss, statistics, summed, kl, jsd, top, several]
 OF_MEMORY = covering(FEW_MODES, FUNCTIONS, met=[(0, 1)])
 OF_MEMORY += [
     pytest.param(*cell, marks=pytest.mark.full) for cell in itertools.product(MODES, FUNCTIONS) if cell not in OF_MEMORY

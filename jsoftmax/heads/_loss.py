@@ -27,9 +27,8 @@ def loss_of_tokens(
     if head.labels is not None and head.where is not None:
         loss = jnp.where(_keeps(head, plan, head.labels), loss, 0)
     if head.labels is not None and head.banned is not None:
-        loss = jnp.where(
-            jnp.any(head.labels[:, :, None] == head.banned[:, None].astype(head.labels.dtype), -1), 0, loss
-        )
+        banned = head.banned[:, None].astype(head.labels.dtype)
+        loss = jnp.where(jnp.any(head.labels[:, :, None] == banned, -1), 0, loss)
     mean = None
     if smoothing is not None:
         mean = (found.log_total + found.spread / jnp.maximum(found.kept_count, 1))[:, None]
