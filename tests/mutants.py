@@ -53,6 +53,7 @@ PHI, MIXTURES, SHARDED, MACHINERY = (
 SUMS, TRANSFORMATIONS, SAMPLED = (f"tests/test_{name}.py" for name in ("sums", "transformations", "heads_sampled"))
 QUADRATIC, FACTORED, ADAPTIVE = (f"tests/test_heads_{name}.py" for name in ("quadratic", "factored", "adaptive"))
 TOP, DIVERGENCE = "tests/test_top_targets.py", "tests/test_divergence.py"
+DRAWS, BANNED = "tests/test_heads_draws.py", "tests/test_heads_banned.py"
 SEGMENTS, TRUNCATION, ATTENTION = (f"tests/test_{name}.py" for name in ("segments", "truncation", "attention"))
 
 MUTANTS = (
@@ -168,6 +169,14 @@ MUTANTS = (
     Mutant("heads/_loss.py", "jnp.where(given.rows.reshape(loss.shape), loss, 0)", "loss", f"{TOP} -k without_the_tokens"),
     Mutant("losses/_top.py", "jnp.where(others, x, -jnp.inf)", "x", f"{TOP} -k test_losses"),
     Mutant("losses/_log_prob.py", "jnp.where(jnp.isneginf(log_p), lax.stop_gradient(log_p), log_p)", "log_p", f"{LOSSES} -k log_prob"),
+    Mutant("heads/_head.py", " & ~is_label(x.shape, head.mode, start=start)", "", f"{DRAWS} -k mode_stays"),
+    Mutant("heads/_draws.py", "jnp.minimum(token.least, jnp.max(x))", "token.least", f"{DRAWS} -k again"),
+    Mutant("heads/_draws.py", "found.peak + jnp.minimum(", "found.peak - jnp.minimum(", f"{DRAWS} -k 'law and min_p'"),
+    Mutant("heads/_draws.py", "of_chunk + within", "of_chunk - within", f"{DRAWS} -k 'log_prob and none'"),
+    Mutant("heads/_draws.py", "jnp.where(log_prob > -jnp.inf, -rate.T, 0)", "jnp.where(log_prob > -jnp.inf, rate.T, 0)", f"{DRAWS} -k 'log_prob and none'"),
+    Mutant("heads/_draws.py", "_head.block_scores(whole, first + number * CHUNK, plan)", "_head.block_scores(whole, number * CHUNK, plan)", f"{DRAWS} -k 'shards and none'"),
+    Mutant("heads/_statistics.py", "without_labels(q, head.banned, start, 0.0)", "q", f"{BANNED} -k 'distributions'"),
+    Mutant("heads/_loss.py", "== banned, -1), 0, loss)", "== banned, -1), loss, loss)", f"{BANNED} -k linear_cross_entropy"),
     Mutant("heads/sampled.py", "- math.log(draws.shape[0])", "+ math.log(draws.shape[0])", SAMPLED),
     Mutant("heads/factored/_sgd.py", "jnp.where(fold, 0, K) + K_y)", "jnp.where(fold, 0, K) - K_y)", FACTORED),
     # optimisers

@@ -188,6 +188,11 @@ OF_NOTHING = {
     "linear_jsd": (lambda: heads.linear_jsd(NO_TOKENS, WEIGHT, NO_TOKENS, WEIGHT), (0,)),
     "linear_top_k": (lambda: heads.linear_top_k(NO_TOKENS, WEIGHT, 2).indices, (0, 2)),
     "linear_categorical": (lambda: heads.linear_categorical(KEY, NO_TOKENS, WEIGHT), (0,)),
+    "its cuts": (lambda: heads.linear_categorical(KEY, NO_TOKENS, WEIGHT, top_k=3, min_p=0.1), (0,)),
+    "and their log p": (
+        lambda: heads.linear_categorical(KEY, NO_TOKENS, WEIGHT, min_p=0.1, return_log_prob=True)[1],
+        (0,),
+    ),
     "quadratic": (lambda: heads.quadratic_cross_entropy(NO_TOKENS, WEIGHT, NO_LABELS, phi=js.taylor(2)), (0,)),
     "sampled": (
         lambda: heads.sampled_cross_entropy(KEY, NO_TOKENS, WEIGHT, NO_LABELS, 3, log_proposal=jnp.zeros(5)),

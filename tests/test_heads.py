@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import product, some
+from modes import assert_same
 
 import jsoftmax as js
 from jsoftmax import heads, losses, verify
@@ -59,30 +60,6 @@ def plain_loss(hidden, weight, bias, soft_cap=None, temperature=1.0, **options):
     if "where" in options:
         options |= {"where": options["where"][None, None]}
     return losses.cross_entropy(scores(hidden, weight, bias, soft_cap) / temperature, LABELS, **options)
-
-
-def assert_same(f, g, arguments, rtol=1e-11):
-    """Value, gradient, jvp, and a Hessian product in a scan, of a sum of f with unequal weights, by every argument."""
-
-    def results(f, *arguments):
-        def total(*arguments):
-            value = f(*arguments)
-            return jnp.sum(jnp.cos(jnp.arange(value.size)).reshape(value.shape) * value)
-
-        def scanned(*arguments):
-            return jax.lax.scan(lambda c, a: (c + total(*a), None), 0.0, [a[None] for a in arguments])[0]
-
-        every, along = tuple(range(len(arguments))), tuple(jnp.cos(3 * a) for a in arguments)
-        return (
-            f(*arguments),
-            jax.grad(total, every)(*arguments),
-            jax.jvp(f, arguments, along)[1],
-            jax.jvp(jax.grad(scanned, every), arguments, along)[1],
-        )
-
-    programs = [verify.jit_formulas(functools.partial(results, h)) for h in (f, g)]
-    for a, b in zip(*(jax.tree.leaves(program(*arguments)) for program in programs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-13)
 
 
 ALONE = ["cap", "margin", "smoothing", "z_loss", "prior", "classes", "ignored"]
@@ -377,37 +354,3 @@ def test_top_k_of_long_blocks():
         f = verify.jit_formulas(functools.partial(heads.linear_top_k, k=k, block_size=size))
         want = np.argsort(-np.asarray(weight[:, 0]), stable=True)[:k]
         np.testing.assert_array_equal(f(hidden, weight).indices, [want] * 2)
-
-
-def assert_frequencies(drawn, p):
-    """Counts within five standard deviations, and four more for what is drawn hardly ever; none of what has p = 0."""
-    error = jnp.abs(jnp.bincount(drawn, length=len(p)) - len(drawn) * p)
-    assert jnp.all(error <= jnp.where(p > 0, 5 * jnp.sqrt(len(drawn) * p * (1 - p)) + 4, 0))
-
-
-def test_draws():
-    """Frequencies of draws with and without replacement, the same for every block size."""
-    hidden, weight, _ = arrays(jnp.float32)
-    weight = jnp.concatenate([weight * 1.5] * 6)[:290]
-    where = jnp.arange(290) % 5 != 1
-    token, draws = hidden[0, :2], 10_000
-    p = js.softmax(token @ weight.T, where=where)
-    hot = {"temperature": 2.0, "where": where}
-    many = heads.linear_categorical(jax.random.key(0), 2 * token, weight, shape=(draws, 2), **hot)
-    for i in range(2):
-        assert_frequencies(many[:, i], p[i])
-    rows = jnp.broadcast_to(token[0], (draws, FEATURES))
-    options = {"shape": (3, draws), "replace": False, "where": where}
-    three = heads.linear_categorical(jax.random.key(1), rows, weight, **options)
-    assert not jnp.any(jnp.diff(jnp.sort(three, 0), axis=0) == 0)
-    q = p[0]
-    second = q * (jnp.sum(q / (1 - q)) - q / (1 - q))
-    for drawn, want in ((three[0], q), (three[1], second)):
-        assert_frequencies(drawn, want)
-    for replace in (True, False):  # three chunks, of which two make a block or all do
-        few = functools.partial(heads.linear_categorical, jax.random.key(1), rows[:64], weight, shape=(5, 64))
-        drawn = [few(replace=replace, block_size=sizes) for sizes in ((16, 128), (64, 256), (64, 384))]
-        np.testing.assert_array_equal(drawn[0], drawn[1])
-        np.testing.assert_array_equal(drawn[0], drawn[2])
-    every = heads.linear_categorical(jax.random.key(2), token[0], weight[:9], shape=(9,), replace=False, where=KEEP[:9])
-    assert sorted(every.tolist()) == sorted([-1, *np.flatnonzero(KEEP[:9])])

@@ -284,11 +284,13 @@ def test_strict_promotion_and_debug_nans(dtype):
             "where": jnp.arange(10) != 3,
             "log_weights": jnp.zeros(10, dtype),
             "soft_cap": 3.0,
+            "banned": jnp.array([[7, -1]] * 6),
             "block_size": (4, 4),
         }
         wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
         given = (hidden, weight, labels, bias)
         everything = {"label_smoothing": 0.1, "margin": 0.1, "z_loss": 0.1, "ignore_label": 0}
+        draws = functools.partial(heads.linear_categorical, min_p=0.2, return_log_prob=True)
 
         def values(hidden, weight, bias):
             given = (hidden, weight, labels, bias)
@@ -298,6 +300,8 @@ def test_strict_promotion_and_debug_nans(dtype):
                 *heads.linear_statistics(*given, **options)[:3],
                 heads.linear_kl(hidden, weight, weight[:6], weight, bias, **options),
                 heads.linear_top_k(hidden, weight, 3, bias, **options).log_prob,
+                *draws(jax.random.key(0), hidden, weight, bias, **options)[1:],
+                *draws(jax.random.key(0), hidden, weight, bias, top_k=3, **options)[1:],
             )
 
         def total(*given):

@@ -170,6 +170,9 @@ def test_heads_guide():
     np.testing.assert_allclose(-names["found"].log_prob.sum() / 4, mean, rtol=1e-6)
     assert np.isfinite(names["value_of_step"])
     assert np.all(names["likelihood_of_labels"] < 0)
+    assert np.all(names["log_prob"] <= 0)
+    assert not np.any(np.asarray(names["drawn"])[:, None] == names["banned"])
+    assert names["from_top"].shape == (6,)
 
 
 def test_devices_guide():

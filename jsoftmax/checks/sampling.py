@@ -35,14 +35,16 @@ def check_int(function: str, argument: str, k: Any) -> None:
         )
 
 
-def check_count(function: str, k: Any, classes: int) -> int:
+def check_count(function: str, k: Any, classes: int, argument: str = "k") -> int:
     """How many of the classes, an int in [1, K]."""
-    check_int(function, "k", k)
+    check_int(function, argument, k)
     if not classes:
-        raise ValueError(f"{function}: there must be at least one class; got none, and k={k!r}. Leave the call out.")
+        raise ValueError(
+            f"{function}: there must be at least one class; got none, and {argument}={k!r}. Leave the call out."
+        )
     if not 1 <= k <= classes:
         raise ValueError(
-            f"{function}: k must be an int in [1, {classes}]; got {k!r}. Ask for one to all of the classes."
+            f"{function}: {argument} must be an int in [1, {classes}]; got {k!r}. Ask for one to all of the classes."
         )
     return int(k)
 

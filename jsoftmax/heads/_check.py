@@ -27,7 +27,7 @@ from jsoftmax.checks.arguments import (
 from jsoftmax.checks.labels import NO_LABELS, in_range
 from jsoftmax.checks.top_targets import TopTargets, mass_is_in_range, reject_of_all_classes
 from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
-from jsoftmax.heads._labels import add_labels
+from jsoftmax.heads._labels import add_labels, check_banned
 from jsoftmax.sharding import (
     AxisName,
     check_axis_name,
@@ -97,6 +97,7 @@ def check(
     ignore_label: Any = None,
     where: Any = None,
     log_weights: Any = None,
+    banned: Any = None,
     block_size: Any = None,
     precision: Any = None,
     axis_name: Any = None,
@@ -140,6 +141,7 @@ def check(
         bias=bias,
         log_weights=None if log_weights is None else jnp.broadcast_to(log_weights, (classes,)),
         where=None if where is None else jnp.broadcast_to(where, (classes,)),
+        banned=check_banned(function, banned, batch),
         phi=phi,
         soft_cap=cap,
         temperature=option_if_given(function, temperature, wide, default=1.0, temperature=(_TINY, math.inf)),
@@ -328,9 +330,8 @@ def _in_order(head: Head, plan: Plan, batch: tuple[int, ...], rows: Array | None
 
         # scores of a zero vector could be outside φ's domain: those that do not count are like the first that does
         first = jnp.where(counts[:1, None], lax.stop_gradient(head.hidden[order][:1]), 0)
-        head = head._replace(
-            counted=jnp.sum(rows, dtype=jnp.int32), **(_each(head, taken) | {"hidden": taken(head.hidden, first)})
-        )
+        harmless = {"hidden": taken(head.hidden, first), "banned": taken(head.banned, -1)}
+        head = head._replace(counted=jnp.sum(rows, dtype=jnp.int32), **(_each(head, taken) | harmless))
         weights = taken(weights)
     length = -head.hidden.shape[0] % plan.tokens
 
@@ -338,7 +339,8 @@ def _in_order(head: Head, plan: Plan, batch: tuple[int, ...], rows: Array | None
         return None if a is None else jnp.pad(a, [(0, length), *[(0, 0)] * (a.ndim - 1)], mode)
 
     if length:
-        head = head._replace(**(_each(head, padded) | {"hidden": padded(head.hidden, "edge")}))
+        repeated = {name: padded(getattr(head, name), "edge") for name in ("hidden", "banned")}
+        head = head._replace(**(_each(head, padded) | repeated))
         weights = padded(weights)
     return CheckedHead(head, plan, batch, rows, order, weights)
 
@@ -370,7 +372,7 @@ def loss_options(
     option = functools.partial(option_if_given, function, dtype=given.head.hidden.dtype)
     smoothing = option(label_smoothing, label_smoothing=(0.0, 1.0))
     if given.top is not None:
-        reject_of_all_classes(function, label_smoothing=smoothing)
+        reject_of_all_classes(function, label_smoothing=smoothing, banned=given.head.banned)
     return smoothing, option(z_loss, z_loss=(0.0, math.inf))
 
 

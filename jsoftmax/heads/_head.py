@@ -12,7 +12,7 @@ from jaxtyping import Array
 from jsoftmax import maps
 from jsoftmax._loops import checkpointed_scan, cut
 from jsoftmax._precision import tangent_precision
-from jsoftmax.sharding import AxisName, is_label, match_varying_axes, shard_index
+from jsoftmax.sharding import AxisName, has_label, is_label, match_varying_axes, place_in_block, shard_index
 
 
 class Head(NamedTuple):
@@ -34,6 +34,12 @@ class Head(NamedTuple):
     """`[V]`."""
     where: Any = None
     """bool `[V]`."""
+    banned: Any = None
+    """Integers `[N, m]`, classes that each token leaves out; a number out of range is none."""
+    least: Any = None
+    """`[N, 1]`: classes with a smaller x are left out, but for the mode."""
+    mode: Any = None
+    """Integers `[N, 1]`, the class that stays however its x is rounded when it is made again."""
     phi: Any = None
     soft_cap: Any = None
     temperature: Any = None
@@ -123,10 +129,22 @@ def scores_from_products(head: Head, start: Array, o: Array) -> Array:
         o = o / head.temperature
     if head.margin is not None:
         o = o - jnp.where(is_label(o.shape, head.labels, start=start), head.margin, 0)
-    return maps.weighted_scores(head.phi, o, head.where, head.log_weights)
+    x = maps.weighted_scores(head.phi, o, head.where, head.log_weights)
+    if head.banned is not None:
+        x = without_labels(x, head.banned, start)
+    if head.least is not None:
+        x = jnp.where((x < head.least) & ~is_label(x.shape, head.mode, start=start), -jnp.inf, x)
+    return x
 
 
-PER_CLASS, PER_TOKEN = ("weight", "bias", "log_weights", "where"), ("hidden", "labels", "targets")
+def without_labels(a: Array, labels: Any, start: Array, value: float = -jnp.inf) -> Array:
+    """What belongs to the classes of a block, −inf or another value at the labels."""
+    place, inside = place_in_block(labels, start, a.shape[1])
+    return jnp.where(has_label(a, jnp.where(inside, place, a.shape[1])), value, a)
+
+
+PER_CLASS = ("weight", "bias", "log_weights", "where")
+PER_TOKEN = ("hidden", "labels", "targets", "banned", "least", "mode")
 
 # --- shards of the classes -----------------------------------------------------------------------------------
 

@@ -95,3 +95,22 @@ def _check_no_margin(function: str, margin: Any, several: tuple[int, ...], batch
             f"{function}: margin must be left out where a token has several labels; got {margin}. It makes other "
             f"scores for each of them: write jnp.broadcast_to(hidden, ({wanted}))."
         )
+
+
+def check_banned(function: str, banned: Any, batch: tuple[int, ...]) -> Array | None:
+    """Classes that each token leaves out, `[N, m]`; None where there are none."""
+    if banned is None:
+        return None
+    array = as_array(function, "banned", banned)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: banned must be integers, the classes that each token leaves out; got dtype {array.dtype}. "
+            "A mask of classes for all tokens is where=…."
+        )
+    if not array.ndim or array.shape[:-1] != batch:
+        wanted = ", ".join([*map(str, batch), "m"])
+        raise ValueError(
+            f"{function}: banned must have m classes for each token, shape ({wanted}); got shape {array.shape}. Fill "
+            "shorter lists up with −1; classes that all tokens leave out go into where=…."
+        )
+    return wide_integers(array).reshape(math.prod(batch), array.shape[-1]) if array.shape[-1] else None

@@ -21,11 +21,14 @@ def loss_of_tokens(
 ) -> Array:
     """(1 − a) (−l_y) + (a/K) Σ (−l) + z_loss L² `[N, m]`, or with Σ q (−l) `[N, 1]`  (MATH 11.4).
 
-    A label on a class that the mask leaves out counts 0; one out of range is NaN, with derivatives 0.
+    A label on a class that the mask, or its token, leaves out counts 0; one out of range is NaN, with derivatives 0.
     """
     loss: Any = found.loss
     if head.labels is not None and head.where is not None:
         loss = jnp.where(_keeps(head, plan, head.labels), loss, 0)
+    if head.labels is not None and head.banned is not None:
+        banned = head.banned[:, None].astype(head.labels.dtype)
+        loss = jnp.where(jnp.any(head.labels[:, :, None] == banned, -1), 0, loss)
     mean = None
     if smoothing is not None:
         mean = (found.log_total + found.spread / jnp.maximum(found.kept_count, 1))[:, None]

@@ -12,9 +12,8 @@ from jaxtyping import Array
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._series import expm1
 from jsoftmax._top_k import top_k, top_k_by_blocks
-from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, scan_classes
+from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, scan_classes, without_labels
 from jsoftmax.sharding import (
-    has_label,
     is_label,
     local_label,
     match_varying_axes,
@@ -121,6 +120,7 @@ def block_statistics(head: Head, wanted: Extras, start: Array, x: Array, plan: P
         below = jnp.where(kept, -difference(x, peak), 0)
         if head.targets is not None:
             q = head.targets if head.where is None else jnp.where(head.where, head.targets, 0)
+            q = q if head.banned is None else without_labels(q, head.banned, start, 0.0)
             impossible = jnp.where(q == 0, 0, jnp.inf).astype(x.dtype)
             made["below"] = jnp.sum(jnp.where(kept, q * below, impossible), 1)
             made["mass"] = jnp.sum(jnp.where(kept, q, 0), 1)
@@ -131,12 +131,6 @@ def block_statistics(head: Head, wanted: Extras, start: Array, x: Array, plan: P
         made["top"], places = top_k_of_block(x, min(wanted.top, x.shape[1]), plan)
         made["top_class"] = start + places
     return PartialStatistics(top[:, 0], rest[:, 0], **made)
-
-
-def without_labels(x: Array, labels: Any, start: Array) -> Array:
-    """The scores of a block, −inf at the labels."""
-    place, inside = place_in_block(labels, start, x.shape[1])
-    return jnp.where(has_label(x, jnp.where(inside, place, x.shape[1])), -jnp.inf, x)
 
 
 def merge(a: PartialStatistics, b: PartialStatistics, plan: Plan | None = None) -> PartialStatistics:

@@ -123,7 +123,7 @@ def _by_token_blocks(given: WeightedHead, plan: Plan) -> tuple[Array, _Gradients
         sums, made = run_or_skip(sums)
         return (first + plan.tokens, sums), made
 
-    rows = WeightedHead(head.only("hidden", "labels"), given.token_weights, None, None)
+    rows = WeightedHead(head.only("hidden", "labels", "banned"), given.token_weights, None, None)
     rows = jax.tree.map(lambda a: cut(a, plan.tokens), rows)
     start = (jnp.zeros((), jnp.int32), zeros)
     (_, sums), (values, by_hidden, losses) = checkpointed_scan(body, start, rows)

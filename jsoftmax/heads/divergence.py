@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Integer
 
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.checks.arguments import check_option, public
@@ -183,6 +183,7 @@ def linear_kl(  # noqa: PLR0917  (two heads, each by position as in `linear_cros
     temperature: ArrayLike = 1.0,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
+    banned: Integer[ArrayLike, "..."] | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -202,7 +203,7 @@ def linear_kl(  # noqa: PLR0917  (two heads, each by position as in `linear_cros
       hidden_p, hidden_q: `[..., d]`, the same tokens; each head may have its own d.
       weight_p, weight_q: `[V, d]`, the same classes.
       bias_p, bias_q: `[V]`, or None.
-      phi, soft_cap, temperature, where, log_weights, block_size, precision, axis_name, shards: as in
+      phi, soft_cap, temperature, where, log_weights, banned, block_size, precision, axis_name, shards: as in
         `linear_cross_entropy`, for both heads.
     Returns: `[...]` ≥ 0, float32 at least; edges as in `kl_divergence`.
     Raises: as `linear_cross_entropy`; ValueError where tokens or classes differ.
@@ -218,6 +219,7 @@ def linear_kl(  # noqa: PLR0917  (two heads, each by position as in `linear_cros
         "temperature": temperature,
         "where": where,
         "log_weights": log_weights,
+        "banned": banned,
         "block_size": block_size,
         "precision": precision,
         "axis_name": axis_name,
@@ -242,6 +244,7 @@ def linear_jsd(  # noqa: PLR0917  (two heads, each by position as in `linear_cro
     temperature: ArrayLike = 1.0,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
+    banned: Integer[ArrayLike, "..."] | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -257,7 +260,7 @@ def linear_jsd(  # noqa: PLR0917  (two heads, each by position as in `linear_cro
     here both ends give 0.
 
     Args:
-      hidden_p, weight_p, hidden_q, weight_q, bias_p, bias_q, phi, soft_cap, temperature, where, log_weights,
+      hidden_p, weight_p, hidden_q, weight_q, bias_p, bias_q, phi, soft_cap, temperature, where, log_weights, banned,
         block_size, precision, axis_name, shards: as in `linear_kl`. Two passes, four products.
       beta: β in [0, 1], one number, may be traced; differentiable.
     Returns: `[...]` in [0, log 2], float32 at least; edges as in `jensen_shannon_divergence`.
@@ -274,6 +277,7 @@ def linear_jsd(  # noqa: PLR0917  (two heads, each by position as in `linear_cro
         "temperature": temperature,
         "where": where,
         "log_weights": log_weights,
+        "banned": banned,
         "block_size": block_size,
         "precision": precision,
         "axis_name": axis_name,

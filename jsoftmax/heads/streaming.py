@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Integer
 
 from jsoftmax.checks.arguments import public
 from jsoftmax.checks.top_targets import TopTargets
@@ -47,6 +47,7 @@ def linear_cross_entropy(
     ignore_label: int | None = None,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
+    banned: Integer[ArrayLike, "..."] | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -81,6 +82,9 @@ def linear_cross_entropy(
         PyTorch. Without it, such a label is out of range.
       where: bool, broadcastable to `[V]`; False leaves a class out, such as padding of the vocabulary.
       log_weights: log w, broadcastable to `[V]`: a prior, logit adjustment, a correction for sampling. Differentiable.
+      banned: integers `[..., m]`, classes that each token leaves out, beside those of `where`, such as the other right
+        answers of a contrastive loss, or words that a text has had; without `TopTargets`. Numbers out of range, such as
+        −1, ban none: they fill up shorter lists. They count all classes, sharded or not.
       block_size: how many classes at a time, or (tokens, classes). None: on CPU blocks that fit a cache; compiled for
         GPUs and TPUs all tokens by so many classes that their scores take 256 MiB, or up to twice that. Where it does
         not divide V, the weight is copied once to be padded.
@@ -125,6 +129,7 @@ def linear_cross_entropy(
         ignore_label=ignore_label,
         where=where,
         log_weights=log_weights,
+        banned=banned,
         block_size=block_size,
         precision=precision,
         axis_name=axis_name,
@@ -156,6 +161,7 @@ def linear_cross_entropy_sum(
     ignore_label: int | None = None,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
+    banned: Integer[ArrayLike, "..."] | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -176,8 +182,8 @@ def linear_cross_entropy_sum(
 
     Args:
       hidden, weight, labels, bias, phi, soft_cap, temperature, margin, label_smoothing, z_loss, ignore_label, where,
-        log_weights, precision, axis_name, shards: as in `linear_cross_entropy`; labels of one token are one integer, a
-        distribution, or `jsoftmax.losses.TopTargets`.
+        log_weights, banned, precision, axis_name, shards: as in `linear_cross_entropy`; labels of one token are one
+        integer, a distribution, or `jsoftmax.losses.TopTargets`.
       token_weights: w, broadcastable to `[...]`; differentiable. None: 1. A token with weight 0 and a label out of
         range adds 0.
       block_size: as there; where products are kept, they are the tokens of a block times V.
@@ -207,6 +213,7 @@ def linear_cross_entropy_sum(
         ignore_label=ignore_label,
         where=where,
         log_weights=log_weights,
+        banned=banned,
         block_size=block_size,
         precision=precision,
         axis_name=axis_name,
@@ -236,6 +243,7 @@ def linear_statistics(
     ignore_label: int | None = None,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
+    banned: Integer[ArrayLike, "..."] | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -251,8 +259,8 @@ def linear_statistics(
     All but the last are differentiable, each by itself and together     (MATH 11.3)
 
     Args:
-      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, block_size, precision, axis_name, shards: as
-        in `linear_cross_entropy`.
+      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, banned, block_size, precision, axis_name,
+        shards: as in `linear_cross_entropy`.
       labels: integers `[...]`, or several of each token, `[k, ...]`; or distributions q `[..., V]`: then log_prob is
         Σ q l.
       ignore_label: labels of that number have log_prob 0; tokens with no other have 0 for each number and −1 for the
@@ -280,6 +288,7 @@ def linear_statistics(
         ignore_label=ignore_label,
         where=where,
         log_weights=log_weights,
+        banned=banned,
         block_size=block_size,
         precision=precision,
         axis_name=axis_name,
@@ -306,6 +315,7 @@ def linear_log_normalizer(
     temperature: ArrayLike = 1.0,
     where: Bool[ArrayLike, "..."] | None = None,
     log_weights: ArrayLike | None = None,
+    banned: Integer[ArrayLike, "..."] | None = None,
     block_size: int | tuple[int, int] | None = None,
     precision: Any = None,
     axis_name: AxisName = None,
@@ -319,8 +329,8 @@ def linear_log_normalizer(
         log_normalizer(z, where=where, phi=φ, log_weights=log w)          (MATH 11.1, 11.2)
 
     Args:
-      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, block_size, precision, axis_name, shards: as
-        in `linear_cross_entropy`.
+      hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, banned, block_size, precision, axis_name,
+        shards: as in `linear_cross_entropy`.
     Returns: `[...]`, float32 at least; edges as in `log_normalizer`.
     Raises: as `linear_cross_entropy`.
     Source: Milakov and Gimelshein 2018.
@@ -339,6 +349,7 @@ def linear_log_normalizer(
         temperature=temperature,
         where=where,
         log_weights=log_weights,
+        banned=banned,
         block_size=block_size,
         precision=precision,
         axis_name=axis_name,
