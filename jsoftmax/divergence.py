@@ -10,12 +10,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import maps, sums
-from jsoftmax._series import excess_series
+from jsoftmax._series import excess_series, expm1
 from jsoftmax.checks.arguments import Axis, accumulation_dtype, check_option, public, widened
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sharding import AxisName
-from jsoftmax.sums import class_sum
+from jsoftmax.sums import FAR, SURE, class_sum
 
 _NEAR, _NO_OVERFLOW = 0.5, 80.0
 
@@ -29,19 +29,12 @@ def excess(p: Array, r: Array, m: Array) -> Array:
     return jnp.where(near & (p > 0), p * r_near**2 * excess_series(r_near), p * r - p + m)
 
 
-def log_ratio(log_p: Array, p: Array, log_q: Array) -> tuple[Array, Array]:
-    """r = log p − log q, and where p and q are positive; elsewhere r is 0, and those classes are dealt with apart.
+def log_ratio(log_p: Array, log_q: Array, impossible: Array) -> Array:
+    """r = log p − log q, finite: 0 where q is 0, which `impossible` marks and the caller deals with.
 
-    p underflows where log p is finite, and r may overflow there: 0 · inf would be NaN.
+    log p below −FAR counts as −FAR, so that p r is 0 where p is.
     """
-    both = (p > 0) & (log_q > -jnp.inf) | jnp.isnan(log_p) | jnp.isnan(log_q)
-    return jnp.where(both, log_p, 0) - jnp.where(both, log_q, 0), both
-
-
-def kl_terms(log_p: Array, p: Array, log_q: Array, q: Array) -> tuple[Array, Array]:
-    """p (e^−r − 1 + r) ≥ 0, and r = log p − log q, 0 where one of them is 0  (MATH 6.3)."""
-    r, _ = log_ratio(log_p, p, log_q)
-    return excess(p, r, q), r
+    return jnp.where(impossible, 0, jnp.maximum(log_p, -FAR) - jnp.where(impossible, 0, log_q))
 
 
 def log_ratios_to_mean(p: Array, q: Array, beta: Array, log_p: Array, log_q: Array) -> tuple[Array, Array]:
@@ -76,25 +69,33 @@ def _far_ratios(p_is_larger: Array, a: Array, beta: Array) -> tuple[Array, Array
 # --- Kullback–Leibler ----------------------------------------------------------------------------------------
 
 
+def _log_probs_and_p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> tuple[Array, Array, Array]:
+    """log p, p and L. p is made of log p: XLA for GPUs would write e^u for a second sum of the row to read."""
+    log_p, _, L = normalize(x, axis, axis_name)
+    return log_p, jnp.exp(log_p), L
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
     """D = Σ p r, r = log p − log q, summed as p (e^−r − 1 + r) ≥ 0, since Σ q − Σ p = 0  (MATH 6.3)."""
-    (log_p, p, L_p, _), (log_q, q, *_) = normalize(x_p, axis, axis_name), normalize(x_q, axis, axis_name)
-    D = class_sum(kl_terms(log_p, p, log_q, q)[0], axis, axis_name)
-    impossible = class_sum((jnp.isneginf(log_q) & (log_p > -jnp.inf)).astype(D.dtype), axis, axis_name) > 0
-    return jnp.where(jnp.isnan(D), D, jnp.where(jnp.isneginf(L_p), 0, jnp.where(impossible, jnp.inf, D)))
+    (log_p, p, L_p), (log_q, q, _) = (_log_probs_and_p(x, axis, axis_name) for x in (x_p, x_q))
+    impossible = jnp.isneginf(x_q)
+    D = class_sum(excess(p, log_ratio(log_p, log_q, impossible), q), axis, axis_name)
+    infinite = class_sum((impossible & (x_p > -jnp.inf)).astype(D.dtype), axis, axis_name) > 0
+    return jnp.where(jnp.isnan(D), D, jnp.where(jnp.isneginf(L_p), 0, jnp.where(infinite, jnp.inf, D)))
 
 
 @_kl.defjvp
 def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4); finite where D is not: those classes have r = 0."""
     (x_p, x_q), (x_p_dot, x_q_dot) = primals, [widened(dot) for dot in tangents]
-    (log_p, p, L_p, complement_p), (log_q, q, _, complement_q) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
-    r, _ = log_ratio(log_p, p, log_q)
-    by_p = p * sums.minus_mean(r, p, 1, complement_p, p > sums.SURE, axis, axis_name)
-    # q − p where both are above ½ by 1 − p and 1 − q, which have the digits
-    q_minus_p = jnp.where((p > 0.5) & (q > 0.5), complement_p - complement_q, q - p)
-    by_q = jnp.where(jnp.isneginf(x_q) | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q_minus_p)
+    (log_p, p, L_p), (log_q, q, _) = (_log_probs_and_p(x, axis, axis_name) for x in (x_p, x_q))
+    impossible = jnp.isneginf(x_q)
+    r = log_ratio(log_p, log_q, impossible)
+    by_p = p * sums.minus_mean(r, p, 1, -expm1(log_p), p > SURE, axis, axis_name)
+    # where both are above ½, r has the digits of q − p
+    q_minus_p = jnp.where((p > 0.5) & (q > 0.5), p * expm1(-r), q - p)
+    by_q = jnp.where(impossible | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q_minus_p)
     rate = by_p * x_p_dot + by_q * x_q_dot
     return _kl(x_p, x_q, axis, axis_name), class_sum(rate, axis, axis_name)
 
@@ -139,7 +140,7 @@ def _divergences_from_mean(
     x_p: Array, x_q: Array, beta: Array, axis: tuple[int, ...], axis_name: AxisName
 ) -> tuple[Array, Array]:
     """D(p‖m) and D(q‖m), m = β p + (1 − β) q, as sums of terms that are not negative; 0 where p or q has no class."""
-    (log_p, p, L_p, _), (log_q, q, L_q, _) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
+    (log_p, p, L_p), (log_q, q, L_q) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     r_p, r_q = log_ratios_to_mean(p, q, beta, log_p, log_q)
     m = beta * p + (1 - beta) * q
     of_p, of_q = (class_sum(excess(a, r, m), axis, axis_name) for a, r in ((p, r_p), (q, r_q)))
@@ -163,12 +164,10 @@ def _jensen_shannon_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any
     D, rates = _jensen_shannon(x_p, x_q, beta, axis, axis_name), []
     for of, r_of, share, dot in zip(of_both, r, (beta, 1 - beta), (x_p_dot, x_q_dot), strict=True):
         if not isinstance(dot, SymbolicZero):
-            centred = sums.minus_mean(r_of, of.p, 1, of.complement, of.p > sums.SURE, axis, axis_name)
-            rates.append(share * of.p * centred * widened(dot))
-    D_dot = jnp.zeros_like(D)
-    if rates:
-        empty = jnp.isneginf(of_both[0].log_normalizer) | jnp.isneginf(of_both[1].log_normalizer)
-        D_dot = jnp.where(empty, 0, class_sum(functools.reduce(jnp.add, rates), axis, axis_name))
+            centred = sums.minus_mean(r_of, of.p, 1, -expm1(of.log_p), of.p > SURE, axis, axis_name)
+            rate = rate + share * of.p * centred * widened(dot)
+    empty = jnp.isneginf(of_both[0].log_normalizer) | jnp.isneginf(of_both[1].log_normalizer)
+    D_dot = jnp.where(empty, 0, class_sum(rate, axis, axis_name))
     if not isinstance(beta_dot, SymbolicZero):
         of_p, of_q = _divergences_from_mean(x_p, x_q, beta, axis, axis_name)
         D_dot = D_dot + (of_p - of_q) * beta_dot

@@ -1,4 +1,4 @@
-"""Softmax, log-softmax and log-normaliser of every φ: one rule for (log p, p, L, 1 − p), in x = ψ(z) + log w."""
+"""Softmax, log-softmax and log-normaliser of every φ: one rule for (log p, p, L), in x = ψ(z) + log w."""
 
 import functools
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from jsoftmax.sums import Normalized, Want
 def normalize(
     x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
 ) -> Normalized:
-    """l = log p, p, L and 1 − p; x = −inf leaves a class out. want: what is wanted; order: of the derivative."""
+    """l = log p, p and L; x = −inf leaves a class out. want: what is wanted; order: of the derivative."""
     return sums.normalized(x, axis, axis_name, want, order)
 
 
@@ -41,16 +41,14 @@ def normalize(
 def _normalize_jvp(  # noqa: PLR0917  (a rule has no keywords)
     axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int, primals: Any, tangents: Any
 ) -> tuple[Normalized, Normalized]:
-    """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ, (1 − p)˙ = −ṗ  (MATH 1.2 to 1.4)."""
+    """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ  (MATH 1.2 to 1.4)."""
     (x,), (x_dot,) = primals, tangents
     out = normalize(x, axis, axis_name, want, order + 1)
     x_dot = widened(x_dot)
-    p_dot = sums.p_rate(x, out.p, x_dot, axis, axis_name, want, order)
     return out, Normalized(
         sums.log_p_rate(x, out.p, x_dot, axis, axis_name, want, order),
-        p_dot,
+        sums.p_rate(x, out.p, x_dot, axis, axis_name, want, order),
         sums.class_sum(out.p * x_dot, axis, axis_name),
-        -p_dot,
     )
 
 

@@ -13,12 +13,13 @@ from jaxtyping import Array, Bool, Float
 
 from jsoftmax import maps
 from jsoftmax._rules import compiled_rule
+from jsoftmax._series import expm1
 from jsoftmax.checks import arguments
 from jsoftmax.checks.arguments import public
 from jsoftmax.maps import Normalized
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sums import FAR, SURE, not_below, not_negative
-from jsoftmax.sums.reference import complement_of, exponential, rest_of
+from jsoftmax.sums.reference import exponential, rest_of
 
 __all__ = ["segment_entropy", "segment_log_normalizer", "segment_log_softmax", "segment_softmax"]
 
@@ -66,7 +67,7 @@ def _shifted(x: Array, ids: Array, layout: Layout) -> _Shifted:
 
 @compiled_rule("layout")
 def normalize(x: Array, ids: Array, layout: Layout) -> Normalized:
-    """log p, p and 1 − p of the elements, L of the rows.
+    """log p and p of the elements, and L of the rows.
 
     l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest)  (MATH 4.2).
     """
@@ -76,17 +77,16 @@ def normalize(x: Array, ids: Array, layout: Layout) -> Normalized:
     left_out = -jnp.inf - lax.stop_gradient(log_total_beside)  # NaN in a row that is NaN
     log_p = jnp.where(x > -jnp.inf, u - log_total_beside, left_out)
     L = jnp.where(peak == jnp.inf, peak, peak + log_total)
-    return Normalized(log_p, e / (1 + rest_beside), L, complement_of(e, rest_beside))
+    return Normalized(log_p, e / (1 + rest_beside), L)
 
 
 @normalize.defjvp
 def _normalize_jvp(layout: Layout, primals: Any, tangents: Any) -> tuple[Normalized, Normalized]:
-    """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ, (1 − p)˙ = −ṗ  (MATH 1.2 to 1.4)."""
+    """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ  (MATH 1.2 to 1.4)."""
     (x, ids), (x_dot, _) = primals, tangents
     out = normalize(x, ids, layout)
     difference, mean = _minus_mean(out, ids, x_dot, layout)
-    p_dot = out.p * difference
-    return out, Normalized(jnp.where(jnp.isneginf(x), 0, difference), p_dot, mean, -p_dot)
+    return out, Normalized(jnp.where(jnp.isneginf(x), 0, difference), out.p * difference, mean)
 
 
 @functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
@@ -96,7 +96,7 @@ def _minus_mean(out: Normalized, ids: Array, x_dot: Array, layout: Layout) -> tu
     of_others, of_top = row_sums(layout, ids, jnp.where(top, 0, p_x_dot), jnp.where(top, p_x_dot, 0))
     mean = of_others + of_top
     beside = spread(layout, ids, jnp.stack([of_others, mean], -1))
-    return jnp.where(top, out.complement * x_dot - beside[..., 0], x_dot - beside[..., 1]), mean
+    return jnp.where(top, -expm1(out.log_p) * x_dot - beside[..., 0], x_dot - beside[..., 1]), mean
 
 
 @compiled_rule("layout")

@@ -10,7 +10,7 @@ from cells import product
 from platforms import as_on_accelerators
 
 from jsoftmax import sums
-from jsoftmax.sums import cpu, reference
+from jsoftmax.sums import cpu, long_rows, reference
 from jsoftmax.sums.cpu import paths
 from jsoftmax.verify import DERIVATIVES, FUNCTIONS, LOSSES, jit_formulas
 
@@ -84,6 +84,44 @@ def test_each_function_equals_the_reference(kind, order, dtype):
         same(got, reference.label_rates(p, kept, at_label, x_dot, is_label))
 
 
+def tangents(f, x, axis):
+    """A rule's value and transpose, and the derivative of both along x."""
+    x_dot, g = (jnp.where(jnp.isfinite(x), h(x), 1) for h in (jnp.cos, lambda x: jnp.sin(3 * x)))
+
+    def both(x):
+        value, pull = jax.vjp(lambda x_dot: f(x, x_dot, axis), x_dot)
+        return value, pull(g)[0]
+
+    return jax.jvp(both, (x,), (jnp.where(jnp.isfinite(x), jnp.cos(2 * x), 0),))
+
+
+@pytest.mark.parametrize("name", ["p_rate", "log_p_rate"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_long_rows_equal_the_reference(name, dtype):
+    """Also in rows without classes; +∞ and NaN make them NaN."""
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.asarray(scores((80, 17), dtype))
+        got, want = (
+            jax.jit(functools.partial(tangents, getattr(form, name), axis=(1,)))(x) for form in (long_rows, reference)
+        )
+        same(got, want)
+
+
+@pytest.mark.parametrize("name", ["p_rate", "log_p_rate"])
+def test_digits_of_long_rows_beside_a_sure_class(name):
+    """Rates where a class is 8 to 60 above the others, to some ulp of the row's typical number, not of 1."""
+    z = np.random.default_rng(3).normal(0, 1, (14, 9)).astype(np.float32)
+    z[:, 4] += np.arange(8, 64, 4, dtype=np.float32)
+    got = jax.jit(functools.partial(tangents, getattr(long_rows, name), axis=(1,)))(jnp.asarray(z))
+    with jax.enable_x64(True):
+        wide = jnp.asarray(z, np.float64)
+        want = jax.jit(functools.partial(tangents, getattr(reference, name), axis=(1,)))(wide)
+    for leaf, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        exact = np.float64(wanted)
+        typical = np.median(np.abs(exact), 1, keepdims=True) + np.abs(exact)
+        assert np.all(np.abs(np.float64(leaf) - exact) <= 4e-5 * typical)
+
+
 def everything(function, z):
     """Value, gradient and Hessian product; a second array of scores is made of the first."""
     arguments = [jnp.broadcast_to(a, (len(z), *a.shape)) if isinstance(a, jax.Array) else a for a in function.arguments]
@@ -110,7 +148,7 @@ SHAPES = [(6, 5), (6, 17), (6, 300)]
     ids=str,
 )
 def test_every_function_by_every_form(function, dtype, shape, monkeypatch):
-    """Few scores, many on CPU, many elsewhere; of scores that are made in the same program, compiled for CPU here."""
+    """Few scores, many on CPU, many in short and in long rows elsewhere; made in the same program, compiled for CPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     with jax.default_device(jax.devices("cpu")[0]):
         _by_every_form(function, dtype, [shape], monkeypatch)
@@ -119,11 +157,12 @@ def test_every_function_by_every_form(function, dtype, shape, monkeypatch):
 def _by_every_form(function, dtype, shapes, monkeypatch):
     z = [jnp.asarray(np.random.default_rng(1).normal(0, 2, shape), dtype) for shape in shapes]
     found = []
-    for large, on_cpu in ((2**60, True), (0, True), (0, False)):
+    for large, on_cpu, row_kernel in ((2**60, True, 2**60), (0, True, 2**60), (0, False, 2**60), (0, False, 1)):
         jax.clear_caches()
         with monkeypatch.context() as patch:
             patch.setattr(paths, "LARGE", large)
             patch.setattr(paths, "SHORT", paths.SHORT if large == 0 else 2**60)
+            patch.setattr(sums, "_ROW_KERNEL_CLASSES", row_kernel)
             if not on_cpu:
                 as_on_accelerators(patch)
             jit = jax.jit if large == 0 and on_cpu else jit_formulas  # the others are what it is compared with
@@ -143,3 +182,4 @@ def test_explain():
     assert sums.explain((8, 257)) == sums.explain((257, 8), 0) == few
     assert sums.explain((2**15, 4)) == "cpu: many scores, compiled for cpu"
     assert sums.explain((2**15, 4), platform="tpu") == "reference: compiled for tpu"
+    assert sums.explain((4, 2**15), platform="cuda").endswith("long_rows: many classes")

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.checks.arguments import check_option, public
-from jsoftmax.divergence import excess, kl_terms, log_ratio, log_ratios_to_mean
+from jsoftmax.divergence import excess, log_ratio, log_ratios_to_mean
 from jsoftmax.heads import _check
 from jsoftmax.heads._head import Head, Heads, Plan, block_scores, map_shards, scan_classes
 from jsoftmax.heads._statistics import Extras, statistics
@@ -62,9 +62,10 @@ def _divergence(p: Head, q: Head, plan: Plan) -> tuple[Array, Array]:
         x_p, x_q = (block_scores(block, start, plan) for block in blocks)
         log_p, log_q = known.log_probs(x_p, x_q)
         p, q = jnp.exp(log_p), jnp.exp(log_q)
-        terms, r = kl_terms(log_p, p, log_q, q)
-        impossible = jnp.isneginf(log_q) & (log_p > -jnp.inf)
-        made = (jnp.sum(terms, 1), jnp.sum(p * r, 1), jnp.sum(impossible, 1, dtype=jnp.int32))
+        impossible = jnp.isneginf(log_q)
+        r = log_ratio(log_p, log_q, impossible)
+        infinite = impossible & (log_p > -jnp.inf)
+        made = (jnp.sum(excess(p, r, q), 1), jnp.sum(p * r, 1), jnp.sum(infinite, 1, dtype=jnp.int32))
         return jax.tree.map(jnp.add, state, made)
 
     known = _known(p, q, plan)
@@ -72,14 +73,14 @@ def _divergence(p: Head, q: Head, plan: Plan) -> tuple[Array, Array]:
     zero = jnp.zeros_like(own.peak_p)
     state = (zero, zero, zero.astype(jnp.int32))
     sums = scan_classes(step, (p, q), (Head(), Head()), own, state, plan)
-    D, mean, impossible = psum(sums, plan.axis_name)
-    finite = jnp.where(known.empty, 0, jnp.where(impossible > 0, jnp.inf, D))
-    return jnp.where(jnp.isnan(D), D, finite), jnp.where(impossible > 0, mean, D)
+    D, mean, infinite = psum(sums, plan.axis_name)
+    finite = jnp.where(known.empty, 0, jnp.where(infinite > 0, jnp.inf, D))
+    return jnp.where(jnp.isnan(D), D, finite), jnp.where(infinite > 0, mean, D)
 
 
 @functools.partial(_divergence.defjvp, symbolic_zeros=True)
 def _divergence_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
-    """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q, where r is 0 for p = 0 and q = 0  (MATH 6.4)."""
+    """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q, where r is 0 for q = 0  (MATH 6.4)."""
     p, q = primals
     D, mean = _divergence(p, q, plan)
 
@@ -87,7 +88,7 @@ def _divergence_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
         (x_p, x_p_dot), (x_q, x_q_dot) = _scores_and_rates(blocks, dots, start, plan)
         log_p, log_q = known.log_probs(x_p, x_q)
         p, q = jnp.exp(log_p), jnp.exp(log_q)
-        r, _ = log_ratio(log_p, p, log_q)
+        r = log_ratio(log_p, log_q, jnp.isneginf(log_q))
         c = r - known.mean[:, None]
         by_q = jnp.where(jnp.isneginf(x_q) | (known.empty[:, None] & ~jnp.isnan(q)), 0, q - p)
         return state + jnp.sum(p * c * x_p_dot + by_q * x_q_dot, 1)

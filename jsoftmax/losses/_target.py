@@ -23,27 +23,28 @@ from jsoftmax.sums import SURE, class_sum
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _kl_to_target(x: Array, q: Array, axis: tuple[int, ...]) -> Array:
     """D = Σ q r, r = log q − log p, as Σ (q r − q + p) + Σ q − Σ p  (MATH 7.5)."""
-    log_p, p, L, _ = normalize(x, axis)
-    r, both = log_ratio(_log(q), q, log_p)
-    near = both & (jnp.abs(r) < 0.5)
+    log_p, p, L = normalize(x, axis)
+    impossible = jnp.isneginf(x)
+    r = log_ratio(_log(q), log_p, impossible)
+    near = jnp.abs(r) < 0.5
     r_near = jnp.where(near, r, 0)
     terms = jnp.where(near, q * r_near**2 * excess_series(r_near), jnp.where(q == 0, p, q * r - q + p))
     D = class_sum(terms, axis) + (class_sum(q, axis) - jnp.where(jnp.isneginf(L), 0, 1))
-    impossible = jnp.any(jnp.isneginf(x) & (q > 0), axis, keepdims=True)
-    return jnp.where(impossible & ~jnp.isnan(D), jnp.inf, D)
+    infinite = jnp.any(impossible & (q > 0), axis, keepdims=True)
+    return jnp.where(infinite & ~jnp.isnan(D), jnp.inf, D)
 
 
 @_kl_to_target.defjvp
 def _kl_to_target_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ḋ = Σ (Q p − q) ẋ + Σ (r + 1) q̇, Q = Σ q; 0 for a class left out, and where q = 0  (MATH 7.5)."""
     (x, q), (x_dot, q_dot) = primals, tangents
-    log_p, p, *_ = normalize(x, axis)
-    # Q p − q where p > ¾ from the other classes, by 1 − p, which has the digits
+    log_p, p, _ = normalize(x, axis)
+    # where p > ¾, Q p − q is computed from the other classes and from 1 − p, which keeps its digits
     first, Q = p > SURE, class_sum(q, axis)
     of_others = class_sum(jnp.where(first, 0, q), axis)
     excess = jnp.where(first, of_others + Q * expm1(jnp.where(first, log_p, 0)), Q * p - q)
     by_x = jnp.where(jnp.isneginf(x), 0, excess)
-    by_q = jnp.where(q == 0, 0, log_ratio(_log(q), q, log_p)[0] + 1)
+    by_q = jnp.where(q == 0, 0, log_ratio(_log(q), log_p, jnp.isneginf(x)) + 1)
     return _kl_to_target(x, q, axis), class_sum(by_x * widened(x_dot) + by_q * q_dot, axis)
 
 

@@ -1,9 +1,10 @@
-"""Σ e^x over the classes and what is made of it: the one door to its two forms (MATH 4).
+"""Σ e^x over the classes and what is computed from it: the one door to its forms (MATH 4).
 
-`reference` is the mathematics. `cpu` holds what XLA's CPU compiler needs for large arrays, function by function equal
-to the reference but for the care of MATH 4.5. GPUs and TPUs run the reference; on GPUs derivatives of rows of up to
-16,384 classes stand behind a barrier (`_rate`). Which of them runs is decided here, by the size of the array and by
-the platform that a program is compiled for; `explain` says what was decided.
+`reference` is the mathematics, and runs on GPUs and TPUs and for small arrays. `cpu` holds the forms that XLA's CPU
+compiler needs for large arrays; each of its functions equals that of the reference, except for the care of MATH 4.5.
+On GPUs the derivatives of rows of up to 16,384 classes are computed behind a barrier (`_rate`), and those of longer
+rows by `long_rows`. This module decides which form runs, by the size of the array and by the platform that a program
+is compiled for; `explain` says what it decided.
 """
 
 import functools
@@ -17,7 +18,7 @@ from jaxtyping import Array
 
 from jsoftmax.checks.arguments import Axis, canonical_axis, widened
 from jsoftmax.sharding import AxisName, is_label, local_label
-from jsoftmax.sums import cpu, reference
+from jsoftmax.sums import cpu, long_rows, reference
 from jsoftmax.sums.cpu import Want, column_exp_sums, paths
 from jsoftmax.sums.reference import (
     FAR,
@@ -78,7 +79,7 @@ def _by_platform(on_cpu: Callable[..., Any], otherwise: Callable[..., Any], apar
 def normalized(
     x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
 ) -> Normalized:
-    """log p, p, L and 1 − p. order: of the derivative that they are for."""
+    """log p, p and L. order: the order of the derivative that needs them; 0 is the value."""
     return _by_platform(
         functools.partial(cpu.normalized, axis=axis, axis_name=axis_name, want=want, order=order),
         functools.partial(reference.normalized, axis=axis, axis_name=axis_name),
@@ -124,7 +125,7 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
 
 def centred_rate(x: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """ẋ − Σ p ẋ."""
-    return _rate(cpu.centred_rate, reference.centred_rate, x, p, x_dot, axis, axis_name)
+    return _rate(cpu.centred_rate, reference.centred_rate, None, x, p, x_dot, axis, axis_name)
 
 
 def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
@@ -139,7 +140,9 @@ def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     """ṗ along ẋ."""
     on_cpu = functools.partial(cpu.p_rate, want=want, order=order)
     with_value = want == "loss" or (want == "p" and order == 0)
-    return _rate(on_cpu, reference.p_rate, x, p, x_dot, axis, axis_name, with_value)
+    # the entropy's rule takes its sums from the reference, too, and XLA then reads a row once for both
+    of_long_rows = None if want == "H" else long_rows.p_rate
+    return _rate(on_cpu, reference.p_rate, of_long_rows, x, p, x_dot, axis, axis_name, with_value)
 
 
 def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
@@ -153,21 +156,30 @@ def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
 ) -> Array:
     """(log p)˙ along ẋ."""
     on_cpu = functools.partial(cpu.log_p_rate, order=order)
-    return _rate(on_cpu, reference.log_p_rate, x, p, x_dot, axis, axis_name, want == "log_p" and order == 0)
+    with_value = want == "log_p" and order == 0
+    return _rate(on_cpu, reference.log_p_rate, long_rows.log_p_rate, x, p, x_dot, axis, axis_name, with_value)
 
 
+_GPUS = ("cuda", "rocm")
 _ROW_KERNEL_CLASSES = 16384
 """Up to so many classes XLA for GPUs makes one kernel of a whole row."""
 
 
+def _is_long(shape: tuple[int, ...], axis: tuple[int, ...]) -> bool:
+    """Whether rows have more classes than one kernel of a GPU takes."""
+    return math.prod(shape[i] for i in axis) > _ROW_KERNEL_CLASSES
+
+
 def is_read_once(x: Array, axis: tuple[int, ...]) -> bool:
-    """Whether there are many scores, in rows that GPUs read once for all that one result takes."""
-    return cpu.is_large(x) and math.prod(x.shape[i] for i in axis) <= _ROW_KERNEL_CLASSES
+    """Whether there are many scores, in rows short enough for a GPU to read them once for everything that a result
+    needs."""
+    return cpu.is_large(x) and not _is_long(x.shape, axis)
 
 
 def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     on_cpu: Callable[..., Array],
     otherwise: Callable[..., Array],
+    of_long_rows: Callable[..., Array] | None,
     x: Array,
     p: Array,
     x_dot: Array,
@@ -193,10 +205,17 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
         if not cpu.is_large(x):
             return recomputed(x, p, x_dot)
         own = functools.partial(on_cpu, axis=axis, axis_name=axis_name)
-        of_gpus = {"cuda": in_one_kernel, "rocm": in_one_kernel}
+        on_gpus = in_one_kernel
+        if of_long_rows is not None and axis_name is None and _is_long(x.shape, axis):
+            on_gpus = functools.partial(_in_several_kernels, of_long_rows, axis)
+        of_gpus = dict.fromkeys(_GPUS, on_gpus)
         return lax.platform_dependent(x, p, x_dot, cpu=own, **of_gpus, default=recomputed)
 
     return jax.checkpoint(along, prevent_cse=False)(x, p, x_dot)
+
+
+def _in_several_kernels(f: Callable[..., Array], axis: tuple[int, ...], x: Array, _: Array, x_dot: Array) -> Array:
+    return f(x, x_dot, axis)
 
 
 def weighted_deviations(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
@@ -241,6 +260,8 @@ def explain(shape: tuple[int, ...], axis: Axis = -1, platform: str | None = None
     if not has_form_for_cpu(shape, axes):
         return "reference: few scores, few classes"
     platform = jax.default_backend() if platform is None else platform
+    if platform in _GPUS and math.prod(shape) >= paths.LARGE and _is_long(shape, axes):
+        return f"reference: compiled for {platform}; the derivative rules by long_rows: many classes"
     if platform != "cpu":
         return f"reference: compiled for {platform}"
     if math.prod(shape) >= paths.LARGE:

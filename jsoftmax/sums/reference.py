@@ -42,12 +42,11 @@ for _limit in (not_below, not_above):  # a maximum of equals would have half of 
 
 
 class Normalized(NamedTuple):
-    """l = log p, p, L = log Σ e^x and 1 − p with its digits; L keeps the reduced axes with length 1."""
+    """l = log p, p and L = log Σ e^x, which keeps the reduced axes with length 1."""
 
     log_p: Array
     p: Array
     log_normalizer: Array
-    complement: Array
 
 
 class ExpSums(NamedTuple):
@@ -117,13 +116,13 @@ def not_negative(a: Array) -> Array:
 
 
 def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Normalized:
-    """l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest), and 1 − p  (MATH 4.2)."""
+    """l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest)  (MATH 4.2)."""
     u, e, rest, peak, _ = shifted(x, axis, axis_name)
     log_total = jnp.log1p(rest)
     left_out = -jnp.inf - lax.stop_gradient(log_total)  # NaN in a row that is NaN
     log_p = jnp.where(x > -jnp.inf, u - log_total, left_out)
     L = jnp.where(peak == jnp.inf, peak, peak + log_total)
-    return Normalized(log_p, e / (1 + rest), L, complement_of(e, rest))
+    return Normalized(log_p, e / (1 + rest), L)
 
 
 def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> tuple[Array, Array]:

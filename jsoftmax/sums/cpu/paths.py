@@ -35,8 +35,8 @@ kernel"). Of fewer scores XLA adds 32 and 32, one after the other, and loses wha
 
 
 Want = Literal["all", "p", "log_p", "L", "H", "loss"]
-"""What is wanted: all of log p, p, L and 1 − p, or one of them; the entropy; the sums of a loss. It changes no result
-but by rounding, only the way to it."""
+"""What the caller needs: all of log p, p and L, or one of them; the entropy; the sums of a loss. It selects the
+way to compute, and changes results by rounding only."""
 
 
 class Form(NamedTuple):

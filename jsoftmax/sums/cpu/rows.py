@@ -28,7 +28,6 @@ from jsoftmax.sums.reference import (
     ExpSums,
     Normalized,
     class_sum,
-    complement_of,
     difference,
     is_empty,
     not_negative,
@@ -48,7 +47,7 @@ def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want,
     if serves_rules(how):  # the derivative is 0 where a class is left out
         log_p = jnp.where(jnp.isneginf(x), lax.stop_gradient(log_p), log_p)
     L = jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total)
-    return Normalized(log_p, e / total, L, complement_of(e, rest))
+    return Normalized(log_p, e / total, L)
 
 
 def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> tuple[Array, Array]:
