@@ -69,16 +69,10 @@ def _far_ratios(p_is_larger: Array, a: Array, beta: Array) -> tuple[Array, Array
 # --- Kullback–Leibler ----------------------------------------------------------------------------------------
 
 
-def _log_probs_and_p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> tuple[Array, Array, Array]:
-    """log p, p and L. p is made of log p: XLA for GPUs would write e^u for a second sum of the row to read."""
-    log_p, _, L = normalize(x, axis, axis_name)
-    return log_p, jnp.exp(log_p), L
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
     """D = Σ p r, r = log p − log q, summed as p (e^−r − 1 + r) ≥ 0, since Σ q − Σ p = 0  (MATH 6.3)."""
-    (log_p, p, L_p), (log_q, q, _) = (_log_probs_and_p(x, axis, axis_name) for x in (x_p, x_q))
+    (log_p, p, L_p), (log_q, q, _) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     impossible = jnp.isneginf(x_q)
     D = class_sum(excess(p, log_ratio(log_p, log_q, impossible), q), axis, axis_name)
     infinite = class_sum((impossible & (x_p > -jnp.inf)).astype(D.dtype), axis, axis_name) > 0
@@ -89,7 +83,7 @@ def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> A
 def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4); finite where D is not: those classes have r = 0."""
     (x_p, x_q), (x_p_dot, x_q_dot) = primals, [widened(dot) for dot in tangents]
-    (log_p, p, L_p), (log_q, q, _) = (_log_probs_and_p(x, axis, axis_name) for x in (x_p, x_q))
+    (log_p, p, L_p), (log_q, q, _) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     impossible = jnp.isneginf(x_q)
     r = log_ratio(log_p, log_q, impossible)
     by_p = p * sums.minus_mean(r, p, 1, -expm1(log_p), p > SURE, axis, axis_name)

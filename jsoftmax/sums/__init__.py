@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
@@ -82,10 +83,16 @@ def normalized(
     """log p, p and L. order: the order of the derivative that needs them; 0 is the value."""
     return _by_platform(
         functools.partial(cpu.normalized, axis=axis, axis_name=axis_name, want=want, order=order),
-        functools.partial(reference.normalized, axis=axis, axis_name=axis_name),
+        functools.partial(_p_of_log_p if want == "all" else reference.normalized, axis=axis, axis_name=axis_name),
         has_form_for_cpu(x.shape, axis),
         x,
     )
+
+
+def _p_of_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Normalized:
+    """`reference.normalized`, with p = e^(log p): for a caller of both, XLA for GPUs would write e^u / Σ e^u."""
+    n = reference.normalized(x, axis, axis_name)
+    return n._replace(p=jnp.exp(n.log_p))
 
 
 def centred(
