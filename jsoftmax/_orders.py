@@ -26,7 +26,7 @@ def _surprise(log_p: Array, p: Array, alpha: Array) -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def tsallis(x: Array, alpha: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
     """S = Σ b, b = −p log_α p: terms that are not negative  (MATH 6.6)."""
-    log_p, p, *_ = normalize(x, axis, axis_name)
+    log_p, p, _ = normalize(x, axis, axis_name)
     return class_sum(_surprise(log_p, p, alpha), axis, axis_name)
 
 
@@ -34,7 +34,7 @@ def tsallis(x: Array, alpha: Array, axis: tuple[int, ...], axis_name: AxisName) 
 def _tsallis_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ṡ = α Σ (b − p S) ẋ + Σ (∂b/∂α) α̇  (MATH 6.6)."""
     (x, alpha), (x_dot, alpha_dot) = primals, tangents
-    log_p, p, *_ = normalize(x, axis, axis_name)
+    log_p, p, _ = normalize(x, axis, axis_name)
     b, S = _surprise(log_p, p, alpha), tsallis(x, alpha, axis, axis_name)
     S_dot = jnp.zeros_like(S)
     if not isinstance(x_dot, SymbolicZero):
@@ -47,7 +47,7 @@ def _tsallis_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tange
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def renyi(x: Array, alpha: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
     """R = log Σ p^α / (1 − α); near α = 1 of Tsallis' S, as log1p((1 − α) S)/(1 − α)  (MATH 6.7)."""
-    log_p, _, L, _ = normalize(x, axis, axis_name)
+    log_p, _, L = normalize(x, axis, axis_name)
     S = tsallis(x, alpha, axis, axis_name)
     a = (1 - alpha) * S
     near = jnp.abs(a) <= 0.5
@@ -66,7 +66,7 @@ def _renyi_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangent
     """Ṙ = α Σ (r − p)/(1 − α) ẋ − D(r‖p)/(1 − α)² α̇, r = p^α / Σ p^α; by y = (α − 1) (l + R) = log r/p where it is
     small  (MATH 6.7)."""
     (x, alpha), (x_dot, alpha_dot) = primals, tangents
-    log_p, p, *_ = normalize(x, axis, axis_name)
+    log_p, p, _ = normalize(x, axis, axis_name)
     r, R = normalize(_times(alpha, log_p), axis, axis_name).p, renyi(x, alpha, axis, axis_name)
     d = jnp.where(jnp.isneginf(log_p), 0, log_p + R)
     y = (alpha - 1) * d

@@ -159,9 +159,11 @@ def _jensen_shannon_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any
     for of, r_of, share, dot in zip(of_both, r, (beta, 1 - beta), (x_p_dot, x_q_dot), strict=True):
         if not isinstance(dot, SymbolicZero):
             centred = sums.minus_mean(r_of, of.p, 1, -expm1(of.log_p), of.p > SURE, axis, axis_name)
-            rate = rate + share * of.p * centred * widened(dot)
-    empty = jnp.isneginf(of_both[0].log_normalizer) | jnp.isneginf(of_both[1].log_normalizer)
-    D_dot = jnp.where(empty, 0, class_sum(rate, axis, axis_name))
+            rates.append(share * of.p * centred * widened(dot))
+    D_dot = jnp.zeros_like(D)
+    if rates:
+        empty = jnp.isneginf(of_both[0].log_normalizer) | jnp.isneginf(of_both[1].log_normalizer)
+        D_dot = jnp.where(empty, 0, class_sum(functools.reduce(jnp.add, rates), axis, axis_name))
     if not isinstance(beta_dot, SymbolicZero):
         of_p, of_q = _divergences_from_mean(x_p, x_q, beta, axis, axis_name)
         D_dot = D_dot + (of_p - of_q) * beta_dot

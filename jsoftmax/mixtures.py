@@ -116,7 +116,7 @@ def sink_softmax(
 
 
 def _with_sink(x: Array, sink: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    _, p, L, _ = normalize(x, axis, axis_name)
+    _, p, L = normalize(x, axis, axis_name)
     empty = jnp.isneginf(L)
     gap = jnp.where(empty, 0, L) - jnp.where(empty, 0, sink)
     return p * sigmoid(gap)

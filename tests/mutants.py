@@ -80,7 +80,6 @@ MUTANTS = (
     Mutant("_series.py", "1 - r / k * total", "1 + r / k * total", f"{ORACLE} -k kl_"),
     Mutant("_series.py", "1 + y_near / k * total", "1 - y_near / k * total", f"{ORACLE} -k entmax"),
     # sums: digits, differences, classes left out
-    Mutant("maps.py", "        -p_dot,\n", "        p_dot,\n", f"{ORACLE} -k kl_"),
     Mutant("maps.py", " & ~jnp.isneginf(log_weights) & ~jnp.isneginf(z)", " & ~jnp.isneginf(log_weights)", f"{EDGES} -k 'test_rows and softmax'"),
     Mutant("maps.py", "else x + jnp.where(kept, log_weights, 0)", "else x - jnp.where(kept, log_weights, 0)", f"{LOSSES} -k prior"),
     Mutant("sums/reference.py", "u = not_below(x) - not_below(peak)", "u = x - peak", f"{CASES} -k 'products or quotient'"),
@@ -106,7 +105,7 @@ MUTANTS = (
     Mutant("entropy.py", "p * (c**2 + 2 * c - V) * x_dot", "p * (c**2 + c - V) * x_dot", f"{ORACLE} -k varentropy"),
     Mutant("divergence.py", "excess_series(r_near), p * r - p + m)", "excess_series(r_near), p * r)", f"{ORACLE} -k kl_"),
     Mutant("divergence.py", "p * expm1(-r), q - p)", "p * expm1(r), q - p)", f"{ORACLE} {CASES} -k kl_"),
-    Mutant("divergence.py", "rate + share * of.p * centred", "rate + of.p * centred", f"{ORACLE} -k jensen"),
+    Mutant("divergence.py", "(share * of.p * centred", "(of.p * centred", f"{ORACLE} -k jensen"),
     Mutant("divergence.py", "(of_p - of_q) * beta_dot", "(of_q - of_p) * beta_dot", DIVERGENCE),
     Mutant("divergence.py", "(p == 0) | jnp.isinf(r_p)", "(p == 0)", DIVERGENCE),
     Mutant("divergence.py", "D_dot = jnp.where(empty, 0,", "D_dot = jnp.where(False, 0,", DIVERGENCE),
