@@ -1,6 +1,8 @@
 """Functions of scores over sharded classes: they equal the whole, inside too, and devices exchange numbers of rows."""
 
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +124,7 @@ def test_differentiated_inside(name):
         assert_close(gradient, DEVICES * want[0], 1e-11)
 
 
-COUNTS = {  # value, gradient, Hessian product (MATH 13.2)
+COUNTS = {  # value, gradient, Hessian product, as in docs/guides/devices.md
     "log_normalizer": (js.log_normalizer, 2, 2, 2),
     "softmax": (js.softmax, 2, 3, 3),
     "log_softmax": (js.log_softmax, 2, 2, 2),
@@ -149,8 +151,11 @@ def sharded_scores(classes=CLASSES):
 
 @pytest.mark.parametrize("name", list(COUNTS))
 def test_collectives(name):
-    """One maximum and one sum, and never a gather."""
+    """One maximum and one sum, and never a gather: as many as docs/guides/devices.md says."""
     function, *counts = COUNTS[name]
+    guide = (pathlib.Path(__file__).parent.parent / "docs/guides/devices.md").read_text()
+    listed = " | ".join(map(str, counts))
+    assert re.search(rf"^\|[^|]*`(losses\.)?{name}`[^|]*\| {re.escape(listed)} \|$", guide, re.M)
     f = in_shard_map(lambda z: function(z, axis_name="v"), PARTS if name in KEEP else WHOLE)
     for g, count in zip(of_each_order(f), counts, strict=True):
         assert collectives(g, sharded_scores())[0] == ["all-reduce"] * count
