@@ -66,14 +66,14 @@ __all__ = [
 
 
 def has_form_for_cpu(shape: tuple[int, ...], axis: tuple[int, ...]) -> bool:
-    """Whether scores of a shape have a form of their own on CPU: many scores, or so many classes that XLA on CPU loses
-    digits when it adds them up one after the other."""
+    """Whether scores of this shape are summed in a form of their own on CPU: if there are many scores, or so many
+    classes that XLA on CPU would lose digits by adding them up one after the other."""
     size = math.prod(shape)
     return size > 0 and (size >= paths.LARGE or math.prod(shape[i] for i in axis) > paths.SHORT)
 
 
 def _by_platform(on_cpu: Callable[..., Any], otherwise: Callable[..., Any], apart: bool, *arrays: Any) -> Any:
-    """The function for the platform that the program is compiled for, if CPU has a form of its own."""
+    """The function for the platform that the program is compiled for. apart: whether CPU has a form of its own."""
     return lax.platform_dependent(*arrays, cpu=on_cpu, default=otherwise) if apart else otherwise(*arrays)
 
 
@@ -114,7 +114,8 @@ def exp_sums(
     order: int = 0,
     row_sums: Any = None,
 ) -> ExpSums:
-    """max x and Σ e^u − 1, u = x − max x. row_sums: numbers of rows, summed over the shards in the same exchange."""
+    """max x and Σ e^u − 1, u = x − max x. row_sums: one number for each row, to be summed over the shards in the same
+    exchange."""
     return _by_platform(
         functools.partial(cpu.exp_sums, axis=axis, axis_name=axis_name, order=order),
         functools.partial(reference.exp_sums, axis=axis, axis_name=axis_name),
@@ -169,7 +170,7 @@ def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
 
 _GPUS = ("cuda", "rocm")
 _ROW_KERNEL_CLASSES = 16384
-"""Up to so many classes XLA for GPUs makes one kernel of a whole row."""
+"""Up to this many classes XLA for GPUs makes one kernel of a whole row."""
 
 
 def _is_long(shape: tuple[int, ...], axis: tuple[int, ...]) -> bool:
@@ -196,9 +197,9 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
 ) -> Array:
     """A derivative along ẋ. with_value: whether the same program also has the value, or a loss's p, as a result.
 
-    Checkpointed: of few scores x alone is kept for the backward pass; of many x and p, for a program for CPU reads p
-    and any other x. Behind the barrier GPUs compute e^u again, in one kernel with the derivative; without it XLA would
-    write p for the value and the derivative to read.
+    It is checkpointed. For few scores, x alone is kept for the backward pass; for many, x and p, because the form for
+    CPU reads p and the others read x. Behind the barrier GPUs compute e^u again, in one kernel with the derivative;
+    without it XLA would write p to memory, for the value and the derivative to read.
     """
     behind_barrier = with_value and is_read_once(x, axis) and axis_name is None
 
@@ -226,7 +227,7 @@ def _in_several_kernels(f: Callable[..., Array], axis: tuple[int, ...], x: Array
 
 
 def weighted_deviations(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
-    """w (ẋ − Σ w̄ ẋ), w̄ = w / Σ w. Checkpointed: for the backward pass w alone is kept."""
+    """w (ẋ − Σ w̄ ẋ), w̄ = w / Σ w. It is checkpointed: only w is kept for the backward pass."""
 
     def along(w: Array, x_dot: Array) -> Array:
         on_cpu, otherwise = (functools.partial(form.weighted_deviations, axis=axis) for form in (cpu, reference))
@@ -238,8 +239,8 @@ def weighted_deviations(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
 def label_rates(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     p: Array, kept: Array | None, p_y: Array, at_label: Array, x_dot: Array, label: Array, axis_name: AxisName = None
 ) -> LabelRates:
-    """Derivatives of −l_y and L along ẋ, and Σ ẋ, over the last axis of this shard, for labels `[..., 1]` that count
-    over all shards. at_label: p_y − 1 with its digits."""
+    """Derivatives of −l_y and L along ẋ, and Σ ẋ, over the last axis of this shard. Labels `[..., 1]` number the
+    classes of all shards. at_label: p_y − 1 with its digits."""
     own, inside = local_label(label, x_dot.shape[-1], axis_name)
 
     def compared(p: Array, kept: Array | None, at_label: Array, x_dot: Array) -> LabelRates:
@@ -256,7 +257,7 @@ def label_rates(  # noqa: PLR0917  (as rules, which have no keywords, call them)
 
 
 def explain(shape: tuple[int, ...], axis: Axis = -1, platform: str | None = None) -> str:
-    """Which form sums scores of a shape, and why.
+    """Which form sums scores of this shape, and why.
 
     >>> explain((64, 100))
     'reference: few scores, few classes'

@@ -1,7 +1,7 @@
-"""Σ e^x over the classes and what is made of it, with every digit: MATH 4 as it stands there.
+"""Σ e^x over the classes and what is computed from it, with every digit: MATH 4 as it is written there.
 
-GPUs and TPUs run this, and small arrays run it everywhere. A class is left out by x = −∞. Results that reduce the
-classes keep their axes with length 1.
+GPUs and TPUs run these functions, and small arrays run them everywhere. x = −∞ leaves a class out. Results that reduce
+the classes keep the class axes with length 1.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jsoftmax.checks.arguments import read, widened
 from jsoftmax.sharding import AxisName, pmax, psum
 
 FAR = 1e4
-"""e^−FAR is 0, in float64 too; where a larger −u would make 0 · ∞ of e^u (−u)."""
+"""e^−FAR is 0, in float64 too. −u is limited to FAR in e^u (−u), which would be 0 · ∞ for an infinite −u."""
 
 SURE = 0.75
 """A probability that only one class of a row exceeds, however p is rounded."""
@@ -24,20 +24,20 @@ SURE = 0.75
 
 @jax.custom_jvp
 def not_below(x: Array) -> Array:
-    """x, and the least finite number for −∞: no other x changes, and no derivative.
+    """x, with −∞ replaced by the least finite number. No other x changes, and no derivative does.
 
-    It keeps a product that x may be and a subtraction apart (MATH 4.1).
+    If x is a product, this keeps the compiler from contracting it with the subtraction that follows (MATH 4.1).
     """
     return jnp.maximum(x, jnp.finfo(x.dtype).min)
 
 
 @jax.custom_jvp
 def not_above(x: Array) -> Array:
-    """x, and the largest finite number for +∞, in the same way."""
+    """x, with +∞ replaced by the largest finite number, for the same reason."""
     return jnp.minimum(x, jnp.finfo(x.dtype).max)
 
 
-for _limit in (not_below, not_above):  # a maximum of equals would have half of the derivative
+for _limit in (not_below, not_above):  # where both are equal, JAX's derivative of a maximum would be half of this
     _limit.defjvps(lambda x_dot, _, x: x_dot)
 
 
@@ -50,14 +50,14 @@ class Normalized(NamedTuple):
 
 
 class ExpSums(NamedTuple):
-    """What log Σ e^x is made of."""
+    """The parts of log Σ e^x = peak + log1p(rest)."""
 
     peak: Array
-    """max x; the least finite number for a row without classes."""
+    """max x; for a row without classes, the least finite number."""
     rest: Array
     """Σ e^u − 1, u = x − max x, without cancellation."""
     row_sums: Any
-    """Numbers of rows that the caller wanted summed over the shards, in the same exchange."""
+    """What the caller gave, one number for each row, summed over the shards in the same exchange."""
 
 
 class Shifted(NamedTuple):
@@ -73,9 +73,9 @@ class Shifted(NamedTuple):
 def shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, row_sums: Any = None) -> Shifted:
     """u, e^u and Σ e^u − 1 = Σ (e − [e]) + (Σ [e] − 1), [e] the nearest whole number  (MATH 4.1).
 
-    x ← max(x, least finite number) stands between a product that x may be and the subtraction, which are then never one
-    operation with one rounding: u is 0 at the maximum, also where x is made in the same program. The maximum of x is a
-    constant for derivatives, and so is [e].
+    x ← max(x, least finite number) is taken before the subtraction. If x is a product made in the same program, the
+    compiler can then not fuse both into one operation with one rounding, so u is exactly 0 at the maximum. Derivatives
+    treat the maximum of x and [e] as constants.
     """
     x = read(x)
     peak = pmax(jnp.max(lax.stop_gradient(x), axis, keepdims=True, initial=-jnp.inf), axis_name)
@@ -86,14 +86,14 @@ def shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, row_sum
 
 
 def exponential(x: Array, u: Array) -> Array:
-    """e^u, 0 where x = −∞; NaN of NaN too, which a maximum may have dropped."""
+    """e^u, and 0 where x = −∞. A NaN in x gives NaN, even if `jnp.maximum` has dropped it from u."""
     return jnp.exp(jnp.where(x > -jnp.inf, u, x))
 
 
 def sum_without_one(
     e: Array, axis: tuple[int, ...], axis_name: AxisName = None, row_sums: Any = None
 ) -> tuple[Array, Any]:
-    """Σ e − 1, and row_sums over the shards."""
+    """Σ e − 1, and row_sums summed over the shards."""
     whole = jnp.round(e)
     small, ones = (jnp.sum(a, axis, keepdims=True) for a in (e - whole, whole))
     small, ones, row_sums = psum((small, ones, row_sums), axis_name)
@@ -101,17 +101,17 @@ def sum_without_one(
 
 
 def rest_of(small: Array, ones: Array) -> Array:
-    """Σ e^u − 1; of a row without classes a little more than −1, so that 1 + rest is no 0 (see `is_empty`)."""
+    """Σ e^u − 1. For a row without classes it is a little more than −1, so that 1 + rest is not 0 (see `is_empty`)."""
     return small + (jnp.maximum(ones, jnp.finfo(small.dtype).eps) - 1)
 
 
 def is_empty(rest: Array) -> Array:
-    """Whether a row has no class, by its `rest`."""
+    """Whether a row has no class, recognised by its `rest`."""
     return rest == float(jnp.finfo(rest.dtype).eps) - 1
 
 
 def not_negative(a: Array) -> Array:
-    """A number that is not negative but for rounding, so rounded; its derivatives are those of a."""
+    """a, and 0 where only rounding made it negative. The derivatives are those of a."""
     return a + lax.stop_gradient(jnp.maximum(-a, 0))
 
 
@@ -145,9 +145,9 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
 
 
 def difference(x: Array, peak: Array) -> Array:
-    """x − max x, kept apart from a product that x may be as in `shifted`; −∞ for a class left out.
+    """x − max x, with the subtraction kept apart from a product as in `shifted`; −∞ for a class that is left out.
 
-    In a row with +∞ it is −∞, too: its caller knows that row by the maximum.
+    In a row with +∞ all differences are −∞, too: the caller recognises such a row by its maximum.
     """
     return not_above(x) - not_below(peak)
 
@@ -158,8 +158,9 @@ def minus_mean(  # noqa: PLR0917  (a mean has its weights, what they sum up to, 
     """a − Σ p a, for p = w / total. complement: 1 − p with its digits. is_top: marks the class with p > ¾ if
     there is one; in rows without one it may mark ties.
 
-    For a class with p > ¾ the difference is (1 − p) a − Σ p a over the other classes: a − p a would lose the digits of
-    a small 1 − p, here and, transposed, in gradients. Not of sharded classes (MATH 4.5).
+    For a class with p > ¾, the difference is computed as (1 − p) a minus the sum of p a over the other classes. a − p a
+    would lose the digits of a small 1 − p, here and, transposed, in gradients. Sharded classes do not get this care
+    (MATH 4.5).
     """
     w_a = w * a
     mean = class_sum(w_a, axis, axis_name) / total
@@ -171,10 +172,11 @@ def minus_mean(  # noqa: PLR0917  (a mean has its weights, what they sum up to, 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def exp_about_top(x: Array, axis: tuple[int, ...]) -> tuple[Array, Array]:
-    """e^u and Σ e^u − 1, with derivatives about those of the class with p > ¾, where a row has one.
+    """e^u and Σ e^u − 1. In a row with a class of p > ¾, u̇ is taken relative to that of this class.
 
-    What depends on differences of u alone may take them so, and keeps its digits: that class's e^u has the derivative
-    0 then, not one that cancels. The masks of the rule's sums know nothing of Σ e^u: one pass makes them all.
+    A function of differences of u alone has the same derivative so, and keeps its digits: the derivative of e^u at that
+    class is then 0, not a difference that cancels. The masks in the rule do not depend on Σ e^u, so one pass over the
+    row makes all its sums.
     """
     _, e, rest, *_ = shifted(x, axis)
     return e, rest
@@ -189,14 +191,14 @@ def _exp_about_top_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tu
     of_max = class_sum(jnp.where(is_max, e * x_dot, 0), axis)
     of_others = class_sum(jnp.where(is_max, 0, e * x_dot), axis)
     sure = rest < 1 / SURE - 1
-    e_dot = jnp.where(sure & is_max, 0, e * (x_dot - jnp.where(sure, of_max, 0)))  # 0 as it is, backwards too
+    e_dot = jnp.where(sure & is_max, 0, e * (x_dot - jnp.where(sure, of_max, 0)))  # an exact 0, backwards too
     return (e, rest), (e_dot, of_others + of_max * jnp.where(sure, -rest, 1))
 
 
 def centred_tangent(
     x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None
 ) -> tuple[Array, Array, Array]:
-    """ẋ − Σ p ẋ; e^u and Σ e^u. Their derivatives keep their digits beside a p near 1, too (`exp_about_top`)."""
+    """ẋ − Σ p ẋ, e^u and Σ e^u. Their derivatives keep their digits beside a p near 1, too (`exp_about_top`)."""
     if axis_name is None:
         e, rest = exp_about_top(x, axis)
     else:
@@ -205,7 +207,7 @@ def centred_tangent(
 
 
 def complement_of(e: Array, rest: Array) -> Array:
-    """1 − p = (Σ e^u − 1 + (1 − e^u)) / Σ e^u, with the digits of a small one  (MATH 4.2)."""
+    """1 − p = (Σ e^u − 1 + (1 − e^u)) / Σ e^u, which keeps its digits where it is small  (MATH 4.2)."""
     return (rest + (1 - e)) / (1 + rest)
 
 
@@ -234,20 +236,20 @@ def weighted_deviations(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
 
 
 def total_weight(w: Array, axis: tuple[int, ...]) -> Array:
-    """Σ w, and 1 for a row without weight, for what divides by it."""
+    """Σ w, and 1 for a row without weight, so that it can be divided by."""
     total = class_sum(w, axis)
     return jnp.where(total == 0, 1, total)
 
 
 class LabelRates(NamedTuple):
-    """Derivatives along ẋ, over the last axis of this shard, which its caller adds up over all."""
+    """Derivatives along ẋ, over the last axis of this shard; the caller adds them up over all shards."""
 
     label: Array
     """Of −l_y."""
     log_normalizer: Array
     """Of L."""
     kept: Array | None
-    """Σ ẋ over the classes kept; None where no mask was given."""
+    """Σ ẋ over the classes that are kept; None where no mask was given."""
 
 
 def label_rates(p: Array, kept: Array | None, at_label: Array, x_dot: Array, is_label: Array) -> LabelRates:
@@ -262,5 +264,5 @@ def label_rates(p: Array, kept: Array | None, at_label: Array, x_dot: Array, is_
 
 
 def class_sum(a: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
-    """Σ over the classes, whose axes keep length 1."""
+    """Σ over the classes; their axes keep length 1."""
     return psum(jnp.sum(a, axis, keepdims=True), axis_name)

@@ -1,9 +1,9 @@
 """The functions of `reference` for large arrays, in the forms that XLA's CPU compiler makes fast.
 
-They differ in how the classes are cut, and in what is computed twice and what is written; the mathematics is that of
-`reference`, whose functions these equal but for rounding and the care of MATH 4.5. What a compiler needs beyond it
-stands here alone: slices, blocks, barriers, selects that change nothing. `paths` says which way is taken when and what
-it gains, `rows` has the sums of rows, `rates` the derivatives.
+The forms differ in how the classes are cut, and in what is computed twice and what is stored. The mathematics is that
+of `reference`: the functions here are equal to it, except for rounding and the care of MATH 4.5. Everything that only
+the compiler needs is here: slices, blocks, barriers, and selects that change nothing. `paths` says which form is taken
+when, and what it gains; `rows` has the sums of rows, and `rates` has the derivatives.
 """
 
 from jsoftmax.sums.cpu.paths import Want, is_large

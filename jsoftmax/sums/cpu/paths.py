@@ -1,7 +1,8 @@
-"""Which way the sums of a large array are taken on CPU, and what each way gains.
+"""How the sums of a large array are computed on CPU, and what each way gains.
 
-Figures are those of benchmarks/NOTES.md, under the heading in quotes, where the benchmarks that chose them are named;
-"of jax.nn" is the time in times of jax.nn's. Each way is right for every array: a threshold changes times and rounding.
+The figures come from benchmarks/NOTES.md, under the heading in quotes, which names the benchmarks that chose them. "1.9
+of jax.nn" means 1.9 times the time of jax.nn. Each way is right for every array: a threshold changes times and rounding
+only.
 """
 
 import math
@@ -13,25 +14,26 @@ from jaxtyping import Array
 from jsoftmax.sharding import even_length, has_explicit_sharding
 
 LARGE = 2**17
-"""From as many scores on an array is large; smaller ones gain nothing ("Scores that are made in the same program"), and
-blocks or slices would take XLA two to three times as long to compile."""
+"""An array with at least this many scores is large. Smaller ones gain nothing from forms of their own ("Scores that are
+made in the same program"), and XLA would take two to three times as long to compile blocks or slices."""
 
 SHORT = 256
-"""Above it the ones among the e^u are not counted by a sum of their own, which XLA would write ⌊e^u⌋ for: softmax at
-(1024, 1024) 1.9 to 1.2 of jax.nn ("One kernel"). Few scores of more classes are summed in parts of 8, for their digits
-(MATH 4.4)."""
+"""A row with more classes than this does not count the ones among the e^u in a sum of their own, because XLA would
+write ⌊e^u⌋ to memory for it: without it, softmax at (1024, 1024) went from 1.9 to 1.2 of jax.nn ("One kernel"). Where
+there are few scores but more classes than this, they are summed in parts of 8, for their digits (MATH 4.4)."""
 
 LONG = 4096
-"""From as many classes on e^u is computed again instead of written and read: softmax at (256, 32768) 19 to 12.4 ms
+"""From this many classes on, e^u is computed again instead of stored: softmax at (256, 32768) went from 19 to 12.4 ms
 ("e^u once or twice")."""
 
 MANY_ROWS = 4096
-"""From here on XLA makes one kernel of a whole softmax, and blocks would end it: log_softmax at (4096, 1000) 2.2 to 1.3
-of jax.nn ("One kernel")."""
+"""From this many rows on, XLA makes one kernel of a whole softmax, which blocks would split: without them, log_softmax
+at (4096, 1000) went from 2.2 to 1.3 of jax.nn ("One kernel")."""
 
 MANY_SCORES = 4096
-"""From here on rules of L and log p divide by one sum: log_normalizer's vjp at (1024, 1024) 1.16 to 0.9 of jax.nn ("One
-kernel"). Of fewer scores XLA adds 32 and 32, one after the other, and loses what is small beside a 1."""
+"""From this many scores on, the rules of L and log p divide by one sum: log_normalizer's vjp at (1024, 1024) went from
+1.16 to 0.9 of jax.nn ("One kernel"). Fewer scores XLA adds one after the other, 32 at a time, which loses small terms
+beside a 1."""
 
 
 Want = Literal["all", "p", "log_p", "L", "H", "loss"]
@@ -40,26 +42,27 @@ way to compute, and changes results by rounding only."""
 
 
 class Form(NamedTuple):
-    """How the sums of rows are taken: the fastest way for each use."""
+    """How the sums of rows are computed: the fastest way for each use."""
 
     want: Want
     order: int = 0
-    """0 for the value, 1 in its rule, 2 in rules of higher order."""
+    """0 for the value, 1 in its derivative rule, 2 in rules of higher order."""
     large: bool = True
-    """Whether many scores are summed, where a guard costs time."""
+    """Whether there are many scores, so that a guard costs time."""
     bfloat16: bool = False
-    """Whether x is given in bfloat16, and is then read as such: XLA on CPU would write a wider array first."""
+    """Whether x is given in bfloat16. It is then read in bfloat16: XLA on CPU would write a wider array first."""
 
     @property
     def in_rule_of_sum(self) -> bool:
-        """Whether this is a rule of L or log p, whose p is no result and has no digits to keep."""
+        """Whether this is a rule of L or log p, where p is not a result and need not keep its last digits."""
         return self.want in ("L", "log_p", "loss") and self.order > 0
 
     @property
     def keeps_small_results(self) -> bool:
-        """Whether what is wanted may be small beside the scores, where a residue of their rounding would be seen.
+        """Whether the result may be small beside the scores, so that a residue of their rounding would be visible in
+        it.
 
-        Few scores are guarded whatever is wanted.
+        Few scores are always guarded.
         """
         return self.want in ("all", "log_p", "H", "loss") or not self.large
 
@@ -70,23 +73,24 @@ def is_large(x: Array) -> bool:
 
 
 def may_be_large(x: Array) -> bool:
-    """A row alone counts as large, too: under `jax.vmap` it may be one of many."""
+    """Whether an array has many scores, or is a single row: under `jax.vmap` it may be one of many."""
     return is_large(x) or x.ndim == 1
 
 
 def choose_form(x: Array, want: Want, order: int) -> Form:
     """The form for an x as it is given, before it is widened."""
-    # a row alone is guarded in rules, whose 1 − p may be small
+    # in rules a single row is guarded, because 1 − p may be small there
     large = is_large(x) if order else may_be_large(x)
     return Form(want, min(order, 2), large, x.dtype == jnp.bfloat16 and want in ("p", "log_p", "L", "loss"))
 
 
 def adds_slices(x: Array, axis: tuple[int, ...], form: Form) -> bool:
-    """Where XLA on CPU adds a few slices faster than it reduces an axis: the first axis, on jax 0.10, and the last one,
-    up to rules of the first order.
+    """Whether XLA on CPU adds a few slices faster than it reduces the axis. It does so for the first axis, on jax 0.10,
+    and for the last one, up to rules of the first order.
 
-    Softmax along the first axis of (8, 10⁶): 65 to 135 ms, by slices 10 ("A leading or short axis"). At (10⁶, 8)
-    log_normalizer 12 to 7.0 ms, entropy 17 to 3.2 ms ("Few classes"); rules of higher order are faster without.
+    Softmax along the first axis of (8, 10⁶) takes 65 to 135 ms, and 10 by slices ("A leading or short axis"). At
+    (10⁶, 8) slices brought log_normalizer from 12 to 7.0 ms and entropy from 17 to 3.2 ms ("Few classes"). Rules of
+    higher order are faster without slices.
     """
     if len(axis) != 1 or x.shape[axis[0]] < 2 or has_explicit_sharding(x) or not may_be_large(x):
         return False
@@ -96,20 +100,21 @@ def adds_slices(x: Array, axis: tuple[int, ...], form: Form) -> bool:
 
 
 def is_long(x: Array, axis: tuple[int, ...]) -> bool:
-    """Whether the classes are the last axis, and too many for a row to stay in a cache."""
+    """Whether the classes are the last axis, and too many for a row to stay in the cache."""
     return axis == (x.ndim - 1,) and x.shape[-1] >= LONG
 
 
 def serves_rules(form: Form) -> bool:
-    """Whether rules use this form, too: there JAX may differentiate what has it, not apply the rule again."""
+    """Whether derivative rules use this form, too. Inside them JAX may differentiate the body instead of applying the
+    rule again."""
     return form.want in ("p", "all") or form.order > 0
 
 
 def row_block_length(x: Array, axis: tuple[int, ...], form: Form) -> int:
-    """The length of the blocks that the last axis is cut into, 0 where it is not.
+    """The length of the blocks that the last axis is cut into, and 0 where it is not cut.
 
-    It is where e^u is not wanted, or would not stay in a cache once it is written, or would be written wide for a
-    narrow p. p and log p of many rows are one kernel.
+    It is cut where e^u is not needed, where e^u would be too long to stay in the cache, and where it would be written
+    in float32 for a narrow p. It is not cut for p and log p of many rows, which are one kernel.
 
     Σ e^u − 1 of whole rows takes 2 to 8 times jax.nn's time, in blocks 1.0 to 1.6 ("The sum that keeps its digits").
     In bfloat16 log_normalizer at (64, 131072) takes 1.9 ms, not 10 to 17, and softmax 0.65 of jax.nn, not 1.1 ("Scores
@@ -130,9 +135,9 @@ def row_block_length(x: Array, axis: tuple[int, ...], form: Form) -> int:
 def block_length(classes: int) -> int:
     """How many classes a block of a long axis has, about 64 or 256; 0 for a short axis.
 
-    Blocks of 256 are faster from LONG on, log_normalizer at (256, 32768) 1.2 to 1.04 of jax.nn, and slower at (1024,
-    1024). Few or no classes are left over, with which XLA on CPU is slow: log_normalizer at (1024, 1000) 0.6 to 0.5 ms
-    ("The sum that keeps its digits").
+    Blocks of 256 are faster from LONG on (log_normalizer at (256, 32768) went from 1.2 to 1.04 of jax.nn), and slower
+    at (1024, 1024). The length is chosen to leave few or no classes over, because XLA on CPU is slow with a remainder:
+    log_normalizer at (1024, 1000) went from 0.6 to 0.5 ms ("The sum that keeps its digits").
     """
     if classes <= SHORT:
         return 0

@@ -38,7 +38,7 @@ from jsoftmax.sums.reference import (
 
 
 def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int) -> Normalized:
-    """`reference.normalized`, fastest for what is wanted of it."""
+    """`reference.normalized`, in the form that is fastest for what is wanted."""
     how = choose_form(x, want, order)
     u, e, rest, total, peak, empty = _shifted_sums(x, axis, axis_name, how)
     log_total = jnp.log1p(rest)
@@ -70,10 +70,10 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
 
 
 def column_exp_sums(x: Array) -> tuple[Array, Array]:
-    """max x and Σ e^u − 1 over the first axis, of many classes; −∞ and −1 for an empty column  (MATH 4.1).
+    """max x and Σ e^u − 1 over the first axis, for many classes; −∞ and −1 for an empty column  (MATH 4.1).
 
-    Not `reference.exp_sums`, by which XLA adds such an axis up one by one. The barriers keep the three sums apart, each
-    of which it then vectorises.
+    `reference.exp_sums` does not serve here, because XLA would add such an axis up one by one. The barriers keep the
+    three reductions apart, and XLA vectorises each of them.
     """
     peak = lax.optimization_barrier(jnp.max(x, 0))
 
@@ -83,7 +83,7 @@ def column_exp_sums(x: Array) -> tuple[Array, Array]:
         return e - whole, whole
 
     def total(part: int) -> Array:
-        split = x.shape[0] - x.shape[0] % 64  # in two steps: rounding errors of a long running sum add up
+        split = x.shape[0] - x.shape[0] % 64  # two steps, because a long running sum accumulates rounding errors
         blocks = parts(x[:split].reshape(-1, 64, x.shape[1]))[part]
         return jnp.concatenate([jnp.sum(blocks, 1), parts(x[split:])[part]])
 
@@ -96,25 +96,25 @@ def column_exp_sums(x: Array) -> tuple[Array, Array]:
 
 
 class _ShiftedSums(NamedTuple):
-    """As `reference.Shifted`; all but u and e keep the reduced axes."""
+    """As `reference.Shifted`. All but u and e keep the reduced axes with length 1."""
 
     u: Array
     e: Array
     rest: Array
     total: Array
-    """Σ e^u, or a little for an empty row, for what divides by it: in rules of L and log p without `rest`."""
+    """Σ e^u to divide by, not 0 for an empty row. The rules of L and log p compute it without `rest`."""
     peak: Array
-    """max x, the least finite number for an empty row."""
+    """max x; for an empty row, the least finite number."""
     empty: Array
     """Whether a row has no class."""
 
 
 def _shifted_sums(given: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> _ShiftedSums:
-    """`reference.shifted` of an x as it is given.
+    """`reference.shifted` of x as it is given, before it is widened.
 
-    Both sums and the result read one e^u, but where that is not wanted a long axis is cut into blocks; few classes are
-    cut into slices. Right under plain autodiff too. Of sharded classes one maximum is taken over all devices and one
-    sum of both parts.
+    Both sums and the result read one array e^u. Where e^u is not needed, a long axis is cut into blocks; few classes
+    are cut into slices. Plain automatic differentiation of the body is right, too. For sharded classes, one maximum is
+    taken over all devices, and one sum of both parts.
     """
     x = read(given)
     if adds_slices(x, axis, form):
@@ -122,7 +122,8 @@ def _shifted_sums(given: Array, axis: tuple[int, ...], axis_name: AxisName, form
     length = row_block_length(x, axis, form)
     if length:
         rest, peak = apply_to_rows(lambda given: _sum_without_one_by_blocks(given, length, axis_name, form), given)
-        total = 1 + (_fusion_barrier(rest) if form.bfloat16 else rest)  # many rows' kernel would want x widened
+        # without the barrier the kernel of many rows would need x widened
+        total = 1 + (_fusion_barrier(rest) if form.bfloat16 else rest)
         u = _difference(x, peak, form)
         return _ShiftedSums(u, jnp.exp(u), rest, total, peak, is_empty(rest))
     short = axis == (x.ndim - 1,) and x.shape[-1] <= SHORT
@@ -130,25 +131,27 @@ def _shifted_sums(given: Array, axis: tuple[int, ...], axis_name: AxisName, form
     peak = jnp.maximum(top, jnp.finfo(x.dtype).min) if short else top
     e = jnp.exp(_difference(x, peak, form))
     ones = jnp.floor(e)
-    # rules of L and log p divide by Σ e^u itself, a sum less where the value is not wanted
+    # rules of L and log p divide by Σ e^u itself, which saves a sum where the value is not needed
     by_one_sum = form.in_rule_of_sum and x.size >= MANY_SCORES
-    counted = short and not by_one_sum  # else XLA would write the ones, for two sums to read them
+    counted = short and not by_one_sum  # else two sums would read the ones, and XLA would write them
     small, summed = _sum_in_parts(e - ones, axis), _sum_in_parts(ones if counted else e, axis)
     small, summed = psum((small, summed), axis_name)
     rest = _rest(small, summed if counted else jnp.round(summed - small), peak, form)
-    # not 0 for an empty row, by a step that leaves sums from 1 on unchanged; a maximum would drop a NaN
+    # a little is added so that an empty row does not divide by zero; it leaves sums of at least 1 unchanged, and unlike
+    # a maximum it does not drop a NaN
     total = 1 + rest
     if by_one_sum:
         little = float(jnp.finfo(x.dtype).eps) / 4
         total = summed + (little + (peak - peak) if form.keeps_small_results else little)
-    # rules of log p and H read u and e^u in different kernels, those of L no u, and p as a result is one kernel
+    # rules of log p and H read u and e^u in different kernels, so x − max x is computed twice; rules of L read no u,
+    # and p as a result is one kernel
     u = _difference(x, _distinct_copy(peak, 1) if form.want in ("H", "log_p") and form.order else peak, form)
-    # of a short row XLA would write the ones for a second reader of `rest`
+    # for short rows `rest` must have one reader only, or XLA would write the ones
     return _ShiftedSums(u, e, rest, total, peak, jnp.isneginf(top) if short else is_empty(rest))
 
 
 def _shifted_sums_of_slices(x: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form) -> _ShiftedSums:
-    """`_shifted_sums` of few classes, one by one."""
+    """`_shifted_sums` for few classes, taken one by one."""
     parts = _class_slices(x, axis[0])
     top = pmax(_reduce_by_halves(jnp.maximum, [lax.stop_gradient(part) for part in parts]), axis_name)
     peak = jnp.maximum(top, jnp.finfo(x.dtype).min)
@@ -157,8 +160,8 @@ def _shifted_sums_of_slices(x: Array, axis: tuple[int, ...], axis_name: AxisName
     small = _reduce_by_halves(jnp.add, [a - b for a, b in zip(e, ones, strict=True)])
     small, count = psum((small, _reduce_by_halves(jnp.add, ones)), axis_name)
     rest = _rest(small, count, peak, form)
-    # XLA writes e^u of each slice for two readers of rest, unless a select is between them or, in rules of L and log p,
-    # a logarithm, which it does not take twice
+    # if `rest` has two readers, XLA writes e^u of each slice, unless a select stands between them or, in rules of L and
+    # log p, a logarithm, which XLA does not compute twice
     total = jnp.exp(jnp.log1p(rest)) if form.in_rule_of_sum else 1 + _fusion_barrier(rest)
     u = _difference(x, lax.optimization_barrier(peak), form)
     return _ShiftedSums(u, jnp.exp(u), rest, total, peak, jnp.isneginf(top))
@@ -167,8 +170,8 @@ def _shifted_sums_of_slices(x: Array, axis: tuple[int, ...], axis_name: AxisName
 def _sum_without_one_by_blocks(given: Array, length: int, axis_name: AxisName, form: Form) -> tuple[Array, Array]:
     """Σ e^u − 1 and max x over the last axis, in blocks.
 
-    The barriers keep XLA from fusing the careful block's gather and sums into the pass over all classes, which it would
-    then not vectorise.
+    Only the block with the maximum needs the careful sum. The barriers keep XLA from fusing its gather and its sums
+    into the pass over all classes, which would then not be vectorised.
     """
     x = read(given)
     cut, tail = _split(x, length)
@@ -184,10 +187,10 @@ def _sum_without_one_by_blocks(given: Array, length: int, axis_name: AxisName, f
     block_sum = lax.optimization_barrier(jnp.sum(jnp.exp(_difference(cut, peak[..., None], form)), -1))
     even = not tail.shape[-1]
     total = _sum_by_halves(block_sum, jnp.exp(_difference(tail, peak, form)), even=even)
-    # the block of the maximum; any, where the tail has it
+    # the number of the block with the maximum; any number where the tail has the maximum
     best = jnp.min(jnp.where(block_peak == peak, jnp.arange(blocks), blocks - 1), -1, keepdims=True)
     others = jnp.where(jnp.arange(blocks) == best, 0, block_sum)
-    if form.bfloat16:  # from x itself, or both would read one wider array
+    if form.bfloat16:  # taken from x itself: if both read one array, XLA would write it in float32
         block = jnp.take_along_axis(x, best * length + jnp.arange(length), -1)
     else:
         block = jnp.take_along_axis(cut, best[..., None], -2)[..., 0, :]
@@ -195,14 +198,14 @@ def _sum_without_one_by_blocks(given: Array, length: int, axis_name: AxisName, f
     e, others = lax.optimization_barrier((e - jnp.floor(e), others))
     small = _sum_by_halves(e, others, even=even)
     small, total = psum((small, total), axis_name)
-    ones = jnp.round(total - small)  # an integer, exact until an error of 1 is below rounding
+    ones = jnp.round(total - small)  # a whole number; the rounding is exact up to sums where 1 is less than an ulp
     return _rest(small, ones, peak, form), peak
 
 
 def _careful_sum(  # noqa: PLR0917  (as `_shifted_sums` has them)
     f: Callable[[Array], Array], x: Array, peak: Array, axis: tuple[int, ...], axis_name: AxisName, form: Form
 ) -> Array:
-    """Σ f(x − peak), summed as `_shifted_sums` sums e^u in that form."""
+    """Σ f(x − peak), summed in the way in which `_shifted_sums` sums e^u in this form."""
     if adds_slices(x, axis, form):
         return psum(
             _reduce_by_halves(jnp.add, [f(_difference(part, peak, form, True)) for part in _class_slices(x, axis[0])]),
@@ -218,9 +221,8 @@ def _careful_sum(  # noqa: PLR0917  (as `_shifted_sums` has them)
 
     def of_rows(x: Array, peak: Array) -> Array:
         cut, tail = _split(x, length)
-        peak = lax.optimization_barrier(
-            peak
-        )  # else XLA writes the e^u that `_shifted_sums` computes too, for both to read
+        # without the barrier XLA would share e^u with `_shifted_sums`, and write it to memory
+        peak = lax.optimization_barrier(peak)
         block_sum = _fusion_barrier(jnp.sum(f(_difference(cut, peak[..., None], form, True)), -1))
         return psum(
             _sum_by_halves(block_sum, f(_difference(tail, peak, form, True)), even=not tail.shape[-1]), axis_name
@@ -230,17 +232,18 @@ def _careful_sum(  # noqa: PLR0917  (as `_shifted_sums` has them)
 
 
 def _gap_terms(u: Array) -> Array:
-    """e^u (−u), and 0 · log 0 = 0, its derivatives too."""
+    """e^u (−u), with 0 · log 0 = 0 and its derivatives 0."""
     return jnp.exp(u) * -jnp.maximum(u, -FAR)
 
 
 def _difference(x: Array, peak: Array, form: Form, apart: bool = False) -> Array:
     """x − max x.
 
-    Where small results are wanted, a minimum with the largest finite number keeps a product that x may be and the
-    subtraction apart (MATH 4.1). It changes no x but +∞, whose row `_rest` makes NaN. Behind the barrier XLA leaves the
-    constant first: where it makes one kernel of many rows, only the second operand's NaN is kept. apart: XLA shall not
-    see that another difference has the same minimum, for it would write what two kernels share.
+    Where results may be small, a minimum with the largest finite number keeps the subtraction apart from a product that
+    made x (MATH 4.1). It changes no x but +∞, and `_rest` makes such a row NaN. The barrier makes XLA leave the
+    constant as the first operand: where it makes one kernel of many rows, only a NaN of the second operand survives.
+    apart: hides from XLA that another difference has the same minimum, because XLA writes to memory what two kernels
+    share.
     """
     if not form.keeps_small_results:
         return x - peak
@@ -251,7 +254,7 @@ def _difference(x: Array, peak: Array, form: Form, apart: bool = False) -> Array
 
 
 def _rest(small: Array, ones: Array, peak: Array, form: Form) -> Array:
-    """Σ e^u − 1, and NaN where the maximum is infinite."""
+    """Σ e^u − 1; NaN where the maximum is infinite and small results are wanted."""
     rest = rest_of(small, ones)
     return rest + (peak - peak) if form.keeps_small_results else rest
 
@@ -260,43 +263,46 @@ def _rest(small: Array, ones: Array, peak: Array, form: Form) -> Array:
 
 
 def _maximum(x: Array, axis: tuple[int, ...], short: bool) -> Array:
-    """The maximum; of a long axis the least finite number for an empty row, in one step, for XLA does not fuse the e^u
-    of a long axis with two."""
+    """The maximum. Over a long axis, an empty row gives the least finite number in the same step: after a second step
+    XLA would not fuse the reduction with e^u."""
     x, least = lax.stop_gradient(x), jnp.array(jnp.finfo(x.dtype).min, x.dtype)
     if short:
         return jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
-    if math.prod(x.shape[i] for i in axis) <= 1:  # XLA forgets the start value of a single class
+    if math.prod(x.shape[i] for i in axis) <= 1:  # XLA drops the start value of a reduction over one class
         return jnp.maximum(jnp.max(x, axis, keepdims=True, initial=-jnp.inf), least)
     return jnp.expand_dims(lax.reduce(x, least, lax.max, axis), axis)
 
 
 def _distinct_copy(peak: Array, number: int) -> Array:
-    """The same array, which XLA does not know, another for each number: it would write x − peak where two kernels read
-    it."""
+    """A copy that XLA cannot recognise as identical; distinct numbers give distinct copies. Without it, two kernels
+    would share x − peak, and XLA would write it to memory."""
     return jnp.where(peak == number, number, peak)
 
 
 def _fusion_barrier(a: Array) -> Array:
-    """The same array; at a select XLA on CPU ends a kernel, which it would not vectorise with what follows."""
-    return jnp.where(jnp.isnan(a), -lax.stop_gradient(a), a)  # a constant NaN would stop jax_debug_nans
+    """The same array behind a select, where XLA on CPU ends a kernel: fused with what follows, it would not be
+    vectorised."""
+    # −a, because jax_debug_nans would stop at a constant NaN
+    return jnp.where(jnp.isnan(a), -lax.stop_gradient(a), a)
 
 
 def _sum_in_parts(a: Array, axis: tuple[int, ...]) -> Array:
-    """Σ over the classes; many classes of few rows in parts of 8, for XLA on CPU would add them up one by one.
+    """Σ over the classes. Many classes of few rows are summed in parts of 8: XLA on CPU would add them up one by one,
+    and lose digits.
 
-    First the classes are cut into up to 16 equal parts, so that under plain `jit` each device adds up its own.
+    The classes are cut into up to 16 equal parts first, so that under plain `jit` each device adds up its own.
     """
     classes = a.shape[-1]
     if axis != (a.ndim - 1,) or classes <= SHORT or may_be_large(a) or has_explicit_sharding(a):
         return class_sum(a, axis)
     a = a.reshape(*a.shape[:-1], math.gcd(classes, 16), -1)
     a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -a.shape[-1] % 8)])
-    parts = _fusion_barrier(jnp.sum(a.reshape(*a.shape[:-1], -1, 8), -1))  # else XLA makes one sum of both
+    parts = _fusion_barrier(jnp.sum(a.reshape(*a.shape[:-1], -1, 8), -1))  # else XLA merges both sums into one
     return jnp.sum(_pairwise_sum(parts), -2)
 
 
 def _class_slices(a: Array, axis: int) -> list[Array]:
-    """A few classes one by one."""
+    """The classes as separate slices of length 1."""
     return [lax.slice_in_dim(a, i, i + 1, axis=axis) for i in range(a.shape[axis])]
 
 
@@ -308,22 +314,22 @@ def _reduce_by_halves(op: Callable[[Array, Array], Array], parts: list[Array]) -
 
 
 def _split(x: Array, length: int) -> tuple[Array, Array]:
-    """The last axis as blocks, and the tail that they leave over."""
+    """The last axis cut into blocks, and the tail that is left over."""
     blocks = x.shape[-1] // length
     return x[..., : blocks * length].reshape(*x.shape[:-1], blocks, length), x[..., blocks * length :]
 
 
 def _in_bfloat16(x: Array, length: int) -> Array:
-    """The blocks of an x in bfloat16; cut as integers, for jax 0.10 would widen what it cuts, and XLA would drop the
-    rounding of what is made in the same program."""
+    """The blocks of an x in bfloat16. They are cut as integers: jax 0.10 would widen an array in bfloat16 to cut it,
+    and XLA would drop the rounding of scores that are made in the same program."""
     bits = lax.bitcast_convert_type(lax.stop_gradient(x), jnp.uint16)
     return lax.bitcast_convert_type(_split(bits, length)[0], jnp.bfloat16)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _widened(a: Array, narrow: Array) -> Array:
-    """a, read from the same numbers in bfloat16. Checkpointed, for in a scan jax 0.10 would differentiate the body, and
-    there is no derivative of integers."""
+    """The value of a, read from the same numbers in bfloat16. It is checkpointed because jax 0.10, in a scan, would
+    differentiate the body of the rule, and integers have no derivative."""
     return _as_read(a, narrow)
 
 
@@ -338,10 +344,10 @@ def _as_read_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 
 def _sum_by_halves(*given: Array, even: bool) -> Array:
-    """Σ over the last axis of all given, by halves: the rounding error grows as log n, that of a running sum as n.
+    """Σ over the last axis of all given arrays, by halves: the rounding error grows as log n, not as n.
 
-    Of even blocks, without a tail, each array by halves within up to 16 parts, which are added one after the other: so
-    under plain `jit` each device adds up its own blocks, and the devices' sums are added once.
+    even: the blocks leave no tail. Then each array is summed by halves within up to 16 parts, and the parts are added
+    one after the other. So under plain `jit` each device adds up its own blocks, and the devices' sums are added once.
     """
     if not even:
         return _pairwise_sum(jnp.concatenate(given, -1))
