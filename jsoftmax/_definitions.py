@@ -31,7 +31,7 @@ from jsoftmax.phi import Phi
 
 
 def _log(w: Any, xp: Any) -> Any:
-    """log w, and 0 where w is 0: for 0 · log 0."""
+    """log w, and 0 where w is 0, so that 0 · log 0 = 0."""
     return xp.log(xp.where(w > 0, w, 1))
 
 
@@ -96,7 +96,8 @@ def plain_expansion(phi: Phi, xp: Any, z: Any, dz: Any) -> Any:
 class Function:
     """A function of scores beside its plain definition, with what the comparison allows.
 
-    The tolerances are of the worst entry's error over the largest entry, one for each order of derivative.
+    Each tolerance bounds the error of the worst entry divided by the largest entry; there is one for each order of
+    derivative.
     """
 
     name: str
@@ -106,16 +107,17 @@ class Function:
     """plain(φ, namespace, *scores)."""
     scores: int = 1
     arguments: tuple[Any, ...] = ()
-    """What the function is called with besides, after the scores."""
+    """Further arguments of the function, which follow the scores."""
     empty: float = 0.0
-    """The value of a row with no class left."""
+    """The value for a row with no class left."""
     orders: int = 4
-    """How many orders are compared: 1 for what is a derivative itself, else 3 or 4, up to the third derivative."""
+    """How many orders are compared: 1 for a function that is itself a derivative, else 3 or 4, up to the third
+    derivative."""
     third_by_autodiff: bool = True
     keeps: int | None = None
-    """How many arrays of the scores' size it keeps for its backward pass; None: as many as there are of scores."""
+    """How many arrays of the scores' size it keeps for its backward pass. None: as many as it has arrays of scores."""
     keeps_of_many: int | None = None
-    """How many it keeps of many scores; None: as many as of few."""
+    """How many it keeps if there are many scores. None: as many as for few."""
     tolerance64: tuple[float, ...] = (1e-14, 1e-13, 1e-12, 1e-11)
     tolerance32: tuple[float, ...] = (2e-6, 1e-5, 1e-4, 1e-3)
 
@@ -168,7 +170,7 @@ def _jacobian_of(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _hessian_of(f: Callable[..., Any]) -> Callable[..., Any]:
-    """The plain Hessian, in the first of the arrays."""
+    """The plain Hessian with respect to the first array."""
     return lambda phi, xp, z, *others: xp.hessian(lambda z: f(phi, xp, z, *others))(z)
 
 
@@ -204,7 +206,7 @@ DERIVATIVES = (
         "softmax_second_derivative_product", derivatives.softmax_second_derivative_product, plain_product, scores=3
     ),
 )
-"""The one list of closed-form derivatives, dense; their values are compared with the plain functions' derivatives."""
+"""The one list of closed-form derivatives, as dense arrays. They are compared with derivatives of plain functions."""
 
 
 # --- losses --------------------------------------------------------------------------------------------------
@@ -272,7 +274,7 @@ EVERY = FUNCTIONS + DERIVATIVES + LOSSES
 
 
 def plain_entmax(alpha: float, xp: Any, z: Any) -> Any:
-    """[(α − 1) z − τ]_+^{1/(α−1)}, τ by Newton's steps on the norm of what is summed, from a τ that is too small."""
+    """[(α − 1) z − τ]_+^{1/(α−1)}. τ starts too small; Newton's steps make the norm of [(α − 1) z − τ]_+ equal to 1."""
     power = 1 / (alpha - 1)
     tau = (alpha - 1) * functools.reduce(xp.maximum, list(z)) - 1
 
@@ -312,7 +314,7 @@ def plain_z_loss(xp: Any, z: Any) -> Any:
 
 
 def plain_mixture(xp: Any, z: Any) -> Any:
-    """log (¼ p + ¾ q), p of z and q of its reverse, doubled."""
+    """log (¼ p + ¾ q), where p is the softmax of z, and q that of z reversed and doubled."""
     p, q = xp.exp(z), xp.exp(2 * z[::-1])
     return xp.log(p / xp.sum(p) / 4 + 3 * q / xp.sum(q) / 4)
 
@@ -355,4 +357,4 @@ OTHERS = (
     _without_phi("mixture_log_softmax", _mixture, plain_mixture, keeps=4, keeps_of_many=6),
     _without_phi("sink_softmax", sink_softmax, plain_sink, 0.5, keeps=2),
 )
-"""The other functions that take no φ, or are tested for one."""
+"""The other functions that take no φ, or are tested for one φ only."""

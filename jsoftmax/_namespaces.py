@@ -27,8 +27,9 @@ class Plain:
 class ManyDigits:
     """mpmath on NumPy arrays of objects as a namespace for plain definitions.
 
-    Central differences of step h err by h² and lose the digits of h, which there are enough of: the third order of a
-    second-order expansion divides by h⁵, which leaves 25 digits of 100, and h² is far below float64.
+    Central differences of step h have an error of h², and lose as many digits as h has zeros. There are enough digits:
+    the third order of a second-order expansion divides by h⁵, which leaves 25 digits of 100. The error h² is far below
+    the rounding of float64.
     """
 
     digits = 100
@@ -45,7 +46,7 @@ class ManyDigits:
         self.arange, self.concatenate = np.arange, np.concatenate
 
     def array(self, values: Any) -> Any:
-        """Floats as they are, with many digits."""
+        """The same floats as numbers with many digits."""
         return np.frompyfunc(lambda v: self.mp.mpf(float(v)), 1, 1)(np.asarray(values))
 
     def expansion(self, h: Callable[[Any], Any]) -> Any:
@@ -54,7 +55,7 @@ class ManyDigits:
         return value + (above - below) / (2 * self.step) + (above - 2 * value + below) / (2 * self.step**2)
 
     def jacobian(self, f: Callable[[Any], Any]) -> Callable[[Any], np.ndarray]:
-        """The derivative by an array, whose axes come last."""
+        """The derivative with respect to an array, whose axes come last."""
 
         def of(z: np.ndarray) -> np.ndarray:
             columns = []
@@ -72,6 +73,6 @@ class ManyDigits:
         return self.jacobian(self.jacobian(f))
 
     def orders(self, f: Callable[[Any], Any], z: np.ndarray, v: np.ndarray) -> list[Any]:
-        """Value, Jacobian, and the second and third derivative along v, once and twice."""
+        """The value, the Jacobian, and the Jacobian's first and second derivatives along v."""
         below, here, above = (self.jacobian(f)(z + step * v) for step in (-self.step, 0, self.step))
         return [f(z), here, (above - below) / (2 * self.step), (above - 2 * here + below) / self.step**2]

@@ -1,4 +1,4 @@
-"""Tsallis' and Rényi's entropies of x = ψ(z) + log w, each with its one rule (MATH 6.6, 6.7)."""
+"""Tsallis' and Rényi's entropies of x = ψ(z) + log w, each with its derivative rule (MATH 6.6, 6.7)."""
 
 import functools
 from typing import Any
@@ -16,9 +16,9 @@ from jsoftmax.sums import class_sum, not_negative
 
 
 def _surprise(log_p: Array, p: Array, alpha: Array) -> Array:
-    """−p log_α p = (p − p^α)/(α − 1) ≥ 0, −p log p for α = 1; 0 where a class is left out  (MATH 6.6)."""
+    """b = −p log_α p = (p − p^α)/(α − 1) ≥ 0; −p log p for α = 1, and 0 where a class is left out  (MATH 6.6)."""
     safe = -not_negative(-jnp.where(jnp.isneginf(log_p), 0, log_p))
-    far = (alpha - 1) * safe > 1  # for α < 1 a p that underflows still counts
+    far = (alpha - 1) * safe > 1  # a p that underflows still counts for α < 1
     powers = (jnp.exp(alpha * safe) - p) / jnp.where(far, 1 - alpha, 1)
     return jnp.where(far, powers, -p * safe * expm1_ratio(jnp.where(far, 0, (alpha - 1) * safe)))
 
@@ -56,15 +56,15 @@ def renyi(x: Array, alpha: Array, axis: tuple[int, ...], axis_name: AxisName) ->
 
 
 def _times(alpha: Array, log_p: Array) -> Array:
-    """α log p, and no NaN where a class is left out."""
+    """α log p, which is −inf where a class is left out, also for α = 0."""
     out = jnp.isneginf(log_p)
     return jnp.where(out, -jnp.inf, alpha * jnp.where(out, 0, log_p))
 
 
 @functools.partial(renyi.defjvp, symbolic_zeros=True)
 def _renyi_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """Ṙ = α Σ (r − p)/(1 − α) ẋ − D(r‖p)/(1 − α)² α̇, r = p^α / Σ p^α; by y = (α − 1) (l + R) = log r/p where it is
-    small  (MATH 6.7)."""
+    """Ṙ = α Σ (r − p)/(1 − α) ẋ − D(r‖p)/(1 − α)² α̇, r = p^α / Σ p^α; by series in y = (α − 1) (l + R) = log r/p where
+    |y| is small  (MATH 6.7)."""
     (x, alpha), (x_dot, alpha_dot) = primals, tangents
     log_p, p, _ = normalize(x, axis, axis_name)
     r, R = normalize(_times(alpha, log_p), axis, axis_name).p, renyi(x, alpha, axis, axis_name)

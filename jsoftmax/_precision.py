@@ -12,12 +12,13 @@ precise = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 def full_precision(dtype: Any) -> lax.Precision | None:
-    """The precision of products of factors of which the narrowest has the dtype: all digits of wide ones."""
+    """The precision of products whose narrowest factor has this dtype: wide factors are multiplied with all digits."""
     return lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
 
 
 def default_precision(dtype: Any) -> lax.Precision | None:
-    """The same, where the caller names none; JAX's own where `jax_default_matmul_precision` is set."""
+    """The precision of products if the caller names none; None, for JAX's own, if `jax_default_matmul_precision` is
+    set."""
     chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     return full_precision(dtype) if chosen is None else None
 
@@ -29,6 +30,6 @@ _DOT_ALGORITHMS = {
 
 
 def tangent_precision(dtype: Any, precision: Any) -> lax.DotAlgorithmPreset | None:
-    """For products of tangents with factors of the dtype on GPUs and TPUs: rounded to a narrow dtype, and summed in
-    float32, where the caller names no precision."""
+    """The precision of products of tangents with factors of this dtype on GPUs and TPUs. If the factors are narrow and
+    the caller names no precision, tangents are rounded to their dtype, and products are summed in float32."""
     return _DOT_ALGORITHMS.get(jnp.dtype(dtype).name) if precision is None else None

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
-    """A field that is structure: part of the compiled program."""
+    """A field that is structure, and so part of the compiled program."""
     return dataclasses.field(default=default, metadata={"static": True})
 
 
@@ -47,12 +47,13 @@ def pytree_class(cls: _Class) -> _Class:
 
 
 def without_zeros(dots: Any) -> Any:
-    """Tangents with None for a symbolic zero."""
+    """The tangents, with None in place of symbolic zeros."""
     return jax.tree.map(lambda dot: None if isinstance(dot, SymbolicZero) else dot, dots)
 
 
 def jvp_of_live(f: Callable[[Any], Any], given: Any, dots: Any) -> tuple[Any, Any]:
-    """f and its derivative along the tangents that are not None: zero times an infinite derivative is NaN."""
+    """f and its derivative along the tangents that are not None. The others are left out, not 0: zero times an infinite
+    derivative would be NaN."""
     leaves, structure = jax.tree.flatten(given)
     rates = structure.flatten_up_to(dots)
     live = [i for i, rate in enumerate(rates) if rate is not None]

@@ -1,4 +1,4 @@
-"""Functions with a derivative rule that are compiled by themselves."""
+"""Functions with a derivative rule, each compiled by itself."""
 
 import functools
 from collections.abc import Callable
@@ -11,11 +11,11 @@ _Result = TypeVar("_Result")
 
 
 class CompiledRule(Generic[_P, _Result]):
-    """A function with a rule for its derivative, compiled by itself: rules call it again and again, and JAX keeps its
+    """A function with a derivative rule, compiled by itself, because rules call it many times and JAX then keeps its
     trace.
 
-    `jax.jit` is outside of `jax.custom_jvp`. The rule calls this object, not the body, so that higher orders use the
-    rule, and the trace, too.
+    `jax.jit` is outside of `jax.custom_jvp`. The rule calls this object, not the body; so higher orders use the rule
+    and the trace, too.
     """
 
     def __init__(self, f: Callable[_P, _Result], static: tuple[str, ...]) -> None:
@@ -32,8 +32,8 @@ class CompiledRule(Generic[_P, _Result]):
 
 
 def compiled_rule(*static: str) -> Callable[[Callable[_P, _Result]], CompiledRule[_P, _Result]]:
-    """Decorates the body of a function whose rule follows by `defjvp`. static: the names of arguments that are not
-    arrays; a φ or a mask is never one of them."""
+    """Decorates the body of a function; its rule follows by `defjvp`. static: the names of arguments that are not
+    arrays. A φ or a mask must never be among them."""
 
     def decorate(f: Callable[_P, _Result]) -> CompiledRule[_P, _Result]:
         return CompiledRule(f, static)

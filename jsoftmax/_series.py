@@ -27,7 +27,7 @@ def log1p_deficit(a: Array) -> Array:
 
 
 def log1p_exp(z: Array) -> Array:
-    """log(1 + e^z), by branches whose derivatives are right too."""
+    """log(1 + e^z), in two branches whose derivatives are accurate, too."""
     above = z > 0
     return jnp.where(above, z + jnp.log1p(jnp.exp(-jnp.where(above, z, 0))), jnp.log1p(jnp.exp(jnp.where(above, 0, z))))
 
@@ -47,7 +47,8 @@ def _sigmoid_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def expm1(y: Array) -> Array:
-    """e^y − 1, whose derivative is e^y: JAX 0.10's own is (e^y − 1) + 1, which has no digits for y far below 0."""
+    """e^y − 1, with the derivative e^y. JAX 0.10's own derivative is (e^y − 1) + 1, which loses all digits for y far
+    below 0."""
     return jnp.expm1(y)
 
 
@@ -58,7 +59,7 @@ def _expm1_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 
 def expm1_ratio(y: Array) -> Array:
-    """(e^y − 1)/y, 1 at 0; its series 1 + y/2 (1 + y/3 (…)) where |y| < 1/2."""
+    """(e^y − 1)/y, which is 1 at 0; by its series 1 + y/2 (1 + y/3 (…)) where |y| < 1/2."""
     near = jnp.abs(y) < 0.5
     y_near, y_far = jnp.where(near, y, 0), jnp.where(near, 1, y)
     counted = range(_terms(y, 8, 15), 1, -1)
@@ -73,7 +74,7 @@ def excess_series(r: Array) -> Array:
 
 
 def excess_ratio(r: Array) -> Array:
-    """(e^−r − 1 + r)/r², 1/2 at 0; its series where |r| < 1/2."""
+    """(e^−r − 1 + r)/r², which is 1/2 at 0; by its series where |r| < 1/2."""
     near = jnp.abs(r) < 0.5
     r_near, r_far = jnp.where(near, r, 0), jnp.where(near, 1, r)
     return jnp.where(near, excess_series(r_near), (expm1(-r_far) + r_far) / r_far**2)

@@ -1,4 +1,4 @@
-"""The k largest of a row, the first of equals first, without a sort of the whole row."""
+"""The k largest of a row without a sort of the whole row. Of equal numbers the first comes first."""
 
 import math
 from collections.abc import Callable
@@ -10,33 +10,35 @@ from jaxtyping import Array
 from jsoftmax.sharding import even_length
 
 TopK = Callable[[Array, int], tuple[Array, Array]]
-"""Maps a row and k to the k largest, in descending order, and their places."""
+"""Maps rows and k to the k largest of each row, in descending order, and their places."""
 
 
 def top_k(a: Array, k: int) -> tuple[Array, Array]:
-    """The k largest and where they are; the barriers keep XLA on CPU from sorting the whole row for slices of them.
+    """The k largest and their places. Without the barriers XLA on CPU would sort the whole row if a caller takes
+    slices.
 
-    One for each: before one round both XLA aborts under `jax.shard_map` (jax 0.10).
+    There is one barrier for each result, because XLA aborts at one barrier around both under `jax.shard_map` (jax
+    0.10).
     """
     best, index = lax.top_k(a, k)
     return lax.optimization_barrier(best), lax.optimization_barrier(index)
 
 
 def top_k_by_blocks(a: Array, k: int, length: int, top_k: TopK = top_k) -> tuple[Array, Array]:
-    """The same of rows without NaN or of NaN only: the k largest are in the k blocks with the largest maxima."""
+    """The same, for rows without NaN, or of NaN only. The k largest are in the k blocks with the largest maxima."""
     padding = -a.shape[-1] % length
     if padding:
         a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, padding)], constant_values=-jnp.inf)
     blocks = a.reshape(*a.shape[:-1], a.shape[-1] // length, length)
     _, chosen = top_k(jnp.max(lax.stop_gradient(blocks), -1), k)
-    chosen = jnp.sort(chosen, -1)  # so that of equal scores the first comes first
+    chosen = jnp.sort(chosen, -1)  # in order, so that of equal scores the first comes first
     candidates = jnp.take_along_axis(blocks, chosen[..., None], -2).reshape(*a.shape[:-1], k * length)
     best, at = top_k(candidates, k)
     return best, jnp.take_along_axis(chosen, at // length, -1) * length + at % length
 
 
 def top_k_of_many(a: Array, k: int) -> tuple[Array, Array]:
-    """The same, by blocks where they are worth it: of even lengths, so that no sharded row is gathered for them."""
+    """The same, by blocks where that is faster. They have even lengths, so that no sharded row is gathered for them."""
     classes = a.shape[-1]
     length = even_length(classes, math.isqrt(classes // max(k, 1))) or even_length(classes, 256)
     if not length or 2 * (classes // length + k * length) > classes:

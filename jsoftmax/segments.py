@@ -29,26 +29,26 @@ def __dir__() -> list[str]:
 
 
 class Layout(NamedTuple):
-    """What of the rows shapes a program."""
+    """The properties of the rows that are part of the compiled program."""
 
     rows: int
     is_sorted: bool
 
 
 def row_sums(layout: Layout, ids: Array, *arrays: Array) -> list[Array]:
-    """Σ over each row, of several arrays `[N, …]` at once; what is in no row is dropped."""
+    """Σ over each row, for several arrays `[N, …]` at once. Elements of no row are dropped."""
     stacked = jnp.stack(arrays, -1)
     summed = jax.ops.segment_sum(stacked, ids, layout.rows, indices_are_sorted=layout.is_sorted)
     return [summed[..., i] for i in range(len(arrays))]
 
 
 def spread(layout: Layout, ids: Array, of_rows: Array) -> Array:
-    """A row's number for each of its elements, 0 for what is in no row."""
+    """The number of its row for each element; 0 for elements of no row."""
     return of_rows.at[ids].get(mode="fill", fill_value=0, indices_are_sorted=layout.is_sorted)
 
 
 class _Shifted(NamedTuple):
-    """As `sums.reference.Shifted`, of ragged rows."""
+    """As `sums.reference.Shifted`, for ragged rows."""
 
     u: Array
     e: Array
@@ -91,7 +91,7 @@ def _normalize_jvp(layout: Layout, primals: Any, tangents: Any) -> tuple[Normali
 
 @functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
 def _minus_mean(out: Normalized, ids: Array, x_dot: Array, layout: Layout) -> tuple[Array, Array]:
-    """ẋ − Σ p ẋ and Σ p ẋ; for a class with p > ¾ (1 − p) ẋ − Σ p ẋ over the others  (MATH 4.5)."""
+    """ẋ − Σ p ẋ, and Σ p ẋ. For a class with p > ¾ the former is (1 − p) ẋ minus Σ p ẋ over the others  (MATH 4.5)."""
     top, p_x_dot = out.p > SURE, out.p * x_dot
     of_others, of_top = row_sums(layout, ids, jnp.where(top, 0, p_x_dot), jnp.where(top, p_x_dot, 0))
     mean = of_others + of_top
@@ -101,7 +101,7 @@ def _minus_mean(out: Normalized, ids: Array, x_dot: Array, layout: Layout) -> tu
 
 @compiled_rule("layout")
 def centred_log_p(x: Array, ids: Array, layout: Layout) -> tuple[Array, Array]:
-    """c = log p + H of the elements, 0 where p is 0, and H of the rows.
+    """c = log p + H of the elements, 0 where p is 0; and H of the rows.
 
     c = u + m and H = log1p(rest) + m, m = Σ p (−u)  (MATH 4.3).
     """
@@ -125,11 +125,11 @@ def _centred_log_p_jvp(layout: Layout, primals: Any, tangents: Any) -> tuple[Any
 
 
 class Segments(NamedTuple):
-    """Checked: x = ψ(z) + log w `[N, …]`, −∞ where a class is left out or in no row."""
+    """Checked arguments: x = ψ(z) + log w `[N, …]`, −∞ where a class is left out or in no row."""
 
     x: Array
     ids: Array
-    """The row of each element; that of no row is the number of rows."""
+    """The row of each element; for an element of no row, the number of rows."""
     layout: Layout
     dtype: Any
 
@@ -137,7 +137,7 @@ class Segments(NamedTuple):
 def check(  # noqa: PLR0917  (as the public functions have them)
     function: str, z: Any, segment_ids: Any, num_segments: Any, is_sorted: Any, phi: Any, where: Any, log_weights: Any
 ) -> Segments:
-    """The arguments of a public function."""
+    """Checks the arguments of a public function."""
     given = maps.check(function, {"z": z}, None, where, phi, log_weights)
     (scores,) = given.scores
     ids = arguments.as_array(function, "segment_ids", segment_ids)
@@ -161,7 +161,7 @@ def check(  # noqa: PLR0917  (as the public functions have them)
 
 
 def _row_count(function: str, ids: Array, rows: Any) -> int:
-    """How many rows there are: as many as are said, or the largest id and 1."""
+    """The number of rows: the given one, or the largest id plus 1."""
     if rows is None:
         if isinstance(ids, Tracer):
             raise ValueError(

@@ -16,7 +16,7 @@ AxisName = str | tuple[str, ...] | None
 
 
 def check_axis_name(function: str, axis_name: Any) -> AxisName:
-    """A name, or several, bound where the function is called."""
+    """Checks that `axis_name` is a name, or several, and bound where the function is called."""
     if axis_name is None:
         return None
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
@@ -38,34 +38,35 @@ def check_axis_name(function: str, axis_name: Any) -> AxisName:
 
 
 def shard_count(axis_name: AxisName) -> int:
-    """How many shards the classes have: to be asked where a public function is called, for JAX may trace a rule again
-    where the name is no longer bound."""
+    """The number of shards of the classes. Public functions ask for it when they are called, because JAX may trace a
+    rule again where the name is no longer bound."""
     return 1 if axis_name is None else lax.axis_size(axis_name)
 
 
 def shard_index(axis_name: AxisName) -> Array:
-    """Which of them this is, int32."""
+    """The number of this shard, int32."""
     return jnp.zeros((), jnp.int32) if axis_name is None else lax.axis_index(axis_name)
 
 
 def place_in_block(label: Array, start: Array, classes: int) -> tuple[Array, Array]:
-    """Where a label is among as many classes from `start` on, 0 if it is not, and whether it is there."""
+    """The place of a label among `classes` classes that begin at `start`, 0 if it is not among them; and whether it
+    is."""
     place = label - start.astype(label.dtype)
     inside = (place >= 0) & (place < classes)
     return jnp.where(inside, place, 0), inside
 
 
 def local_label(label: Array, classes: int, axis_name: AxisName) -> tuple[Array, Array]:
-    """Where a label is among this shard's classes, 0 if it is another's, and whether it is there; of labels in range
-    and unsharded classes the label itself."""
+    """The place of a label among this shard's classes, 0 if it is on another shard; and whether it is on this one. If
+    the classes are not sharded, it is the label itself, which must be in range."""
     if axis_name is None:
         return label, jnp.ones((), bool)
     return place_in_block(label, shard_index(axis_name) * classes, classes)
 
 
 def is_label(shape: tuple[int, ...], label: Array, axis_name: AxisName = None, start: Array | None = None) -> Array:
-    """Whether a class of an array of that shape, the classes last, is the label `[..., 1]`. start: the number of the
-    first class, where the array is a block or a shard. XLA fuses it, and no one-hot array is built."""
+    """Whether a class is the label `[..., 1]`, as an array of that shape with the classes last. start: the number of
+    the first class, where the array is a block or a shard. XLA fuses the comparison, so no one-hot array is stored."""
     if axis_name is not None:
         start = shard_index(axis_name) * shape[-1]
     if start is not None:
@@ -74,7 +75,7 @@ def is_label(shape: tuple[int, ...], label: Array, axis_name: AxisName = None, s
 
 
 def has_label(a: Array, labels: Array) -> Array:
-    """Whether a class of `[..., K]` is among labels `[..., m]`; K is none."""
+    """Whether a class of `[..., K]` is among the labels `[..., m]`. A label of K stands for no class."""
 
     def scattered(a: Array, labels: Array) -> Array:
         return jnp.put_along_axis(jnp.zeros(a.shape, bool), labels, True, -1, inplace=False, mode="drop")
@@ -89,7 +90,7 @@ def local_value_at_label(pick: Callable[[Array], Array], label: Array, classes: 
 
 
 def keeps_label(kept: Callable[[Array], Array], label: Array, classes: int, axis_name: AxisName) -> Array:
-    """Whether a mask, of which kept(label) reads this shard's part, keeps the class of a label."""
+    """Whether a mask keeps the class of a label. kept(label) reads this shard's part of the mask."""
 
     def count(own: Array) -> Array:
         return kept(own).astype(jnp.int32)
@@ -98,29 +99,29 @@ def keeps_label(kept: Callable[[Array], Array], label: Array, classes: int, axis
 
 
 def psum(tree: Any, axis_name: AxisName) -> Any:
-    """Σ over the shards, of all leaves in one collective."""
+    """Σ over the shards, for all leaves in one collective."""
     return tree if axis_name is None else lax.psum(tree, axis_name)
 
 
 def pmax(a: Array, axis_name: AxisName) -> Array:
-    """The maximum over the shards, a constant for derivatives: `lax.pmax` has none, at any order."""
+    """The maximum over the shards. It is a constant for derivatives, since JAX does not differentiate `lax.pmax`."""
     return a if axis_name is None else lax.pmax(lax.stop_gradient(a), axis_name)
 
 
 def shard_slot(a: Array, shards: int, axis_name: AxisName) -> Array:
-    """`[..., k]` in its place among those of all shards, `[..., shards · k]`; 0 elsewhere."""
+    """This shard's `[..., k]` in its place in an array `[..., shards · k]` for all shards; 0 elsewhere."""
     own = jnp.arange(shards, dtype=jnp.int32)[:, None] == shard_index(axis_name)
     return jnp.where(own, a[..., None, :], 0).reshape(*a.shape[:-1], shards * a.shape[-1])
 
 
 def concatenate_shards(a: Array, shards: int, axis_name: AxisName) -> Array:
-    """`[..., k]` of each shard one after the other, `[..., shards · k]`: by a sum, so that it is the same on all shards
-    and has its derivatives with check_vma and without."""
+    """The `[..., k]` of all shards one after the other, `[..., shards · k]`. It is made by a sum, so that it is the
+    same on all shards, and has the right derivatives with check_vma and without."""
     return a if axis_name is None else psum(shard_slot(a, shards, axis_name), axis_name)
 
 
 def check_sharded(function: str, argument: str, a: Array, axis_name: AxisName) -> None:
-    """An array that `jax.shard_map` knows to be the same on every device would count as often as there are devices."""
+    """Rejects an array that `jax.shard_map` knows to be the same on every device: every device would count it again."""
     if axis_name is None:
         return
     missing = _varying(lax.axis_index(axis_name)) - _varying(a)  # empty where JAX does not keep account
@@ -135,7 +136,7 @@ def check_sharded(function: str, argument: str, a: Array, axis_name: AxisName) -
 def check_parts(
     function: str, shape: tuple[int, ...], axis: tuple[int, ...], axis_name: AxisName, **arrays: Any
 ) -> None:
-    """Masks, weights and distributions that have the classes of all devices, beside scores that have one device's."""
+    """Rejects masks, weights and distributions that have the classes of all devices where scores have those of one."""
     shards = shard_count(axis_name)
     if shards == 1:
         return
@@ -152,7 +153,7 @@ def check_parts(
 
 
 def check_same(function: str, argument: str, a: Any, axis_name: AxisName) -> None:
-    """An array that `jax.shard_map` knows to differ from device to device, where all must take the same."""
+    """Rejects an array that `jax.shard_map` knows to differ between devices, where all must have the same."""
     if axis_name is None:
         return
     different = _varying(lax.axis_index(axis_name)) & _varying(a)
@@ -165,7 +166,8 @@ def check_same(function: str, argument: str, a: Any, axis_name: AxisName) -> Non
 
 
 def check_not_explicit(function: str, argument: str, a: Array) -> None:
-    """Loops over blocks, and reshapes, cannot be traced along an axis that is sharded in an array's type."""
+    """Rejects an array that is sharded in its type: JAX cannot trace loops over blocks, or reshapes, along such an
+    axis."""
     if has_explicit_sharding(a):
         raise ValueError(
             f"{function}: {argument} must not be sharded over mesh axes of type AxisType.Explicit; got sharding "
@@ -175,15 +177,16 @@ def check_not_explicit(function: str, argument: str, a: Array) -> None:
 
 
 def has_explicit_sharding(a: Array) -> bool:
-    """Whether an array is sharded over mesh axes of type `AxisType.Explicit`, and not of type Auto or Manual only."""
+    """Whether an array is sharded over a mesh axis of type `AxisType.Explicit`, and so in its type."""
     return any(part is not None for part in jax.typeof(a).sharding.spec)
 
 
 def apply_to_rows(f: Callable[..., Any], a: Array, *others: Any, axis_name: AxisName = None) -> Any:
-    """f(a, …) of rows `[..., K]`, whose results `[..., k]` are sharded as the rows are, and k is not.
+    """f(a, …) for rows `[..., K]`. The rows of its results `[..., k]` are sharded as those of a; k is not sharded.
 
-    Along an axis that is sharded in an array's type JAX neither gathers nor reshapes without being told; its
-    partitioner does. With an `axis_name` the classes are whole on each device.
+    Along an axis that is sharded in an array's type, JAX gathers and reshapes only if it is told how to; its
+    partitioner, to which this function leaves it, does so by itself. With an `axis_name` each device has its classes
+    whole.
     """
     typed = [b for b in (a, *others) if has_explicit_sharding(b)]
     if axis_name is not None or not typed:
@@ -195,12 +198,12 @@ def apply_to_rows(f: Callable[..., Any], a: Array, *others: Any, axis_name: Axis
 
 
 def reshard_like(a: Array, like: Array) -> Array:
-    """The same numbers, sharded in their type as those of `like` are, which has the same shape."""
+    """The same numbers, sharded in their type as `like` is, which has the same shape."""
     return jax.sharding.reshard(a, jax.typeof(like).sharding) if has_explicit_sharding(like) else a
 
 
 def reshard_rows(a: Array, like: Array, axes: tuple[int, ...]) -> Array:
-    """Numbers of rows, of length 1 along the class axes, sharded in their type as the rows of `like` are."""
+    """Numbers of rows (length 1 along the class axes), sharded in their type as the rows of `like` are."""
     if not has_explicit_sharding(like):
         return a
     sharding = jax.typeof(like).sharding
@@ -210,8 +213,9 @@ def reshard_rows(a: Array, like: Array, axes: tuple[int, ...]) -> Array:
 
 @functools.cache
 def even_length(classes: int, usual: int) -> int:
-    """About the usual length, one that leaves no class over and a number of blocks with a factor of 8 or 16, so that an
-    axis that is sharded over as many devices is cut within each, and not across; 0 where there is none."""
+    """A length of blocks near the usual one that leaves no class over, and gives a number of blocks that 8 or 16
+    divides; 0 if there is none. So an axis that is sharded over as many devices is cut within devices, not across
+    them."""
     lengths = range(max(1, 3 * usual // 4), 8 * usual)
     even = [length for length in lengths if classes % (8 * length) == 0]
 
@@ -222,21 +226,21 @@ def even_length(classes: int, usual: int) -> int:
 
 
 def pick(a: Array, index: Array) -> Array:
-    """`jnp.take_along_axis(a, index, -1)`, of rows that may be sharded."""
+    """`jnp.take_along_axis(a, index, -1)`, for rows that may be sharded."""
     return apply_to_rows(lambda a, index: jnp.take_along_axis(a, index, -1), a, index)
 
 
 def _varying(a: Any) -> frozenset[str]:
-    """The names of the axes along which `jax.shard_map(check_vma=True)` takes an array to differ."""
+    """The names of the mesh axes along which `jax.shard_map(check_vma=True)` regards an array as differing."""
     return getattr(getattr(jax.typeof(a), "mat", None), "varying", frozenset())
 
 
 def match_varying_axes(tree: Any, like: Array, axis_name: AxisName = None) -> Any:
-    """The same numbers, each device's own copies where the sharded array `like` is each device's own.
+    """The same numbers, as each device's own copies along the axes over which `like` is sharded.
 
-    Integers stay as they are. Backwards the copies' shares are then summed here, once, and not where a loop uses them,
-    block after block. Right inside `jax.vmap(axis_name=…)` and without check_vma too, where `lax.pcast` is an error or
-    does nothing.
+    Integers stay as they are. Backwards, the shares of the copies are then summed once, here, and not for every block
+    in the loop that uses them. This works inside `jax.vmap(axis_name=…)` and without check_vma too, where `lax.pcast`
+    is an error or does nothing.
     """
 
     def typed(a: Any) -> Any:
@@ -251,9 +255,9 @@ def match_varying_axes(tree: Any, like: Array, axis_name: AxisName = None) -> An
 
 
 def first_shard_share(a: Array, axis_name: AxisName) -> Array:
-    """What is the same on all shards, from the first; 0 on the others.
+    """An array that is the same on all shards: on the first shard as it is, on the others 0.
 
-    The gradient of this, taken inside, is each shard's share of the gradient, whether `lax.psum` is transposed to
+    A gradient of this that is taken inside is each shard's share of the gradient, whether `lax.psum` is transposed to
     itself (`jax.vmap(axis_name=…)`, `check_vma=False`) or to copies (`check_vma=True`).
     """
     return a if axis_name is None else jnp.where(lax.axis_index(axis_name) == 0, a, 0)

@@ -23,7 +23,7 @@ from jsoftmax.sums import difference, weighted_deviations
 
 
 class _Density(NamedTuple):
-    """p and P^{α−1} p^{2−α}, 0 outside the support; `power` = 1/(α − 1) where that is an integer, else 0."""
+    """p and w = P^{α−1} p^{2−α}, 0 outside the support."""
 
     p: Array
     w: Array
@@ -38,7 +38,7 @@ def _density(u: Array, log_P: Array, alpha: Array, power: int) -> _Density:
     scale = jnp.exp(jnp.minimum((1 - alpha) * log_P, -math.log(jnp.finfo(u.dtype).tiny)))
     v = jnp.where(out, 0, u) * scale
     a = (alpha - 1) * v
-    inside = ~(out | (a <= -1))  # a NaN stays inside and goes through
+    inside = ~(out | (a <= -1))  # a NaN counts as inside, and so gives NaN
     near = jnp.abs(a) <= 0.5
     a_near, a_far = jnp.where(near, a, 0), jnp.where(near | ~inside, 0, a)
     far = jnp.log1p(a_far) / jnp.where(near, 1, alpha - 1)
@@ -48,23 +48,23 @@ def _density(u: Array, log_P: Array, alpha: Array, power: int) -> _Density:
 
 
 def _step(log_P: Array, u: Array, alpha: Array, power: int) -> tuple[Array, Array]:
-    """log P after Newton's step towards F = Σ p = 1, taken on F^{α−1}, for which it is exact where all p are equal; and
-    log F  (MATH 8.2)."""
+    """log P after a Newton step towards F = Σ p = 1; and log F. The step is taken on F^{α−1}, for which it is exact
+    where all p are equal  (MATH 8.2)."""
     p, w = _density(u, log_P, alpha, power)
     F, W = (jnp.sum(a, -1, keepdims=True) for a in (p, w))
     log_F = jnp.log(jnp.where(F > 0, F, 1))
     change = F / jnp.where(W > 0, W, 1) * log_F * expm1_ratio((1 - alpha) * log_F)
-    change = jnp.clip(change, -1e6, 0.999 / jnp.where(alpha > 1, alpha - 1, 1))  # ρ stays positive, and finite
+    change = jnp.clip(change, -1e6, 0.999 / jnp.where(alpha > 1, alpha - 1, 1))  # so ρ stays positive and finite
     return log_P - change * (1 - log1p_deficit((1 - alpha) * change)), log_F
 
 
 def _largest(u: Array, alpha: Array, power: int) -> Array:
     """log P, for which Σ p = 1  (MATH 8.2).
 
-    It has the digits of a small P too, where many classes share the maximum. For α ≤ 2 the steps from 0 approach it
-    from one side. For larger α they can miss, and every other step halves the bracket instead. The last two steps, from
-    log P as a constant, give it its derivatives to order three where JAX drops the rule (inside scans at order 2); for
-    α > 2 nothing else, for there a step can leave the bracket.
+    A small P, where many classes share the maximum, keeps its digits too. For α ≤ 2 the steps from 0 approach log P
+    from one side. For larger α they can miss it, so every other step halves the bracket instead. Two more steps follow,
+    from log P as a constant. They give log P its derivatives up to order three where JAX drops the rule (inside scans
+    at order 2). For α > 2 they change the derivatives only, because a step could leave the bracket.
     """
     fixed_u, fixed_alpha = lax.stop_gradient((u, alpha))
     eps = float(jnp.finfo(u.dtype).eps)
@@ -82,8 +82,8 @@ def _largest(u: Array, alpha: Array, power: int) -> Array:
         halve = steep & ((count % 2 == 1) | ~((low < newton) & (newton < high)))
         new = jnp.where(halve, (low + high) / 2, newton)
         found = steep & ((high - low <= eps * (1 - equal)) | (log_F == 0))
-        settled = ~steep & ((jnp.abs(log_F) <= 64 * eps) | (log_F >= last))  # F falls, until rounding stops it
-        # a row that is done stays as it is, whatever its neighbours need
+        settled = ~steep & ((jnp.abs(log_F) <= 64 * eps) | (log_F >= last))  # F falls until rounding stops it
+        # a row that is done stays as it is, however long others take
         new = jnp.where(done | found, log_P, new)
         return new, low, high, log_F, done | found | settled | jnp.isnan(log_F), count + 1
 
@@ -98,17 +98,17 @@ def _largest(u: Array, alpha: Array, power: int) -> Array:
 
 @functools.partial(jax.jit, static_argnames="power")
 def _solve(z: Array, alpha: Array, power: int) -> tuple[Array, Array]:
-    """p and v = z − max z − t, over the last axis; −inf leaves a class out; p = 0 in an empty row."""
+    """p and v = z − max z − t over the last axis. A score of −inf leaves a class out; in an empty row p = 0."""
     peak = jnp.max(lax.stop_gradient(z), -1, keepdims=True, initial=-jnp.inf)
     empty = jnp.isneginf(peak)
     u = jnp.where(empty, 0, difference(z, peak))
     log_P = _largest(u, alpha, power)
     t = -log_P * expm1_ratio((alpha - 1) * log_P)
     p = jnp.where(empty, 0, _density(u, log_P, alpha, power).p)
-    if not power:  # for α > 2 the last bit of P can change a small p by much: Σ p = 1 all the same
+    if not power:  # for α > 2 the last bit of P can change a small p by much, so p is divided by its sum
         p = jnp.where(alpha > 2, p / jnp.where(empty, 1, jnp.sum(p, -1, keepdims=True)), p)
     v = jnp.where(jnp.isneginf(z), -jnp.inf, u - t)
-    return jnp.where(peak < jnp.inf, p, jnp.nan), v  # +inf or NaN: the whole row
+    return jnp.where(peak < jnp.inf, p, jnp.nan), v  # a +inf or NaN makes the whole row NaN
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -123,7 +123,7 @@ def _entmax_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
     p = _entmax(z, alpha, power)
     w = _weight(p, alpha, power)
     total = jnp.sum(w, -1, keepdims=True)
-    total = jnp.where(total == 0, 1, total)  # of an empty row
+    total = jnp.where(total == 0, 1, total)  # for an empty row
     p_dot = jnp.zeros_like(p)
     if not isinstance(z_dot, SymbolicZero):
         p_dot = weighted_deviations(w, z_dot, (w.ndim - 1,))
@@ -134,7 +134,7 @@ def _entmax_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 
 def _safe(p: Array) -> tuple[Array, Array]:
-    """Where p is not 0 (a NaN is not), and p made safe elsewhere."""
+    """Where p is not 0 (so also where it is NaN); and p, with 1 in place of 0."""
     support = p != 0
     return support, jnp.where(support, p, 1)
 
@@ -148,7 +148,7 @@ def _weight(p: Array, alpha: Array, power: int) -> Array:
 
 
 def _by_alpha(p: Array, alpha: Array) -> Array:
-    """g = −p log²p E((α − 1) log p), E(y) = (e^−y − 1 + y)/y²: the derivative of p in α where t is held (MATH 8.3)."""
+    """g = −p log²p E((α − 1) log p), E(y) = (e^−y − 1 + y)/y²: the derivative of p in α for a fixed t  (MATH 8.3)."""
     support, safe = _safe(p)
     log_p = jnp.log(safe)
     return jnp.where(support, -safe * log_p**2 * excess_ratio((alpha - 1) * log_p), 0)
@@ -158,20 +158,20 @@ def _by_alpha(p: Array, alpha: Array) -> Array:
 
 
 def _deformed_log(p: Array, alpha: Array) -> Array:
-    """(p^{α−1} − 1)/(α − 1) on the support, log p for α = 1  (MATH 8.4)."""
+    """log_α p = (p^{α−1} − 1)/(α − 1) on the support, and log p for α = 1  (MATH 8.4)."""
     support, safe = _safe(p)
     log_p = jnp.log(safe)
     return jnp.where(support, log_p * expm1_ratio((alpha - 1) * log_p), 0)
 
 
 def _power_sum(p: Array, alpha: Array) -> Array:
-    """p^α / α, 0 where p is."""
+    """p^α / α, and 0 where p is 0."""
     support, safe = _safe(p)
     return jnp.where(support, safe**alpha, 0) / alpha
 
 
 def _tail(delta: Array, alpha: Array) -> Array:
-    """∫₀¹ s (1 − δ s)^{α−2} ds for |δ| ≤ 1/4, by its series: no cancellation."""
+    """∫₀¹ s (1 − δ s)^{α−2} ds for |δ| ≤ 1/4, by its series, which does not cancel."""
     terms = jnp.zeros_like(delta)
     for j in range(24 if delta.dtype == jnp.float64 else 12, 0, -1):
         terms = -delta * (alpha - 1 - j) / j * (1 / (j + 2) + terms)
@@ -179,7 +179,8 @@ def _tail(delta: Array, alpha: Array) -> Array:
 
 
 def _surplus(q: Array, p: Array, v: Array, delta: Array, alpha: Array) -> Array:
-    """q ((q^{α−1} − 1)/(α − 1) − 1 − α v)/α + p^α/α ≥ 0, δ = q − p; near δ = 0 as q^α (δ/q)² ∫  (MATH 8.4)."""
+    """q ((q^{α−1} − 1)/(α − 1) − 1 − α v)/α + p^α/α ≥ 0, with δ = q − p. Near δ = 0 it is computed as q^α (δ/q)² ∫
+    (MATH 8.4)."""
     positive = q > 0
     q_safe = jnp.where(positive, q, 1)
     ratio = delta / q_safe
@@ -204,7 +205,7 @@ def _fenchel_young(z: Array, labels: Array, alpha: Array, power: int) -> Array:
 
 @functools.partial(_fenchel_young.defjvp, symbolic_zeros=True)
 def _fenchel_young_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """Σ (p − q) ż + Σ (log_α q − v) q̇ + (∂Ω(q) − ∂Ω(p)) α̇, ∂Ω in α  (MATH 8.4)."""
+    """Σ (p − q) ż + Σ (log_α q − v) q̇ + (∂Ω(q) − ∂Ω(p)) α̇, with ∂Ω = ∂Ω/∂α  (MATH 8.4)."""
     (z, labels, alpha), (z_dot, q_dot, alpha_dot) = primals, tangents
     p = _entmax(z, alpha, power)
     by_label = jnp.issubdtype(labels.dtype, jnp.integer)
@@ -213,7 +214,7 @@ def _fenchel_young_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, 
     total = jnp.zeros((*p.shape[:-1], 1), p.dtype)
     if not isinstance(z_dot, SymbolicZero):
         excess = p - q
-        if at_label is not None:  # p_y − 1 from the other classes, whose digits it has
+        if at_label is not None:  # p_y − 1 is computed from the other classes, and so keeps its digits
             excess = jnp.where(at_label, -jnp.sum(jnp.where(at_label, 0, p), -1, keepdims=True), p)
         total = total + jnp.sum(jnp.where(jnp.isneginf(z), 0, excess) * z_dot, -1, keepdims=True)
     if not by_label and not isinstance(q_dot, SymbolicZero):
@@ -237,7 +238,8 @@ def _fenchel_young_jvp(power: int, primals: Any, tangents: Any) -> tuple[Array, 
 
 
 def _check_alpha(function: str, alpha: Any, shape: tuple[int, ...], axes: tuple[int, ...], dtype: Any) -> Any:
-    """α as an array `[..., 1]` for classes last, and 1/(α − 1) where that is a small integer known at trace time."""
+    """α as an array `[..., 1]` for scores with the classes last; and `power` = 1/(α − 1) if that is 1, 2, 3 or 4 and
+    known at trace time, else 0."""
     power = 0
     if not all_known(alpha, lambda a: (a >= 1) & (a < math.inf)):
         raise ValueError(

@@ -19,20 +19,21 @@ from jsoftmax.sums import class_sum, difference
 
 
 def _ordered_bits(x: Array) -> Array:
-    """Whole numbers in the order of the floats: the bits, turned round for negative numbers; of −0 those of 0."""
+    """Whole numbers in the order of the floats: their bits, inverted for negative numbers. −0 counts as 0."""
     length = jnp.finfo(x.dtype).bits
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{length}"))
     sign = jnp.array(1, bits.dtype) << (length - 1)
-    bits = jnp.where(bits == sign, 0, bits)  # by the bits: a comparison with 0 may take subnormal numbers for it
+    # compared as bits, since a comparison of floats may take subnormal numbers for 0
+    bits = jnp.where(bits == sign, 0, bits)
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
 def _threshold(bits: Array, weights: Array, limit: Array, axis: tuple[int, ...]) -> Array:
     """The least b with Σ_{bits > b} weight < limit, in each row, found digit by digit from the highest.
 
-    Exact, and without a sort: a pass over the row for each digit. A CPU is limited by the comparisons, which are fewest
-    for digits of one bit; GPUs and TPUs by the passes, of which digits of 3 bits take a third: XLA makes one kernel of
-    their seven sums, and two of fifteen.
+    This is exact, and needs no sort: each digit takes one pass over the row. On a CPU the comparisons cost most, which
+    are fewest for digits of one bit. On GPUs and TPUs the passes cost most, of which digits of 3 bits take a third: XLA
+    makes one kernel of their seven sums, but two of the fifteen sums of 4 bits.
     """
     length = jnp.iinfo(bits.dtype).bits
 
@@ -40,7 +41,7 @@ def _threshold(bits: Array, weights: Array, limit: Array, axis: tuple[int, ...])
         def advance(found: Array, shift: Array, values: int) -> Array:
             rest = (jnp.array(1, bits.dtype) << shift) - 1
             passed = jnp.zeros_like(found)
-            for value in range(values - 1):  # the digit is the number of those that are passed
+            for value in range(values - 1):  # the digit is the number of values that are passed
                 below = found | (jnp.array(value, bits.dtype) << shift) | rest  # the largest number with this digit
                 above = class_sum(jnp.where(bits > below, weights, 0), axis)
                 passed += jnp.where(above < limit, 0, 1).astype(bits.dtype)
@@ -63,9 +64,9 @@ def _threshold(bits: Array, weights: Array, limit: Array, axis: tuple[int, ...])
 
 @functools.partial(jax.jit, static_argnames="axis")
 def _is_kept(x: Array, axis: tuple[int, ...], top_k: Array | None, top_p: Array | None, min_p: Array | None) -> Array:
-    """Whether a class stays: by its bits among the k largest, then by the mass before it, then by e^u ≥ min_p.
+    """Whether a class stays: it must be among the k largest, then within the mass top_p, then have e^u ≥ min_p.
 
-    x may be narrow: its bits have the order of the wider numbers, and are fewer.
+    x may be narrow: its bits are in the same order as those of the wider numbers, and there are fewer of them.
     """
     x = lax.stop_gradient(x)
     bits, x = _ordered_bits(x), arguments.read(x)

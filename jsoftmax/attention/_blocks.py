@@ -17,10 +17,10 @@ from jsoftmax.sharding import AxisName, shard_index
 
 
 class Inputs(NamedTuple):
-    """Checked arguments, or their tangents; None for what is not given, which costs nothing.
+    """Checked arguments, or their tangents, in the accumulation dtype. What is not given is None, and costs nothing.
 
-    B batch, K heads of keys, G queries' heads for each of them, T queries, S keys of this shard, H features. In the
-    accumulation dtype.
+    B is the batch, K the heads of keys, G the heads of queries for each of these, T the queries, S the keys of this
+    shard, and H the features.
     """
 
     query: Any = None
@@ -30,13 +30,13 @@ class Inputs(NamedTuple):
     value: Any = None
     """`[B, K, S, H']`."""
     bias: Any = None
-    """`[B, K, G, T, S]`, or 1 in the place of each of them."""
+    """`[B, K, G, T, S]`, where each axis may have length 1 instead."""
     mask: Any = None
-    """bool, in the same way."""
+    """bool, of such a shape."""
     query_lengths: Any = None
     """Integers `[B]`."""
     key_lengths: Any = None
-    """Integers `[B]`, which count the keys of all shards."""
+    """Integers `[B]`, lengths that count the keys of all shards."""
     scale: Any = None
     soft_cap: Any = None
     sink: Any = None
@@ -44,52 +44,53 @@ class Inputs(NamedTuple):
     phi: Any = None
 
     def only(self, *names: str) -> "Inputs":
-        """These fields."""
+        """Inputs with these fields only."""
         return Inputs(**{name: getattr(self, name) for name in names})
 
     def with_wide_bias(self, dtype: Any) -> "Inputs":
-        """The bias in the accumulation dtype."""
+        """The same inputs, with the bias in the accumulation dtype."""
         return self if self.bias is None else self._replace(bias=self.bias.astype(dtype))
 
     def with_fields(self, part: "Inputs") -> "Inputs":
-        """All fields, those that the part has from there."""
+        """These inputs, with the fields that `part` has taken from `part`."""
         return Inputs(*(a if b is None else b for a, b in zip(self, part, strict=True)))
 
 
 class Plan(NamedTuple):
-    """What is no array: the sizes of blocks, which keys a query sees by its place, and how products are computed."""
+    """Everything that is not an array: the sizes of blocks, which keys a query may see, and how products are
+    computed."""
 
     queries: int
-    """Of a block."""
+    """How many queries a block has."""
     keys: int
-    """Of a block."""
+    """How many keys a block has."""
     shape: tuple[int, int]
-    """All queries, and the keys of this shard."""
+    """The number of all queries, and of the keys of this shard."""
     dtype: Any
-    """Of the factors of a product; sums are in the accumulation dtype."""
+    """The dtype of the factors of a product; sums are in the accumulation dtype."""
     precision: Any
     is_causal: bool = False
     window: tuple[int, int] | None = None
-    """How many keys to the left and to the right of its place a query sees."""
+    """How many keys before and after its own position a query sees."""
     axis_name: AxisName = None
-    """Over which the keys are sharded."""
+    """The axis over which the keys are sharded."""
     skips: bool = True
-    """Whether blocks of which no query sees a key are skipped: not where `jax.vmap(axis_name=…)` maps over their
-    places, which makes a select of a `lax.cond`, of which JAX has no transpose."""
+    """Whether blocks in which no query sees a key are skipped. Not where `jax.vmap(axis_name=…)` maps over their
+    positions: that turns a `lax.cond` into a select, of which JAX has no transpose."""
     accelerator_block: tuple[int, int] | None = None
-    """Queries and keys of a block in programs for GPUs and TPUs; None: as in the plan itself."""
+    """Queries and keys of a block in programs for GPUs and TPUs. None: those of the plan itself."""
     tangent_precision: Any = None
-    """The precision of products of tangents, and backwards of cotangents, where it is not that of the scores."""
+    """The precision of products of tangents (backwards, of cotangents) where it differs from that of the scores."""
 
     def on_accelerators(self) -> "Plan":
-        """The plan for GPUs and TPUs, where tangents are rounded to narrow factors' dtype."""
+        """The plan for GPUs and TPUs, where tangents are rounded to the dtype of narrow factors."""
         queries, keys = self.accelerator_block or (self.queries, self.keys)
         narrow = tangent_precision(self.dtype, self.precision)
         return self._replace(queries=queries, keys=keys, tangent_precision=narrow)
 
 
 class Place(NamedTuple):
-    """Where a block stands: its first query, its first key, and that among the keys of all shards."""
+    """The position of a block: its first query, its first key, and the number of this key among those of all shards."""
 
     query: Any
     key: Any
@@ -111,7 +112,7 @@ def _narrow_product(a: Array, b: Array, axis: int, plan: Plan) -> Array:
 
 @functools.partial(_narrow_product.defjvp, symbolic_zeros=True)
 def _narrow_product_jvp(axis: int, plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """On CPU tangents are not narrowed, nor, backwards, what is summed over blocks."""
+    """On CPU tangents are not narrowed; neither are, backwards, the sums over blocks."""
     (a, b), (a_dot, b_dot) = primals, without_zeros(tangents)
     precision = plan.precision if plan.tangent_precision is None else plan.tangent_precision
     terms = [] if a_dot is None else [_dot(a_dot, b, axis, precision)]
@@ -120,7 +121,8 @@ def _narrow_product_jvp(axis: int, plan: Plan, primals: Any, tangents: Any) -> t
 
 
 def product(a: Array, b: Array, axis: int, plan: Plan) -> Array:
-    """Σ of a `[B, K, R, n]` with b `[B, K, S, H]`, n an axis of b, of factors in the plan's dtype."""
+    """The product of a `[B, K, R, n]` and b `[B, K, S, H]` over n, which is an axis of b, with factors in the plan's
+    dtype."""
     if plan.dtype == a.dtype:
         return _dot(a, b, axis, plan.precision)
     return _narrow_product(a, b, axis, plan)
@@ -135,8 +137,8 @@ def block_scores(block: Inputs, place: Place, plan: Plan) -> Array:
     rows = functools.partial(_in_rows, groups=s.shape[2] // plan.queries, queries=plan.queries)
     kept, bias = _kept(block, place, plan), block.bias
     if bias is not None and block.soft_cap is not None:
-        kept = _both(kept, bias > -jnp.inf)  # it leaves a key out under the cap, too
-        bias = jnp.where(kept, bias, 0)  # may be anything where a key is left out: 0 · NaN would be NaN
+        kept = _both(kept, bias > -jnp.inf)  # −∞ leaves a key out under the cap, too
+        bias = jnp.where(kept, bias, 0)  # where a key is left out the bias may be NaN, and 0 · NaN is NaN
     if bias is not None:
         s = s + rows(bias)
     if block.soft_cap is not None:
@@ -145,7 +147,7 @@ def block_scores(block: Inputs, place: Place, plan: Plan) -> Array:
 
 
 def _in_rows(a: Array, groups: int, queries: int) -> Array:
-    """What broadcasts to `[B, K, G, T, S]`, for groups and queries as one axis."""
+    """An array that broadcasts to `[B, K, G, T, S]`, with groups and queries merged into one axis."""
     a = a.reshape(*[1] * (5 - a.ndim), *a.shape)
     if groups > 1:
         a = jnp.broadcast_to(a, (*a.shape[:2], groups, queries, a.shape[4]))
@@ -153,7 +155,7 @@ def _in_rows(a: Array, groups: int, queries: int) -> Array:
 
 
 def _kept(block: Inputs, place: Place, plan: Plan) -> Array | None:
-    """Which keys the queries of a block see, to be broadcast to `[B, K, G, T, S]`; None for all."""
+    """Which keys the queries of a block see, as a mask that broadcasts to `[B, K, G, T, S]`; None if they see all."""
     query = place.query + lax.broadcasted_iota(jnp.int32, (plan.queries, 1), 0)
     key = place.key_of_all + lax.broadcasted_iota(jnp.int32, (1, plan.keys), 1)
     kept = block.mask
@@ -166,7 +168,7 @@ def _kept(block: Inputs, place: Place, plan: Plan) -> Array | None:
     if block.key_lengths is not None:
         kept = _both(kept, key < _of_batch(block.key_lengths))
     queries, keys = plan.shape
-    if queries % plan.queries:  # what `cut` added
+    if queries % plan.queries:  # leaves out the padding of `cut`
         kept = _both(kept, query < queries)
     if keys % plan.keys:
         kept = _both(kept, key - place.key_of_all + place.key < keys)
@@ -182,7 +184,7 @@ def _both(a: Array | None, b: Array | None) -> Any:
 
 
 def _may_see(place: Place, plan: Plan) -> Any:
-    """Whether a query of the block sees a key of it, by their places; None where it always may."""
+    """Whether, by their positions, any query of the block may see any key of it; None if this is always so."""
     first, key = place.query, place.key_of_all
     last, last_key = first + plan.queries - 1, key + plan.keys - 1
     sees = None
@@ -206,11 +208,12 @@ Pair = tuple[Inputs, Inputs]
 
 
 def over_blocks(step: Step, pair: Pair, known: Any, initial: Any, plan: Plan) -> Any:
-    """The state `[B, K, G, T, …]` of all queries after all keys, in the blocks of the platform that the program is
+    """The state `[B, K, G, T, …]` of all queries after all keys, by the blocks for the platform that the program is
     compiled for.
 
-    It is that of `initial(block)` `[B, K, R, …]`, R = G · T, after step(block, its tangents, place=, known=, state=,
-    plan=) for each block of keys; `known` is what is known of the queries.
+    The state of a block of queries begins as `initial(block)` `[B, K, R, …]`, R = G · T, and each block of keys changes
+    it by step(block, its tangents, place=, known=, state=, plan=). `known` has numbers of the queries that are known
+    already.
     """
     other_plan = plan.on_accelerators()
     on_cpu, elsewhere = (functools.partial(_over_queries, step, initial, plan=p) for p in (plan, other_plan))
@@ -220,7 +223,7 @@ def over_blocks(step: Step, pair: Pair, known: Any, initial: Any, plan: Plan) ->
 
 
 def _over_queries(step: Step, initial: Any, pair: Pair, known: Any, *, plan: Plan) -> Any:
-    """Blocks of queries are the outer loop: the state of one of them stays in the cache."""
+    """Blocks of queries are the outer loop, so that the state of one block stays in the cache."""
     query = pair[0].query
     groups, queries = query.shape[2:4]
     of_keys = jax.tree.map(lambda a: cut(a, plan.keys, 2), [tree.only("key", "value") for tree in pair])
@@ -244,7 +247,7 @@ def _over_queries(step: Step, initial: Any, pair: Pair, known: Any, *, plan: Pla
 
 
 def _over_keys(step: Step, rows: Any, of_keys: Any, first: Array, state: Any, *, known: Any, plan: Plan) -> Any:
-    """The state of a block of queries; blocks of keys of which they see none are skipped."""
+    """The state of a block of queries. Blocks of keys in which they see none are skipped."""
     of_shard = shard_index(plan.axis_name) * rows[0].key.shape[2]
     of_both = jax.tree.map(lambda a: cut(a, plan.keys, 4), _cut_fields(rows, BIAS_KEY_AXIS))
 
@@ -264,7 +267,7 @@ def _over_keys(step: Step, rows: Any, of_keys: Any, first: Array, state: Any, *,
 
 
 def _cut_fields(pair: Any, axes: dict[str, int]) -> list[Inputs]:
-    """The fields that have an axis to be cut, of both; a bias or a mask may be the same all along it."""
+    """Of arguments and tangents, the fields with an axis to be cut; a bias or a mask may have length 1 there."""
 
     def has(name: str) -> bool:
         a = getattr(pair[0], name)
@@ -275,7 +278,7 @@ def _cut_fields(pair: Any, axes: dict[str, int]) -> list[Inputs]:
 
 
 def joined(a: Array, length: int, axis: int) -> Array:
-    """The blocks as one axis, without what `cut` added."""
+    """The blocks joined to one axis again, without the padding of `cut`."""
     a = jnp.moveaxis(a, 0, axis)
     a = a.reshape(*a.shape[:axis], a.shape[axis] * a.shape[axis + 1], *a.shape[axis + 2 :])
     return lax.slice_in_dim(a, 0, length, axis=axis)

@@ -1,4 +1,4 @@
-"""What attention asks of its arguments, and their layout in blocks."""
+"""Checks the arguments of attention, lays them out as `Inputs`, and chooses the sizes of blocks."""
 
 import math
 from typing import Any, NamedTuple
@@ -24,16 +24,16 @@ from jsoftmax.sharding import (
 
 
 class Given(NamedTuple):
-    """Checked."""
+    """Checked arguments."""
 
     inputs: Inputs
     plan: Plan
     dtype: Any
-    """Of the output."""
+    """The dtype of the output."""
     has_batch: bool
 
     def restore(self, a: Array) -> Array:
-        """`[B, K, G, T, …]` as `[B, T, N, …]`, or without the batch as the query is."""
+        """A result `[B, K, G, T, …]` as `[B, T, N, …]`, without the batch if the query has none."""
         a = jnp.moveaxis(a, 3, 1)
         a = a.reshape(*a.shape[:2], a.shape[2] * a.shape[3], *a.shape[4:])
         return a if self.has_batch else a[0]
@@ -58,7 +58,8 @@ def check(
     block_size: Any,
     axis_name: Any,
 ) -> Given:
-    """Everything as `Inputs`, in the accumulation dtype, but a bias `[…, T, S]`: a block of it at a time is widened."""
+    """All arguments as `Inputs`, in the accumulation dtype. Only a bias `[…, T, S]` is widened later, block by
+    block."""
     maps.check_phi(function, phi)
     query, key, value = (
         _check_floating(function, name, a) for name, a in (("query", query), ("key", key), ("value", value))
@@ -74,7 +75,7 @@ def check(
     bias, mask = _check_bias(function, bias, shape, axis_name), _check_mask(function, mask, shape, axis_name)
     query_lengths = _check_lengths(function, "query_seq_lengths", query_seq_lengths, batch)
     key_lengths = _check_lengths(function, "key_value_seq_lengths", key_value_seq_lengths, batch)
-    # what stands beyond the lengths may be anything: 0 · NaN would be NaN
+    # beyond the lengths the arrays may hold NaN, and 0 · NaN is NaN
     query = _within(query, query_lengths, 0)
     first = shard_index(axis_name) * keys
     key, value = (_within(a, key_lengths, first) for a in (key, value))
@@ -110,7 +111,7 @@ def _check_floating(function: str, argument: str, a: Any) -> Array:
 
 
 def _check_shapes(function: str, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-    """All with a batch."""
+    """The three arrays, with a batch axis."""
     for name, a in (("query", query), ("key", key), ("value", value)):
         if a.ndim not in (3, 4) or a.ndim != query.ndim:
             raise ValueError(
@@ -150,7 +151,7 @@ def _check_axis_name(function: str, axis_name: Any, query: Array, key: Array, va
 
 
 def _broadcast_to_scores(function: str, argument: str, a: Array, shape: tuple[int, ...], axis_name: AxisName) -> Array:
-    """With four axes, that broadcast to `[B, N, T, S]`."""
+    """The array with four axes, which broadcast to `[B, N, T, S]`."""
     check_parts(function, shape, (3,), axis_name, **{argument: a})
     wide = a.reshape(*[1] * (4 - a.ndim), *a.shape)
     if wide.ndim != 4 or any(n not in (1, m) for n, m in zip(wide.shape, shape, strict=True)):
@@ -209,7 +210,7 @@ def _check_lengths(function: str, argument: str, lengths: Any, batch: int) -> Ar
 
 
 def _within(a: Array, lengths: Array | None, first: Any) -> Array:
-    """`[B, length, …]`, 0 beyond the lengths; the first of them has the number `first`."""
+    """The array `[B, length, …]` with 0 beyond the lengths. first: the number of its first position."""
     if lengths is None:
         return a
     place = first + lax.broadcasted_iota(jnp.int32, (1, a.shape[1], 1, 1), 1)
@@ -249,16 +250,16 @@ def _check_sink(function: str, sink: Any, key_heads: int, groups: int, wide: Any
 
 _KEYS = {"cpu": 512, "elsewhere": 1024}
 _SCORES = 2**23
-"""How many scores a block has: 32 MiB of float32."""
+"""The number of scores of a block: 32 MiB of float32."""
 _FEWEST, _MOST = 64, 512
-"""Queries of a block on CPU."""
+"""The fewest and the most queries of a block on CPU."""
 _BLOCKS = 1024
-"""Programs for GPUs and TPUs have no more blocks than that, until a block has _LARGEST scores."""
+"""The most blocks of a program for GPUs and TPUs; blocks grow to keep to it, up to _LARGEST scores."""
 _LARGEST = 2**26
 
 
 def _with_blocks(function: str, plan: Plan, block_size: Any, heads: int) -> Plan:
-    """The caller's blocks on all devices, or those that suit each."""
+    """The plan with the caller's blocks on all platforms; if there are none, with blocks that suit each platform."""
     queries, keys = plan.shape
     if block_size is None:
         of_keys = near_divisor(keys, _KEYS["cpu"])
@@ -278,7 +279,8 @@ def _with_blocks(function: str, plan: Plan, block_size: Any, heads: int) -> Plan
 
 
 def near_divisor(length: int, wanted: int) -> int:
-    """The length if it is little more than what is wanted; else the largest divisor from half of that on, or that."""
+    """The length itself if it is at most 5/4 of what is wanted; else its largest divisor from more than half of what is
+    wanted up to that; if there is none, what is wanted."""
     if length <= wanted * 5 // 4:
         return max(1, length)
     return next((n for n in range(wanted, wanted // 2, -1) if length % n == 0), wanted)

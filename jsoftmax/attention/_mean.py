@@ -16,12 +16,12 @@ from jsoftmax.sums import FAR, difference, is_empty, shifted
 
 
 class Mean(NamedTuple):
-    """Of each query `[B, K, G, T]`, u = x − peak; the sink is one of the keys here, with the value 0."""
+    """Numbers of each query `[B, K, G, T]`, with u = x − peak. The sink counts as a key with the value 0."""
 
     output: Array
     """Σ p v `[B, K, G, T, H]`."""
     peak: Array
-    """max x, 0 for an empty row; a constant for derivatives."""
+    """max x; 0 for an empty row. Derivatives treat it as a constant."""
     log_total: Array
     """log Σ e^u."""
     log_normalizer: Array
@@ -31,7 +31,7 @@ class Mean(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Of the blocks so far, about their own peak, −∞ while there is no key  (MATH 14.2)."""
+    """Sums over the blocks so far, relative to their own peak, which is −∞ while there is no key  (MATH 14.2)."""
 
     peak: Array
     rest: Array
@@ -43,14 +43,15 @@ class Running(NamedTuple):
 
 
 def initial(block: Inputs, wants_entropy: bool) -> Running:
-    """No key so far. Zeros of the arguments, which are sharded as they are, not of a shape."""
+    """The state before the first key. The zeros are made from the arguments, not from shapes, so that they are sharded
+    in the same way."""
     zero = jnp.zeros_like(block.query[..., 0])
     weighted = jnp.zeros_like(block.query, shape=(*zero.shape, block.value.shape[-1]))
     return Running(zero - jnp.inf, zero - 1, weighted, zero if wants_entropy else None)
 
 
 def of_block(block: Inputs, place: Place, wants_entropy: bool, plan: Plan) -> Running:
-    """The sums of a block about its own peak."""
+    """The sums of a block, relative to its own peak."""
     u, e, rest, peak, _ = shifted(block_scores(block, place, plan), (3,))
     rest = jnp.where(is_empty(rest), -1, rest)
     gap = jnp.sum(e * -jnp.maximum(u, -FAR), 3) if wants_entropy else None
@@ -58,7 +59,7 @@ def of_block(block: Inputs, place: Place, wants_entropy: bool, plan: Plan) -> Ru
 
 
 def moved(part: Running, peak: Array) -> Running:
-    """Sums about another peak, which is no lower; `rest` is Σ e^u then  (MATH 14.2)."""
+    """The sums relative to another peak, which must not be lower. The field `rest` is then Σ e^u  (MATH 14.2)."""
     fall = jnp.where(part.peak == peak, 0, peak - part.peak)
     factor, total = jnp.exp(-fall), 1 + part.rest
     gap = None if part.gap is None else factor * (part.gap + total * jnp.minimum(fall, FAR))
@@ -66,7 +67,7 @@ def moved(part: Running, peak: Array) -> Running:
 
 
 def merged(a: Running, b: Running) -> Running:
-    """Two parts of a row about the higher peak; no digit of a small sum is lost."""
+    """Two parts of a row merged, relative to the higher peak. No digit of a small sum is lost."""
     peak = jnp.maximum(a.peak, b.peak)
     a_moved, b_moved = moved(a, peak), moved(b, peak)
     rest = jnp.where(a.peak >= b.peak, a.rest + b_moved.rest, b.rest + a_moved.rest)
@@ -75,7 +76,7 @@ def merged(a: Running, b: Running) -> Running:
 
 
 def over_shards(part: Running, plan: Plan) -> Running:
-    """The parts of all shards, merged by one maximum and one sum of all else  (MATH 13.1)."""
+    """The parts of all shards merged, by one maximum for the peak and one sum for everything else  (MATH 13.1)."""
     if plan.axis_name is None:
         return part
     peak = pmax(part.peak, plan.axis_name)
@@ -90,15 +91,15 @@ def over_shards(part: Running, plan: Plan) -> Running:
 
 
 def own(tree: Inputs, given: Inputs, plan: Plan) -> Inputs:
-    """What is the same on all devices along which the keys or the queries differ, each device's own; without the sink,
-    which is none of a device's keys."""
+    """Gives each device its own copy of what is the same on all devices, along the axes over which keys or queries are
+    sharded. The sink is left out, because it is not a key of one device."""
     of_keys = tree.only("key", "value")
     others = tree._replace(key=None, value=None, sink=None)
     return match_varying_axes(others, given.key, plan.axis_name).with_fields(match_varying_axes(of_keys, given.query))
 
 
 def sink_scores(given: Inputs) -> Array:
-    """ψ(sink) of each query, −∞ beyond the lengths of the queries."""
+    """ψ(sink) for each query; −∞ for queries beyond their length."""
     x = jnp.broadcast_to(log_phi(given.phi, given.sink)[None, :, :, None], given.query.shape[:-1])
     if given.query_lengths is None:
         return x
@@ -107,7 +108,7 @@ def sink_scores(given: Inputs) -> Array:
 
 
 def with_sink(part: Running, given: Inputs) -> Running:
-    """One more class, without a value."""
+    """The sums with the sink merged in: one more class, whose value is 0."""
     if given.sink is None:
         return part
     x = sink_scores(given)
@@ -120,7 +121,7 @@ def with_sink(part: Running, given: Inputs) -> Running:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def mean(given: Inputs, wants_entropy: bool, plan: Plan) -> Mean:
-    """One pass: each block's sums about its own peak, merged."""
+    """One pass over the keys: the sums of each block, relative to its own peak, are merged."""
 
     def step(block: Inputs, _: Inputs, *, place: Place, known: None, state: Running, plan: Plan) -> Running:
         return merged(state, of_block(block, place, wants_entropy, plan))
@@ -143,7 +144,7 @@ def mean(given: Inputs, wants_entropy: bool, plan: Plan) -> Mean:
 
 
 class Known(NamedTuple):
-    """Of each query, what the rule takes as it is."""
+    """Numbers of each query that the rule takes from the value."""
 
     peak: Array
     log_total: Array
@@ -151,7 +152,7 @@ class Known(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Of each query: Σ (p v)˙ at a fixed Σ e^x, Σ p ẋ, and −Σ p (1 + u + gap) ẋ."""
+    """Sums for each query: Σ (p v)˙ at a fixed Σ e^x, Σ p ẋ, and −Σ p (1 + u + gap) ẋ."""
 
     weighted: Array
     log_total: Any = None
@@ -191,7 +192,7 @@ def _mean_jvp(wants_entropy: bool, plan: Plan, primals: Any, tangents: Any) -> t
 
 
 class Terms(NamedTuple):
-    """Of each score: p, p ẋ and −p (1 + u + gap) ẋ."""
+    """Terms of each score: p, p ẋ and −p (1 + u + gap) ẋ."""
 
     p: Array
     of_log_total: Array
@@ -199,7 +200,7 @@ class Terms(NamedTuple):
 
 
 def score_terms(x: Array, x_dot: Array, known: Known) -> Terms:
-    """What the scores have to do with the rule."""
+    """The terms of the rule that depend on the scores alone, not on the values."""
     u = difference(x, known.peak)
     p = jnp.exp(u - known.log_total)
     w = p * x_dot
@@ -207,7 +208,7 @@ def score_terms(x: Array, x_dot: Array, known: Known) -> Terms:
 
 
 def block_rates(block: Inputs, dots: Inputs, place: Place, known: Known, plan: Plan) -> Rates:
-    """A block's terms of the rule."""
+    """The share of a block in the sums of the rule."""
     x, x_dot = jvp_of_live(lambda block: block_scores(block, place, plan), block, dots._replace(value=None))
     terms = score_terms(x, x_dot, jax.tree.map(lambda a: a[..., None], known))
     weighted = product(terms.of_log_total, block.value, 2, plan)

@@ -1,1 +1,1 @@
-"""What public functions ask of their arguments: scores and numbers, labels, matrices, keys and samples."""
+"""Checks of the arguments of public functions: scores and numbers, labels, matrices, keys and samples."""

@@ -1,4 +1,4 @@
-"""What every public function asks of its arguments, said once: dtypes, axes, masks, error messages."""
+"""The checks that all public functions share, each written once: dtypes, axes, masks and error messages."""
 
 import functools
 import importlib
@@ -24,7 +24,7 @@ SCORES_SHAPE = "the scores' shape"
 
 
 def accumulation_dtype(dtype: Any) -> Any:
-    """The dtype that sums run in: float32 at least."""
+    """The dtype in which sums are computed: float32 at least."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
@@ -34,10 +34,10 @@ def widened(a: jax.Array) -> jax.Array:
 
 
 def read(scores: jax.Array) -> jax.Array:
-    """Scores in the accumulation dtype, those in bfloat16 as they are rounded (MATH 4.1).
+    """Scores in the accumulation dtype. Scores in bfloat16 are rounded again here (MATH 4.1).
 
-    Where they are made in the same program, XLA computes them in float32 and drops the rounding for one reader, and not
-    for another that it writes them for; so they are rounded where they are read.
+    If they are made in the same program, XLA computes them in float32, and drops their rounding for one reader but not
+    for another for which it stores them. Rounding them where they are read gives all readers the same numbers.
     """
     wide = widened(scores)
     return lax.reduce_precision(wide, 8, 7) if scores.dtype == jnp.bfloat16 else wide
@@ -54,7 +54,7 @@ _OTHERS_NAMES = {
     "num_samples": "shape",
     "p": "top_p",
 }
-"""Keywords of PyTorch and others, and ours."""
+"""Keywords of PyTorch and other libraries, with the names that they have here."""
 
 _WRITTEN_ELSEWHERE = {
     "reduction": "Results are one number a row: write jnp.mean(…) or jnp.sum(…) around the call",
@@ -62,7 +62,7 @@ _WRITTEN_ELSEWHERE = {
     "dtype": "Results have the scores' dtype, or float32 where classes are reduced: write .astype(…) around the call",
     "temperature": "Divide the scores: z / temperature",
 }
-"""Keywords of others for which there is none here, and what to write instead."""
+"""Keywords of other libraries that do not exist here, with what to write instead."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -72,8 +72,8 @@ _STATIC = {"axis", "axis_name", "keepdims", "ignore_label", "shape", "replace", 
 
 
 def _all_plain(arguments: Iterable[tuple[str, Any]]) -> bool:
-    """Whether arguments may cross `jax.jit` before they are checked: arrays whose values no check asks for, a φ, and
-    what is static and hashable."""
+    """Whether arguments may be passed to `jax.jit` before they are checked. These are arrays whose values no check
+    needs, a φ, and static arguments that are hashable."""
     for name, value in arguments:
         if name in _ARRAYS:
             plain = value is None or (isinstance(value, jax.Array) and not isinstance(value, Tracer))
@@ -87,8 +87,8 @@ def _all_plain(arguments: Iterable[tuple[str, Any]]) -> bool:
 
 
 def public(f: _Function) -> _Function:
-    """A public function: outside `jit` one compiled program of its checks and its arithmetic, where the arguments let
-    it be; an unexpected keyword of PyTorch's, and of others, is answered with ours."""
+    """Decorates a public function. Called outside `jit`, its checks and its arithmetic are one compiled program, if the
+    arguments allow it. For a keyword of PyTorch or another library, the error names ours."""
     signature = inspect.signature(f)
     parameters = signature.parameters
     names, all_plain = tuple(parameters), _all_plain
@@ -109,7 +109,7 @@ def public(f: _Function) -> _Function:
         plain = len(args) <= len(names) and all_plain(zip(names, args, strict=False)) and all_plain(keywords.items())
         return compiled(*args, **keywords) if plain else f(*args, **keywords)
 
-    # with the globals of f, by which doctest tells the functions of a module
+    # the globals must be those of f, because doctest finds a module's functions by them
     same = types.FunctionType(call.__code__, f.__globals__, f.__name__, None, call.__closure__)
     wrapper: Any = functools.wraps(f)(same)
     wrapper.__signature__ = _Signature(list(parameters.values()), return_annotation=signature.return_annotation)
@@ -117,7 +117,7 @@ def public(f: _Function) -> _Function:
 
 
 class _Signature(inspect.Signature):
-    """A signature that `help` shows in the words of the source; they are made when they are shown."""
+    """A signature that `help` shows as it is written in the source. The text is made when it is shown."""
 
     def _in_words(self) -> inspect.Signature:
         shown = [p.replace(annotation=_Words(p.annotation)) for p in self.parameters.values()]
@@ -132,7 +132,7 @@ class _Signature(inspect.Signature):
 
 
 class _Words:
-    """An annotation that is written as in the source."""
+    """An annotation that is shown as it is written in the source."""
 
     def __init__(self, annotation: Any) -> None:
         self.annotation = annotation
@@ -144,7 +144,7 @@ class _Words:
 
 @functools.cache
 def _written_unions() -> dict[str, str]:
-    """What Python writes of unions, and the words of the source."""
+    """Python's text for annotations that are unions, mapped to the text of the source."""
 
     def f(a: ArrayLike, b: ArrayLike | None, c: Bool[ArrayLike, "..."] | None) -> None: ...
 
@@ -201,7 +201,7 @@ def one_axis(function: str, axis: Any, axes: tuple[int, ...]) -> int:
 
 
 def check_where(function: str, where: Any, shape: tuple[int, ...], what: str = SCORES_SHAPE) -> jax.Array | None:
-    """`where` as a boolean array that broadcasts to the shape of the scores, or of what else it masks."""
+    """`where` as a boolean array that broadcasts to a shape: that of the scores, or of another array that it masks."""
     if where is None:
         return None
     array = as_array(function, "where", where)
@@ -236,7 +236,7 @@ def joint_shape(function: str, arrays: dict[str, jax.Array]) -> tuple[int, ...]:
 def per_row(
     function: str, argument: str, value: Any, shape: tuple[int, ...], *, axes: tuple[int, ...], dtype: Any
 ) -> jax.Array:
-    """One number for each row of scores of that shape, of length 1 along the class axes."""
+    """One number for each row of scores of this shape, as an array of length 1 along the class axes."""
     array = as_number(function, argument, value).astype(dtype)
     rows = tuple(1 if i in axes else length for i, length in enumerate(shape))
     try:
@@ -249,7 +249,7 @@ def per_row(
 
 
 def broadcast_number(function: str, argument: str, value: Any, shape: tuple[int, ...], what: str) -> jax.Array:
-    """A number, or an array that broadcasts to a shape, as an array of that shape."""
+    """A number, or an array that broadcasts to this shape, as an array of this shape."""
     array = as_number(function, argument, value)
     try:
         return jnp.broadcast_to(array, shape)
@@ -261,7 +261,7 @@ def broadcast_number(function: str, argument: str, value: Any, shape: tuple[int,
 
 
 def wide_integers(array: jax.Array) -> jax.Array:
-    """Class numbers in 32 bits at least: the number of classes may be beyond int8."""
+    """Class numbers in 32 bits at least, because the number of classes may exceed int8."""
     return array if array.dtype.itemsize >= 4 else array.astype(jnp.int32)
 
 
@@ -271,7 +271,7 @@ def is_concrete_number(value: Any) -> bool:
 
 
 def known_numbers(value: Any) -> np.ndarray | None:
-    """The numbers of what is known at trace time, for a check of their range; None for a traced array."""
+    """The numbers of a value that is known at trace time, for a check of their range; None for a traced array."""
     if isinstance(value, Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
         return None
     if not is_concrete_number(value) and not isinstance(value, np.ndarray | np.generic | jax.Array):
@@ -283,13 +283,13 @@ def known_numbers(value: Any) -> np.ndarray | None:
 
 
 def all_known(value: Any, holds: Callable[[np.ndarray], Any]) -> bool:
-    """Whether a condition holds for all numbers of `value` that are known at trace time."""
+    """Whether a condition holds for all numbers of `value`; True if they are not known at trace time."""
     numbers = known_numbers(value)
     return numbers is None or bool(np.all(holds(numbers)))
 
 
 def as_number(function: str, argument: str, value: Any) -> jax.Array:
-    """A number, or an array of numbers, which a boolean is not."""
+    """`value` as an array of numbers. Booleans do not count as numbers."""
     array = as_scores(function, argument, value)
     if isinstance(value, bool) or getattr(value, "dtype", np.dtype(float)) == np.bool_:
         raise TypeError(
@@ -300,7 +300,7 @@ def as_number(function: str, argument: str, value: Any) -> jax.Array:
 
 
 def check_option(function: str, value: Any, dtype: Any, **limits: tuple[float, float]) -> jax.Array:
-    """A scalar in the accumulation dtype, in its limits where it is known at trace time."""
+    """A number in the given dtype. Its limits are checked if it is known at trace time."""
     ((argument, (low, high)),) = limits.items()
     if not all_known(value, lambda a: (low <= a) & (a <= high) & np.isfinite(a)):
         above = "> 0" if 0 < low < 1e-30 else f">= {low:g}"
@@ -317,13 +317,13 @@ def check_option(function: str, value: Any, dtype: Any, **limits: tuple[float, f
 def option_if_given(
     function: str, value: Any, dtype: Any, *, default: float = 0.0, **limits: tuple[float, float]
 ) -> jax.Array | None:
-    """The same, and None for the plain default, which changes nothing and so costs nothing."""
+    """As `check_option`, but None for the default as a plain number, so that an unused option costs nothing."""
     checked = check_option(function, value, dtype, **limits)
     return None if is_concrete_number(value) and value == default else checked
 
 
 def check_flag(function: str, argument: str, value: Any) -> bool:
-    """A boolean known at trace time."""
+    """Checks that a value is a boolean known at trace time."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
     raise TypeError(
@@ -338,7 +338,7 @@ def is_int(value: Any) -> bool:
 
 
 def optional_package(function: str, package: str, install: str) -> Any:
-    """A package that the library does without, imported where a function needs it."""
+    """An optional package, imported when a function needs it."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError:
@@ -346,7 +346,7 @@ def optional_package(function: str, package: str, install: str) -> Any:
 
 
 def as_array(function: str, argument: str, value: Any) -> jax.Array:
-    """`value` as an array of any dtype; lists and strings are none."""
+    """`value` as an array of any dtype. Lists, tuples and strings are rejected."""
     if isinstance(value, list | tuple | str) or value is None:
         _reject(function, argument, value)
     try:
@@ -356,7 +356,7 @@ def as_array(function: str, argument: str, value: Any) -> jax.Array:
 
 
 def as_floating(function: str, argument: str, value: Any, way_out: str, wanted: str = "floating") -> jax.Array:
-    """`value` as an array of a floating dtype: integers are no scores here, and often another argument."""
+    """`value` as an array of a floating dtype. Integers are rejected, because they are often another argument."""
     array = as_array(function, argument, value)
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array

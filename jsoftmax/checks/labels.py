@@ -1,4 +1,4 @@
-"""Labels beside scores: what every loss asks of its arguments, and which rows count."""
+"""Checks of scores with labels, which all losses share; and which rows count."""
 
 import math
 from typing import Any, NamedTuple
@@ -35,21 +35,21 @@ from jsoftmax.sharding import (
 )
 
 NO_LABELS: Any = object()
-"""For a function without labels, or one that checks them itself."""
+"""Stands for the labels of a function that has none, or checks them itself."""
 
 
 class Labelled(NamedTuple):
-    """Checked, in the accumulation dtype but for the scores, the class axes as one, the last; None for what is not
-    given."""
+    """Checked arguments, with the class axes merged into one, the last. All but the scores are in the accumulation
+    dtype; what is not given is None."""
 
     logits: Array
     """Scores `[..., K]`, in their own dtype."""
     labels: Any
     """Integers `[...]`, distributions `[..., K]` or `TopTargets` `[..., k]`."""
     rows: Array | None
-    """`[...]`, those that count."""
+    """bool `[...]`: which rows count."""
     where: Array | None
-    """`[..., K]`, the classes that are kept."""
+    """bool `[..., K]`: which classes are kept."""
     log_weights: Array | None
     """`[..., K]`."""
     class_weights: Array | None
@@ -62,7 +62,7 @@ class Labelled(NamedTuple):
 
     @property
     def by_top(self) -> bool:
-        """Whether they name some classes of a distribution."""
+        """Whether the labels are `TopTargets`, which name some classes of a distribution."""
         return isinstance(self.labels, TopTargets)
 
     @property
@@ -72,27 +72,28 @@ class Labelled(NamedTuple):
 
     @property
     def classes(self) -> int:
-        """How many classes there are, of this shard."""
+        """The number of classes of this shard."""
         return self.logits.shape[-1]
 
     def scores(self) -> Array:
-        """The scores, 0 in rows that do not count, which may hold anything: 0 · NaN would be NaN backwards."""
+        """The scores, with 0 in rows that do not count. Such rows may hold NaN, and backwards 0 · NaN would be NaN."""
         return self.logits if self.rows is None else maps.zero_where(~self.rows[..., None], self.logits)
 
     def targets(self) -> Array:
-        """The distributions, 0 in rows that do not count and on classes that the mask leaves out."""
+        """The distributions, with 0 in rows that do not count and on classes that the mask leaves out."""
         q = self.labels if self.rows is None else maps.zero_where(~self.rows[..., None], self.labels)
         return q if self.where is None else maps.zero_where(~self.where, q)
 
     def top(self) -> TopTargets:
-        """The k classes of a distribution, their mass 0 in rows that do not count."""
+        """The `TopTargets`, with mass 0 in rows that do not count."""
         top: TopTargets = self.labels
         if self.rows is None:
             return top
         return TopTargets(top.indices, maps.zero_where(~self.rows[..., None], top.probabilities), top.tail)
 
     def label(self, axis_name: AxisName = None) -> tuple[Array, Array]:
-        """Labels `[..., 1]` in range, and where they were; of distributions 0, and whether all that have mass were."""
+        """Labels `[..., 1]`, with 0 for those out of range, and whether they are in range. For distributions the labels
+        are 0; they are valid if all classes with mass are in range."""
         if self.by_top:
             valid = mass_is_in_range(self.labels, in_range(self.labels.indices, self.classes, axis_name)[1])
             return jnp.zeros(valid.shape, jnp.int32), valid
@@ -109,8 +110,8 @@ class Labelled(NamedTuple):
         return keeps_label(lambda own: pick(where, own), label, self.classes, axis_name)
 
     def finish(self, loss: Array, valid: Array) -> Array:
-        """The loss `[..., 1]` as `[...]`: 0 in rows that do not count, NaN for a label out of range, whose derivatives
-        are 0, so that a caller may mask the row afterwards."""
+        """The loss `[..., 1]` as `[...]`: 0 in rows that do not count, and NaN for a label out of range. The
+        derivatives of that NaN are 0, so that a caller may mask the row afterwards."""
         loss = jnp.where(valid, loss, jnp.nan)[..., 0]
         return loss if self.rows is None else jnp.where(self.rows, loss, 0)
 
@@ -129,7 +130,7 @@ def check_labelled(
     axis_name: Any = None,
     names: tuple[str, str] = ("logits", "labels"),
 ) -> Labelled:
-    """The arguments of a loss, checked; `where` masks classes or rows, `ignore_label` rows."""
+    """Checks the arguments of a loss. `where` masks classes or rows, `ignore_label` rows."""
     maps.check_phi(function, phi)
     z = check_logits(function, names[0], logits)
     check_sharded(function, names[0], z, check_axis_name(function, axis_name))
@@ -227,8 +228,7 @@ def check_labels(
 ) -> Array:
     """Class numbers of a shape, in 32 bits at least; or floating numbers of the shape `distributions`, if it is given.
 
-    of, of_distributions: whose shapes these are, for the messages. way_out: what to say where the shape that came tells
-    nothing.
+    of, of_distributions: what these shapes are, for the messages. way_out: the advice if the given shape suggests none.
     """
     array = as_array(function, argument, labels)
     whole = jnp.issubdtype(array.dtype, jnp.integer)
@@ -259,7 +259,7 @@ def check_labels(
 def check_mask(
     function: str, where: Any, shape: tuple[int, ...], batch: tuple[int, ...]
 ) -> tuple[Array | None, Array | None]:
-    """The mask of classes, or that of rows `[...]`, whichever it is."""
+    """`where` as a mask of classes or a mask of rows `[...]`, by its number of dimensions; the other one is None."""
     if where is None:
         return None, None
     of_rows = np.ndim(where) == len(batch)

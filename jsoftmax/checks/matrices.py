@@ -1,4 +1,4 @@
-"""Matrices, the labels of their rows, and an order-2 φ, as linear heads ask for them."""
+"""Checks of linear heads: matrices, labels of rows, and a φ of order 2."""
 
 import math
 from typing import Any
@@ -14,7 +14,8 @@ from jsoftmax.phi import Phi
 
 
 def check_matrix(function: str, argument: str, value: Any, wanted: str, ndim: int | None = None) -> Array:
-    """A floating array with at least one dimension, or with as many as `ndim`, none of the last two empty."""
+    """A floating array with `ndim` dimensions, or with at least one if that is None. None of its last `ndim` axes (or
+    its last one) is empty."""
     way_out = f"Convert whole numbers: {argument}.astype(float)."
     array = as_floating(function, argument, value, way_out, f"floating, {wanted}")
     if not array.ndim or (ndim is not None and array.ndim != ndim) or not math.prod(array.shape[-(ndim or 1) :]):
@@ -26,7 +27,7 @@ def check_matrix(function: str, argument: str, value: Any, wanted: str, ndim: in
 
 
 def check_width(function: str, hidden: Array, width: int) -> None:
-    """The last axis of `hidden` is as long as the rows of the weight."""
+    """Checks that the last axis of `hidden` is as long as the rows of the weight."""
     if hidden.shape[-1] != width:
         raise ValueError(
             f"{function}: hidden must end with the width {width} of the weight's rows; got shape {hidden.shape}. The "
@@ -42,7 +43,7 @@ def check_row_labels(function: str, labels: Any, batch: tuple[int, ...]) -> Arra
 
 
 def check_quadratic(function: str, phi: Any) -> Phi:
-    """A φ of the second order, whose three numbers serve all classes."""
+    """A φ of the second order, whose three numbers are the same for all classes."""
     check_phi(function, phi)
     numbers = phi.quadratic
     if numbers is None:
@@ -61,7 +62,7 @@ def check_quadratic(function: str, phi: Any) -> Phi:
 
 
 def check_per_class(function: str, argument: str, value: Any, dtype: Any, length: int) -> Array:
-    """An array `[V]`, one entry for each class."""
+    """An array `[V]` with one entry for each class."""
     array = as_array(function, argument, value)
     if not jnp.issubdtype(array.dtype, dtype):
         what = "boolean" if dtype == jnp.bool_ else "floating"

@@ -1,4 +1,4 @@
-"""Keys, shapes, counts, temperatures and drawn classes, as samples ask for them."""
+"""Checks of sampling: keys, shapes, counts, temperatures and drawn classes."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from jsoftmax.checks.labels import check_labels
 
 
 def check_key(function: str, key: Any) -> None:
-    """One PRNG key, of the new kind or raw."""
+    """Checks that `key` is one PRNG key, typed or raw."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
         return
@@ -26,7 +26,8 @@ def check_key(function: str, key: Any) -> None:
 
 
 def check_int(function: str, argument: str, k: Any) -> None:
-    """An int known at trace time, told before the scores are looked at: they may stand in its place."""
+    """Checks that k is an int known at trace time. This comes before the checks of the scores, which a caller may have
+    passed in its place."""
     if not is_int(k):
         got = repr(k) if jnp.ndim(k) == 0 else f"an array of shape {jnp.shape(k)}"
         raise TypeError(
@@ -50,7 +51,7 @@ def check_count(function: str, k: Any, classes: int, argument: str = "k") -> int
 
 
 def check_shape(function: str, shape: Any, batch: tuple[int, ...]) -> tuple[int, ...]:
-    """What stands before the batch in the shape of the result."""
+    """The axes of the result's shape that come before the batch, and count the samples of each row."""
     if shape is None:
         return ()
     whole = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
@@ -67,7 +68,7 @@ def check_shape(function: str, shape: Any, batch: tuple[int, ...]) -> tuple[int,
 
 
 def check_positive(function: str, temperature: Any) -> None:
-    """A temperature that is known at trace time."""
+    """Checks that a temperature is positive and finite, if it is known at trace time."""
     if not all_known(temperature, lambda t: (t > 0) & (t < math.inf)):
         raise ValueError(
             f"{function}: temperature must be > 0 and finite; got {temperature}. For samples without relaxation, "
@@ -76,6 +77,6 @@ def check_positive(function: str, temperature: Any) -> None:
 
 
 def check_index(function: str, index: Any, x: Array) -> Array:
-    """Classes `[...]`, one for each row."""
+    """The class of each row, as integers `[...]`."""
     of, way_out = "the scores' shape without the classes,", "For several draws of one row map over them: jax.vmap"
     return check_labels(function, "index", index, x.shape[:-1], of=of, way_out=way_out)

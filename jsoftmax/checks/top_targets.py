@@ -53,7 +53,8 @@ def mass_is_in_range(top: TopTargets, valid: Array) -> Array:
 
 
 def check_top_targets(function: str, argument: str, top: TopTargets, batch: tuple[int, ...], dtype: Any) -> TopTargets:
-    """Its arrays, of the batch's shape with k behind it, in 32 bits at least and in a dtype."""
+    """`TopTargets` whose arrays have the batch's shape with k as one more last axis: indices in 32 bits at least, and
+    probabilities in the given dtype."""
     if top.tail not in TAILS:
         wanted = ", ".join(map(repr, TAILS))
         raise ValueError(
@@ -78,7 +79,7 @@ def check_top_targets(function: str, argument: str, top: TopTargets, batch: tupl
 
 
 def reject_of_all_classes(function: str, **options: Any) -> None:
-    """What takes every class by itself: here the rest is one class."""
+    """Rejects options that need every class by itself: with `TopTargets` the rest is one class."""
     for name, value in options.items():
         if value is not None:
             raise ValueError(

@@ -33,8 +33,8 @@ _GOLDEN = 0x9E3779B9  # 2^32 times the golden section
 
 
 def _whole_numbers(key: Any, x: Array, axis_name: AxisName) -> Array:
-    """w `[..., K]`, whole numbers with mean 2^31 p: those of a class are rounded up or down at random, by an offset of
-    the row that steps by the golden section, so that small p are right, too  (MATH 10.2)."""
+    """w `[..., K]`, whole numbers with mean 2^31 p. Each is rounded up or down at random, so that small p are right,
+    too: a row has one random offset, which steps by the golden section from class to class  (MATH 10.2)."""
     share = normalize(x, (x.ndim - 1,), axis_name).p * _TOTAL
     whole = jnp.floor(share)
     first = shard_index(axis_name).astype(jnp.uint32) * x.shape[-1]
@@ -45,7 +45,8 @@ def _whole_numbers(key: Any, x: Array, axis_name: AxisName) -> Array:
 
 
 def _cumulative(w: Array) -> Array:
-    """Cumulative sums over the last axis, few by few: XLA on CPU adds 16 by 16, slowly where that leaves some over."""
+    """Cumulative sums over the last axis, in groups that divide it: XLA on CPU takes groups of 16, and is slow if they
+    leave a remainder."""
     length = w.shape[-1]
     few = max(n for n in range(1, 17) if length % n == 0)
     F = jnp.cumsum(w.reshape(*w.shape[:-1], length // few, few), -1)
@@ -55,7 +56,7 @@ def _cumulative(w: Array) -> Array:
 
 
 def _high_word(a: Array, b: Array) -> Array:
-    """⌊a b / 2^32⌋ for 32-bit a and b, by halves of 16 bits."""
+    """⌊a b / 2^32⌋ for 32-bit a and b, computed from halves of 16 bits."""
     (a_high, a_low), (b_high, b_low) = ((c >> 16, c & 0xFFFF) for c in (a, b))
     middle = a_high * b_low + (a_low * b_low >> 16)
     return a_high * b_high + (middle >> 16) + ((middle & 0xFFFF) + a_low * b_high >> 16)
@@ -63,11 +64,11 @@ def _high_word(a: Array, b: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _draw(key: Any, x: Array, draws: int, axis_name: AxisName) -> Array:
-    """`[..., draws]` classes, counted over all shards.
+    """Drawn classes `[..., draws]`, numbered over all shards.
 
-    Each shard adds up its own w, in groups, so that classes sharded under plain `jit` are not gathered, either, and
-    finds the draws that fall to it: first the block of a few classes, by the blocks' sums, then the class within it. So
-    nothing is written for each class; for many draws the blocks have one class.
+    Each shard adds up its own w, in groups, so that classes that are sharded under plain `jit` are not gathered,
+    either. Then it finds the draws that fall to it: first the block of a few classes, by the sums of blocks, then the
+    class within the block. So no number is stored for each class. For many draws, blocks have one class.
     """
     of_rounding, of_draws = jax.random.split(key)
     w = _whole_numbers(of_rounding, lax.stop_gradient(x), axis_name)
@@ -80,11 +81,11 @@ def _draw(key: Any, x: Array, draws: int, axis_name: AxisName) -> Array:
     totals = concatenate_shards(F[..., -1], shard_count(axis_name), axis_name)
     ends = jnp.cumsum(totals, -1)
     before = lax.dynamic_slice_in_dim(ends - totals, shard_index(axis_name) * groups, groups, -1)
-    if not few:  # to search every group would take longer than to add them up
+    if not few:  # searching every group would take longer than adding them up
         F, groups = (F + (before - before[..., :1])[..., None]).reshape(*x.shape[:-1], 1, classes), 1
         before = before[..., :1]
     r = _high_word(jax.random.bits(of_draws, (*x.shape[:-1], draws), "uint32"), ends[..., -1:])
-    own = r[..., None, :] - before[..., None]  # wraps round for an earlier group's, and is large
+    own = r[..., None, :] - before[..., None]  # for draws of an earlier group this wraps round to a large number
     inside = own < F[..., -1:]
     own = jnp.where(inside, own, 0)
     drawn = _search(F, own)
@@ -96,14 +97,14 @@ def _draw(key: Any, x: Array, draws: int, axis_name: AxisName) -> Array:
 
 
 def _block_length(classes: int, searches: int) -> int:
-    """How many classes a block has, about the square root of a group's; 1 where that many searches within blocks would
-    take longer than to add up all classes."""
+    """How many classes a block has: about the square root of the group's, or 1 where that many searches within blocks
+    would take longer than adding up all classes."""
     length = 2 ** round(math.log2(classes) / 2)
     return length if length > 4 and searches * length <= classes * _GROUPS else 1
 
 
 def _in_blocks(w: Array, length: int) -> Array:
-    """`[..., classes]` as `[..., blocks, length]`, with classes of w = 0 at the end where some are left over."""
+    """`[..., classes]` as `[..., blocks, length]`, padded with w = 0 where blocks do not divide the classes."""
     blocks = -(-w.shape[-1] // length)
     if w.shape[-1] % length:
         w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, blocks * length - w.shape[-1])])
@@ -111,8 +112,8 @@ def _in_blocks(w: Array, length: int) -> Array:
 
 
 def _within(w: Array, left: Array) -> Array:
-    """The first class of each block `[..., length]` with F > left. A compiler may compute w twice, and round it
-    differently; whatever its sum then is, the class has w > 0."""
+    """The first class of each block `[..., length]` with F > left. A compiler may compute w twice and round it
+    differently; `left` is limited to the sum found here, so that the class has w > 0 all the same."""
     F = jnp.cumsum(w, -1)
     left = jnp.minimum(left, jnp.maximum(F[..., -1], 1) - 1)
     return jnp.sum(left[..., None] >= F, -1, dtype=jnp.int32)
@@ -127,7 +128,7 @@ def _search(F: Array, r: Array) -> Array:
 
 
 def _keep_possible(drawn: Array, x: Array, axis_name: AxisName) -> Array:
-    """Draws `[..., n]`, −1 where the class is left out or the row is bad."""
+    """The draws `[..., n]`, with −1 where the class is left out or the row has a NaN or +inf."""
     bad = jnp.any(~(x < jnp.inf), -1, keepdims=True)  # a maximum over devices may lose a NaN
 
     def left_out(own: Array) -> Array:
@@ -140,10 +141,10 @@ def _keep_possible(drawn: Array, x: Array, axis_name: AxisName) -> Array:
 
 @jax.jit
 def _draw_by_noise(key: Any, x: Array) -> Array:
-    """`[..., 1]` classes, that of the largest x + g; −1 in a row without classes, or with a score of NaN or +inf.
+    """The class of the largest x + g, `[..., 1]`; −1 in a row without classes, or with a score of NaN or +inf.
 
-    GPUs and TPUs compute the noise while they read x, once. Two classes are compared by their differences, so that an x
-    far from 0 does not round the noise away.
+    GPUs and TPUs read x once, and compute the noise meanwhile. Two classes are compared by differences, of x and of g,
+    so that an x far from 0 does not round the noise away.
     """
     x = lax.stop_gradient(x)
     classes = jnp.where(jnp.abs(x) < jnp.inf, lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1), -1)
@@ -151,7 +152,8 @@ def _draw_by_noise(key: Any, x: Array) -> Array:
     def larger(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
         (x_a, g_a, k_a), (x_b, g_b, k_b) = a, b
         ahead, behind = x_a - x_b, g_b - g_a
-        first = (ahead > behind) | ((ahead == behind) & (k_a < k_b)) | ~(x_a < jnp.inf)  # or x_a makes the row bad
+        # a NaN or +inf wins, and makes the row bad
+        first = (ahead > behind) | ((ahead == behind) & (k_a < k_b)) | ~(x_a < jnp.inf)
         return tuple(jnp.where(first, one, other) for one, other in zip(a, b, strict=True))
 
     start = jnp.array(-jnp.inf, x.dtype), jnp.zeros((), x.dtype), jnp.full((), -1, jnp.int32)

@@ -36,10 +36,10 @@ def relaxed(perturbed: Array, temperature: Array) -> Normalized:
 
 
 def _divide(perturbed: Array, temperature: Array) -> Array:
-    """(a − max a)/τ: the maximum is subtracted first, so a small τ costs no digits; −inf for what is left out, and for
-    what is so far below that a derivative in τ would overflow."""
+    """(a − max a)/τ. The maximum is subtracted first, so that a small τ costs no digits. Classes that are left out give
+    −inf, and so do those so far below the maximum that a derivative in τ would overflow."""
     peak = jnp.max(lax.stop_gradient(perturbed), -1, keepdims=True, initial=-jnp.inf)
-    # the maximum keeps a product that the scores may be apart from the subtraction (MATH 4.1)
+    # `not_below` keeps the subtraction apart from a product that made the scores (MATH 4.1)
     below = not_below(perturbed) - jnp.where(jnp.isfinite(peak), peak, 0)
     out = below < -1e18 * temperature
     return jnp.where(out, -jnp.inf, jnp.where(out, 0, below) / temperature)
@@ -47,7 +47,7 @@ def _divide(perturbed: Array, temperature: Array) -> Array:
 
 @jax.custom_jvp
 def straight_through(hard: Array, soft: Array) -> Array:
-    """The value of `hard`, exactly, with the derivatives of `soft`; NaN where that is."""
+    """The value of `hard`, exactly, with the derivatives of `soft`; NaN where `soft` is NaN."""
     return jnp.where(jnp.isnan(soft), soft, hard)
 
 
@@ -176,10 +176,10 @@ def subset_softmax(  # noqa: PLR0917  (as the others have them)
 
 @functools.partial(jax.jit, static_argnums=2)
 def _subset(perturbed: Array, temperature: Array, k: int) -> Array:
-    """MATH 10.5; log(1 − p) of the largest p from the other classes alone, so that value and derivative keep their
-    digits. The only class that is left is left out afterwards."""
+    """MATH 10.5. log(1 − p) of the largest p is computed from the other classes, so that value and derivative keep
+    their digits. Once one class alone is left, it is left out of the next steps."""
 
-    @jax.checkpoint  # jax 0.10 and 0.11 drop rules at order 2 inside a scan otherwise
+    @jax.checkpoint  # else jax 0.10 and 0.11 drop derivative rules at order 2 inside a scan
     def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         a, total = carry
         x, axis = _divide(a, temperature), (a.ndim - 1,)
@@ -208,7 +208,7 @@ def _log_density(log_x: Array, x: Array, temperature: Array) -> Array:
     log_p = maps.log_p(jnp.where(kept, d, -jnp.inf), (x.ndim - 1,))
     sums = jnp.sum(jnp.where(kept, log_p, 0), -1)
     count = jnp.maximum(count, 1)
-    log_factorial = jnp.where(count > 2, lax.lgamma(count), 0)  # XLA's lgamma(1) is 5e-7
+    log_factorial = jnp.where(count > 2, lax.lgamma(count), 0)  # XLA's lgamma(1) is 5e-7, not 0
     density = log_factorial + (count - 1) * jnp.log(temperature[..., 0]) + sums
     return jnp.where((vanished & (count > 1) | stray) & ~jnp.isnan(density), -jnp.inf, density)
 
@@ -307,7 +307,7 @@ def concrete_log_density(
 
 
 def _log_of_sample(x: Array) -> Array:
-    """log x, of what is 0 or below as of the smallest normal number."""
+    """log x, where an x below the smallest normal number counts as that number."""
     tiny = float(jnp.finfo(x.dtype).tiny)
     return jnp.log(jnp.where(x < tiny, tiny, x))
 

@@ -21,7 +21,7 @@ from jsoftmax.phi import Phi, exp
 
 @jax.jit
 def conditional(key: Any, x: Array, index: Array, maximum: Array | None) -> Array:
-    """x + g given that the maximum is at the index; the noise is a constant  (MATH 10.9)."""
+    """x + g, given that the maximum is at the index. Derivatives treat the noise as a constant  (MATH 10.9)."""
     kept = ~jnp.isneginf(x)
     scores = jnp.where(kept, x, 0)
     fixed = lax.stop_gradient(scores)
@@ -34,7 +34,7 @@ def conditional(key: Any, x: Array, index: Array, maximum: Array | None) -> Arra
         top = lax.stop_gradient(maximum)
     free = fixed + noise
     below = jnp.minimum(free, top) - jnp.log1p(jnp.exp(-jnp.abs(free - top)))  # −log(e^−free + e^−top)
-    below = jnp.minimum(below, jnp.nextafter(top, jnp.full_like(top, -jnp.inf)))  # rounding makes no tie
+    below = jnp.minimum(below, jnp.nextafter(top, jnp.full_like(top, -jnp.inf)))  # so rounding makes no tie
     perturbed = straight_through(jnp.where(chosen, top, below), scores)
     impossible = ~jnp.any(chosen, -1, keepdims=True) & jnp.any(kept, -1, keepdims=True)
     bad = impossible | jnp.any(scores == jnp.inf, -1, keepdims=True)
@@ -171,7 +171,7 @@ def reinmax(
 
 @jax.jit
 def _heun(x: Array, hard: Array, temperature: Array) -> Array:
-    """2 q − ½ p, q = ½ (D + softmax(x/τ)) with the Jacobian of a softmax  (MATH 10.11)."""
+    """2 q − ½ p, where q = ½ (D + softmax(x/τ)) has the derivative of a softmax in x  (MATH 10.11)."""
     axis = (x.ndim - 1,)
     q = (hard + relaxed(lax.stop_gradient(x), lax.stop_gradient(temperature)).p) / 2
     present = q != 0

@@ -1,4 +1,4 @@
-"""Gumbel noise, and what every function of the Gumbel route asks of its arguments."""
+"""Gumbel noise, and the checks that all functions of the Gumbel route share."""
 
 from typing import Any, NamedTuple
 
@@ -14,25 +14,26 @@ from jsoftmax.sharding import AxisName, apply_to_rows, concatenate_shards, shard
 
 
 def gumbel(key: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-    """g = −log E, E = −log1p(−U), with U resolved best near 0, where the largest g come from  (MATH 10.1)."""
+    """g = −log E, E = −log1p(−U). U has its finest steps near 0, where the largest g come from  (MATH 10.1)."""
     digits = jnp.finfo(dtype).nmant + 1
     if digits == 53:
         U = ((jax.random.bits(key, shape, "uint64") >> 11).astype(dtype) + 0.5) * 2.0**-53
-    else:  # signed integers are converted faster
+    else:  # signed integers convert to floats faster
         U = ((jax.random.bits(key, shape, "uint32") >> 1).astype(jnp.int32).astype(dtype) + 0.5) * 2.0**-31
     return -jnp.log(-jnp.log1p(-jnp.minimum(U, 1 - 2.0**-digits)))
 
 
 class Scores(NamedTuple):
-    """Checked: x = ψ(z) + log w with the classes last, in the accumulation dtype; how to hand a result back."""
+    """Checked scores: x = ψ(z) + log w with the classes last, in the accumulation dtype; and how to restore a
+    result."""
 
     x: Array
     axis: int
-    """Where the classes are in what is given and handed back, counted from the end."""
+    """The class axis of the arguments and of results, counted from the end."""
     dtype: Any
 
     def samples(self, function: str, shape: Any) -> "Scores":
-        """As many copies of the scores as there are samples in a result of that shape without its classes."""
+        """The scores repeated for each sample. shape: that of the samples, without their classes."""
         prefix = check_shape(function, shape, self.batch)
         return self._replace(x=jnp.broadcast_to(self.x, (*prefix, *self.x.shape)))
 
@@ -46,14 +47,15 @@ class Scores(NamedTuple):
         return self.x + gumbel(key, self.x.shape, self.x.dtype)
 
     def restore(self, a: Array) -> Array:
-        """A result with classes, their axis where the scores have it, in the scores' dtype."""
+        """A result with classes: their axis is moved to where the scores have it, and the dtype is that of the
+        scores."""
         return jnp.moveaxis(a, -1, self.axis).astype(self.dtype)
 
 
 def check(  # noqa: PLR0917  (as the public functions have them)
     function: str, z: Any, axis: Any, where: Any, phi: Any, log_weights: Any, axis_name: Any = None
 ) -> Scores:
-    """The scores of a function with one class axis."""
+    """The checked scores of a function with one class axis."""
     arguments = maps.check(function, {"z": z}, axis, where, phi, log_weights, axis_name)
     at = one_axis(function, axis, arguments.axis)
     x = maps.weighted_scores(phi, arguments.scores[0], arguments.where, arguments.log_weights)
@@ -63,7 +65,7 @@ def check(  # noqa: PLR0917  (as the public functions have them)
 def check_relaxed(  # noqa: PLR0917  (as the public functions have them)
     function: str, z: Any, temperature: Any, axis: Any, where: Any, phi: Any, log_weights: Any
 ) -> tuple[Scores, Array]:
-    """The scores, and τ as `[..., 1]`: one number, or one for each row."""
+    """The checked scores, and τ as `[..., 1]`: one number, or one for each row."""
     given = check(function, z, axis, where, phi, log_weights)
     check_positive(function, temperature)
     shape = jnp.moveaxis(given.x, -1, given.axis).shape
@@ -73,7 +75,7 @@ def check_relaxed(  # noqa: PLR0917  (as the public functions have them)
 
 
 def top_perturbed(key: Any, a: Array, k: int, axis_name: AxisName = None) -> tuple[Array, Array]:
-    """The k largest of a + g and which classes they are, over all shards, each with noise of its own."""
+    """The k largest of a + g and their classes, over all shards. Each shard draws its own noise."""
     if axis_name is None:
         return apply_to_rows(lambda a, key: top_k_of_many(a + gumbel(key, a.shape, a.dtype), k), a, key)
     own, shards = a.shape[-1], shard_count(axis_name)
@@ -86,7 +88,7 @@ def top_perturbed(key: Any, a: Array, k: int, axis_name: AxisName = None) -> tup
 
 
 def is_chosen(index: Array, x: Array) -> Array:
-    """Whether a class `[..., K]` is that of the index; nowhere for an index that is out of range or left out."""
+    """Whether a class `[..., K]` is that of the index. It is so nowhere if the index is out of range or left out."""
     return (index[..., None] == jnp.arange(x.shape[-1], dtype=index.dtype)) & ~jnp.isneginf(x)
 
 

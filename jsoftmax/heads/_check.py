@@ -1,4 +1,4 @@
-"""The arguments of the streaming heads, checked; and the tokens in order, those that count first."""
+"""Checks the arguments of the streaming heads, and sorts the tokens so that those that count come first."""
 
 import functools
 import math
@@ -40,33 +40,33 @@ from jsoftmax.sharding import (
 
 
 class CheckedHead(NamedTuple):
-    """A head, its plan, and how per-token results go back into the tokens' shape."""
+    """A head, its plan, and what is needed to put results of tokens back into the tokens' shape."""
 
     head: Head
     plan: Plan
     batch: tuple[int, ...]
     rows: Array | None
-    """bool `[N]`, the tokens that count."""
+    """bool `[N]`: which tokens count."""
     order: Array | None
-    """The order in which the tokens are taken."""
+    """The order in which the head has the tokens."""
     token_weights: Array | None
-    """`[tokens]` of the head, 0 for tokens that do not count."""
+    """`[tokens]`, in the order of the head; 0 for tokens that do not count."""
     top: TopTargets | None = None
-    """`[..., k]`; their indices are the head's labels."""
+    """`[..., k]`; its indices are the head's labels."""
     several: tuple[int, ...] | None = None
-    """The axes of several labels of each token, in front of the tokens'."""
+    """The axes of several labels of each token, which come before the tokens' axes."""
     counted: Array | None = None
-    """bool `[N, m]`, the labels that count, where they are several."""
+    """bool `[N, m]`: which labels count, if a token has several."""
 
     def in_dtype(self, dtype: Any) -> Head:
-        """The head beside another one, for factors of both."""
+        """The head with its numbers in the accumulation dtype of `dtype`, the common dtype of two heads."""
         wide = accumulation_dtype(dtype)
         names = ("hidden", "log_weights", "soft_cap", "temperature", "margin")
         cast = {name: getattr(self.head, name) for name in names}
         return self.head._replace(**{name: None if a is None else a.astype(wide) for name, a in cast.items()})
 
     def restore(self, result: Array, ignored: Any = 0) -> Array:
-        """`[tokens, …]` of the head as `[..., …]`, with a value for tokens that do not count."""
+        """Results `[tokens, …]` of the head as `[..., …]`; tokens that do not count get the value `ignored`."""
         result = result[: math.prod(self.batch)]
         if self.order is not None and self.rows is not None:
             rows = self.rows.reshape(-1, *[1] * (result.ndim - 1))
@@ -74,7 +74,7 @@ class CheckedHead(NamedTuple):
         return result.reshape(*self.batch, *result.shape[1:])
 
     def restore_labels(self, result: Array) -> Array:
-        """`[tokens, m]` of the labels as `[...]`, or as `[*several, ...]`; 0 for labels that do not count."""
+        """Results `[tokens, m]` of labels as `[...]`, or as `[*several, ...]`; 0 for labels that do not count."""
         result = self.restore(result)
         if self.several is None:
             return result[..., 0]
@@ -107,9 +107,9 @@ def check(
     chunk: int = 1,
     names: tuple[str, str, str] = ("hidden", "weight", "bias"),
 ) -> CheckedHead:
-    """Everything as a `Head`, in the accumulation dtype but for what belongs to the vocabulary.
+    """All arguments as a `Head`, in the accumulation dtype except for arrays of the vocabulary.
 
-    per_token: what a token may have beside one label or a distribution, of `_labels.SEVERAL` and `_labels.TOP`.
+    per_token: which of `_labels.SEVERAL` and `_labels.TOP` a token may have instead of one label or a distribution.
     """
     maps.check_phi(function, phi)
     hidden, weight = (_check_floating(function, n, a) for n, a in zip(names, (hidden, weight), strict=False))
@@ -176,7 +176,7 @@ def _check_token_weights(  # noqa: PLR0917  (what they are checked against)
     rows: Array | None,
     top: TopTargets | None,
 ) -> tuple[Array, Array | None]:
-    """`[N]`, and the tokens that count: padding has no weight and no label."""
+    """The weights `[N]`, and which tokens count. A token with weight 0 and a label out of range is padding."""
     of_tokens = broadcast_number(function, "token_weights", token_weights, batch, "the tokens' shape")
     weights = match_varying_axes(of_tokens.reshape(-1).astype(head.hidden.dtype), head.hidden)
     all_count = is_concrete_number(token_weights) and token_weights != 0
@@ -194,7 +194,7 @@ _TINY = 1e-37
 
 
 def _with_accelerator_block(given: CheckedHead, chunks: int, chunk: int) -> CheckedHead:
-    """For GPUs and TPUs all tokens at a time, and as many classes as make a block of _SCORES, or of _SUM_SCORES."""
+    """Sets the blocks for GPUs and TPUs: all tokens, and as many classes as give _SCORES or _SUM_SCORES scores."""
     tokens, scores = given.head.hidden.shape[0], _SCORES if given.token_weights is None else _SUM_SCORES
     if not tokens:
         return given
@@ -203,7 +203,7 @@ def _with_accelerator_block(given: CheckedHead, chunks: int, chunk: int) -> Chec
 
 
 def classes_of_block(tokens: int, classes: int, scores: int) -> int:
-    """How many classes make a block of so many scores, a divisor where one is near."""
+    """How many classes give a block of this many scores: a divisor of `classes`, if one is near."""
     return _near_divisor(classes, max(1, scores // tokens))
 
 
@@ -235,7 +235,7 @@ def _check_shapes(function: str, hidden: Array, weight: Array, names: tuple[str,
 
 
 def _check_shards(function: str, shards: Any, axis_name: AxisName, weight: Array) -> int:
-    """How many parts the classes have, or are to be cut into."""
+    """The number of parts that the classes have, or are to be cut into."""
     if not is_int(shards) or shards < 1:
         raise (TypeError if not is_int(shards) else ValueError)(
             f"{function}: shards must be a positive int known at trace time; got {shards!r}. It is the number of "
@@ -255,7 +255,7 @@ def _check_shards(function: str, shards: Any, axis_name: AxisName, weight: Array
 
 
 def _check_of_classes(function: str, argument: str, value: Any, classes: int) -> None:
-    """A mask of tokens in the place of one of classes."""
+    """Rejects a mask or weights of tokens where those of classes are wanted."""
     shape = jnp.shape(value) if isinstance(value, jax.Array | np.ndarray) else ()
     if shape not in ((), (1,), (classes,)):
         raise ValueError(
@@ -267,8 +267,8 @@ def _check_of_classes(function: str, argument: str, value: Any, classes: int) ->
 def _check_precision(function: str, precision: Any, dtype: Any) -> Any:
     """A `jax.lax.Precision`, which is hashable.
 
-    Left out, and without `jax_default_matmul_precision`, float32 and float64 factors are multiplied with all their
-    digits: JAX's default keeps 11 bits of float32 on GPUs, and 8 on TPUs.
+    If it is left out and `jax_default_matmul_precision` is not set, float32 and float64 factors are multiplied with all
+    their digits. JAX's default keeps 11 bits of float32 on GPUs and 8 on TPUs.
     """
     if precision is None:
         return default_precision(dtype)
@@ -285,7 +285,8 @@ def _check_precision(function: str, precision: Any, dtype: Any) -> Any:
 def _block_sizes(
     function: str, block_size: Any, head: Head, whole_rows: bool, *, classes: int, chunk: int
 ) -> tuple[int, int]:
-    """Tokens and classes of a block, the latter whole chunks and a divisor of a shard's classes where one is near."""
+    """Tokens and classes of a block. The classes are whole chunks, and a divisor of a shard's classes if one is
+    near."""
     tokens, classes = max(1, head.hidden.shape[0]), -(-classes // chunk) * chunk
     of_tokens, of_classes = _DEFAULTS.get(jax.default_backend(), _DEFAULTS["gpu"])
     if whole_rows:
@@ -302,16 +303,16 @@ def _block_sizes(
 
 
 _DEFAULTS = {"cpu": (1024, 2048), "gpu": (4096, 4096)}
-"""Tokens and classes of a block, by backend, measured on CPU (benchmarks/NOTES.md); GPUs and TPUs take them where the
-caller gives the classes alone."""
+"""Tokens and classes of a block, by backend. Those of CPU are measured (benchmarks/NOTES.md); GPUs and TPUs take theirs
+if the caller gives the classes only."""
 
 _SCORES, _SUM_SCORES = 2**26, 2**28
-"""How many scores a block has in programs for GPUs and TPUs, 256 MiB of float32; and of a sum over tokens, which is for
-speed: larger blocks are fewer kernels, and hidden states are read less often."""
+"""The number of scores of a block in programs for GPUs and TPUs: 256 MiB of float32. Sums over tokens, which are made
+for speed, take four times as many: larger blocks need fewer kernels, and read hidden states less often."""
 
 
 def _near_divisor(classes: int, wanted: int) -> int:
-    """The largest divisor from half to twice what is wanted, or what is wanted."""
+    """The largest divisor of `classes` between half and twice what is wanted; if there is none, what is wanted."""
     if classes <= 2 * wanted:
         return max(1, classes)
     divisors = (n for n in range(2 * wanted, wanted // 2, -1) if classes % n == 0)
@@ -319,7 +320,7 @@ def _near_divisor(classes: int, wanted: int) -> int:
 
 
 def _in_order(head: Head, plan: Plan, batch: tuple[int, ...], rows: Array | None, weights: Array | None) -> CheckedHead:
-    """The tokens that count first, then those that do not, made harmless; padded to whole blocks."""
+    """Sorts the tokens that count to the front, replaces the others by harmless ones, and pads to whole blocks."""
     order = None
     if rows is not None:
         order = jnp.argsort(~rows, stable=True)
@@ -328,7 +329,7 @@ def _in_order(head: Head, plan: Plan, batch: tuple[int, ...], rows: Array | None
         def taken(a: Any, instead: Any = 0) -> Any:
             return None if a is None else jnp.where(counts.reshape(-1, *[1] * (a.ndim - 1)), a[order], instead)
 
-        # scores of a zero vector could be outside φ's domain: those that do not count are like the first that does
+        # tokens that do not count become copies of the first that does: scores of zeros might lie outside φ's domain
         first = jnp.where(counts[:1, None], lax.stop_gradient(head.hidden[order][:1]), 0)
         harmless = {"hidden": taken(head.hidden, first), "banned": taken(head.banned, -1)}
         head = head._replace(counted=jnp.sum(rows, dtype=jnp.int32), **(_each(head, taken) | harmless))
@@ -346,12 +347,12 @@ def _in_order(head: Head, plan: Plan, batch: tuple[int, ...], rows: Array | None
 
 
 def _each(head: Head, f: Any) -> dict[str, Any]:
-    """What belongs to tokens, mapped."""
+    """f of each field that belongs to tokens."""
     return {name: f(getattr(head, name)) for name in PER_TOKEN}
 
 
 def check_pair(function: str, p: CheckedHead, q: CheckedHead) -> None:
-    """Two heads over one vocabulary and the same tokens."""
+    """Checks that two heads have the same tokens and the same number of classes."""
     if p.batch != q.batch:
         raise ValueError(
             f"{function}: hidden_p and hidden_q must have the same tokens; got shapes {p.batch} and {q.batch} before "
@@ -368,7 +369,7 @@ def check_pair(function: str, p: CheckedHead, q: CheckedHead) -> None:
 def loss_options(
     function: str, given: CheckedHead, label_smoothing: Any, z_loss: Any
 ) -> tuple[Array | None, Array | None]:
-    """Both in the accumulation dtype; None for a plain 0."""
+    """Both options in the accumulation dtype; None for a plain 0."""
     option = functools.partial(option_if_given, function, dtype=given.head.hidden.dtype)
     smoothing = option(label_smoothing, label_smoothing=(0.0, 1.0))
     if given.top is not None:

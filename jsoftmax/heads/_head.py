@@ -1,4 +1,4 @@
-"""A linear layer's scores, block by block: what the streaming heads compute with, and their loops (MATH 11.1)."""
+"""The scores of a linear layer, block by block, and the loops of the streaming heads over the blocks (MATH 11.1)."""
 
 import functools
 from collections.abc import Callable
@@ -16,18 +16,19 @@ from jsoftmax.sharding import AxisName, has_label, is_label, match_varying_axes,
 
 
 class Head(NamedTuple):
-    """Checked arguments, the tokens as one axis, or their tangents; None for what is not given, which costs nothing."""
+    """Checked arguments, or their tangents, with the tokens as one axis. What is not given is None, and costs
+    nothing."""
 
     hidden: Any = None
     """`[N, d]` in the accumulation dtype."""
     labels: Any = None
-    """Integers `[N, m]`, m of each token."""
+    """Integers `[N, m]`: m labels for each token."""
     targets: Any = None
     """Distributions `[N, V]`."""
     counted: Any = None
-    """How many tokens, the first ones, count."""
+    """The number of tokens that count; they come first."""
     weight: Any = None
-    """`[V, d]` as it is given: a block at a time is widened."""
+    """`[V, d]` in the dtype in which it is given: it is widened one block at a time."""
     bias: Any = None
     """`[V]`."""
     log_weights: Any = None
@@ -46,7 +47,7 @@ class Head(NamedTuple):
     margin: Any = None
 
     def only(self, *names: str) -> "Head":
-        """These fields."""
+        """A head with these fields only."""
         return Head(**{name: getattr(self, name) for name in names})
 
     def widened(self, wide: Any) -> "Head":
@@ -55,29 +56,30 @@ class Head(NamedTuple):
         return self._replace(weight=weight, bias=bias)
 
     def merge_fields(self, part: "Head") -> "Head":
-        """All fields, those that the part has from there."""
+        """This head, with the fields that `part` has taken from `part`."""
         return Head(*(a if b is None else b for a, b in zip(self, part, strict=True)))
 
 
 class Plan(NamedTuple):
-    """What is no array: the sizes of blocks, and how products are computed."""
+    """Everything that is not an array: the sizes of blocks, and how products are computed."""
 
     tokens: int
     classes: int
     dtype: Any
-    """Of the factors of a product; sums are in the accumulation dtype."""
+    """The dtype of the factors of a product; sums are in the accumulation dtype."""
     precision: Any
     axis_name: AxisName = None
-    """Over which the classes are sharded: the head has one part of them."""
+    """The axis over which the classes are sharded; the head then has one part of them."""
     shards: int = 1
-    """How many parts the classes have, or are to be cut into."""
+    """The number of parts that the classes have, or are to be cut into."""
     accelerator_block: Any = None
-    """Tokens and classes of a block in programs for GPUs and TPUs; None: as in the plan itself."""
+    """Tokens and classes of a block in programs for GPUs and TPUs. None: those of the plan itself."""
     tangent_precision: Any = None
-    """The precision of products of tangents, and backwards of cotangents, where it is not that of the scores."""
+    """The precision of products of tangents (backwards, of cotangents) where it differs from that of the scores."""
 
     def on_accelerators(self) -> "Plan":
-        """All tokens by blocks of classes, or the caller's blocks; tangents are rounded to narrow factors' dtype."""
+        """The plan for GPUs and TPUs: all tokens at once by blocks of classes, or the caller's blocks. Tangents are
+        rounded to the dtype of narrow factors."""
         tokens, classes = self.accelerator_block or (self.tokens, self.classes)
         narrow = tangent_precision(self.dtype, self.precision)
         return self._replace(tokens=tokens, classes=classes, tangent_precision=narrow)
@@ -97,7 +99,7 @@ def _narrow_products(hidden: Array, weight: Array, plan: Plan) -> Array:
 
 @_narrow_products.defjvp
 def _narrow_products_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """On CPU tangents are not narrowed, nor, backwards, what is summed over blocks."""
+    """On CPU tangents are not narrowed; neither are, backwards, the sums over blocks."""
     (hidden, weight), (hidden_dot, weight_dot) = primals, tangents
     precision = plan.precision if plan.tangent_precision is None else plan.tangent_precision
     product = functools.partial(_wide_products, precision=precision, wide=hidden.dtype)
@@ -108,7 +110,7 @@ def _narrow_products_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array
 
 
 def products(hidden: Array, weight: Array, plan: Plan) -> Array:
-    """h Wᵀ of factors in the plan's dtype, summed in that of `hidden`."""
+    """h Wᵀ, with factors in the plan's dtype and sums in the dtype of `hidden`."""
     if plan.dtype == hidden.dtype:
         return _wide_products(hidden, weight, plan.precision, plan.dtype)
     return _narrow_products(hidden, weight, plan)
@@ -150,11 +152,12 @@ PER_TOKEN = ("hidden", "labels", "targets", "banned", "least", "mode")
 
 
 def map_shards(f: Callable[..., Any], given: Any, plan: Plan, *static: Any) -> Any:
-    """f(given, *static, plan), where the heads in `given` are their parts of one shard; f merges over `plan.axis_name`.
+    """f(given, *static, plan) for the heads' parts of one shard; f itself merges the shards over `plan.axis_name`.
 
-    Shards of one array are mapped over, all at once: where XLA has cut the array over devices it moves nothing, and
-    each of them works on its own part. Compiled by itself, but not inside the caller's `jax.vmap(axis_name=…)`: JAX
-    traces a rule in such a program again where the name is no longer bound.
+    With `shards`, the shards of one array are mapped over, all at once. Where XLA has cut the array over devices
+    nothing is moved, and each device works on its own part. The function is compiled by itself, except inside the
+    caller's `jax.vmap(axis_name=…)`: there JAX would trace a rule of the compiled program again where the name is no
+    longer bound.
     """
     if plan.axis_name is not None:
         return f(_own(given, plan.axis_name), *static, plan)
@@ -176,9 +179,10 @@ def _compiled(f: Callable[..., Any], given: Any, plan: Plan, static: tuple[Any, 
 
 
 def _part_of_shard(path: Any, a: Array, shards: int) -> Array:
-    """What belongs to classes as shards, which come first; copies of what else has a derivative; the rest as it is.
+    """An array of classes is cut into shards, along a new first axis; another array with a derivative is copied for
+    each shard; everything else stays as it is.
 
-    Backwards the copies' shares are summed once, behind the loops.
+    Backwards, the shares of the copies are summed once, after the loops.
     """
     names = {key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)}.intersection(Head._fields)
     if not names.isdisjoint(PER_CLASS):
@@ -193,7 +197,8 @@ def _is_head(leaf: Any) -> bool:
 
 
 def _own(given: Any, axis_name: AxisName) -> Any:
-    """What is the same on all devices along which the classes or the tokens of a head differ, each device's own."""
+    """Gives each device its own copy of what is the same on all devices, along the axes over which the classes or
+    tokens of a head are sharded."""
 
     def own(head: Any) -> Any:
         if not _is_head(head):
@@ -210,12 +215,12 @@ SHARDS = "jsoftmax_shards"
 
 
 def first_class(head: Head, plan: Plan) -> Array:
-    """The number of this shard's first class among all."""
+    """The number of this shard's first class among the classes of all shards."""
     return shard_index(plan.axis_name) * head.weight.shape[0]
 
 
 def vocabulary(head: Head, plan: Plan) -> int:
-    """How many classes all shards have."""
+    """The number of classes of all shards together."""
     return head.weight.shape[0] * (1 if plan.axis_name is None else plan.shards)
 
 
@@ -227,7 +232,7 @@ Heads = tuple[Head, ...]
 def scan_classes(  # noqa: PLR0917  (what a loop over blocks takes)
     step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
 ) -> Any:
-    """The state after all classes, in the blocks of the platform that the program is compiled for."""
+    """The state after all classes, by the blocks for the platform that the program is compiled for."""
     other_plan = plan.on_accelerators()
     on_cpu, elsewhere = (functools.partial(_scan_blocks, step, plan=p) for p in (plan, other_plan))
     if other_plan == plan:
@@ -241,10 +246,10 @@ def _scan_blocks(  # noqa: PLR0917  (as `scan_classes` has them)
     """The state `[N, …]` after step(blocks, their tangents, start=, known=, state=, plan=) for each block of classes
     and tokens.
 
-    The heads have one vocabulary and the same tokens; `known` is what is known of the tokens. Blocks of classes are the
-    outer loop: the gradient of a block's weight is summed over the tokens before it is narrowed. Where blocks divide
-    the vocabulary the weight is read in place; otherwise it is padded, a copy. Over classes that are sharded, those of
-    this shard; `start` counts all.
+    The heads have the same vocabulary and the same tokens; `known` has numbers of the tokens that are known already.
+    Blocks of classes are the outer loop, so that the gradient of a block's weight is summed over the tokens before it
+    is narrowed. If blocks divide the vocabulary, the weight is read in place; otherwise it is copied to be padded. If
+    the classes are sharded, the loop is over those of this shard, and `start` counts the classes of all shards.
     """
     classes, wide = heads[0].weight.shape[0], heads[0].hidden.dtype
     heads = tuple(with_padding(head, plan) for head in heads)
@@ -270,7 +275,7 @@ def _scan_blocks(  # noqa: PLR0917  (as `scan_classes` has them)
 def _scan_tokens(  # noqa: PLR0917  (as `scan_classes` has them)
     step: Any, heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
 ) -> Any:
-    """The state after the step for each block of tokens; blocks of tokens that do not count are skipped."""
+    """The state after the step for each block of tokens. Blocks in which no token counts are skipped."""
     tokens, counted = heads[0].hidden.shape[0], heads[0].counted
     if tokens == plan.tokens:
         return step(heads, dots, known=known, state=state)
@@ -299,7 +304,7 @@ def _merge_fields(heads: Heads, parts: Any) -> Heads:
 
 
 def with_padding(head: Head, plan: Plan) -> Head:
-    """The head with a mask, where blocks do not divide the vocabulary: zeros that `cut` adds are left out."""
+    """The head, with a mask if blocks do not divide the vocabulary: it leaves out the zeros that `cut` adds."""
     classes = head.weight.shape[0]
     if classes % plan.classes and head.where is None:
         return head._replace(where=jnp.ones(classes, bool))

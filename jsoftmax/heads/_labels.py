@@ -1,4 +1,4 @@
-"""What a token is to be: a label, several of them, a distribution, or the k classes of `TopTargets`."""
+"""The target of each token: a label, several labels, a distribution, or the k classes of `TopTargets`."""
 
 import math
 from typing import Any, NamedTuple
@@ -21,12 +21,12 @@ class Labels(NamedTuple):
 
     head: Head
     rows: Array | None
-    """bool `[N]`, the tokens that count."""
+    """bool `[N]`: which tokens count."""
     top: TopTargets | None
     several: tuple[int, ...] | None
-    """The axes of several labels of each token, in front of the tokens'."""
+    """The axes of several labels of each token, which come before the tokens' axes."""
     counted: Array | None
-    """bool `[N, m]`, the labels that count."""
+    """bool `[N, m]`: which labels count."""
 
 
 def add_labels(  # noqa: PLR0917  (what they are checked against)
@@ -38,7 +38,7 @@ def add_labels(  # noqa: PLR0917  (what they are checked against)
     ignore_label: Any,
     per_token: Any,
 ) -> Labels:
-    """The head with them, checked."""
+    """The head with its labels or targets, checked."""
     tokens, classes, wide = math.prod(batch), head.weight.shape[0], head.hidden.dtype
     if isinstance(labels, TopTargets):
         if TOP not in per_token:
@@ -64,8 +64,8 @@ def add_labels(  # noqa: PLR0917  (what they are checked against)
 def _check_labels(
     function: str, labels: Any, batch: tuple[int, ...], classes: int, several: bool
 ) -> tuple[Array, tuple[int, ...] | None]:
-    """Integers of the tokens' shape, or distributions with the classes behind it; and the axes of several labels in
-    front of it."""
+    """Integers of the tokens' shape, or distributions, with the classes as one more last axis; and the axes of several
+    labels of each token, which come first."""
     shape, of = np.shape(labels), "the shape of hidden without its last axis"
     way_out = "Each row of hidden is one token with one label: cut both alike"
     if len(shape) > len(batch) and shape[len(shape) - len(batch) :] == batch:
@@ -88,7 +88,7 @@ def _check_labels(
 
 
 def _check_no_margin(function: str, margin: Any, several: tuple[int, ...], batch: tuple[int, ...]) -> None:
-    """A margin makes other scores for each label."""
+    """Several labels of a token share its scores, and a margin would change them for each label."""
     if margin is not None:
         wanted = ", ".join(map(str, (*several, *batch, "d")))
         raise ValueError(

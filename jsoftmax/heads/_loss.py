@@ -1,4 +1,4 @@
-"""What a pass over the vocabulary gives, made into the loss of each token (MATH 11.4, 7.8)."""
+"""The loss of each token, from what a pass over the vocabulary has found (MATH 11.4, 7.8)."""
 
 from typing import Any, cast
 
@@ -54,5 +54,5 @@ def _keeps(head: Head, plan: Plan, labels: Array) -> Array:
 
 
 def in_vocabulary(a: Array, head: Head, plan: Plan) -> Array:
-    """What belongs to labels; NaN, with derivatives 0, for a label out of range."""
+    """Numbers of labels: NaN, with derivatives 0, for a label out of range."""
     return a if head.labels is None else jnp.where(is_valid(head, plan), a, jnp.nan)

@@ -1,4 +1,4 @@
-"""Σ w loss over the tokens, its gradient made while the loss is: on CPU by three products, not four (MATH 11.5)."""
+"""Σ w loss over the tokens. Its gradient is computed along with the value: on CPU by three products (MATH 11.5)."""
 
 import functools
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from jsoftmax.sharding import first_shard_share, match_varying_axes, psum
 
 
 class WeightedHead(NamedTuple):
-    """A head, a weight for each of its tokens, and the loss's options."""
+    """A head, a weight for each of its tokens, and the options of the loss."""
 
     head: Head
     token_weights: Array
@@ -32,7 +32,7 @@ class WeightedHead(NamedTuple):
         return Extras(spread=self.smoothing is not None)
 
     def losses(self, found: Statistics, plan: Plan) -> Array:
-        """Of each token; 0, not infinity, where the weight is."""
+        """The loss of each token. Where the weight is 0, an infinite loss counts as 0."""
         loss = loss_of_tokens(self.head, plan, found, self.smoothing, self.z_loss)[:, 0]
         return zero_weightless(loss, self.token_weights)
 
@@ -42,12 +42,12 @@ class WeightedHead(NamedTuple):
         return jnp.sum(self.token_weights * losses), losses
 
     def by_streaming(self, plan: Plan) -> tuple[Array, Array]:
-        """Σ w loss by the rule of `statistics`, right for every derivative; and the losses."""
+        """Σ w loss and the losses, by the rule of `statistics`, which is right for every derivative."""
         return self.total(statistics(self.head, self.wanted, plan), plan)
 
 
 class _Gradients(NamedTuple):
-    """By the tokens and classes of a shard; that by hidden is this shard's share of it."""
+    """Gradients in the arrays of one shard; the one in `hidden` is this shard's share of the gradient."""
 
     hidden: Array
     weight: Array
@@ -56,7 +56,7 @@ class _Gradients(NamedTuple):
 
     @staticmethod
     def of(given: WeightedHead) -> "_Gradients":
-        """What has such a gradient, or its tangents."""
+        """The arrays, or tangents, that have such a gradient."""
         return _Gradients(given.head.hidden, given.head.weight, given.head.bias, given.token_weights)
 
     def within(self, given: WeightedHead) -> WeightedHead:
@@ -72,12 +72,13 @@ def weighted_sum(given: WeightedHead, plan: Plan) -> Array:
 
 @functools.partial(weighted_sum.defjvp, symbolic_zeros=True)
 def _weighted_sum_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """⟨∂h, ḣ⟩ + ⟨∂W, Ẇ⟩ + ⟨∂b, ḃ⟩ + ⟨loss, ẇ⟩  (MATH 11.5); by streaming where W is a constant, where an option
-    is none, for distributions, and in shards of one array."""
+    """⟨∂h, ḣ⟩ + ⟨∂W, Ẇ⟩ + ⟨∂b, ḃ⟩ + ⟨loss, ẇ⟩  (MATH 11.5). It is taken by streaming if W is a constant, if another
+    argument has a tangent, for distributions, and for shards of one array."""
     (given,), dots = primals, without_zeros(tangents[0])
     rates = _Gradients.of(dots)
     others = jax.tree.leaves(_Gradients(None, None, None, None).within(dots))  # pyright: ignore[reportArgumentType]
-    by_streaming = others or given.head.targets is not None or plan.axis_name == SHARDS  # a mapped name is bound once
+    # the name of SHARDS is bound only while the map over shards is traced
+    by_streaming = others or given.head.targets is not None or plan.axis_name == SHARDS
     if rates.weight is None or by_streaming:
         return jvp_of_live(lambda given: given.by_streaming(plan)[0], given, dots)
     value, gradients = _value_and_gradients(given, plan)
@@ -90,8 +91,8 @@ def _weighted_sum_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, A
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _value_and_gradients(given: WeightedHead, plan: Plan) -> tuple[Array, _Gradients]:
-    """Σ w loss and its gradient: on CPU, or in blocks that the caller chose, by three products; otherwise by four,
-    which are fewer and larger kernels."""
+    """Σ w loss and its gradient. On CPU, or if the caller chose the blocks, this takes three products; otherwise four,
+    in fewer and larger kernels."""
     on_cpu, elsewhere = (functools.partial(f, plan=plan) for f in (_by_token_blocks, _streamed))
     if plan.accelerator_block in (None, (plan.tokens, plan.classes)):
         return on_cpu(given)
@@ -99,12 +100,13 @@ def _value_and_gradients(given: WeightedHead, plan: Plan) -> tuple[Array, _Gradi
 
 
 def _by_token_blocks(given: WeightedHead, plan: Plan) -> tuple[Array, _Gradients]:
-    """One block of tokens after the other, each with all classes: its products h Wᵀ, tokens × V numbers, are kept."""
+    """One block of tokens after the other, each with all classes. The products h Wᵀ of a block are kept: tokens × V
+    numbers."""
     head = _head.with_padding(given.head, plan)
     blocks = jax.tree.map(lambda a: cut(a, plan.classes), head.only(*_head.PER_CLASS))
     wide = head.hidden.dtype
     start_of_shard = _head.first_class(head, plan)
-    zero = jnp.zeros_like(head.hidden, shape=())  # sharded as tokens and classes are, and so are the sums
+    zero = jnp.zeros_like(head.hidden, shape=())  # sharded as tokens and classes are; so the sums are too
     zeros = [None if a is None else jnp.zeros_like(a, wide) + zero for a in (blocks.weight, blocks.bias)]
 
     def body(carry: Any, rows: WeightedHead) -> tuple[Any, Any]:
@@ -141,7 +143,7 @@ def _value_and_gradients_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
 
 
 def _streamed(given: WeightedHead, plan: Plan) -> tuple[Array, _Gradients]:
-    """The same by the rule of `statistics`."""
+    """The same result by the rule of `statistics`."""
 
     def of(wanted: _Gradients) -> Any:
         value, losses = wanted._replace(token_weights=given.token_weights).within(given).by_streaming(plan)
@@ -153,7 +155,7 @@ def _streamed(given: WeightedHead, plan: Plan) -> tuple[Array, _Gradients]:
 
 
 def _of_token_block(rows: WeightedHead, blocks: Head, first: Array, sums: Any, plan: Plan) -> Any:
-    """The sums [∂W, ∂b] with its share; Σ w loss, ∂h and the losses of its tokens."""
+    """The sums [∂W, ∂b] with the share of this block added; and Σ w loss, ∂h and the losses of its tokens."""
     head, wide = rows.head, rows.head.hidden.dtype
     numbers = jnp.arange(blocks.weight.shape[0], dtype=jnp.int32)
     starts = first + numbers * plan.classes
@@ -190,6 +192,6 @@ def _of_token_block(rows: WeightedHead, blocks: Head, first: Array, sums: Any, p
 
 
 def _added(total: Array, number: Array, block: Array) -> Array:
-    """The total with a block more, in place."""
+    """The total with one block added in place."""
     so_far = lax.dynamic_index_in_dim(total, number, keepdims=False)
     return lax.dynamic_update_index_in_dim(total, so_far + block, number, 0)

@@ -19,7 +19,7 @@ _LONGEST, _SHORTEST = 4096, 512
 
 
 class Moments(NamedTuple):
-    """Sums over the rows w of the weight and the entries b of the bias that are kept."""
+    """Sums over the classes that are kept, of the rows w of the weight and the entries b of the bias."""
 
     gram: Array
     """Q = Σ w wᵀ."""
@@ -35,11 +35,11 @@ class Moments(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def moments(weight: Array, bias: Array | None, where: Array | None, dtype: Any) -> Moments:
-    """The sums, block by block where V has a divisor that makes blocks.
+    """The sums, block by block if V has a divisor of a suitable size.
 
-    A masked weight, or one widened from bfloat16, is then never held whole, nor is the part of its derivative that
-    comes through here before the labels' part is added (benchmarks/NOTES.md). A block that does not divide V would
-    have XLA copy the weight first.
+    A masked weight, or one widened from bfloat16, is then never stored whole; neither is the part of its derivative
+    that comes through here, before the labels' part is added (benchmarks/NOTES.md). If blocks did not divide V, XLA
+    would copy the weight first.
     """
     length = max((n for n in range(_SHORTEST, _LONGEST + 1) if weight.shape[0] % n == 0), default=weight.shape[0])
 

@@ -26,7 +26,7 @@ from jsoftmax.phi import Phi, exp, log_phi
 
 
 class _CheckedArguments(NamedTuple):
-    """Checked: rows as one axis, in the accumulation dtype but for the weights."""
+    """Checked arguments in the accumulation dtype, with the rows as one axis."""
 
     hidden: Array
     weight: Array
@@ -147,7 +147,7 @@ def nce_loss(
 
 
 def _scores(given: _CheckedArguments, phi: Phi, draws: Array) -> tuple[Array, Array, Array]:
-    """x of the labels `[rows]` and of the draws `[rows, n]`, and the labels, 0 where one is out of range."""
+    """x of the labels `[rows]` and of the draws `[rows, n]`; and the labels, with 0 for one that is out of range."""
     label = in_range(given.labels, given.weight.shape[0])[0].astype(jnp.int32)
     own = jnp.sum(given.hidden * given.weight[label], -1)
     other = precise(given.hidden, given.weight[draws].T)
@@ -157,13 +157,13 @@ def _scores(given: _CheckedArguments, phi: Phi, draws: Array) -> tuple[Array, Ar
 
 
 def _corrected(x: Array, log_q: Array, draws: Array) -> Array:
-    """x − log n Q, n Q the expected count of the class among the draws; +inf where Q is 0."""
+    """x − log n Q, where n Q is the expected count of the class among the draws; +inf where Q is 0."""
     never = jnp.isneginf(log_q)
     return jnp.where(never, jnp.inf, x - jnp.where(never, 0, log_q) - math.log(draws.shape[0]))
 
 
 def _finish(loss: Array, given: _CheckedArguments, draws: Array) -> Array:
-    """NaN, with derivatives 0, for a label out of range or draws that are none; 0 in rows that do not count."""
+    """The loss: NaN, with derivatives 0, for a label out of range or failed draws; 0 in rows that do not count."""
     valid = in_range(given.labels, given.weight.shape[0])[1] & jnp.all(draws >= 0)
     loss = jnp.where(valid, loss, jnp.nan)
     return loss if given.rows is None else jnp.where(given.rows, loss, 0)

@@ -19,7 +19,7 @@ from jsoftmax.sums import not_negative
 
 
 class LinearStatistics(NamedTuple):
-    """Of each token, `[...]`."""
+    """Numbers of each token, `[...]`."""
 
     log_prob: Array
     """log p_y."""

@@ -1,4 +1,4 @@
-"""Cross-entropy, focal and Poly-1: functions of −l_y and its one rule (MATH 7.1 to 7.4)."""
+"""Cross-entropy, focal and Poly-1 loss: functions of −l_y, which has one derivative rule (MATH 7.1 to 7.4)."""
 
 import functools
 import math
@@ -27,21 +27,21 @@ from jsoftmax.sums import class_sum, difference, is_empty, not_negative
 
 
 class Terms(NamedTuple):
-    """What a loss of labels is made of; each keeps the class axis with length 1."""
+    """The parts of a loss of labels. Each keeps the class axis with length 1."""
 
     label: Array
     """−l_y."""
     log_normalizer: Array
     """L."""
     mean: Array | None
-    """The mean of −l over the classes that are kept, 0 of none; None where it is not wanted."""
+    """The mean of −l over the classes that are kept, 0 if there are none; None where it is not wanted."""
 
 
 @compiled_rule("axis_name", "mean", "order")
 def terms(x: Array, label: Array, axis_name: AxisName = None, mean: bool = False, order: int = 0) -> Terms:
-    """−l_y, L and, if wanted, the mean of −l, over the last axis of `x`, for labels `[..., 1]` in [0, K).
+    """−l_y, L and, if wanted, the mean of −l over the last axis of `x`, for labels `[..., 1]` in [0, K).
 
-    −l_y = log1p(rest) + (max x − x_y), and its mean: terms that are not negative  (MATH 7.1, 7.2).
+    −l_y = log1p(rest) + (max x − x_y), and the mean of such terms: none of them is negative  (MATH 7.1, 7.2).
     """
     by_label = functools.partial(_terms_by_label, axis_name=axis_name, mean=mean, order=order)
     if axis_name is not None or not sums.is_read_once(x, (x.ndim - 1,)):
@@ -51,7 +51,7 @@ def terms(x: Array, label: Array, axis_name: AxisName = None, mean: bool = False
 
 
 def _terms_by_label(x: Array, label: Array, axis_name: AxisName, mean: bool, order: int) -> Terms:
-    """From the maximum, the sum and the label's score, which is picked."""
+    """`terms` from the maximum, the sum, and the label's score, which is picked out of the row."""
     axis = (x.ndim - 1,)
     share = local_value_at_label(lambda own: pick(x, own), label, x.shape[-1], axis_name)
     peak, rest, x_y = sums.exp_sums(x, axis, axis_name, order, read(share))
@@ -65,7 +65,7 @@ def _terms_by_label(x: Array, label: Array, axis_name: AxisName, mean: bool, ord
 
 
 def _terms_by_class(x: Array, label: Array, mean: bool) -> Terms:
-    """From −l of every class, by sums over the classes: one kernel of a GPU, which reads a row once."""
+    """`terms` from −l of every class, by sums over the classes. On a GPU this is one kernel, which reads a row once."""
     axis = (x.ndim - 1,)
     out = sums.normalized(x, axis)
     n, x = -out.log_p, read(x)
@@ -79,7 +79,7 @@ def _terms_by_class(x: Array, label: Array, mean: bool) -> Terms:
 
 @terms.defjvp
 def _terms_jvp(axis_name: AxisName, mean: bool, order: int, primals: Any, tangents: Any) -> tuple[Terms, Terms]:
-    """Σ p ẋ − ẋ_y, whose coefficient at the label is expm1(l_y); Σ p ẋ; Σ p ẋ − (1/K) Σ ẋ  (MATH 7.1, 7.2)."""
+    """Σ p ẋ − ẋ_y, with the coefficient expm1(l_y) at the label; Σ p ẋ; and Σ p ẋ − (1/K) Σ ẋ  (MATH 7.1, 7.2)."""
     (x, label), (x_dot, _) = primals, tangents
     out = terms(x, label, axis_name, mean, order + 1)
     p = normalize(x, (x.ndim - 1,), axis_name, "loss", order + 1).p
@@ -92,9 +92,9 @@ def _terms_jvp(axis_name: AxisName, mean: bool, order: int, primals: Any, tangen
 def _terms_rate(  # noqa: PLR0917  (what `jax.checkpoint` keeps has no keywords)
     axis_name: AxisName, of_sharded: bool, p: Array, kept: Array | None, n: Array, label: Array, x_dot: Array
 ) -> Terms:
-    """The rule of `terms`, linear in ẋ. of_sharded: without −l_y, which would take one more exchange.
+    """The rule of `terms`, linear in ẋ. of_sharded: p_y is read from p, since −l_y would take one more exchange.
 
-    Checkpointed by its caller, which so keeps p, a mask if the mean is wanted, and numbers of rows.
+    The caller checkpoints it, and so keeps only p, a mask if the mean is wanted, and one number for each row.
     """
     p_y, at_label = jnp.exp(-n), expm1(-n)
     if of_sharded:
@@ -132,8 +132,8 @@ def zero_weightless(loss: Array, weight: Array) -> Array:
 
 
 def regularized(loss: Array, mean: Any, L: Array, smoothing: Array | None, z_loss: Array | None) -> Array:
-    """(1 − a) loss + a mean + z_loss L², for the mean of −l over the classes kept  (MATH 7.2); an option that is None
-    costs nothing, and without smoothing there need be no mean."""
+    """(1 − a) loss + a mean + z_loss L², with the mean of −l over the classes that are kept  (MATH 7.2). An option that
+    is None costs nothing; without smoothing, `mean` may be None."""
     if smoothing is not None:
         loss = (1 - smoothing) * zero_weightless(loss, 1 - smoothing) + smoothing * mean
     if z_loss is not None:
@@ -145,7 +145,7 @@ def regularized(loss: Array, mean: Any, L: Array, smoothing: Array | None, z_los
 
 
 def _weighted(given: Labelled, loss: Array, label: Array, axis_name: AxisName) -> Array:
-    """α_y of the loss, and 0 of a label on a class that the mask leaves out."""
+    """α_y times the loss, and 0 where the label is on a class that the mask leaves out."""
     if given.class_weights is not None:
         weights = given.class_weights
 
@@ -160,24 +160,26 @@ def _weighted(given: Labelled, loss: Array, label: Array, axis_name: AxisName) -
 
 
 def _against(given: Labelled, x: Array, axis_name: AxisName) -> tuple[Array, Array, AxisName]:
-    """Scores and targets of a row, times class weights, and the axis over which they are sharded."""
+    """The scores of a row, its targets times class weights, and the axis name over which both are sharded."""
     if given.by_top:
         return *row_of_top(given, x, axis_name), None
     q = given.targets()
     if given.class_weights is not None:
         q = q * given.class_weights
-        q = q if given.where is None else zero_where(~given.where, q)  # a weight may be infinite there
+        # a weight may be infinite where the mask is False
+        q = q if given.where is None else zero_where(~given.where, q)
     return x, q, axis_name
 
 
 def expected(q: Array, x: Array, n: Array) -> Array:
-    """Σ q n over the last axis; +inf if q > 0 on a class that is impossible, not only left out by the mask."""
+    """Σ q n over the last axis; +inf if q > 0 on a class that is impossible. (q is 0 where a mask leaves a class
+    out.)"""
     impossible = jnp.where(q == 0, 0, jnp.inf).astype(q.dtype)
     return class_sum(jnp.where(jnp.isneginf(x), impossible, q * n), (x.ndim - 1,))
 
 
 def minus_log_p(x: Array, axis_name: AxisName = None) -> Array:
-    """−l, 0 where a class is left out."""
+    """−l, and 0 where a class is left out."""
     return jnp.where(jnp.isneginf(x), 0, not_negative(-maps.log_p(x, (x.ndim - 1,), axis_name)))
 
 
@@ -190,9 +192,10 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
     z_loss: Array | None,
     axis_name: AxisName,
 ) -> Array:
-    """MATH 7.2; None for what is not asked for, which costs nothing."""
+    """MATH 7.2. An option that is not used is None, and costs nothing."""
     z, (label, valid) = given.scores(), given.label(axis_name)
-    alone = given.by_label and (smoothing is None or given.class_weights is None)  # x is read once, and may be narrow
+    # then x is read once, and may stay narrow
+    alone = given.by_label and (smoothing is None or given.class_weights is None)
     z = z if alone and margin is None else read(z)
     if margin is not None:
         z = z - margin * is_label(z.shape, label, axis_name).astype(z.dtype)
@@ -217,7 +220,7 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
 def _of_log_p(
     f: Callable[[Array, Array], Array], given: Labelled, phi: Phi, parameter: Array, axis_name: AxisName
 ) -> Array:
-    """α_y f(−l_y), or Σ q f(−l)."""
+    """α_y f(−l_y) for labels, or Σ α q f(−l) for distributions."""
     label, valid = given.label(axis_name)
     x = maps.weighted_scores(phi, given.scores(), given.where, given.log_weights)
     if given.by_label:
@@ -229,9 +232,9 @@ def _of_log_p(
 
 
 def _focal(n: Array, gamma: Array) -> Array:
-    """(1 − p)^γ n for n = −log p, p = e^−n; n itself where p is no longer seen  (MATH 7.3).
+    """(1 − p)^γ n for n = −log p, p = e^−n; n itself where p has underflowed  (MATH 7.3).
 
-    Near 0 it is n^{γ+1} ((1 − p)/n)^γ: so n = 0 has its derivatives.
+    Near 0 it is computed as n^{γ+1} ((1 − p)/n)^γ, whose derivatives are right at n = 0, too.
     """
     near, far = n < 0.5, n > 800
     n_near, n_mid = jnp.where(near, n, 0), jnp.where(near | far, 1, n)

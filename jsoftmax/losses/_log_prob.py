@@ -1,4 +1,4 @@
-"""Log-probabilities of labels, such as draws: several of each row, whose scores are read once (MATH 7.1)."""
+"""Log-probabilities of labels, such as draws. The scores of a row are read once for all its labels (MATH 7.1)."""
 
 import functools
 
@@ -19,7 +19,7 @@ from jsoftmax.sharding import AxisName, pick
 
 @functools.partial(jax.jit, static_argnames="axis_name")
 def _log_prob(given: Labelled, labels: Array, phi: Phi, axis_name: AxisName) -> Array:
-    """l of labels of any shape that broadcasts with the rows'."""
+    """l_y for labels of any shape that broadcasts with the shape of the rows."""
     shape = jnp.broadcast_shapes(labels.shape, given.logits.shape[:-1])
     front = len(shape) - given.logits.ndim + 1
     x = maps.weighted_scores(phi, read(given.scores()), given.where, given.log_weights)
@@ -27,7 +27,9 @@ def _log_prob(given: Labelled, labels: Array, phi: Phi, axis_name: AxisName) -> 
     label, valid = in_range(jnp.broadcast_to(labels, shape), given.classes, axis_name)
     if front == 0:
         log_p = -negative_log_p(x, label[..., None], axis_name)[..., 0]
-    elif axis_name is not None:  # the rule of one label keeps the digits beside a p near 1, that of all classes not
+    elif (
+        axis_name is not None
+    ):  # beside a p near 1 the rule of one label keeps its digits; that of all classes does not
         of_one = jax.vmap(lambda label: -negative_log_p(x, label[..., None], axis_name)[..., 0])
         log_p = of_one(label.reshape(-1, *shape[front:])).reshape(shape)
     else:

@@ -14,7 +14,7 @@ from jsoftmax.phi import Phi, exp
 
 
 def _log_add(a: Array, b: Array) -> Array:
-    """log(e^a + e^b), with derivatives of every order, −inf among them."""
+    """log(e^a + e^b), with derivatives of every order, also where a or b is −inf."""
     top = lax.stop_gradient(jnp.maximum(a, b))
     none = jnp.isneginf(top)
     top = jnp.where(none, 0, top)
@@ -84,7 +84,7 @@ def plackett_luce_log_prob(
             f"{chosen.shape}. Write jnp.broadcast_to to rank many rows alike."
         )
     classes, rows = check_mask(function, where, z.shape, z.shape[:at] + z.shape[at + 1 :])
-    if rows is not None:  # they may hold anything
+    if rows is not None:  # rows that are left out may hold anything
         out = ~jnp.expand_dims(rows, at)
         z, chosen = (
             maps.zero_where(out, z),

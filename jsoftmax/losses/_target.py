@@ -1,4 +1,4 @@
-"""The divergence of target probabilities from the scores' (MATH 7.5)."""
+"""The divergence of target probabilities q from the p of the scores (MATH 7.5)."""
 
 import functools
 from typing import Any
@@ -36,7 +36,8 @@ def _kl_to_target(x: Array, q: Array, axis: tuple[int, ...]) -> Array:
 
 @_kl_to_target.defjvp
 def _kl_to_target_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """Ḋ = Σ (Q p − q) ẋ + Σ (r + 1) q̇, Q = Σ q; 0 for a class left out, and where q = 0  (MATH 7.5)."""
+    """Ḋ = Σ (Q p − q) ẋ + Σ (r + 1) q̇, Q = Σ q. The first term is 0 for a class left out, the second where q = 0
+    (MATH 7.5)."""
     (x, q), (x_dot, q_dot) = primals, tangents
     log_p, p, _ = normalize(x, axis)
     # where p > ¾, Q p − q is computed from the other classes and from 1 − p, which keeps its digits

@@ -1,4 +1,4 @@
-"""A target that names k classes, as a row of k + 1: those, and the rest as one (MATH 7.8)."""
+"""A target that names k classes, as a row of k + 1 classes: the named ones, and the rest as one class (MATH 7.8)."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ from jsoftmax.sums import class_sum
 
 
 def row_of_top(given: Labelled, x: Array, axis_name: AxisName) -> tuple[Array, Array]:
-    """Scores and targets `[..., k + 1]` of a row of scores `[..., K]`, whose classes may be sharded; those of the
-    result are not."""
+    """Scores and targets `[..., k + 1]` from scores `[..., K]`. The classes of x may be sharded; those of the result
+    are not."""
     top: TopTargets = given.labels
     x = read(x)
     label, valid = in_range(top.indices, given.classes, axis_name)
@@ -53,7 +53,7 @@ def joined(top: TopTargets, x: Array, kept: Array, rest: Array, count: Any) -> t
 
 @jax.custom_jvp
 def _ratio(a: Array, b: Array) -> Array:
-    """a/b, without the 1/b² of JAX's derivative, which overflows for a b of 1e-20."""
+    """a/b. JAX's own derivative contains 1/b², which overflows for a b of 1e-20."""
     return a / b
 
 

@@ -19,11 +19,11 @@ from jsoftmax.sums import difference
 
 @jax.custom_jvp
 def _standardized(z: Array, kept: Array) -> tuple[Array, Array]:
-    """(z − μ)/σ over the last axis, 0 where a class is left out or σ is 0, and 1/σ, 0 where σ is  (MATH 7.6)."""
+    """t = (z − μ)/σ over the last axis, 0 where a class is left out or σ is 0; and 1/σ, 0 where σ is 0  (MATH 7.6)."""
     peak = jnp.max(jnp.where(kept, lax.stop_gradient(z), -jnp.inf), -1, keepdims=True, initial=-jnp.inf)
-    shifted = jnp.where(kept, difference(z, peak), 0)  # differences first: a shift costs no digits
+    shifted = jnp.where(kept, difference(z, peak), 0)  # subtracted first, so that a shift costs no digits
     centred = jnp.where(kept, shifted - _mean(shifted, kept), 0)
-    # the largest is taken out, for squares overflow and underflow
+    # divided by the largest before squaring, since squares may overflow or underflow
     size = lax.stop_gradient(jnp.max(jnp.abs(centred), -1, keepdims=True, initial=0))
     flat = size == 0
     unit = centred / jnp.where(flat, 1, size)

@@ -1,4 +1,4 @@
-"""φ, the positive map of one score: the class, those that come with the library by kind, and examples of all."""
+"""φ, the positive map of one score: the base class, the φ of the library by kind, and the list of examples."""
 
 from jsoftmax.phi.base import Exponential, Phi, curvature, exp, log_phi, slope
 from jsoftmax.phi.callables import FromCallable, from_callable

@@ -92,11 +92,11 @@ def _number(value: Any) -> str:
 
 
 def log_phi(phi: Phi, z: Array) -> Array:
-    """ψ(z) with the edges of MATH 5, for floating `z` in the accumulation dtype; `exp` costs nothing."""
+    """ψ(z) with the edges of MATH 5, for floating `z` in the accumulation dtype. For `exp` it is z, at no cost."""
     return z if isinstance(phi, Exponential) else _traced_log(phi, z)
 
 
-# Compiled by themselves, as `maps.normalize` is: a rule calls them again and again, and JAX keeps their traces.
+# These are compiled by themselves, as `maps.normalize` is: rules call them many times, and JAX keeps their traces.
 @jax.jit
 def _traced_log(phi: Phi, z: Array) -> Array:
     return _log(_cast(phi, z.dtype), z)
@@ -104,19 +104,19 @@ def _traced_log(phi: Phi, z: Array) -> Array:
 
 @jax.jit
 def slope(phi: Phi, z: Array) -> Array:
-    """s = ψ'(z), 0 where a score is infinite; its rule is t."""
+    """s = ψ'(z), and 0 where a score is infinite. Its derivative rule uses t."""
     return _slope(_cast(phi, z.dtype), z)
 
 
 @jax.jit
 def curvature(phi: Phi, z: Array) -> Array:
-    """t = ψ''(z), 0 where a score is infinite."""
+    """t = ψ''(z), and 0 where a score is infinite."""
     finite = _is_finite(z)
     return jnp.where(finite, _elementwise(phi, _cast(phi, z.dtype).curvature, jnp.where(finite, z, 0)), 0)
 
 
 def _is_finite(z: Array) -> Array:
-    """|z| < ∞; XLA for GPUs does not fuse `isfinite` into the kernel of a row."""
+    """|z| < ∞, by a comparison: XLA for GPUs does not fuse `isfinite` into the kernel of a row."""
     return jnp.abs(z) < jnp.inf
 
 
@@ -145,9 +145,9 @@ def _slope_jvp(primals: tuple[Phi, Array], tangents: tuple[Any, Any]) -> tuple[A
 
 
 def _tangent(f: Callable[..., Array], rate: Callable[..., Array], primals: Any, tangents: Any) -> Array:
-    """rate(φ, z) ż + (∂f/∂θ) θ̇, each term only where its tangent is not a symbolic zero: 0 · inf is NaN."""
+    """rate(φ, z) ż + (∂f/∂θ) θ̇. A term whose tangent is a symbolic zero is left out, because 0 · inf is NaN."""
     (phi, z), (phi_dot, z_dot) = primals, tangents
-    # checkpointed: the backward pass keeps the scores, which it has anyway, and computes the rate from them
+    # checkpointed, so that the backward pass keeps only the scores, which it has anyway, and computes the rate again
     product = jax.checkpoint(lambda phi, z, z_dot: rate(phi, z) * z_dot, prevent_cse=False)
     total = jnp.zeros_like(z) if isinstance(z_dot, SymbolicZero) else product(phi, z, z_dot)
     live = without_zeros(phi_dot)
@@ -157,7 +157,8 @@ def _tangent(f: Callable[..., Array], rate: Callable[..., Array], primals: Any, 
 
 
 def _cast(phi: Phi, dtype: Any) -> Phi:
-    """φ with its floating parameters in the scores' accumulation dtype: the scores alone decide the result's."""
+    """φ with its floating parameters in the accumulation dtype of the scores, which alone decide the dtype of the
+    result."""
     return jax.tree.map(
         lambda leaf: jnp.asarray(leaf).astype(dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf,
         phi,
@@ -206,6 +207,6 @@ def check_parameter(function: str, argument: str, value: Any, wanted: str, fits:
     """A number as a float (an int cannot be differentiated), an array as it is, unless it is out of range."""
     if not all_known(value, np.vectorize(fits, otypes=[bool])):
         raise ValueError(f"{function}: {argument} must be {wanted}; got {value}. Choose one in that range.")
-    if is_concrete_number(value):  # no array: an import must not start a backend
+    if is_concrete_number(value):  # not made an array, because an import must not start a backend
         return float(value)
     return as_number(function, argument, value)

@@ -14,7 +14,7 @@ from jsoftmax.phi.base import Phi
 
 @pytree_class
 class FromCallable(Phi):
-    """A user's φ or ψ; slope and curvature by autodiff where they are not given (MATH 3.10)."""
+    """A user's φ or ψ. Slope and curvature come from autodiff if they are not given (MATH 3.10)."""
 
     of_phi: Any
     of_log_phi: Any
@@ -112,7 +112,7 @@ def _closes_over_tracers(f: Any) -> bool:
     z = jax.ShapeDtypeStruct((1,), jnp.float32)
     try:
         program = jax.make_jaxpr(lambda leaves, z: jax.tree.unflatten(structure, leaves)(z))(leaves, z)
-    except Exception as error:  # whatever a function of the user's raises
+    except Exception as error:  # the user's function may raise anything
         raise TypeError(
             "from_callable: the functions must map an array of scores elementwise, in jax.numpy; got one that raised "
             f"{type(error).__name__}. It is called as f(z), a jax.tree_util.Partial(f, parameters) as f(parameters, z)."
@@ -121,5 +121,6 @@ def _closes_over_tracers(f: Any) -> bool:
 
 
 def _as_pytree(f: Callable[..., Any] | None) -> Any:
-    """A function as a pytree: callables that are pytrees with their parameters stay, others become static."""
+    """A function as a pytree. Callables that are pytrees already, with parameters as leaves, stay; others become
+    static."""
     return f if f is None or not jax.tree_util.all_leaves([f]) else jax.tree_util.Partial(f)

@@ -14,7 +14,7 @@ from jsoftmax.phi.base import Phi, check_parameter
 
 
 def _scaled(coefficients: list[Any], z: Array) -> Array:
-    """Σ a_j z^j, over z^degree where |z| > 1: a ratio of two of one degree never overflows."""
+    """Σ a_j z^j, divided by z^degree where |z| > 1. So a ratio of two of the same degree never overflows."""
     far = jnp.abs(z) > 1
     x = jnp.where(far, 1 / jnp.where(far, z, 1), z)
     return jnp.where(far, _horner(coefficients[::-1], x), _horner(coefficients, x))
@@ -45,7 +45,7 @@ class Taylor(Phi):
     def _a(self) -> list[float]:
         return [1 / math.factorial(j) for j in range(self.order + 1)]
 
-    def log_phi(self, z: Array) -> Array:  # beyond `limit` all terms but the last are below rounding
+    def log_phi(self, z: Array) -> Array:  # beyond `limit` the last term alone counts, within rounding
         n, limit = self.order, 8 * self.order / float(jnp.finfo(z.dtype).eps)
         if limit**n > float(jnp.finfo(z.dtype).max):
             return _log_polynomial(self._a, z)
@@ -162,7 +162,7 @@ class Quadratic(Phi):
         return self.a0 + self.a1 * z + self.a2 * z**2
 
     def _square(self, z: Array) -> tuple[Array, Any, list[Any]]:
-        """x = z + h, h, and x² + r² by its coefficients: a sum of squares does not cancel."""
+        """x = z + h, h, and the coefficients of x² + r²: a sum of two squares, in which nothing cancels."""
         h = self.a1 / (2 * self.a2)
         return z + h, h, [self.a0 / self.a2 - h**2, 0.0, 1.0]
 
@@ -174,7 +174,7 @@ class Quadratic(Phi):
         x, _, a = self._square(z)
         return _scaled([0.0, 2.0, 0.0], x) / _scaled(a, x)
 
-    def curvature(self, z: Array) -> Array:  # t = −2 (x − r)(x + r)/(x² + r²)²; x − r as z − its root, which may be 0
+    def curvature(self, z: Array) -> Array:  # t = −2 (x − r)(x + r)/(x² + r²)², with x ∓ r as z minus a root
         x, h, a = self._square(z)
         r, size, over = jnp.sqrt(a[0]), _scaled(a, x), _scaled([1.0, 0.0], x)
         below, above = ((z - root) * over / size * over for root in (r - h, -r - h))

@@ -49,9 +49,9 @@ class QExponential(Phi):
         return xp.maximum(1 + (1 - self.q) * z, 0) ** (1 / (1 - self.q))
 
     def _inside(self, z: Array) -> tuple[Array, Array, Array]:
-        """a = (1−q) z where 1 + a > 0 (else 0), whether that is so, and what ψ is elsewhere: −inf or NaN."""
+        """a = (1−q) z where 1 + a > 0, and 0 elsewhere; whether 1 + a > 0; and the ψ elsewhere, −inf or NaN."""
         a = (1 - self.q) * z
-        inside = ~(1 + a <= 0)  # a NaN stays inside and goes through
+        inside = ~(1 + a <= 0)  # a NaN counts as inside, and so gives NaN
         return jnp.where(inside, a, 0), inside, jnp.where(jnp.less(self.q, 1), -jnp.inf, jnp.nan)
 
     def log_phi(self, z: Array) -> Array:  # log1p(a)/(1−q), which is z (1 − h(a)) near q = 1
@@ -101,7 +101,7 @@ class ReluPower(Phi):
         return xp.where(z > 0, xp.where(z > 0, z, 1) ** self.power, 0) + self.epsilon
 
     def _parts(self, z: Array) -> tuple[Array, Array, Array, Array]:
-        """Whether z > 0, whether z > 1, and z made safe for (0, 1] and for (1, inf)."""
+        """Whether z > 0 and whether z > 1; and z, replaced by 1 outside (0, 1] and outside (1, inf)."""
         above, far = z > 0, z > 1
         return above, far, jnp.where(above & ~far, z, 1), jnp.where(far, z, 1)
 
@@ -116,7 +116,9 @@ class ReluPower(Phi):
         rest = self.epsilon * far_z**-self.power
         return jnp.where(far, self.power / far_z / (1 + rest), jnp.where(above, near, 0))
 
-    def curvature(self, z: Array) -> Array:  # z^{m−2} is large for m < 2, but m − 1 is 0 where it nearly overflows
+    def curvature(
+        self, z: Array
+    ) -> Array:  # z^{m−2} is large for m < 2; it nearly overflows at m = 1, where m − 1 is 0
         above, far, near_z, far_z = self._parts(z)
         first = near_z ** (self.power - 1)
         phi = first * near_z + self.epsilon

@@ -1,4 +1,4 @@
-"""Built on log(1 + e^z): softplus, sigsoftmax and logistic (MATH 3.4 to 3.6)."""
+"""The φ that are built on log(1 + e^z): softplus, sigsoftmax and logistic (MATH 3.4 to 3.6)."""
 
 from typing import Any
 
@@ -24,12 +24,12 @@ class Softplus(Phi):
         z_above, u = jnp.where(above, z, 1), jnp.exp(jnp.where(above, 0, z))
         return jnp.where(above, jnp.log(log1p_exp(z_above)), z + jnp.log1p(-log1p_deficit(u)))
 
-    def slope(self, z: Array) -> Array:  # s = σ(z)/φ; for small u = e^z 1/((1 + u) (1 − h))
+    def slope(self, z: Array) -> Array:  # s = σ(z)/φ for z > 0, else 1/((1 + u) (1 − h)) with u = e^z
         above = z > 0
         z_above, u = jnp.where(above, z, 1), jnp.exp(jnp.where(above, 0, z))
         return jnp.where(above, sigmoid(z_above) / log1p_exp(z_above), 1 / ((1 + u) * (1 - log1p_deficit(u))))
 
-    def curvature(self, z: Array) -> Array:  # t = s (σ(−z) − s); for small u −s² h
+    def curvature(self, z: Array) -> Array:  # t = s (σ(−z) − s) for z > 0, else −s² h
         above = z > 0
         z_above, u = jnp.where(above, z, 1), jnp.exp(jnp.where(above, 0, z))
         s = self.slope(z)
@@ -48,7 +48,7 @@ class Sigsoftmax(Phi):
     def definition(self, z: Any, xp: Any) -> Any:
         return xp.exp(z) / (1 + xp.exp(-z))
 
-    def log_phi(self, z: Array) -> Array:  # not below the lowest float: a finite score is no mask
+    def log_phi(self, z: Array) -> Array:  # −inf would leave the class of a finite score out
         return jnp.maximum(z - log1p_exp(-z), jnp.finfo(z.dtype).min)
 
     def slope(self, z: Array) -> Array:

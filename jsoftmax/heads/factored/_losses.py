@@ -1,4 +1,4 @@
-"""Losses that know of a row's V scores their sum, their sum of squares and the label's alone (MATH 12.1, 12.3)."""
+"""Losses that need only the sum, the sum of squares and the label's score of a row of V scores (MATH 12.1, 12.3)."""
 
 import abc
 import dataclasses
@@ -23,7 +23,7 @@ class SphericalLoss(abc.ABC):
 
     @abc.abstractmethod
     def of(self, first: Array, square: Array, score: Array, classes: int) -> Array:
-        """ℓ elementwise; its derivatives are taken by autodiff."""
+        """ℓ elementwise; autodiff takes its derivatives."""
 
     def __repr__(self) -> str:
         values = (getattr(self, field.name) for field in dataclasses.fields(self))  # pyright: ignore[reportArgumentType]
@@ -55,7 +55,7 @@ class ZLoss(SphericalLoss):
         a, b = (jnp.asarray(number).astype(score.dtype) for number in (self.scale, self.shift))
         mean = first / classes
         variance = square / classes - mean**2
-        flat = variance <= 0  # all scores equal, to rounding
+        flat = variance <= 0  # all scores are equal within rounding
         t = jnp.where(flat, 0, (score - mean) / jnp.sqrt(jnp.where(flat, 1, variance)))
         return log1p_exp(a * (b - t)) / a
 

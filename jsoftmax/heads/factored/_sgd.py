@@ -26,7 +26,7 @@ class Step(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    """What a batch needs: hQ, the labels' rows of W, and the three numbers of ℓ for each row."""
+    """What a step needs of a batch: hQ, the labels' rows of W, and the three arguments of ℓ for each row."""
 
     by_gram: Array
     rows: Array
@@ -66,7 +66,8 @@ def _step(
     m, rho = state.total, 1 - eta * decay
     gradient = by_first[:, None] * m + (2 * by_square)[:, None] * P + by_score[:, None] * W_y
 
-    # A = ρ I − η M, M = hᵀ c h, as a product from the right and as the inverse of U; whichever of N and d is less
+    # A = ρ I − η M, M = hᵀ c h: as a product from the right, and its inverse by the smaller of the N × N and d × d
+    # forms
     c, g = 2 * by_square, precise(by_first, h)
     if count <= d:
 
@@ -111,15 +112,15 @@ def _step(
         jnp.where(fold, total, m_A - eta * classes * g) + jnp.sum(E, 0),
         jnp.where(((size > 0) & jnp.isfinite(size))[:, None], probes / size[:, None], state.probes),
     )
-    # not of the rows, of which a select makes a copy
+    # the rows are left out, because a select of them would make a copy
     kept = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new[1:], state[1:])
     return jnp.where(fine, value, jnp.nan), mark[:, None] * gradient, State(rows, *kept)
 
 
 def _series(R: Array, X: Array) -> tuple[Array, Array]:
-    """(I − R)⁻¹ X = Π (I + R^{2^k}) X by six factors or fewer, and whether they do, which |R| ≤ 1/2 is enough for.
+    """(I − R)⁻¹ X = Π (I + R^{2^k}) X by at most six factors, and whether these are enough, as they are for |R| ≤ 1/2.
 
-    Products alone: LAPACK's triangular solves take 4 to 16 ms on CPU, not 0.2, where its threads wait for a core.
+    It takes products only: LAPACK's triangular solves take 4 to 16 ms on CPU, not 0.2, if its threads wait for a core.
     """
     enough = jnp.finfo(R.dtype).eps
 
@@ -136,7 +137,7 @@ def _series(R: Array, X: Array) -> tuple[Array, Array]:
 
 
 def _power(matrix: Array, probe: Array) -> Array:
-    """One step of the power method for the largest singular value: |XᵀX v| ≤ σ² for a unit vector v."""
+    """One step of the power method for the largest singular value σ: |XᵀX v| ≤ σ² for a unit vector v."""
     return precise(precise(matrix, probe), matrix)
 
 

@@ -20,7 +20,8 @@ _BLOCK = 2048
 
 
 class State(NamedTuple):
-    """W = V̂ U + 1 qᵀ with its moments; made by `init`, and only the functions of `heads.factored` should change it."""
+    """W = V̂ U + 1 qᵀ with its moments. `init` makes it, and only the functions of `heads.factored` should change
+    it."""
 
     rows: Array
     """V̂ `[V, d]`."""
@@ -39,10 +40,10 @@ class State(NamedTuple):
 
 
 def fold_rows(rows: Array, mix: Array, offset: Array, wanted: Array | bool) -> tuple[Array, Array, Array]:
-    """V̂ ← V̂ U + 1 qᵀ in place, block by block, with Q and m of it; nothing where it is not wanted.
+    """V̂ ← V̂ U + 1 qᵀ in place, block by block, and the Q and m of the new V̂. If it is not wanted, nothing is done.
 
-    A loop of no turns leaves the rows where they are. Each block is read once, before it is written, and by one product
-    alone: were it read again, XLA would copy all rows in each turn.
+    "Not wanted" is a loop of no turns, which leaves the rows where they are. Each block is read once, by one product,
+    before it is written: if it were read again, XLA would copy all rows in each turn.
     """
 
     def body(i: Array, carry: tuple[Array, Array, Array], first: int, length: int) -> tuple[Array, Array, Array]:
@@ -64,15 +65,15 @@ def fold_rows(rows: Array, mix: Array, offset: Array, wanted: Array | bool) -> t
 def _fresh(rows: Array, gram: Array, total: Array) -> State:
     """V̂ = W, U = I, q = 0."""
     d, dtype = rows.shape[1], rows.dtype
-    U, inverse = jnp.eye(d, dtype=dtype), jnp.eye(d, dtype=dtype)  # two buffers: one cannot be donated twice
-    # any vectors will do that are not orthogonal to a singular one; numbers from a seed are not
+    U, inverse = jnp.eye(d, dtype=dtype), jnp.eye(d, dtype=dtype)  # two buffers, because one cannot be donated twice
+    # any vectors that are not orthogonal to the singular vectors will do; random ones from a fixed seed are not
     probes = jax.random.normal(jax.random.key(0), (2, d), dtype)
     probes = probes / jnp.linalg.norm(probes, axis=-1, keepdims=True)
     return State(rows, U, inverse, jnp.zeros(d, dtype), gram, total, probes)
 
 
 def check_state(function: str, state: Any) -> None:
-    """A state with parts that fit together."""
+    """Checks that a state is a `State` whose parts fit together."""
     if not isinstance(state, State):
         raise TypeError(
             f"{function}: state must be a State; got {type(state).__name__}. Make one of a weight [V, d]: "
