@@ -227,8 +227,8 @@ def cross_entropy_hessian(
     dtype = getattr(q, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(
-            f"cross_entropy_hessian: q must be floating weights of the classes; got dtype {dtype}. Labels are "
-            "made so by jax.nn.one_hot(labels, K); weights by q.astype(float)."
+            f"cross_entropy_hessian: q must be floating weights of the classes; got dtype {dtype}. Convert "
+            "labels by jax.nn.one_hot(labels, K), and weights by q.astype(float)."
         )
     return _closed_form("cross_entropy_hessian", _cross_entropy_hessian, scores, where, phi, log_weights)
 

@@ -225,7 +225,9 @@ def renyi_entropy(
 def _of_order(function: str, f: Any, z: Any, alpha: Any, *options: Any) -> Array:
     axis, where, phi, log_weights, keepdims, axis_name = options
     if not all_known(alpha, lambda a: (a >= 0) & (a < math.inf)):
-        raise ValueError(f"{function}: alpha must be >= 0 and finite; got {alpha}. 1 is Shannon's entropy, 2 is usual.")
+        raise ValueError(
+            f"{function}: alpha must be >= 0 and finite; got {alpha}. 1 gives Shannon's entropy; 2 is usual."
+        )
     arguments = maps.check(function, {"z": z}, axis, where, phi, log_weights, axis_name)
     (scores,) = arguments.scores
     order = per_row(function, "alpha", alpha, scores.shape, axes=arguments.axis, dtype=scores.dtype)

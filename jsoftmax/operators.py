@@ -178,7 +178,7 @@ class DiagonalPlusLowRank:
         except ValueError:
             raise ValueError(
                 f"{function}: damping must be a number, or one for each matrix of the batch {self.d.shape[:-1]}; got "
-                f"shape {damping.shape}. A damping of each class is not offered: build diag(d) with it instead."
+                f"shape {damping.shape}. A damping for each class is not offered: add it to d instead."
             ) from None
         D = self.d + damping[..., None]
         safe = jnp.where(D == 0, 1, D)

@@ -83,8 +83,8 @@ def _check_steps(function: str, damping: Any, iterations: Any) -> jax.Array:
     if array.ndim or not all_known(damping, lambda a: a > 0):
         got = f"shape {array.shape}" if array.ndim else damping
         raise ValueError(
-            f"{function}: damping must be > 0, one number; got {got}. The matrix is singular without (scores have a "
-            "shift that changes nothing): take e.g. 1e-3."
+            f"{function}: damping must be > 0, and one number; got {got}. Without damping the matrix is singular, "
+            "because a shift of all scores changes nothing: take e.g. 1e-3."
         )
     if not is_int(iterations) or iterations < 1:
         raise ValueError(f"{function}: iterations must be an int >= 1; got {iterations!r}. The default is 50.")

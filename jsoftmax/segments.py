@@ -143,7 +143,7 @@ def check(  # noqa: PLR0917  (as the public functions have them)
     ids = arguments.as_array(function, "segment_ids", segment_ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(
-            f"{function}: segment_ids must be integers, the row of each score; got dtype {ids.dtype}. Convert them: "
+            f"{function}: segment_ids must be integers, the row of each score; got dtype {ids.dtype}. Convert them by "
             "segment_ids.astype(int)."
         )
     if not scores.ndim or ids.shape != scores.shape[:1]:
@@ -165,11 +165,14 @@ def _row_count(function: str, ids: Array, rows: Any) -> int:
     if rows is None:
         if isinstance(ids, Tracer):
             raise ValueError(
-                f"{function}: num_segments must be given where segment_ids are traced; got None. It is a Python int."
+                f"{function}: num_segments must be given where segment_ids are traced; got None. Pass a Python int."
             )
         return int(np.max(np.asarray(ids), initial=-1)) + 1
     if not arguments.is_int(rows) or rows < 0:
-        raise TypeError(f"{function}: num_segments must be an int >= 0, known at trace time, or None; got {rows!r}.")
+        raise TypeError(
+            f"{function}: num_segments must be an int >= 0, known at trace time, or None; got {rows!r}. Pass a Python "
+            "int, static in jit."
+        )
     return int(rows)
 
 

@@ -23,7 +23,7 @@ def check_axis_name(function: str, axis_name: Any) -> AxisName:
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise TypeError(
             f"{function}: axis_name must be None, the name of a mesh axis or a tuple of different names; got "
-            f"{axis_name!r}. It is that of the mesh of jax.shard_map, or of jax.vmap(axis_name=…)."
+            f"{axis_name!r}. Use a name of the mesh of jax.shard_map, or that of jax.vmap(axis_name=…)."
         )
     try:
         lax.axis_size(axis_name)
@@ -160,8 +160,8 @@ def check_same(function: str, argument: str, a: Any, axis_name: AxisName) -> Non
     if different:
         raise ValueError(
             f"{function}: {argument} must be the same on all devices along axis_name={axis_name!r}; got one that "
-            f"differs along {sorted(different)}. Take it from outside jax.shard_map, by in_specs of PartitionSpec(), "
-            "and do not fold in the device's number."
+            f"differs along {sorted(different)}. Pass it into jax.shard_map with in_specs of PartitionSpec(), "
+            "and do not fold the device's number into it."
         )
 
 
@@ -171,8 +171,8 @@ def check_not_explicit(function: str, argument: str, a: Array) -> None:
     if has_explicit_sharding(a):
         raise ValueError(
             f"{function}: {argument} must not be sharded over mesh axes of type AxisType.Explicit; got sharding "
-            f"{jax.typeof(a).sharding.spec}. Call the function inside jax.shard_map, with axis_name=… for classes that "
-            "are sharded, or wrap it, a head with shards=…: jax.sharding.auto_axes(f, out_sharding=…)."
+            f"{jax.typeof(a).sharding.spec}. Call the function inside jax.shard_map, with axis_name=… if the classes "
+            "are sharded; or wrap it (a head with shards=…) by jax.sharding.auto_axes(f, out_sharding=…)."
         )
 
 

@@ -243,7 +243,7 @@ def _check_alpha(function: str, alpha: Any, shape: tuple[int, ...], axes: tuple[
     power = 0
     if not all_known(alpha, lambda a: (a >= 1) & (a < math.inf)):
         raise ValueError(
-            f"{function}: alpha must be >= 1 and finite; got {alpha}. 1 is the softmax, 1.5 and 2 are usual."
+            f"{function}: alpha must be >= 1 and finite; got {alpha}. 1 gives the softmax; 1.5 and 2 are usual."
         )
     if is_concrete_number(alpha):
         power = next((k for k in (1, 2, 3, 4) if alpha == 1 + 1 / k), 0)

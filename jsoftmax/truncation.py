@@ -148,7 +148,8 @@ def truncate(
 
     if top_k is not None and not jnp.issubdtype(jnp.result_type(top_k), jnp.integer):
         raise TypeError(
-            f"{function}: top_k must be an integer, or integers; got {top_k!r}. A share of the probability is top_p."
+            f"{function}: top_k must be an integer, or integers; got {top_k!r}. For a share of the probability "
+            "use top_p."
         )
     kept = _is_kept(
         x,

@@ -425,7 +425,7 @@ WRONG = {
     "values": (ValueError, "value must have the shape of key", {"value": np.zeros((B, S - 1, K, H))}),
     "features": (ValueError, "key must have the batch", {"key": np.zeros((B, S, K, H + 1))}),
     "heads": (ValueError, "query must have a multiple of the heads", {"query": np.zeros((B, T, 3, H))}),
-    "bool bias": (TypeError, "A boolean array is a mask", {"bias": np.ones((T, S), bool)}),
+    "bool bias": (TypeError, "Pass a boolean array as mask", {"bias": np.ones((T, S), bool)}),
     "bias": (ValueError, "bias must broadcast", {"bias": np.zeros((B, S))}),
     "number mask": (TypeError, "mask must be boolean", {"mask": np.ones((T, S))}),
     "mask of keys of a batch": (ValueError, r"mask\[:, None, None, :\]", {"mask": np.ones((B, S), bool)}),

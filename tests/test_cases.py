@@ -483,7 +483,7 @@ def test_no_class_at_all():
         assert jax.grad(lambda z, f=f: f(z, y).sum())(z).shape == (3, 0)
     assert np.all(np.isnan(js.temperature_for_entropy(z, 0.5)))
     assert losses.cross_entropy(jnp.zeros((0, 0)), jnp.zeros(0, int), label_smoothing=0.1).shape == (0,)
-    with pytest.raises(ValueError, match="weight must have a feature"):
+    with pytest.raises(ValueError, match="weight must have at least one feature"):
         heads.linear_cross_entropy(jnp.zeros((2, 0)), jnp.zeros((5, 0)), jnp.array([0, 1]))
 
 

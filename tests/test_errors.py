@@ -124,11 +124,11 @@ KEY, LABELS, HIDDEN, WEIGHT = jax.random.key(0), jnp.array([0, 1]), jnp.zeros((4
 TOP = losses.TopTargets(jnp.array([[0], [1]]), jnp.ones((2, 1)))
 
 FROM_ELSEWHERE = [  # as other libraries are called, or with an object of the wrong kind
-    (lambda: js.softmax(Z, dim=-1), TypeError, "softmax: an unexpected keyword dim=", "axis=…"),
-    (lambda: js.softmax(Z, mask=None), TypeError, "softmax: an unexpected keyword mask=", "where=…"),
-    (lambda: js.softmax(Z, reduction="sum"), TypeError, "softmax: an unexpected keyword reduction=", "jnp.mean(…)"),
-    (lambda: js.entropy(Z, base=2), TypeError, "entropy: an unexpected keyword base=", "jnp.log(base)"),
-    (lambda: js.truncate(Z, p=0.5), TypeError, "truncate: an unexpected keyword p=", "Write top_p="),
+    (lambda: js.softmax(Z, dim=-1), TypeError, "softmax: got an unexpected keyword dim=", "axis=…"),
+    (lambda: js.softmax(Z, mask=None), TypeError, "softmax: got an unexpected keyword mask=", "where=…"),
+    (lambda: js.softmax(Z, reduction="sum"), TypeError, "softmax: got an unexpected keyword reduction=", "jnp.mean(…)"),
+    (lambda: js.entropy(Z, base=2), TypeError, "entropy: got an unexpected keyword base=", "jnp.log(base)"),
+    (lambda: js.truncate(Z, p=0.5), TypeError, "truncate: got an unexpected keyword p=", "Write top_p="),
     (lambda: js.gumbel.categorical(KEY, Z, num_samples=2), TypeError, "keyword num_samples=", "Write shape="),
     *(
         (lambda f=f: raw(f)(Z, TOP), TypeError, f"{f.__name__}: labels must be integers or a distribution; got TopT")
@@ -169,7 +169,7 @@ FROM_ELSEWHERE = [  # as other libraries are called, or with an object of the wr
     (lambda: raw(losses.cross_entropy)(Z, LABELS, margin=True), TypeError, "cross_entropy: margin must be a number"),
     (lambda: raw(losses.cross_entropy)(Z, LABELS[:, None]), ValueError, "cross_entropy: ", "labels.reshape(2,)"),
     (lambda: raw(gumbel.gumbel_softmax)(KEY, Z, 0.5, hard="yes"), TypeError, "gumbel_softmax: hard must be True or"),
-    (lambda: raw(gumbel.gumbel_top_k)(KEY, 2, Z), TypeError, "gumbel_top_k: k must be an int", "behind the scores"),
+    (lambda: raw(gumbel.gumbel_top_k)(KEY, 2, Z), TypeError, "gumbel_top_k: k must be an int", "after the scores"),
     (
         lambda: raw(heads.linear_categorical)(KEY, HIDDEN, WEIGHT, shape=(16,)),
         ValueError,

@@ -300,7 +300,7 @@ WRONG = [  # call, error, what the message says
     (lambda: call(loss=js.taylor(2)), TypeError, NAME + "loss must be log_loss(φ) or z_loss(…)", "got taylor(2)"),
     (lambda: call(STATE, H[:, :2]), ValueError, NAME + "hidden must end with the width 6", "(4, 2)"),
     (lambda: call(STATE, Y), TypeError, NAME + "hidden must be floating"),
-    (lambda: call(STATE, H[:0], Y[:0]), ValueError, NAME + "hidden must hold one row at least", "(0, 6)"),
+    (lambda: call(STATE, H[:0], Y[:0]), ValueError, NAME + "hidden must have at least one row", "(0, 6)"),
     (lambda: call(STATE, H, H), TypeError, NAME + "labels must be integers"),
     (lambda: call(STATE, H, Y[:2]), ValueError, NAME + "labels must have the shape", "(4,)", "(2,)"),
     (lambda: call(STATE, H, Y, -0.1), ValueError, NAME + "learning_rate must be >= 0", "got -0.1"),

@@ -483,7 +483,11 @@ def test_vmap_over_heads_scan_and_remat():
 H, W, Y = jnp.ones((4, 3)), jnp.ones((5, 3)), jnp.zeros(4, int)
 WRONG = {
     "kernel": (lambda: heads.linear_cross_entropy(H, W.T, Y), ValueError, r"hidden must end .* \(4, 3\) and \(3, 5\)"),
-    "kernel named": (lambda: heads.linear_log_normalizer(H, jnp.ones((3, 7))), ValueError, r"goes in as weight\.T"),
+    "kernel named": (
+        lambda: heads.linear_log_normalizer(H, jnp.ones((3, 7))),
+        ValueError,
+        r"Pass a weight \[features, classes\] as weight\.T",
+    ),
     "weight's axes": (lambda: heads.linear_log_normalizer(H, jnp.ones(3)), ValueError, "weight must have two axes"),
     "integer hidden": (
         lambda: heads.linear_cross_entropy(Y, W, Y),
@@ -499,7 +503,7 @@ WRONG = {
     "float labels": (
         lambda: heads.linear_cross_entropy(H, W, jnp.zeros(4)),
         ValueError,
-        r"must have the shape of hidden .*, and the classes, \(4, 5\); .* labels.astype\(int\)",
+        r"must have the shape of hidden .*, with the classes added at the end, \(4, 5\); .* labels.astype\(int\)",
     ),
     "cap": (lambda: heads.linear_cross_entropy(H, W, Y, soft_cap=0), ValueError, "soft_cap must be > 0"),
     "smoothing": (
@@ -515,7 +519,7 @@ WRONG = {
     "where": (
         lambda: heads.linear_cross_entropy(H, W, Y, where=jnp.ones(4, bool)),
         ValueError,
-        r"where must have one value for each class, shape \(5,\); .* Tokens are left out by ignore_label",
+        r"where must have one value for each class, shape \(5,\); .* To leave tokens out, use ignore_label",
     ),
     "log_weights": (
         lambda: heads.linear_log_normalizer(H, W, log_weights=jnp.ones(4)),

@@ -77,7 +77,7 @@ def test_smoothing_of_1_leaves_the_label_out():
 WRONG = [
     (lambda: losses.cross_entropy(Z, jnp.eye(3, dtype=int)[:2]), "labels.astype(float)"),
     (lambda: losses.cross_entropy(Z, LABELS[:, None]), "labels.reshape(2,)"),
-    (lambda: losses.cross_entropy(Z, LABELS[:1]), "the axes (1,): name others"),
+    (lambda: losses.cross_entropy(Z, LABELS[:1]), "are (1,): name others"),
     (lambda: losses.cross_entropy(Z, LABELS.astype(float)), "labels.astype(int)"),
     (lambda: losses.kl_to_target(Z, jnp.ones(3) / 3), "jnp.broadcast_to(targets, (2, 3))"),
     (lambda: losses.cross_entropy(Z, LABELS, where=jnp.ones(3, bool)), "to leave classes out"),

@@ -115,27 +115,28 @@ def _check_shapes(function: str, query: Array, key: Array, value: Array) -> tupl
     for name, a in (("query", query), ("key", key), ("value", value)):
         if a.ndim not in (3, 4) or a.ndim != query.ndim:
             raise ValueError(
-                f"{function}: {name} must have the axes [batch, length, heads, features], or all three arrays the last "
-                f"three of them; got shape {a.shape}{'' if name == 'query' else f' beside a query {query.shape}'}. "
-                "Several batch axes are mapped over by jax.vmap, or reshaped into one."
+                f"{function}: {name} must have the axes [batch, length, heads, features]; or, without a batch, all "
+                "three arrays must have the last three axes; got shape "
+                f"{a.shape}{'' if name == 'query' else f' beside a query {query.shape}'}. For several batch axes use "
+                "jax.vmap, or reshape them into one."
             )
     if query.ndim == 3:
         query, key, value = query[None], key[None], value[None]
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(
-            f"{function}: value must have the shape of key but for the last axis, {key.shape[:3]}; got shape "
+            f"{function}: value must have the shape of key except for the last axis, {key.shape[:3]}; got shape "
             f"{value.shape}. Each key has one value."
         )
     if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
         raise ValueError(
             f"{function}: key must have the batch {query.shape[0]} and the features {query.shape[3]} of query; got "
-            f"shape {key.shape}. The axes are [batch, length, heads, features]; broadcast keys that all share: "
-            "jnp.broadcast_to."
+            f"shape {key.shape}. The axes are [batch, length, heads, features]; repeat keys that are "
+            "shared by jnp.broadcast_to."
         )
     if not key.shape[2] or query.shape[2] % key.shape[2]:
         raise ValueError(
             f"{function}: query must have a multiple of the heads of key, {key.shape[2]}; got {query.shape[2]}. The "
-            "heads are the last axis but one: swap them with the length if it stands there."
+            "heads are the second-to-last axis: swap them with the length if that is there."
         )
     return query, key, value
 
@@ -157,7 +158,7 @@ def _broadcast_to_scores(function: str, argument: str, a: Array, shape: tuple[in
     if wide.ndim != 4 or any(n not in (1, m) for n, m in zip(wide.shape, shape, strict=True)):
         raise ValueError(
             f"{function}: {argument} must broadcast to [batch, heads, queries, keys], {shape}; got shape {a.shape}. "
-            f"Write axes of length 1 where it is the same for all: of padding {argument}[:, None, None, :]."
+            f"Use axes of length 1 where it is the same for all; for padding write {argument}[:, None, None, :]."
         )
     return wide
 
@@ -168,8 +169,8 @@ def _check_bias(function: str, bias: Any, shape: tuple[int, ...], axis_name: Axi
     array = arguments.as_array(function, "bias", bias)
     if array.dtype == jnp.bool_:
         raise TypeError(
-            f"{function}: bias must be numbers that are added to the scores; got dtype {array.dtype}. A boolean array "
-            "is a mask: mask=…."
+            f"{function}: bias must be numbers that are added to the scores; got dtype {array.dtype}. Pass a boolean "
+            "array as mask=…."
         )
     return _broadcast_to_scores(function, "bias", arguments.as_scores(function, "bias", array), shape, axis_name)
 
@@ -181,7 +182,7 @@ def _check_mask(function: str, mask: Any, shape: tuple[int, ...], axis_name: Axi
     if array.dtype != jnp.bool_:
         raise TypeError(
             f"{function}: mask must be boolean, True where a query sees a key; got dtype {array.dtype}. Compare first, "
-            "e.g. mask > 0; numbers that are added to the scores are a bias: bias=…."
+            "e.g. mask > 0, or pass numbers that are to be added to the scores as bias=…."
         )
     return _broadcast_to_scores(function, "mask", array, shape, axis_name)
 
@@ -198,13 +199,13 @@ def _check_lengths(function: str, argument: str, lengths: Any, batch: int) -> Ar
     array = arguments.as_array(function, argument, lengths)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(
-            f"{function}: {argument} must be integers; got dtype {array.dtype}. Write lengths.astype(int); a mask of "
-            "positions is mask[:, None, None, :]."
+            f"{function}: {argument} must be integers; got dtype {array.dtype}. Write lengths.astype(int), or pass a "
+            "mask of positions as mask[:, None, None, :]."
         )
     if array.shape != (batch,):
         raise ValueError(
             f"{function}: {argument} must have one length for each sequence of the batch, shape {(batch,)}; got shape "
-            f"{array.shape}. Write jnp.full({batch}, n) for one that all have."
+            f"{array.shape}. If all have the length n, write jnp.full({batch}, n)."
         )
     return array.astype(jnp.int32)
 
@@ -228,7 +229,7 @@ def _check_window(function: str, window: Any) -> tuple[int, int] | None:
     if len(pair) != 2 or not all(arguments.is_int(n) and n >= 0 for n in pair):
         raise ValueError(
             f"{function}: local_window_size must be an int >= 0, or a pair of them (left, right), known at trace time; "
-            f"got {window!r}. (n, 0) is a query's own place and the n keys before it."
+            f"got {window!r}. (n, 0) lets a query see the key at its own position and the n keys before it."
         )
     return int(pair[0]), int(pair[1])
 
@@ -241,7 +242,7 @@ def _check_sink(function: str, sink: Any, key_heads: int, groups: int, wide: Any
     if array.shape not in ((), (heads,)):
         raise ValueError(
             f"{function}: sink must be one score, or one for each head of query, shape {(heads,)}; got shape "
-            f"{array.shape}. It is a class without a value: keys and values of your own go into key and value."
+            f"{array.shape}. The sink is a class without a value; append keys that have values to key and value."
         )
     return jnp.broadcast_to(array, (heads,)).reshape(key_heads, groups)
 
@@ -272,8 +273,8 @@ def _with_blocks(function: str, plan: Plan, block_size: Any, heads: int) -> Plan
     pair = block_size if isinstance(block_size, tuple) else (queries, block_size)
     if len(pair) != 2 or not all(arguments.is_int(n) and (n > 0 or n == queries) for n in pair):
         raise ValueError(
-            f"{function}: block_size must be a positive int, how many keys, or (queries, keys); got {block_size!r}. "
-            "Leave it out for a good choice."
+            f"{function}: block_size must be a positive int, the keys of a block, or a pair (queries, keys); got "
+            f"{block_size!r}. Leave it out to have it chosen for you."
         )
     return plan._replace(queries=max(1, min(queries, pair[0])), keys=max(1, min(keys, pair[1])))
 

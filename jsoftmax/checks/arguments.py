@@ -57,7 +57,7 @@ _OTHERS_NAMES = {
 """Keywords of PyTorch and other libraries, with the names that they have here."""
 
 _WRITTEN_ELSEWHERE = {
-    "reduction": "Results are one number a row: write jnp.mean(…) or jnp.sum(…) around the call",
+    "reduction": "Results have one number for each row: write jnp.mean(…) or jnp.sum(…) around the call",
     "base": "Results are in nats: divide by jnp.log(base)",
     "dtype": "Results have the scores' dtype, or float32 where classes are reduced: write .astype(…) around the call",
     "temperature": "Divide the scores: z / temperature",
@@ -99,12 +99,13 @@ def public(f: _Function) -> _Function:
         if name in _WRITTEN_ELSEWHERE:
             return _WRITTEN_ELSEWHERE[name]
         ours = _OTHERS_NAMES[name]
-        return f"Write {ours}=…" if ours in parameters else f"There is no {ours}= either"
+        return f"Write {ours}=…" if ours in parameters else f"This function has no {ours}= either"
 
     def call(*args: Any, **keywords: Any) -> Any:
         for name in keywords.keys() & foreign:
             raise TypeError(
-                f"{f.__name__}: an unexpected keyword {name}=; wanted some of {', '.join(parameters)}. {answer(name)}."
+                f"{f.__name__}: got an unexpected keyword {name}=; its arguments are {', '.join(parameters)}. "
+                f"{answer(name)}."
             )
         plain = len(args) <= len(names) and all_plain(zip(names, args, strict=False)) and all_plain(keywords.items())
         return compiled(*args, **keywords) if plain else f(*args, **keywords)
@@ -162,7 +163,7 @@ def as_scores(function: str, argument: str, z: Any) -> jax.Array:
         return array.astype(jnp.result_type(float))
     raise TypeError(
         f"{function}: {argument} must be real (floating point, or integers, which promote); got dtype {array.dtype}. "
-        "Pass the real scores, e.g. jnp.real(z) or jnp.abs(z)."
+        "Pass real scores, e.g. jnp.real(z) or jnp.abs(z)."
     )
 
 
@@ -189,14 +190,16 @@ def canonical_axis(function: str, axis: Any, ndim: int) -> tuple[int, ...]:
             )
     canonical = tuple(a % ndim for a in axes)
     if len(set(canonical)) < len(canonical):
-        raise ValueError(f"{function}: axis names an axis twice; got {axis!r}, wanted {wanted}. Name each axis once.")
+        raise ValueError(
+            f"{function}: axis names an axis twice; got {axis!r}, wanted {wanted}. Name each axis only once."
+        )
     return canonical
 
 
 def one_axis(function: str, axis: Any, axes: tuple[int, ...]) -> int:
     """The one axis of a canonical tuple."""
     if len(axes) != 1:
-        raise ValueError(f"{function}: axis must be one axis; got {axis}. Flatten the classes first: reshape.")
+        raise ValueError(f"{function}: axis must be one axis; got {axis}. Flatten the class axes first, by reshape.")
     return axes[0]
 
 
@@ -293,8 +296,8 @@ def as_number(function: str, argument: str, value: Any) -> jax.Array:
     array = as_scores(function, argument, value)
     if isinstance(value, bool) or getattr(value, "dtype", np.dtype(float)) == np.bool_:
         raise TypeError(
-            f"{function}: {argument} must be a number, or an array of numbers; got {value!r}. Write 1.0 for True and "
-            "0.0 for False, if that is meant."
+            f"{function}: {argument} must be a number, or an array of numbers; got {value!r}. If a boolean is "
+            "meant, write 1.0 for True and 0.0 for False."
         )
     return array
 
@@ -307,10 +310,12 @@ def check_option(function: str, value: Any, dtype: Any, **limits: tuple[float, f
         limit = (
             "finite" if math.isinf(low) else f"{above} and finite" if math.isinf(high) else f"in [{low:g}, {high:g}]"
         )
-        raise ValueError(f"{function}: {argument} must be {limit}; got {value}. Take one in that range.")
+        raise ValueError(f"{function}: {argument} must be {limit}; got {value}. Choose a number in that range.")
     array = as_number(function, argument, value)
     if array.ndim:
-        raise ValueError(f"{function}: {argument} must be one number; got shape {array.shape}. Map over it: jax.vmap.")
+        raise ValueError(
+            f"{function}: {argument} must be one number; got shape {array.shape}. For several use jax.vmap."
+        )
     return array.astype(dtype)
 
 
@@ -342,7 +347,9 @@ def optional_package(function: str, package: str, install: str) -> Any:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{function}: the package {package!r} is missing. pip install {install}.") from None
+        raise ModuleNotFoundError(
+            f"{function}: the package {package!r} is missing. Run pip install {install}."
+        ) from None
 
 
 def as_array(function: str, argument: str, value: Any) -> jax.Array:
@@ -381,7 +388,7 @@ def _check_broadcast(
         return array
     if 0 < array.ndim < len(shape) and array.shape == shape[: array.ndim]:
         behind = ", ".join([":"] * array.ndim + ["None"] * (len(shape) - array.ndim))
-        way_out = f"One for each row is written {argument}[{behind}]."
+        way_out = f"If there is one for each row, write {argument}[{behind}]."
     else:
         way_out = f"Give {argument} axes of length 1 where it is to be repeated, or use jnp.broadcast_to."
     raise ValueError(f"{function}: {argument} must broadcast to {what} {shape}; got shape {array.shape}. {way_out}")

@@ -144,9 +144,9 @@ def check_labelled(
         by_class = {n: a for n, a in (("where", where), (names[1], labels)) if np.ndim(a) == z.ndim}
         check_parts(function, z.shape, axes, axis_name, log_weights=log_weights, **by_class)
         check_parts(function, of_classes, tuple(range(len(axes))), axis_name, class_weights=class_weights)
-    way_out = f"The classes of {z.shape} are the axes {axes}: name others by axis=…"
+    way_out = f"The class axes of {z.shape} are {axes}: name others by axis=…"
     if axis_name is not None and np.size(labels) * shard_count(axis_name) == math.prod(batch):
-        way_out = f"They are the same on all devices along axis_name={axis_name!r}: leave it out of their in_specs"
+        way_out = f"Labels are the same on all devices along axis_name={axis_name!r}: leave it out of their in_specs"
     by_top = isinstance(labels, TopTargets)
     if labels is NO_LABELS:
         labels = jnp.zeros(batch, jnp.int32)
@@ -163,7 +163,7 @@ def check_labelled(
             distributions=z.shape,
             of_distributions="the logits' shape",
         )
-    check_ignore_label(function, ignore_label, "mask their rows: where=….")
+    check_ignore_label(function, ignore_label, "mask their rows by where=….")
     classes, rows = check_mask(function, where, z.shape, batch)
     log_weights = check_log_weights(function, log_weights, z.shape, dtype)
 
@@ -186,31 +186,32 @@ def check_labelled(
 
 
 def check_ignore_label(function: str, ignore_label: Any, way_out: str) -> None:
-    """An int, or None."""
+    """Checks that `ignore_label` is an int or None."""
     if ignore_label is not None and not is_int(ignore_label):
         raise TypeError(
-            f"{function}: ignore_label must be an int or None; got {ignore_label!r}. For several labels {way_out}"
+            f"{function}: ignore_label must be an int or None; got {ignore_label!r}. To ignore several labels, "
+            f"{way_out}"
         )
 
 
 def check_logits(function: str, argument: str, logits: Any) -> Array:
-    """Floating scores, as optax wants them: integers here are labels in the wrong place."""
-    way_out = f"Scores come first, then labels; convert whole numbers: {argument}.astype(float)."
+    """Scores of a floating dtype, as optax requires. Integers are rejected: they may be labels in the wrong place."""
+    way_out = f"Scores come first, then labels. Convert scores that are integers by {argument}.astype(float)."
     return as_floating(function, argument, logits, way_out)
 
 
 def reject_given(function: str, options: dict[str, Any]) -> None:
-    """Options that go with integer labels only."""
+    """Rejects options that can be used with integer labels only."""
     for name, value in options.items():
         if value is not None:
             raise ValueError(
-                f"{function}: {name} must be left out where labels are distributions; got {value}. It goes with "
-                "integer labels only."
+                f"{function}: {name} must be left out where labels are distributions; got {value}. It can be "
+                "used with integer labels only."
             )
 
 
 def in_range(labels: Array, classes: int, axis_name: AxisName = None) -> tuple[Array, Array]:
-    """Labels, 0 where one is out of range, and where that is not so; of `classes` on each shard."""
+    """The labels, with 0 for those out of range; and whether they are in range. classes: the number on each shard."""
     valid = (labels >= 0) & (labels < classes * shard_count(axis_name))
     return jnp.where(valid, labels, 0), valid
 
@@ -235,20 +236,20 @@ def check_labels(
     if not whole and (distributions is None or not jnp.issubdtype(array.dtype, jnp.floating)):
         wanted = "integers" if distributions is None else "integers or floating distributions"
         raise TypeError(
-            f"{function}: {argument} must be {wanted}; got dtype {array.dtype}. Convert class numbers: "
-            f"{argument}.astype(int); of one-hot vectors and distributions take jnp.argmax({argument}, axis)."
+            f"{function}: {argument} must be {wanted}; got dtype {array.dtype}. Convert class numbers by "
+            f"{argument}.astype(int); from one-hot vectors and distributions take jnp.argmax({argument}, axis)."
         )
     wanted = shape if whole or distributions is None else distributions
     if array.shape == wanted:
         return wide_integers(array) if whole else array
     if whole and array.shape == distributions:
-        way_out = f"One-hot vectors and distributions are floating: {argument}.astype(float)"
+        way_out = f"One-hot vectors and distributions must be floating: {argument}.astype(float)"
     elif not whole and array.shape == shape:
-        way_out = f"Class numbers are passed as integers: {argument}.astype(int)"
+        way_out = f"Class numbers must be integers: {argument}.astype(int)"
     elif array.size == math.prod(wanted):
         way_out = f"Write {argument}.reshape{wanted}"
     elif not whole:
-        way_out = f"Write jnp.broadcast_to({argument}, {wanted}), where it is to be repeated"
+        way_out = f"To repeat it, write jnp.broadcast_to({argument}, {wanted})"
     kind = f"integer {argument}" if whole else f"{argument} that are distributions"
     raise ValueError(
         f"{function}: {argument if distributions is None else kind} must have {of if whole else of_distributions} "
@@ -282,6 +283,6 @@ def _check_class_weights(function: str, weights: Any, shape: tuple[int, ...], dt
     if array.shape != shape:
         raise ValueError(
             f"{function}: class_weights must have the shape of the class axes {shape}; got shape {array.shape}. "
-            "To weigh rows multiply the loss."
+            "To weight rows, multiply the loss."
         )
     return array.astype(dtype).reshape(-1)

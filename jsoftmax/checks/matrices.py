@@ -16,12 +16,12 @@ from jsoftmax.phi import Phi
 def check_matrix(function: str, argument: str, value: Any, wanted: str, ndim: int | None = None) -> Array:
     """A floating array with `ndim` dimensions, or with at least one if that is None. None of its last `ndim` axes (or
     its last one) is empty."""
-    way_out = f"Convert whole numbers: {argument}.astype(float)."
+    way_out = f"Convert integers by {argument}.astype(float)."
     array = as_floating(function, argument, value, way_out, f"floating, {wanted}")
     if not array.ndim or (ndim is not None and array.ndim != ndim) or not math.prod(array.shape[-(ndim or 1) :]):
         raise ValueError(
             f"{function}: {argument} must have shape {wanted}; got shape {array.shape}. The weight has a row for each "
-            "class, as long as the last axis of hidden."
+            "class, and its rows are as long as the last axis of hidden."
         )
     return array
 
@@ -39,7 +39,7 @@ def check_row_labels(function: str, labels: Any, batch: tuple[int, ...]) -> Arra
     """Integers, one for each row of `hidden`."""
     reject_top_targets(function, "labels", labels, "integers")
     of = "the shape of hidden without its last axis,"
-    return check_labels(function, "labels", labels, batch, of=of, way_out="Give each row its label")
+    return check_labels(function, "labels", labels, batch, of=of, way_out="Give each row one label")
 
 
 def check_quadratic(function: str, phi: Any) -> Phi:
@@ -49,14 +49,14 @@ def check_quadratic(function: str, phi: Any) -> Phi:
     if numbers is None:
         raise ValueError(
             f"{function}: phi must be of the second order: taylor(2), spherical(ε) or quadratic(a0, a1, a2); got "
-            f"{phi}. For any φ there is losses.cross_entropy of the scores hidden @ weight.T, or "
-            "heads.linear_cross_entropy, which never holds them all."
+            f"{phi}. For any other φ use losses.cross_entropy on the scores hidden @ weight.T, or "
+            "heads.linear_cross_entropy, which never stores them all."
         )
     shapes = [jnp.shape(a) for a in numbers]
     if any(shapes):
         raise ValueError(
-            f"{function}: phi must have one number for all classes in each place; got shapes {shapes} in {phi.name}. "
-            "Parameters by class are for losses.cross_entropy."
+            f"{function}: phi must have parameters that are one number for all classes; got shapes {shapes} in "
+            f"{phi.name}. For parameters that differ between classes use losses.cross_entropy."
         )
     return phi
 
@@ -71,6 +71,6 @@ def check_per_class(function: str, argument: str, value: Any, dtype: Any, length
     if array.shape != (length,):
         raise ValueError(
             f"{function}: {argument} must have one entry for each class, shape ({length},); got shape {array.shape}. "
-            "It belongs to the rows of the weight, not to those of hidden."
+            "Its entries belong to the rows of the weight, not to those of hidden."
         )
     return array

@@ -20,8 +20,8 @@ def check_key(function: str, key: Any) -> None:
         return
     got = type(key).__name__ if dtype is None else f"dtype {dtype} and shape {shape}"
     raise TypeError(
-        f"{function}: key must be one PRNG key, the first argument; got {got}. Make one by jax.random.key(seed), and "
-        "map over several: jax.vmap."
+        f"{function}: key must be one PRNG key, the first argument; got {got}. Make one by jax.random.key(seed); for "
+        "several keys use jax.vmap."
     )
 
 
@@ -31,8 +31,8 @@ def check_int(function: str, argument: str, k: Any) -> None:
     if not is_int(k):
         got = repr(k) if jnp.ndim(k) == 0 else f"an array of shape {jnp.shape(k)}"
         raise TypeError(
-            f"{function}: {argument} must be an int, known at trace time, which shapes the result; got {got}. Pass a "
-            "Python int, static in jit, behind the scores."
+            f"{function}: {argument} must be an int known at trace time, because it shapes the result; got {got}. Pass "
+            "a Python int after the scores, and make it static in jit."
         )
 
 
@@ -56,7 +56,9 @@ def check_shape(function: str, shape: Any, batch: tuple[int, ...]) -> tuple[int,
         return ()
     whole = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
     if not all(is_int(length) and length >= 0 for length in whole):
-        raise TypeError(f"{function}: shape must be a tuple of ints >= 0, not traced; got {shape!r}. Write (n,).")
+        raise TypeError(
+            f"{function}: shape must be a tuple of ints >= 0, not traced; got {shape!r}. For n draws write (n,)."
+        )
     split = len(whole) - len(batch)
     if split < 0 or whole[split:] != batch:
         several = ", ".join(["n", *map(str, batch)]) if batch else "n,"
@@ -71,12 +73,12 @@ def check_positive(function: str, temperature: Any) -> None:
     """Checks that a temperature is positive and finite, if it is known at trace time."""
     if not all_known(temperature, lambda t: (t > 0) & (t < math.inf)):
         raise ValueError(
-            f"{function}: temperature must be > 0 and finite; got {temperature}. For samples without relaxation, "
-            "the limit 0, take jsoftmax.gumbel.categorical."
+            f"{function}: temperature must be > 0 and finite; got {temperature}. For the limit 0, samples "
+            "without relaxation, use jsoftmax.gumbel.categorical."
         )
 
 
 def check_index(function: str, index: Any, x: Array) -> Array:
     """The class of each row, as integers `[...]`."""
-    of, way_out = "the scores' shape without the classes,", "For several draws of one row map over them: jax.vmap"
+    of, way_out = "the scores' shape without the classes,", "For several draws of one row use jax.vmap"
     return check_labels(function, "index", index, x.shape[:-1], of=of, way_out=way_out)

@@ -64,10 +64,10 @@ def check_top_targets(function: str, argument: str, top: TopTargets, batch: tupl
     indices = as_array(function, f"{argument}.indices", top.indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(
-            f"{function}: {argument}.indices must be integers; got dtype {indices.dtype}. Indices come first, then "
-            "probabilities."
+            f"{function}: {argument}.indices must be integers; got dtype {indices.dtype}. Pass the indices first, "
+            "then the probabilities."
         )
-    way_out = "Indices come first, then probabilities."
+    way_out = "Pass the indices first, then the probabilities."
     probabilities: Array = as_floating(function, f"{argument}.probabilities", top.probabilities, way_out)
     if indices.shape != probabilities.shape or indices.shape[:-1] != batch or indices.ndim == 0:
         wanted = "(" + ", ".join([*map(str, batch), "k"]) + ("," if not batch else "") + ")"
@@ -83,8 +83,8 @@ def reject_of_all_classes(function: str, **options: Any) -> None:
     for name, value in options.items():
         if value is not None:
             raise ValueError(
-                f"{function}: {name} must be left out where labels are TopTargets; got {value}. The rest of the "
-                "classes is one: change the probabilities, or tail=…, which says what becomes of the rest of the mass."
+                f"{function}: {name} must be left out where labels are TopTargets; got {value}. The other classes "
+                "count as one there: change the probabilities, or tail=…, which says what becomes of their mass."
             )
 
 

@@ -215,7 +215,7 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
     prefix = check_shape(function, shape, batch)
     count, replace = math.prod(prefix), check_flag(function, "replace", replace)
     if mode not in (None, "low", "high"):
-        raise ValueError(f"{function}: mode must be None, 'low' or 'high'; got {mode!r}. Leave it out.")
+        raise ValueError(f"{function}: mode must be None, 'low' or 'high'; got {mode!r}. Leave it out for the default.")
     check_same(function, "key", key, axis_name)
     if mode is not None and axis_name is not None:
         raise ValueError(f"{function}: mode must be None with axis_name; got {mode!r}. Leave it out.")
@@ -244,9 +244,9 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
 
 
 def check_distinct(function: str, replace: bool, count: int, classes: int) -> None:
-    """Distinct draws need as many classes."""
+    """Checks that there are at least as many classes as distinct draws."""
     if not replace and count > classes:
         raise ValueError(
             f"{function}: shape must ask for no more draws than there are classes, {classes}, with replace=False; got "
-            f"{count}. Draw fewer, or with replacement."
+            f"{count}. Draw fewer, or draw with replacement."
         )

@@ -128,7 +128,7 @@ def check(
         if bias.shape != (classes,):
             raise ValueError(
                 f"{function}: {names[2]} must have one number for each class, shape {(classes,)}; got shape "
-                f"{bias.shape}. Leave it out for none."
+                f"{bias.shape}. Leave it out if there is no bias."
             )
     for argument, value in (("where", where), ("log_weights", log_weights)):
         _check_of_classes(function, argument, value, classes)
@@ -208,26 +208,24 @@ def classes_of_block(tokens: int, classes: int, scores: int) -> int:
 
 
 def _check_floating(function: str, argument: str, a: Any) -> Array:
-    way_out = "Is it another argument? hidden and weight come first, labels, k and bias after them."
+    way_out = "Check the order of the arguments: hidden and weight come first, then labels, k and bias."
     return as_floating(function, argument, a, way_out, "real and floating")
 
 
 def _check_shapes(function: str, hidden: Array, weight: Array, names: tuple[str, ...]) -> None:
     if weight.ndim != 2:
         raise ValueError(
-            f"{function}: {names[1]} must have two axes, [classes, features]; got shape {weight.shape}. A weight "
-            f"[features, classes] goes in as {names[1]}.T."
+            f"{function}: {names[1]} must have two axes, [classes, features]; got shape {weight.shape}. Pass a weight "
+            f"[features, classes] as {names[1]}.T."
         )
     if not weight.shape[1]:
         raise ValueError(
-            f"{function}: {names[1]} must have a feature at least; got shape {weight.shape}. Scores that are biases "
-            "alone go into jsoftmax.losses.cross_entropy."
+            f"{function}: {names[1]} must have at least one feature; got shape {weight.shape}. If the scores are "
+            "biases alone, use jsoftmax.losses.cross_entropy."
         )
     if not hidden.ndim or hidden.shape[-1] != weight.shape[1]:
         fits = hidden.ndim and hidden.shape[-1] == weight.shape[0]
-        way_out = (
-            f"A weight [features, classes] goes in as {names[1]}.T" if fits else f"{names[1]} is [classes, features]"
-        )
+        way_out = f"Pass a weight [features, classes] as {names[1]}.T" if fits else f"{names[1]} is [classes, features]"
         raise ValueError(
             f"{function}: {names[0]} must end in as many features as {names[1]} has, {weight.shape[1]}; got shapes "
             f"{hidden.shape} and {weight.shape}. {way_out}."
@@ -239,7 +237,7 @@ def _check_shards(function: str, shards: Any, axis_name: AxisName, weight: Array
     if not is_int(shards) or shards < 1:
         raise (TypeError if not is_int(shards) else ValueError)(
             f"{function}: shards must be a positive int known at trace time; got {shards!r}. It is the number of "
-            "devices that the classes of a sharded weight are cut over, or a multiple."
+            "devices over which the classes of the weight are sharded, or a multiple of it."
         )
     if shards > 1 and axis_name is not None:
         raise ValueError(
@@ -260,7 +258,7 @@ def _check_of_classes(function: str, argument: str, value: Any, classes: int) ->
     if shape not in ((), (1,), (classes,)):
         raise ValueError(
             f"{function}: {argument} must have one value for each class, shape {(classes,)}; got shape {shape}. "
-            "Tokens are left out by ignore_label where there are labels; elsewhere mask the result."
+            "To leave tokens out, use ignore_label if there are labels; otherwise mask the result."
         )
 
 
@@ -296,8 +294,8 @@ def _block_sizes(
     pair = block_size if isinstance(block_size, tuple) else (of_tokens, block_size)
     if len(pair) != 2 or not all(is_int(n) and n > 0 for n in pair):
         raise ValueError(
-            f"{function}: block_size must be a positive int, how many classes, or (tokens, classes); got "
-            f"{block_size!r}. Leave it out for a good choice."
+            f"{function}: block_size must be a positive int, the classes of a block, or a pair (tokens, classes); got "
+            f"{block_size!r}. Leave it out to have it chosen for you."
         )
     return min(tokens, pair[0]), max(1, min(classes, -(-pair[1] // chunk) * chunk))
 

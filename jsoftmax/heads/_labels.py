@@ -49,7 +49,7 @@ def add_labels(  # noqa: PLR0917  (what they are checked against)
     if axis_name is not None and np.ndim(labels) > len(batch):
         check_parts(function, (*batch, classes), (len(batch),), axis_name, labels=labels)
     labels, several = _check_labels(function, labels, batch, classes, SEVERAL in per_token)
-    check_ignore_label(function, ignore_label, "give them all one number: jnp.where(…, ignored, labels).")
+    check_ignore_label(function, ignore_label, "give them all one number by jnp.where(…, ignored, labels).")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         reject_given(function, {"ignore_label": ignore_label, "margin": head.margin})
         targets = labels.astype(wide).reshape(tokens, classes)
@@ -67,7 +67,7 @@ def _check_labels(
     """Integers of the tokens' shape, or distributions, with the classes as one more last axis; and the axes of several
     labels of each token, which come first."""
     shape, of = np.shape(labels), "the shape of hidden without its last axis"
-    way_out = "Each row of hidden is one token with one label: cut both alike"
+    way_out = "Each row of hidden is one token with one label: slice both in the same way"
     if len(shape) > len(batch) and shape[len(shape) - len(batch) :] == batch:
         array = as_array(function, "labels", labels)
         if several and jnp.issubdtype(array.dtype, jnp.integer):
@@ -82,7 +82,7 @@ def _check_labels(
         of=f"{of},",
         way_out=way_out,
         distributions=(*batch, classes),
-        of_distributions=f"{of}, and the classes,",
+        of_distributions=f"{of}, with the classes added at the end,",
     )
     return array, None
 
@@ -92,8 +92,8 @@ def _check_no_margin(function: str, margin: Any, several: tuple[int, ...], batch
     if margin is not None:
         wanted = ", ".join(map(str, (*several, *batch, "d")))
         raise ValueError(
-            f"{function}: margin must be left out where a token has several labels; got {margin}. It makes other "
-            f"scores for each of them: write jnp.broadcast_to(hidden, ({wanted}))."
+            f"{function}: margin must be left out where a token has several labels; got {margin}. A margin "
+            f"gives each label other scores: repeat the tokens by jnp.broadcast_to(hidden, ({wanted}))."
         )
 
 

@@ -53,7 +53,8 @@ def log_uniform_proposal(num_classes: int) -> Float[Array, " V"]:
     """
     if not is_int(num_classes) or num_classes < 1:
         raise (ValueError if is_int(num_classes) else TypeError)(
-            f"log_uniform_proposal: num_classes must be an int >= 1; got {num_classes!r}. It shapes the result."
+            f"log_uniform_proposal: num_classes must be an int >= 1; got {num_classes!r}. Pass a "
+            "Python int, which shapes the result."
         )
     rank = jnp.arange(1, num_classes + 1).astype(jnp.result_type(float))
     return jnp.log(jnp.log1p(1 / rank)) - jnp.log(jnp.log1p(rank[-1]))
@@ -205,13 +206,13 @@ def _check(  # noqa: PLR0917  (as the public functions have them)
     if W.ndim != 2 or not W.shape[0] or h.shape[-1:] != W.shape[1:]:
         raise ValueError(
             f"{function}: weight must be [V, d] with the d of hidden [..., d]; got {W.shape} and {h.shape}. "
-            "Transpose it."
+            "Transpose it if it is [d, V]."
         )
     y = check_row_labels(function, labels, h.shape[:-1])
     if not is_int(num_samples) or num_samples < 1:
         raise (ValueError if is_int(num_samples) else TypeError)(
-            f"{function}: num_samples must be an int >= 1, known at trace time; got {num_samples!r}. It "
-            "shapes the scores: pass a Python int."
+            f"{function}: num_samples must be an int >= 1, known at trace time; got {num_samples!r}. "
+            "Pass a Python int, because it shapes the scores."
         )
     dtype = accumulation_dtype(functools.reduce(jnp.promote_types, [a.dtype for a in arrays.values()]))
     log_q = as_scores(function, "log_proposal", log_proposal)
@@ -219,7 +220,7 @@ def _check(  # noqa: PLR0917  (as the public functions have them)
         if array.shape != W.shape[:1]:
             raise ValueError(
                 f"{function}: {name} must have one number for each class, shape {W.shape[:1]}; got shape "
-                f"{array.shape}. For equal ones write jnp.zeros(V)."
+                f"{array.shape}. For equal numbers write jnp.zeros(V)."
             )
     mask = check_where(function, where, y.shape, "the labels' shape")
     rows = None if mask is None else jnp.broadcast_to(mask, y.shape).reshape(-1)

@@ -79,8 +79,8 @@ def log_prob(
     array = as_array(function, "labels", labels)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(
-            f"{function}: labels must be integers; got dtype {array.dtype}. Convert class numbers: labels.astype(int); "
-            "of distributions there is cross_entropy."
+            f"{function}: labels must be integers; got dtype {array.dtype}. Convert class numbers by "
+            "labels.astype(int); for distributions use cross_entropy."
         )
     options = {"phi": phi, "log_weights": log_weights, "axis_name": axis_name}
     given = check_labelled(function, z, NO_LABELS, axis, where, **options, names=("z", "labels"))
@@ -90,6 +90,6 @@ def log_prob(
     except ValueError:
         raise ValueError(
             f"{function}: labels must broadcast with the scores' shape without the classes, {batch}; got shape "
-            f"{array.shape}. Several labels of each row stand in front: [k, …]."
+            f"{array.shape}. Several labels of each row are an axis in front: [k, …]."
         ) from None
     return _log_prob(given, wide_integers(array), phi, axis_name)

@@ -75,13 +75,13 @@ def plackett_luce_log_prob(
     at = one_axis(function, axis, arguments.axis)
     if not jnp.issubdtype(chosen.dtype, jnp.integer):
         raise TypeError(
-            f"{function}: order must be integers, the classes by rank; got dtype {chosen.dtype}. Of scores it is made "
+            f"{function}: order must be integers, the classes by rank; got dtype {chosen.dtype}. From scores make it "
             "by jnp.argsort(scores, descending=True)."
         )
     if chosen.ndim != z.ndim or any(chosen.shape[i] != z.shape[i] for i in range(z.ndim) if i != at):
         raise ValueError(
-            f"{function}: order must have the scores' shape {z.shape} but for the length of axis {at}; got shape "
-            f"{chosen.shape}. Write jnp.broadcast_to to rank many rows alike."
+            f"{function}: order must have the scores' shape {z.shape} except for the length of axis {at}; got shape "
+            f"{chosen.shape}. If many rows have the same order, use jnp.broadcast_to."
         )
     classes, rows = check_mask(function, where, z.shape, z.shape[:at] + z.shape[at + 1 :])
     if rows is not None:  # rows that are left out may hold anything

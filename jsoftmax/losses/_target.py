@@ -99,6 +99,6 @@ def kl_to_target(
     if given.by_label:
         raise TypeError(
             f"{function}: targets must be floating distributions; got dtype {given.labels.dtype}. For class numbers "
-            "there is cross_entropy, which is the same there."
+            "use cross_entropy, which is the same for them."
         )
     return _to_target(given, phi)

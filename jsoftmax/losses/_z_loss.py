@@ -94,7 +94,7 @@ def spherical_z_loss(
     given = check_labelled(function, logits, labels, axis, where, ignore_label=ignore_label)
     if not given.by_label:
         raise TypeError(
-            f"{function}: labels must be integers; got dtype {given.labels.dtype}. Of a distribution take its mode: "
+            f"{function}: labels must be integers; got dtype {given.labels.dtype}. For a distribution take its mode, "
             "jnp.argmax(labels, axis)."
         )
     tiny = float(jnp.finfo(given.dtype).tiny)

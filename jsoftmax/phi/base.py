@@ -206,7 +206,7 @@ exp = Exponential()
 def check_parameter(function: str, argument: str, value: Any, wanted: str, fits: Callable[[Any], bool]) -> Any:
     """A number as a float (an int cannot be differentiated), an array as it is, unless it is out of range."""
     if not all_known(value, np.vectorize(fits, otypes=[bool])):
-        raise ValueError(f"{function}: {argument} must be {wanted}; got {value}. Choose one in that range.")
+        raise ValueError(f"{function}: {argument} must be {wanted}; got {value}. Choose a number in that range.")
     if is_concrete_number(value):  # not made an array, because an import must not start a backend
         return float(value)
     return as_number(function, argument, value)

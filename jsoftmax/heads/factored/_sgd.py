@@ -222,7 +222,7 @@ def loss_and_update(
     h, y, batch = _check(function, state, hidden, labels, loss)
     if not len(h):
         raise ValueError(
-            f"{function}: hidden must hold one row at least; got shape {jnp.shape(hidden)}. Skip an empty batch: its "
+            f"{function}: hidden must have at least one row; got shape {jnp.shape(hidden)}. Skip an empty batch: its "
             "mean loss is 0/0."
         )
     eta = check_option(function, learning_rate, h.dtype, learning_rate=(0.0, math.inf))

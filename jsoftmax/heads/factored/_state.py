@@ -76,7 +76,7 @@ def check_state(function: str, state: Any) -> None:
     """Checks that a state is a `State` whose parts fit together."""
     if not isinstance(state, State):
         raise TypeError(
-            f"{function}: state must be a State; got {type(state).__name__}. Make one of a weight [V, d]: "
+            f"{function}: state must be a State; got {type(state).__name__}. Make one from a weight [V, d] by "
             "heads.factored.init(weight)."
         )
     d = jnp.shape(state.rows)[-1] if jnp.ndim(state.rows) == 2 else None
@@ -85,7 +85,7 @@ def check_state(function: str, state: Any) -> None:
         if jnp.shape(getattr(state, name)) != shape or d is None:
             raise ValueError(
                 f"{function}: state must have rows [V, d] and {name} {list(shape)}; got {jnp.shape(state.rows)} and "
-                f"{jnp.shape(getattr(state, name))}. Several states are mapped over: jax.vmap."
+                f"{jnp.shape(getattr(state, name))}. For several states use jax.vmap."
             )
 
 
