@@ -1,7 +1,7 @@
-"""Which cells of a product of lists run by default: a covering array, in which each pair meets; the others are `full`.
+"""Which cells of a product of lists run by default: those of a covering array. The others are marked `full`.
 
-A mistake nearly always needs two causes at most: a function and a φ, a way and an option. So each pair of items of two
-lists is in a cell that `pytest` runs, and the gate runs the whole product (`pytest -m "full or not full"`).
+A mistake nearly always needs at most two causes: a function and a φ, a transformation and an option. So each pair of
+items of two lists is in a cell that `pytest` runs; `pytest -m "full or not full"` runs the whole product.
 """
 
 import itertools
@@ -10,21 +10,21 @@ import pytest
 
 
 def covering(*lists, met=()):
-    """Rows with an item of each list, in which every two items of two lists meet; the same ones whenever asked.
+    """Rows with one item of each list, in which every two items of two lists meet. The rows are the same at every call.
 
-    Row by row: a pair that has not met yet, and beside it, list by list, the items with most such pairs; of equals the
-    one in the fewest rows.
+    Each row begins with a pair that has not met yet. Then each list adds the item that makes most such pairs meet; if
+    several do, the one that is in the fewest rows.
 
     Args:
-      lists: of anything.
-      met: pairs of lists, by their numbers, whose items meet in other tests: here each item is in a row.
+      lists: lists of anything.
+      met: pairs of lists, by their numbers, whose items meet in other tests. Here each of their items is in some row.
     """
     counts = [range(len(items)) for items in lists]
     return [_row(lists, row) for row in _covering(counts, met)]
 
 
 def product(*lists, met=()):
-    """Every cell as a parameter of pytest; those beyond the covering array are marked `full`."""
+    """Every cell as a parameter of pytest. Cells beyond the covering array are marked `full`."""
     counts = [range(len(items)) for items in lists]
     short = set(_covering(counts, met))
     return [
@@ -34,13 +34,14 @@ def product(*lists, met=()):
 
 
 def short_and_full(*lists, met):
-    """A covering array where these pairs need not meet, and, marked `full`, the other rows of one where all do."""
+    """A covering array in which the pairs `met` need not meet; and, marked `full`, the other rows of one in which all
+    do."""
     short = covering(*lists, met=met)
     return [*short, *(pytest.param(*row, marks=pytest.mark.full) for row in covering(*lists) if row not in short)]
 
 
 def some(items, kept):
-    """Those that are `kept` as parameters of pytest, and the others marked `full`."""
+    """The items as parameters of pytest. Those that are not in `kept` are marked `full`."""
     return [pytest.param(item, marks=() if item in kept else pytest.mark.full) for item in items]
 
 

@@ -31,8 +31,8 @@ MAPS = pathlib.Path("/proc/self/maps")
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_programs():
-    """Each compiled program takes some memory maps, and Linux gives a process 65530: past them XLA crashes. Until there
-    are many, programs stay for the next module: most of those of single operations are asked for again."""
+    """A compiled program takes some memory maps, and Linux gives a process 65530 of them: beyond that XLA crashes.
+    Until there are many, the next module may use the programs of this one, since most single operations occur again."""
     yield
     if not MAPS.exists() or MAPS.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()

@@ -1,4 +1,5 @@
-"""What PyTorch and the package entmax say: `python tests/peers.py` writes tests/peers.json (extra `peers`)."""
+"""Results of PyTorch and of the package entmax: `python tests/peers.py` writes them to tests/peers.json (extra
+`peers`)."""
 
 import json
 import pathlib

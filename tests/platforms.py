@@ -4,8 +4,8 @@ import jax
 
 
 def as_on_accelerators(monkeypatch):
-    """Every choice by platform takes what is for CUDA, or else what is not for CPU. What is traced so is in JAX's
-    caches: clear them before and after."""
+    """Makes every choice by platform take the branch for CUDA if there is one, and else the default, never that for
+    CPU. JAX caches what is traced in this way: clear its caches before and after."""
 
     def elsewhere(*arrays, default, cuda=None, **_):
         return (default if cuda is None else cuda)(*arrays)

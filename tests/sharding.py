@@ -17,7 +17,8 @@ def mesh(kind=AxisType.Auto):
 
 
 def assert_close(found, want, rtol):
-    """Relatively, and for small numbers to a hundredth of that of the largest."""
+    """Asserts a relative tolerance. Small numbers may also differ by a hundredth of it, relative to the largest
+    number."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol / 100 * np.max(np.abs(b)))
 
@@ -31,7 +32,7 @@ def program(f, *given):
 
 
 def collectives(f, *given):
-    """Which operations of the compiled program are between devices, and how many all-reduces are in no loop."""
+    """The kinds of the operations between devices in the compiled program, and how many all-reduces are in no loop."""
     text = program(f, *given)
     entry = text[text.index("\nENTRY ") :]
     found = re.findall(rf" ({KINDS})(?:-start)?\(", text)

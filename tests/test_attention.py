@@ -100,7 +100,7 @@ def plain(
 
 
 def results(f, *given):
-    """Value, gradient, jvp, and a Hessian product in a scan, of a sum of f with unequal weights, by every argument."""
+    """Value, gradient, jvp, and a Hessian product in a scan, of a weighted sum of f, by every argument."""
 
     def finite(*given):
         return [jnp.where(jnp.isfinite(a), a, 0) for a in f(*given)]
@@ -127,7 +127,7 @@ def assert_same(ours, reference, given, rtol=1e-9):
 
 
 def both(given, options):
-    """Ours and the plain definition, of the arrays alone."""
+    """Our function and the plain definition, as functions of the arrays alone."""
     names = list(given)
 
     def ours(*arrays):
@@ -204,7 +204,7 @@ def test_as_jax_nn(options, heads):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_dtypes(dtype):
-    """As with jax.nn, but a residual in float32."""
+    """Results have the dtypes of jax.nn, except for the residual, which is float32."""
     given = [float32(B, T, n, H, seed=n, dtype=dtype) for n in (N, K, K)]
     found, L = attention.dot_product_attention(*given, return_residual=True)
     want = jax.nn.dot_product_attention(*given, implementation="xla")
@@ -228,7 +228,7 @@ def test_few_queries_and_keys():
 
 @pytest.mark.parametrize("phi", [js.exp, js.spherical(0.1)], ids=str)
 def test_rows_without_keys(phi):
-    """Output, entropy and all derivatives 0, L −∞; with a sink its score."""
+    """Output, entropy and all derivatives are 0, and L is −∞; with a sink, L is the sink's score."""
     mask = np.ones((B, 1, T, S), bool)
     mask[0, 0, 2], mask[1] = False, False
     given = arrays(np.float32)
@@ -302,7 +302,8 @@ def test_bad_scores_act_on_their_row_alone():
 
 @pytest.mark.parametrize("scale", [5.0, 40.0, 640.0])
 def test_bfloat16(scale):
-    """Sums in float32: within a rounding of the factors e^u, and of the result, at all score scales."""
+    """Sums run in float32: the result is within a rounding of the factors e^u, and of itself, at all scales of
+    scores."""
     q, k, v = (float32(1, 64, 2, 16, seed=i, dtype=jnp.bfloat16) for i in range(3))
     f = functools.partial(attention.dot_product_attention, block_size=(16, 16))
     found, L = jax.jit(functools.partial(f, return_residual=True))(q, k, v, scale=scale / 4)
@@ -376,7 +377,8 @@ def test_no_array_of_queries_by_keys(mode):
 
 
 def test_the_blocks_of_accelerators(monkeypatch):
-    """They are others, with narrow tangents; the results are the same but for rounding."""
+    """The blocks for accelerators are different, and tangents are narrow; the results are the same except for
+    rounding."""
     given = [float32(1, 96, n, 8, seed=n) for n in (4, 2, 2)]
     monkeypatch.setattr(_check, "_KEYS", {"cpu": 32, "elsewhere": 48})
     monkeypatch.setattr(_check, "_MOST", 24)
@@ -394,7 +396,8 @@ def test_the_blocks_of_accelerators(monkeypatch):
 
 
 def test_wide_factors_keep_all_digits():
-    """Every product is computed with all bits of float32, in all modes; narrow ones, and the user's choice, are not."""
+    """Every product is computed with all bits of float32, in all modes. Narrow factors, and a precision that the user
+    chose, are left as they are."""
     q, k, v = (float32(1, 6, 2, 4, seed=i) for i in range(3))
 
     def precisions(*given):
@@ -410,7 +413,7 @@ def test_wide_factors_keep_all_digits():
 
 
 def call(**changed):
-    """With good arguments but for those that are changed."""
+    """The call with good arguments, except for those that are changed."""
     given = {"query": float32(B, T, N, H), "key": float32(B, S, K, H), "value": float32(B, S, K, H)}
     f = attention.dot_product_attention
     f = f if "dim" in changed else inspect.unwrap(f)  # without the run-time type checks, whose errors come first

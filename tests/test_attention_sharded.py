@@ -1,4 +1,5 @@
-"""Attention over sharded keys equals that over all, and what devices exchange; heads and batches cut without a word."""
+"""Attention over sharded keys: it equals attention over all, and exchanges little; heads and batches need no
+argument."""
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def test_parts_equal_the_whole(way, of_all):
 
 
 def test_gradients_taken_inside():
-    """Of a train step's body, with check_vma."""
+    """Gradients in the body of a training step, with check_vma."""
     with jax.enable_x64(True):
         over = {"mesh": mesh(), "in_specs": SPECS, "out_specs": SPECS}
         found = jit_formulas(jax.shard_map(jax.grad(total(of_part), EVERY), **over))(*arrays())
@@ -86,14 +87,14 @@ def test_gradients_taken_inside():
 
 
 def test_what_devices_exchange():
-    """One maximum and one sum of the value, one sum more of each derivative, in no loop."""
+    """The value takes one maximum and one sum; each derivative takes one more sum. None is in a loop."""
     f, given = WAYS["shard_map"](), arrays()
     gradient = jax.grad(total(f), EVERY)
     for g, count in ((f, 2), (gradient, 3), (lambda *a: jax.jvp(gradient, a, a)[1], 4)):
         assert collectives(g, *given) == (["all-reduce"] * count, count)
 
 
-def test_heads_and_batches_are_cut_without_a_word():
+def test_heads_and_batches_are_sharded_without_an_argument():
     """Under plain `jit` and in `jax.shard_map` nothing is exchanged, and the gradient is the same."""
     cut = jax.make_mesh((2, 2), ("b", "h"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])
     spec = PartitionSpec("b", None, "h")

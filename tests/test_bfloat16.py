@@ -1,4 +1,4 @@
-"""Scores in bfloat16, which are read as such: what float32 gives for the same numbers, and no wide array of them."""
+"""Scores in bfloat16 are read as they are: results are those of float32 for the same numbers, without a wide array."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def wide(f, z):
 
 
 def assert_as_wide(found, want, *, scale=None):
-    """Equal but for the last rounding of what is in bfloat16, of a derivative's largest number."""
+    """Asserts equality up to one rounding to bfloat16, for derivatives relative to the largest number."""
     tolerance, scale = 1e-6, np.abs(want) if scale is None else scale
     if found.dtype == jnp.bfloat16:
         tolerance = float(jnp.finfo(found.dtype).eps)
@@ -132,8 +132,8 @@ def test_small_losses_keep_their_digits():
 
 @pytest.mark.parametrize("name", ["log_normalizer", "cross_entropy"])
 def test_at_order_two_in_a_scan(name):
-    """There JAX may differentiate the bodies of functions, and integers have no derivative. Along 1 the derivative of
-    Σ e^u is what counts: H 1 = 0."""
+    """In a scan JAX may differentiate the bodies of functions, and integers have no derivative. Along 1 the derivative
+    of Σ e^u is what counts: H 1 = 0."""
     z = (scores(8192, scale=1) / 8).astype(jnp.bfloat16) + 4
 
     def scanned(z):
@@ -151,7 +151,7 @@ def test_at_order_two_in_a_scan(name):
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_no_wide_array(name):
-    """Beside the result nothing of the scores' size, in values; in a gradient of sums, too."""
+    """The value makes no array of the scores' size beside the result; the gradient of a sum makes none either."""
     f, z = FUNCTIONS[name], jnp.zeros((ROWS, 32768), jnp.bfloat16)
     candidates = [f] if name in KEEP else [f, jax.grad(lambda z: jnp.sum(f(z)))]
     if name == "focal":  # rows that do not count are written as zeros first, in bfloat16
@@ -161,7 +161,7 @@ def test_no_wide_array(name):
 
 
 def test_no_wide_array_in_gradients_of_many_rows():
-    """XLA on CPU makes other kernels from 4096 rows on."""
+    """From 4096 rows on XLA on CPU makes other kernels."""
     z = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
     for f in (js.log_normalizer, lambda z: losses.cross_entropy(z, jnp.zeros(4096, int))):
         for g in (jax.grad(lambda z, f=f: jnp.sum(f(z))), jax.value_and_grad(lambda z, f=f: jnp.mean(f(z)))):

@@ -1,4 +1,4 @@
-"""Inputs that were wrong once, each with what is right."""
+"""Inputs that once gave wrong results, each with the right one."""
 
 import functools
 
@@ -18,7 +18,8 @@ inf, nan = np.inf, np.nan
 
 @pytest.mark.parametrize("alpha", [2.5, 3.0, 4.5])
 def test_entmax_of_a_row_alone_maximises(alpha):
-    """A row alone, in a batch and mapped over is the same, and its p maximises ⟨p, z⟩ − Ω(p) among its neighbours."""
+    """A row gives the same alone, in a batch and mapped over; and its p maximises ⟨p, z⟩ − Ω(p) among its
+    neighbours."""
     z = jnp.array([-0.03, -0.04, -0.09, -0.14, 0.08, 0.2, -0.12, -0.01])
     alone = js.entmax(z, alpha)
     stack = jnp.stack([z, z + jnp.arange(8) / 9])
@@ -56,7 +57,7 @@ ITERATED = [*SPARSE_MAPS, *OTHERS]
     ids=str,
 )
 def test_a_row_does_not_depend_on_its_neighbours(function):
-    """Bit for bit, whatever the other rows need."""
+    """Results of a row are the same, bit for bit, whatever the other rows need."""
     rng = np.random.default_rng(0)
     z, others = (rng.normal(0, scale, (6, 7)).astype(np.float32) for scale in (1, 9))
     others[0], others[3] = -inf, nan
@@ -96,7 +97,7 @@ def test_empty_rows_along_any_axis(f, want, classes):
 
 
 def heads_of_labels():
-    """Each a function of hidden vectors and labels, with one loss a row."""
+    """Functions of hidden vectors and labels, each with one loss for each row."""
     W = jnp.asarray(np.random.default_rng(3).normal(0, 1, (50, 16)), jnp.float32)
     params = adaptive.init(jax.random.key(0), 16, 50, (10,))
     key, log_q = jax.random.key(1), jnp.zeros(50)
@@ -253,7 +254,7 @@ def test_soft_cap_comes_before_what_leaves_classes_out(cap, shift, where):
 
 @pytest.mark.parametrize("T", [0.5, 1.5])
 def test_statistics_at_a_temperature(T):
-    """Scores c tanh((h W + b)/c)/T, made by the caller's own scaling of what goes in."""
+    """Scores c tanh((h W + b)/c)/T that the caller makes by scaling the arguments."""
     rng = np.random.default_rng(0)
     h, W, b = rng.normal(size=(5, 16)), rng.normal(size=(101, 16)), rng.normal(size=101)
     y = rng.integers(0, 101, 5)
@@ -325,7 +326,7 @@ SURE = {
 @pytest.mark.parametrize(("dtype", "gap"), [(jnp.float64, 40.0), (jnp.float32, 20.0)])
 @pytest.mark.parametrize("name", list(SURE))
 def test_gradients_of_a_sure_answer(name, dtype, gap):
-    """Both components have their digits, and they add up to 0."""
+    """Both components of the gradient have their digits, and they add up to 0."""
     f, gradient = SURE[name]
     with jax.enable_x64(dtype == jnp.float64):
         found = jax.jit(jax.grad(f))(jnp.array([gap, 0.0], dtype))
@@ -341,7 +342,7 @@ OF_ANY_LENGTH = [name for name in SURE if not any(word in name for word in ("lin
 @pytest.mark.parametrize("name", OF_ANY_LENGTH)
 @pytest.mark.parametrize("make", [lambda z: z * 1.7, lambda z: z / 0.6], ids=["product", "quotient"])
 def test_gradients_of_a_sure_answer_in_a_long_row(name, make):
-    """A row alone, of so many classes that they are summed in another way, made in the same program."""
+    """A single row, made in the same program, with so many classes that they are summed in another way."""
     z = np.append(np.float32(46.9), np.random.default_rng(0).uniform(-1, 0, 256).astype(np.float32))
     found = jax.jit(jax.grad(lambda z: SURE[name][0](make(z))))(z)[0]
     with jax.enable_x64(True):
@@ -350,7 +351,7 @@ def test_gradients_of_a_sure_answer_in_a_long_row(name, make):
 
 
 def test_scores_in_bfloat16_made_in_the_same_program():
-    """The label's score was read rounded, the maximum unrounded: 0.0117 for 2.9e-9."""
+    """The label's score was once read rounded and the maximum unrounded, which gave 0.0117 instead of 2.9e-9."""
     z, factor = jnp.array([11.75, 0.0, -0.5], jnp.bfloat16), jnp.bfloat16(1.7)
     for loss, value, gradient in (
         (losses.cross_entropy, 2.940746e-9, -5.0058e-9),
@@ -362,7 +363,7 @@ def test_scores_in_bfloat16_made_in_the_same_program():
 
 
 def test_scores_of_the_least_finite_number():
-    """A usual mask; a maximum with that number has the whole derivative, not a half."""
+    """The least finite number is a common mask. A maximum with it must have the whole derivative, not half of it."""
     z = jnp.full((2, 3), jnp.finfo(jnp.float32).min)
     for f in (js.log_normalizer, js.entropy, lambda z: js.log_softmax(z)[..., 0], lambda z: js.softmax(z)[..., 0]):
         for g in (jax.grad, jax.hessian):
@@ -476,7 +477,7 @@ def test_gradients_of_a_sure_fenchel_young_loss(alpha):
 
 
 def test_no_class_at_all():
-    """K = 0: no label is in range; what takes none has the value of an empty row."""
+    """K = 0: no label is in range, and functions without labels give the value of an empty row."""
     z, y = jnp.zeros((3, 0)), jnp.zeros(3, int)
     for f in (losses.cross_entropy, losses.focal_cross_entropy, losses.spherical_z_loss, js.fenchel_young_loss):
         assert np.all(np.isnan(f(z, y)))
@@ -488,7 +489,8 @@ def test_no_class_at_all():
 
 
 def test_p_of_products_has_its_digits():
-    """x = 30 z up to 90, whose rounding is 4e-6: beside it e^u of few scores keeps |u| + 4 ulp (MATH 4.4)."""
+    """x = 30 z up to 90 has a rounding of 4e-6. For few scores, e^u stays within |u| + 4 ulp all the same (MATH
+    4.4)."""
     z = jnp.asarray(np.random.default_rng(2).normal(size=(3, 300)), jnp.float32)
     x = np.float64(jax.jit(lambda z: 30.0 * z)(z))
     e = np.exp(x - x.max(1, keepdims=True))

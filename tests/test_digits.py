@@ -16,7 +16,7 @@ XP.mp.dps = 40  # no differences are taken here
 
 
 class Float64:
-    """float64 as a namespace: for what is compared in float32 it has digits enough, and sums by math.fsum."""
+    """float64 as a namespace, with sums by math.fsum. It has digits enough for what is compared in float32."""
 
     array, exp, log1p, total = np.float64, np.exp, math.log1p, math.fsum
 
@@ -66,7 +66,7 @@ entropy_gradient = jax.jit(jax.grad(lambda z: jsoftmax.entropy(z).sum()))
 
 
 def errors(got, want, dtype, scale=None):
-    """|got − want| in ulp of `want` or of `scale`, 0 where that is not a normal number."""
+    """|got − want| in ulp of `want` or of `scale`; 0 where that is not a normal number."""
     scale = np.abs(np.asarray(want if scale is None else scale, np.float64))
     difference = XP.array(got) - want if dtype == np.float64 else np.float64(got) - np.asarray(want, np.float64)
     error = np.abs(np.asarray(difference, np.float64)) / np.maximum(ulp(scale, dtype), np.finfo(dtype).tiny)
@@ -84,7 +84,7 @@ CELLS = [
 
 @pytest.mark.parametrize(("length", "dtype"), CELLS)
 def test_bounds(length, dtype):
-    """Of the same shapes, so that each program is compiled once: u exact, u rounded."""
+    """The bounds for exact u and for rounded u. The shapes are the same, so that each program is compiled once."""
     with jax.enable_x64(dtype == np.float64):
         for exact_differences in (True, False):
             stack = dict(zip(LENGTHS, rows(dtype, exact_differences), strict=True))[length]
@@ -158,7 +158,7 @@ def test_what_a_running_sum_loses_beside_a_one(shape, dtype):
 
 
 def test_these_rows_are_hard():
-    """The plain forms fail the bounds on these rows, by far."""
+    """The plain formulas fail the bounds on these rows by far."""
     worst = 0.0
     for z in (z for stack in rows(np.float32, True, (3, 60)) for z in stack):
         want = float(exact(z)["H"])

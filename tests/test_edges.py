@@ -107,7 +107,7 @@ def test_rows(function, phi):
     product([js.log_normalizer, js.log_softmax, js.entropy, js.softmax, of_class_1], [3, 60, 300], met=[(0, 1)]),
 )
 def test_a_bad_score_among_many_rows(f, classes):
-    """XLA on CPU makes one kernel of many rows, in which a maximum of NaN and a number is the number."""
+    """XLA on CPU makes one kernel of many rows, in which the maximum of NaN and a number is the number."""
     z = np.zeros((4096, classes), np.float32)
     z[0, 0], z[1, 0], z[2, -1] = nan, inf, nan
     weights = np.arange(1, 1 + classes, dtype=np.float32)
@@ -130,7 +130,7 @@ def test_second_forward_derivative_of_a_bad_score():
     ids=str,
 )
 def test_rows_with_many_classes_left_out(function, classes):
-    """As the short rows, whatever way a row of that length is summed."""
+    """Long rows give what short rows give, in whatever way rows of their length are summed."""
     table = rows(function)
     short = [jnp.asarray(np.stack(column)) for column in zip(*table.values(), strict=True)]
     pads = (-inf, 0, True, 0)
@@ -163,7 +163,7 @@ def test_rows_along_other_axes(function, classes):
 
 @pytest.mark.parametrize(("function", "phi"), product(FUNCTIONS, [js.exp, js.spherical(0.1)], met=[(0, 1)]), ids=str)
 def test_arguments_not_given(function, phi):
-    """No mask is a mask of True, no log-weights are zeros: value and derivatives."""
+    """No mask is the same as a mask of True, and no log-weights as zeros: in value and derivatives."""
     z = (jnp.asarray(FINE), jnp.asarray(OTHER))[: function.scores]
     every, zeros = np.ones(5, bool), np.zeros(5, np.float32)
     pairs = [(given, (every, zeros)) for given in ((None, None), (every, None), (None, zeros))]

@@ -1,4 +1,4 @@
-"""Wrong calls: one table. Each message names function and argument, what came, what was wanted and the way out."""
+"""One table of wrong calls. Each message names function and argument, what it got, what it wanted, and the way out."""
 
 import inspect
 import re
@@ -211,7 +211,7 @@ def test_wrong_arguments(case):
 
 @pytest.mark.parametrize("module", [js, losses, gumbel, heads, heads.adaptive], ids=lambda m: m.__name__)
 def test_every_function_answers_the_keywords_of_others(module):
-    """Before it looks at its arguments."""
+    """The answer comes before a function looks at its arguments."""
     names = [name for name in module.__all__ if inspect.isfunction(getattr(module, name))]
     takers = [name for name in names if "where" in inspect.signature(raw(getattr(module, name))).parameters]
     assert takers

@@ -208,7 +208,7 @@ def test_modes_are_those_of_jax():
 
 @pytest.mark.parametrize(("classes", "draws"), product([1, 7, 47, 48, 1009, 4096], [20, 1, 2, 3, 5000], met=[(0, 1)]))
 def test_draws_are_those_of_whole_numbers_added_up_one_by_one(classes, draws):
-    """A draw is found in its block of classes, and that in its group; the class is the one that MATH 10.2 names."""
+    """A draw is found through its group and its block of classes. Its class is the one that MATH 10.2 defines."""
     x = 4 * jax.random.normal(KEY, (3, classes))
     of_rounding, of_draws = jax.random.split(KEY)
     F = np.cumsum(np.asarray(_categorical._whole_numbers(of_rounding, x, None)), -1, dtype=np.uint64)
@@ -279,7 +279,7 @@ def test_subset_tends_to_the_sample_of_top_k():
 @pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
 @pytest.mark.parametrize("gap", [12.0, 20.0, 90.0, 300.0])
 def test_subset_keeps_its_digits(gap, x64):
-    """Where one class takes the first draw almost surely: what is left of it takes part in the second."""
+    """One class takes the first draw almost surely; the little that is left of it takes part in the second draw."""
 
     def subset(a):
         return _concrete._subset(a, jnp.ones(1, a.dtype), 2)

@@ -121,7 +121,8 @@ def test_edges_of_densities():
 
 @pytest.mark.parametrize(("classes", "k"), [(32, 1), (1000, 7), (1024, 3), (1024, 60), (257, 2)])
 def test_largest_by_blocks(classes, k):
-    """Those of `jax.lax.top_k`, the first of equal ones first, also in rows with few classes; and their gradient."""
+    """The results are those of `jax.lax.top_k`, the first of equal ones first, also in rows with few classes; so is the
+    gradient."""
     a = np.round(4 * np.random.default_rng(0).normal(size=(6, classes))).astype(np.float32)
     a[0], a[1, 3:], a[2], a[3] = -np.inf, -np.inf, np.nan, 0
 

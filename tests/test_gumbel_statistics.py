@@ -91,7 +91,8 @@ def test_draws_of_131072_classes(dtype):
 
 @pytest.mark.parametrize("offset", [0.0, 1e6, -3e38])
 def test_a_single_draw_on_accelerators(offset, monkeypatch):
-    """By noise, which an offset of the scores does not round away; bad rows and rows without classes."""
+    """Single draws are made by noise, which an offset of the scores does not round away; also bad rows and empty
+    rows."""
     jax.clear_caches()
     as_on_accelerators(monkeypatch)
     log_weights = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05, 1e-4, 0.0]))

@@ -27,7 +27,7 @@ RATES = {"taylor": 6.0, "spherical": 6.0, "z_loss": 60.0}
 
 
 def batches(rows, steps=STEPS, rate=6.0):
-    """Half of the labels from four classes, so that most batches have some twice."""
+    """Batches in which half of the labels are from four classes, so that most batches have some labels twice."""
     rng = np.random.default_rng(rows)
     labels = np.where(rng.random((steps, rows)) < 0.5, rng.integers(4, size=(steps, rows)), rng.integers(V))
     hidden = np.cos(np.arange(V)[:, None] * (1 + np.arange(D)))[labels] + rng.normal(size=(steps, rows, D))
@@ -84,7 +84,7 @@ def test_equals_dense_sgd(name, rows):
 
 
 def test_drift_in_float32():
-    """Against float64: like that of dense SGD in float32, with folds and without."""
+    """Drift from float64 is like that of dense SGD in float32, with folds and without."""
     loss, of_scores = LOSSES["spherical"]
     with jax.enable_x64(True):
         batch = [jnp.asarray(a, jnp.float32) if a.dtype == float else jnp.asarray(a) for a in batches(4)]
@@ -121,7 +121,8 @@ def dense_step(weight, batch):
 @pytest.mark.parametrize("beyond", [2.0, 1e30])
 @pytest.mark.parametrize("times", [0.9, 1.0, 1 + 1e-9, 1.7, 3.0])
 def test_a_step_that_makes_u_singular(times, beyond):
-    """η M with an eigenvalue of 1 takes a dimension from the weight; beyond it turns round. The step folds first."""
+    """If η M has an eigenvalue of 1, the step takes a dimension from the weight; a larger one reverses it. The step
+    folds first."""
     with jax.enable_x64(True):
         weight, h, y = jnp.asarray(WEIGHT), jnp.ones((1, D)) / 3, jnp.array([3])
         eta = times * jnp.sum(js.taylor(2)(h @ weight.T)) / jnp.sum(h * h)

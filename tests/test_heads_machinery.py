@@ -267,7 +267,8 @@ def test_narrow_factors_are_summed_in_float32(dtype):
 
 
 def test_gradient_of_a_narrow_weight_is_rounded_once():
-    """Summed over blocks of tokens in float32: each block alone would be rounded away."""
+    """The gradient is summed over blocks of tokens in float32; in a narrow dtype each block alone would be rounded
+    away."""
     hidden, weight = jnp.ones((512, 1), jnp.bfloat16), jnp.zeros((2, 1), jnp.bfloat16)
     f = functools.partial(heads.linear_cross_entropy, block_size=(1, 1))
     for g in (f, lambda *a: heads.linear_cross_entropy_sum(*a, block_size=(1, 1))):
@@ -315,7 +316,7 @@ def test_strict_promotion_and_debug_nans(dtype):
 
 
 def test_precision_reaches_every_product():
-    """Three of the sum's gradient, four of the loss's."""
+    """Three products of the sum's gradient, and four of the loss's, have the given precision."""
     hidden, weight, labels = head(8, 20, 3)
     for f, least in ((heads.linear_cross_entropy_sum, 3), (heads.linear_cross_entropy, 4)):
         total = lambda W, f=f: jnp.sum(f(hidden, W, labels, precision="highest", block_size=(4, 10)))  # noqa: E731
@@ -326,7 +327,7 @@ def test_precision_reaches_every_product():
 
 
 def test_two_heads_of_different_dtypes():
-    """As the wider of both: nothing of the reference is narrowed."""
+    """The result is that of the wider dtype: nothing of the reference is narrowed."""
     hidden, weight, _ = head(4, 30, 8)
     narrow = [a.astype(jnp.bfloat16) for a in (hidden, weight)]
     want = heads.linear_kl(*(a.astype(jnp.float32) for a in narrow), hidden, weight)
@@ -340,7 +341,8 @@ def test_two_heads_of_different_dtypes():
 
 
 def test_tokens_that_do_not_count_have_scores_in_the_domain():
-    """Padding and ignored tokens: a zero vector's scores, the bias, could be outside."""
+    """Padding and ignored tokens must not be zero vectors: their scores, which are the bias, could be outside the
+    domain."""
     weight, bias = jnp.ones((2, 1)), jnp.array([3.0, 0.0])
     hidden, labels = jnp.full((3, 1), -2.0), jnp.array([0, -1, 1])
     options = {"phi": js.q_exponential(1.5), "ignore_label": -1, "block_size": (2, 2)}

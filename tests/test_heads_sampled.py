@@ -125,7 +125,7 @@ def test_many_samples_give_the_full_loss():
 
 
 def test_each_class_once_is_the_full_loss():
-    """Draws of each class once from a uniform proposal: counts are as expected, and nothing is estimated."""
+    """With each class drawn once from a uniform proposal, counts are as expected, and nothing is estimated."""
     h, w, b = float32(H, W, B)
     log_q = jnp.full(V, -jnp.log(V))
     given, _, _ = sampled._check("f", KEY, h, w, LABELS, V, log_q, b, None, js.exp)
@@ -134,7 +134,7 @@ def test_each_class_once_is_the_full_loss():
 
 
 def test_noise_contrastive_estimation_ends_at_the_true_distribution():
-    """At x = log p its gradient is 0 in the mean, over labels and samples; at another x it is not."""
+    """At x = log p the mean of the gradient over labels and samples is 0; at another x it is not."""
     p = np.exp(B) / np.exp(B).sum()
     h, w = float32(np.ones((1, 1)), np.zeros((V, 1)))
 

@@ -55,7 +55,7 @@ FLOATING = [dtype for dtype in DTYPES if dtype != jnp.int32]
     ids=str,
 )
 def test_no_step_makes_a_nan(function, dtype, phi):
-    """Operation by operation. The cells' products of two lists have no code of their own."""
+    """Runs operation by operation. The cells that multiply two lists have no code of their own."""
     with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
         z, value, gradient = with_masks(function, dtype, phi)
         value(*z)
@@ -85,7 +85,7 @@ def test_a_new_parameter_or_an_equal_phi_does_not_retrace(function):
     ("function", "phi"), product(FUNCTIONS, [js.exp, js.taylor(4), js.softplus], met=[(0, 1)]), ids=str
 )
 def test_residuals(function, phi):
-    """For the backward pass are kept the scores themselves, one array of their size each, and a mask."""
+    """For the backward pass functions keep the scores, one array of their size each, and a mask."""
     z = [jnp.float32(np.cos(np.arange(1000.0) + i)) for i in range(function.scores)]
     _, pull = jax.vjp(lambda *z: function.ours(*z, phi=phi), *z)
     kept = [leaf for leaf in jax.tree.leaves(pull) if getattr(leaf, "size", 0) >= 1000]

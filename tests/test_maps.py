@@ -60,7 +60,7 @@ def test_the_maximum_is_found_wherever_it_is(of_row, ties):
 
 
 def test_many_near_the_maximum():
-    """So many that rounding loses the one of the maximum; the row is not taken for an empty one."""
+    """There are so many that rounding loses the 1 of the maximum; the row must not be taken for an empty one."""
     z = jax.random.uniform(jax.random.key(4), (2**23,), minval=-1e-3, maxval=0)
     for L in (js.log_normalizer(z), js.log_normalizer(z[:, None, None], (0, 1)), js.log_normalizer(z[:-8])):
         np.testing.assert_allclose(L, np.log(2.0**23), rtol=1e-4)

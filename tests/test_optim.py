@@ -187,7 +187,7 @@ def update(f, **given):
 
 
 def test_newton_takes_no_labels_for_weights():
-    """As many rows as classes: labels would broadcast."""
+    """With as many rows as classes, labels would broadcast to weights, and must be rejected."""
     for targets in (LABELS, LABELS[:, None], jnp.zeros((1, 4))):
         with pytest.raises(ValueError, match=r"newton_cg: targets must be distributions.*one_hot"):
             update(optim.newton_cg, targets=targets, **FOUR)

@@ -1,4 +1,4 @@
-"""The oracle, asked for every function × φ; and proof that it can fail."""
+"""The oracle checks every function × φ; and these tests show that it can fail."""
 
 import collections
 import dataclasses
@@ -16,7 +16,7 @@ from jsoftmax.verify import ERRATA, EVERY, FUNCTIONS, OTHERS, PHIS, SPARSE_MAPS,
 
 
 def grouped(rows):
-    """Some φ at once, which one program compares: (first, second, φ) as a table of φ."""
+    """Several φ, compared in one program: (first, second, φ) as a table of φ."""
     table = collections.defaultdict(list)
     for first, second, phi in rows:
         table[first, second].append(phi)
@@ -26,7 +26,7 @@ def grouped(rows):
 
 
 def missed(function, phis, dtype):
-    """The cells whose error is too large, with all of it."""
+    """The cells whose error is too large, with their errors."""
     allowed = verify.tolerances(function, dtype)
     errors = verify.against_digits(function, phis, dtype)
     found = [(f"{function} {phi}", of_phi) for phi, of_phi in zip(phis, errors, strict=True)]
@@ -62,7 +62,7 @@ def test_gradient_of_a_confident_row(function):
 
 
 def test_the_gradient_of_textbooks_is_seen():
-    """p − 1 at the label as it stands."""
+    """The oracle sees the loss of digits in the textbook's gradient, p − 1 at the label."""
     plain = jax.custom_jvp(lambda z: -jsoftmax.log_softmax(z)[1])
     plain.defjvps(lambda z_dot, _, z: jnp.sum((jsoftmax.softmax(z) - jnp.eye(4)[1]) * z_dot))
     of_class_1 = Function("loss", lambda z, phi: plain(z), lambda phi, xp, z: -verify.plain_log_softmax(phi, xp, z)[1])

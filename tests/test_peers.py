@@ -1,4 +1,5 @@
-"""Agreement with PyTorch and the package entmax: their numbers from a file, and live where they are installed."""
+"""Agreement with PyTorch and the package entmax: with their numbers from a file, and with them if they are
+installed."""
 
 import importlib.util
 import json

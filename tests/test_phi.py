@@ -61,7 +61,7 @@ def test_relu_itself_has_finite_curvature():
 
 
 def test_the_slope_of_a_sigmoid_near_one_keeps_its_digits():
-    """σ(z) σ(−z), in which σ is 1 in float32."""
+    """The slope is computed as σ(z) σ(−z), where σ rounds to 1 in float32."""
     np.testing.assert_allclose(jax.grad(_series.sigmoid)(jnp.array(20.0)), np.exp(-20.0), rtol=1e-6)
 
 
@@ -146,7 +146,7 @@ def test_phi_is_a_value():
 
 
 def test_structures_tell_classes_apart():
-    """Compiled programs are kept by structure: two classes must not compare equal."""
+    """JAX keeps compiled programs by the structure of arguments, so two classes must not compare equal."""
     every = [*js.PHIS, js.taylor(6)]
     structures = [jax.tree.structure(phi) for phi in every]
     for i, a in enumerate(every):
@@ -186,7 +186,7 @@ class Lifted:
 
 
 def test_traced_values_must_be_parameters():
-    """Closed over, their derivatives would silently be 0."""
+    """If a function closed over them, their derivatives would silently be 0."""
     z = jnp.array([0.3, -0.7, 1.1])
 
     def through_a_helper(epsilon):

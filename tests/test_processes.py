@@ -1,4 +1,4 @@
-"""Classes shared by two processes: the numbers of one, and an end, not a wait, when a process is lost."""
+"""Two processes share the classes: results are those of one; if a process is lost, the other ends and does not wait."""
 
 import os
 import pathlib
@@ -66,7 +66,7 @@ def test_two_processes_equal_one(start, tmp_path):
 
 @pytest.mark.parametrize(("lost", "blow"), [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL)])
 def test_a_lost_process_ends_the_other(start, tmp_path, lost, blow):
-    """With an error, after heartbeat and shutdown at the latest; process 0 is the coordinator."""
+    """It ends with an error, after the heartbeat and shutdown timeouts at the latest. Process 0 is the coordinator."""
     both = start("endless")
     last = time.monotonic() + SLACK
     while len(list(tmp_path.glob("?.npz"))) < 2:

@@ -1,7 +1,7 @@
-"""Scores that are made in the same program: what compilers join with what follows changes no digit (MATH 4.1).
+"""Scores that are made in the same program: fusing them with what follows must not change digits (MATH 4.1).
 
-XLA computes c z again beside the exponential and rounds c z − max x once, not twice, so that the largest score's
-difference need not be 0. Here every function follows every producer, at sizes on both sides of every threshold, in
+A compiler may compute c z again beside the exponential, and round c z − max x once, not twice; then the difference of
+the largest score is not 0. Here every function follows every producer, at sizes on both sides of every threshold and in
 every dtype, and equals what float64 gives operation by operation.
 """
 
@@ -153,7 +153,7 @@ def result(f, mode, z, c, v):
 
 @functools.cache
 def alone(function):
-    """Compiled by itself: its scores are an array, whatever made them."""
+    """The function compiled by itself, so that its scores are an array, whatever made them."""
     return jax.jit(functools.partial(ours, function))
 
 
@@ -231,7 +231,7 @@ NARROW = few_and_full(BROUGHT, STEPS, [(6, 17), (6, 300), (64, 2100)])
 
 @pytest.mark.parametrize(("function", "step", "shape"), NARROW, ids=str)
 def test_scores_in_bfloat16_are_those_of_an_array(function, step, shape):
-    """The rounding of scores made in the same program is dropped for no reader: all see the same scores."""
+    """No reader drops the rounding of scores that are made in the same program: all see the same scores."""
     z, c = jnp.asarray(scores(shape), jnp.bfloat16), jnp.asarray(1.7, jnp.bfloat16)
     want = np.float64(in_two(function, step, "value", (z, c, z)))
     found = np.float64(in_one_program(function, step, "value", (z, c, z)))

@@ -1,6 +1,8 @@
-"""What a function keeps for its backward pass: an array of the scores' size and numbers of rows; more by its record.
+"""What a function keeps for its backward pass: one array of the scores' size and numbers of rows, or what its record
+says.
 
-Of many scores p and log p keep two, of which each platform's program reads one: p on CPU, the scores elsewhere."""
+For many scores, p and log p keep two such arrays, of which a program reads one: p on CPU, the scores elsewhere.
+"""
 
 import functools
 
@@ -50,7 +52,7 @@ def test_kept_by_the_options_of_cross_entropy(options, shape):
     ("f", "most"), [(js.softmax, 2), (js.log_softmax, 2), (js.entropy, 1), (losses.cross_entropy, 1)]
 )
 def test_kept_of_narrow_scores(f, most, shape):
-    """Not more than of wide ones: the labels' and the entropy's p is of float32."""
+    """Narrow scores keep no more than wide ones; the p of labels and of the entropy is float32."""
     arguments = (jnp.zeros(shape[0], int),) if f is losses.cross_entropy else ()
     narrow, wide = (kept(lambda z: f(z, *arguments), jnp.zeros(shape, dtype))[0] for dtype in (jnp.bfloat16, float))
     assert narrow == wide == (1 if shape == SHAPES[0] else most)

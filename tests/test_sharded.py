@@ -1,4 +1,5 @@
-"""Functions of scores over sharded classes: they equal the whole, inside too, and devices exchange numbers of rows."""
+"""Functions of scores over sharded classes: they equal those of whole rows, and devices exchange a few numbers a
+row."""
 
 import functools
 import pathlib
@@ -108,7 +109,8 @@ def test_parts_equal_the_whole(name):
 
 @pytest.mark.parametrize("name", [name for name in CORE if name not in KEEP])
 def test_differentiated_inside(name):
-    """A gradient and a Hessian product taken by each device: right with check_vma; of the devices' sum without it."""
+    """Gradients and Hessian products taken inside, by each device: right with check_vma; without it, those of the sum
+    of the devices' losses."""
     with jax.enable_x64(True):
         given = scores()
         f = of_scores()[name]
@@ -190,7 +192,8 @@ DRAWS = {  # and at most how many numbers a row are exchanged at once, of 8 · 1
 
 @pytest.mark.parametrize(("name", "classes"), product(list(DRAWS), [15992, 32768], met=[(0, 1)]))
 def test_draws_by_plain_jit(name, classes):
-    """Those of one device but for the rounding of p; a number a draw or a few blocks are exchanged, no rows."""
+    """Draws are those of one device, except for the rounding of p. A number a draw, or a few blocks, are exchanged; no
+    rows."""
     (draw, limit), z = DRAWS[name], sharded_scores(classes)
     found, want = (np.asarray(jit_formulas(draw)(a)) for a in (z, np.asarray(z)))
     assert np.mean(np.abs(found - want) > 1e-5) < 1e-3
@@ -252,7 +255,7 @@ def test_edges():
 
 
 def test_draws():
-    """With replacement those of the whole row, though one shard is empty and one row is."""
+    """With replacement, draws are those of the whole row, though one shard and one row are empty."""
     key, z = jax.random.key(1), jnp.linspace(-2, 2, 6 * 16).reshape(6, 16).at[2].set(-jnp.inf).at[3, 9].set(jnp.nan)
     z = z.at[:, 4:8].set(-jnp.inf)
     whole = jit_formulas(lambda z: gumbel.categorical(key, z, shape=(50, 6)))
@@ -315,7 +318,7 @@ EXPLICIT = [(name, CLASSES) for name in NAMES] + [("entropy", 4500)] + product(l
 
 @pytest.mark.parametrize(("name", "classes"), EXPLICIT)
 def test_explicit_mode(name, classes):
-    """Axes whose sharding is part of an array's type: few classes, one sum, blocks, blocks that leave a tail."""
+    """On axes whose sharding is part of an array's type: few classes, one sum, blocks, and blocks that leave a tail."""
     explicit, f = mesh(AxisType.Explicit), of_scores()[name]
     gradient = jit_formulas(jax.grad(lambda z, w: jnp.sum(jnp.sin(f(z, w)))))
     want = gradient(*scores(classes))

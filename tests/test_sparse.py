@@ -24,7 +24,7 @@ def scores(*shape, seed=0, scale=1.0):
 
 @functools.cache
 def of_one(alpha, jit=jax.jit):
-    """entmax of one α, a number of the program."""
+    """entmax for one α, which is a constant of the program."""
     return jit(functools.partial(js.entmax, alpha=alpha))
 
 

@@ -41,7 +41,8 @@ def scores(shape, dtype=np.float32):
 
 
 def same(got, want, ulps=64):
-    """Within some ulp of the larger of 1 and each number, with infinities and NaN in the same places."""
+    """Asserts equality within some ulp of the larger of 1 and each number, with infinities and NaN in the same
+    places."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         eps = float(jnp.finfo(b.dtype).eps)
         np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=ulps * eps, atol=ulps * eps)

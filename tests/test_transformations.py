@@ -14,7 +14,7 @@ from jsoftmax.verify import DERIVATIVES, FUNCTIONS, LOSSES, OTHERS, PHIS, SPARSE
 
 
 def weighted(value):
-    """One number of all outputs, with distinct cotangents, so that no two can be mistaken for one another."""
+    """One number from all outputs, by distinct weights, so that no two outputs can be mistaken for one another."""
     return jnp.sum(jnp.cos(jnp.arange(1.0, 1 + value.size)) * jnp.ravel(value))
 
 
@@ -164,7 +164,8 @@ def test_checkpointed_bodies_keep_rules_at_order_two_in_a_scan():
 
 @pytest.mark.parametrize("classes", [3, 60, 300, 1000, 4500])
 def test_left_out_in_a_scan(classes):
-    """A class with a score of −inf at order 2, where JAX may differentiate functions' bodies: as without the scan."""
+    """A class with a score of −inf at order 2 in a scan, where JAX may differentiate the bodies of functions: the
+    results are those without the scan."""
     with jax.enable_x64(True):
         z = jnp.asarray(np.random.default_rng(7).normal(0, 2, (2, classes))).at[:, 1].set(-jnp.inf)
         v = jnp.cos(jnp.arange(z.size)).reshape(z.shape)

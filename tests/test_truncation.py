@@ -68,7 +68,7 @@ def test_one_number_a_row_and_other_axes():
 
 
 def test_other_laws_are_cut_by_their_own_probabilities():
-    """A φ that decreases, weights and a mask; the law of what is left is that of the whole, normalised again."""
+    """A φ that decreases, weights and a mask: the law that is left is that of the whole, normalised again."""
     z, phi = jnp.array([-6.0, -1.0, 0.0, 2.0, 5.0]), js.taylor(2)
     options = {"phi": phi, "log_weights": jnp.log(jnp.array([1.0, 1.0, 1.0, 1.0, 0.1]))}
     where = jnp.array([True, True, True, True, False])
