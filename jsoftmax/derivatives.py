@@ -1,4 +1,4 @@
-"""The closed-form Jacobians, Hessians and second-derivative tensors by name, for every φ; classes last."""
+"""The closed-form Jacobians, Hessians and second-derivative tensors by name, for every φ. Classes are the last axis."""
 
 import functools
 from collections.abc import Callable
@@ -45,7 +45,8 @@ def _of_parts(
 def _closed_form(  # noqa: PLR0917  (as the public functions have them)
     function: str, form: Callable[..., Any], scores: dict[str, Any], where: Any, phi: Any, log_weights: Any
 ) -> Any:
-    """form(parts, φ, *others), where `scores` are z and others that broadcast with it, 0 where a class is left out."""
+    """form(parts, φ, *others). scores: z and other arrays that broadcast with it; they are set to 0 where a class is
+    left out."""
     arguments = maps.check(function, scores, -1, where, phi, log_weights)
     return _of_parts(form, arguments.scores, arguments.where, arguments.log_weights, phi)
 

@@ -23,7 +23,7 @@ from jsoftmax.sums import Want, class_sum
 def centred_log_p(
     x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
 ) -> tuple[Array, Array]:
-    """c = log p + H, 0 where p is 0, and H, which keeps the reduced axes. want, order: as in `maps.normalize`."""
+    """c = log p + H, 0 where p is 0; and H, which keeps the reduced axes. want, order: as in `maps.normalize`."""
     return sums.centred(x, axis, axis_name, want, order)
 
 

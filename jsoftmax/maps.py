@@ -54,14 +54,14 @@ def _normalize_jvp(  # noqa: PLR0917  (a rule has no keywords)
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def zero_where(left_out: Array, a: Array) -> Array:
-    """a, and 0 where a class is left out; checkpointed, for the backward pass would keep the zeros too."""
+    """a, and 0 where a class is left out. It is checkpointed, because the backward pass would keep the zeros too."""
     return jnp.where(left_out, 0, a)
 
 
 def weighted_scores(phi: Phi, z: Array, where: Array | None, log_weights: Array | None) -> Array:
-    """x = ψ(z) + log w, −inf where a class is left out (MATH 1.1): by a mask, a weight of 0 or a score of −inf.
+    """x = ψ(z) + log w; −inf where a mask, a weight of 0 or a score of −inf leaves a class out (MATH 1.1).
 
-    In the accumulation dtype, but where x is z itself, which stays as narrow as it is given.
+    x is in the accumulation dtype, unless it is z itself, which then stays as narrow as it is given.
     """
     if log_weights is not None or not isinstance(phi, Exponential):
         z = read(z)
@@ -75,10 +75,10 @@ def weighted_scores(phi: Phi, z: Array, where: Array | None, log_weights: Array 
 
 
 class Arguments(NamedTuple):
-    """Checked."""
+    """Checked arguments."""
 
     given: tuple[Array, ...]
-    """Scores of one shape, in their joint dtype."""
+    """The arrays of scores, of one shape, in their common dtype."""
     axis: tuple[int, ...]
     axis_name: AxisName
     where: Array | None
@@ -86,7 +86,7 @@ class Arguments(NamedTuple):
 
     @property
     def dtype(self) -> Any:
-        """The scores' dtype."""
+        """The dtype of the scores."""
         return self.given[0].dtype
 
     @property
@@ -104,7 +104,8 @@ def check(  # noqa: PLR0917  (as the public functions have them)
     log_weights: Any,
     axis_name: Any = None,
 ) -> Arguments:
-    """The arguments of a public function, checked, promoted and broadcast; `scores` by the names users know."""
+    """The arguments of a public function, checked, promoted and broadcast. scores: arrays by the names that users
+    know."""
     check_phi(function, phi)
     arrays = {name: as_scores(function, name, z) for name, z in scores.items()}
     check_axis_name(function, axis_name)
@@ -141,9 +142,10 @@ def _of_weighted_scores(  # noqa: PLR0917  (as `Arguments` has them)
 
 
 def keep_classes(f: Callable[..., Array], arguments: Arguments, phi: Phi, parameters: tuple[Array, ...] = ()) -> Array:
-    """f(x, …, *parameters, axis, axis_name) of x = ψ(z) + log w, in the scores' dtype.
+    """f(x, …, *parameters, axis, axis_name) for x = ψ(z) + log w, with a result in the dtype of the scores.
 
-    Compiled as one: what f drops is not computed, and narrow scores need not be written wide.
+    All is compiled as one program, so that results that f drops are not computed, and narrow scores need not be stored
+    in a wide dtype.
     """
     return _of_weighted_scores(f, *arguments, phi, parameters).astype(arguments.dtype)
 
@@ -155,13 +157,13 @@ def reduce_classes(
     keepdims: bool = False,
     parameters: tuple[Array, ...] = (),
 ) -> Array:
-    """The same for an f that reduces the classes, in the accumulation dtype."""
+    """The same for an f that reduces the classes; the result is in the accumulation dtype."""
     result = _of_weighted_scores(f, *arguments, phi, parameters)
     return result if keepdims else jnp.squeeze(result, arguments.axis)
 
 
 def check_phi(function: str, phi: Any) -> None:
-    """A φ is a `Phi`; anything else raises and names the way out."""
+    """Checks that `phi` is a `Phi`. For anything else the error names the way out."""
     if isinstance(phi, Phi):
         return
     name = getattr(phi, "__name__", "")
@@ -278,10 +280,10 @@ def _p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
 
 
 def log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
-    """log p alone."""
+    """log p only."""
     return normalize(x, axis, axis_name, "log_p").log_p
 
 
 def log_sum(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
-    """L alone, which keeps the reduced axes."""
+    """L only; it keeps the reduced axes with length 1."""
     return normalize(x, axis, axis_name, "L").log_normalizer

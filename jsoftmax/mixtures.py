@@ -19,7 +19,7 @@ from jsoftmax.sums import class_sum
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _mix(log_p: Array, log_weights: Array, axis: tuple[int, ...]) -> Array:
-    """log Σ π p over the components; as log1p(Σ π (p − 1)) where it is near 0, which keeps its digits  (MATH 9.1)."""
+    """log Σ π p over the components. Near 0 it is computed as log1p(Σ π (p − 1)), to keep its digits  (MATH 9.1)."""
     far = maps.log_sum(log_p + log_weights, axis)
     near = far > -0.5
     deficit = class_sum(jnp.exp(log_weights) * expm1(log_p), axis)

@@ -1,4 +1,4 @@
-"""Diagonal plus low rank: what every Jacobian and Hessian of the library is, with products and solves in O(K)."""
+"""Diagonal plus low rank: the form of every Jacobian and Hessian of the library, with products and solves in O(K)."""
 
 from typing import Any
 
@@ -39,12 +39,12 @@ class DiagonalPlusLowRank:
 
     def __post_init__(self) -> None:
         if not all(hasattr(part, "shape") for part in (self.d, self.left, self.right)):
-            return  # a tree of something else, such as axes to map over
+            return  # the leaves are no arrays, but e.g. axes to map over
         d, left, right = self.d.shape, self.left.shape, self.right.shape
         if not (left == right and left[:-1] == d and d and left[-1] > 0):
             raise ValueError(
                 "DiagonalPlusLowRank: d must be [..., K], left and right [..., K, rank] with rank ≥ 1; got shapes "
-                f"{d}, {left} and {right}. Give one column an axis: u[..., None]; no columns: zeros."
+                f"{d}, {left} and {right}. Write one column as u[..., None], and no columns as one of zeros."
             )
 
     def __repr__(self) -> str:
@@ -53,7 +53,7 @@ class DiagonalPlusLowRank:
 
     @property
     def _factors(self) -> list[tuple[Array, Array]]:
-        """The columns of U and V, pairwise."""
+        """The columns of U and V in pairs."""
         return [(self.left[..., r], self.right[..., r]) for r in range(self.left.shape[-1])]
 
     def mv(self, v: ArrayLike) -> Float[Array, "..."]:
@@ -170,7 +170,7 @@ class DiagonalPlusLowRank:
         return lineax.TaggedLinearOperator(operator, lineax.symmetric_tag) if self.symmetric else operator
 
     def _damped(self, method: str, damping: ArrayLike) -> tuple[Array, Array]:
-        """D = diag(d) + damping, and the capacitance I + Vᵀ D⁻¹ U; a zero of D is left to the caller."""
+        """D = diag(d) + damping, and the capacitance matrix I + Vᵀ D⁻¹ U. The caller deals with zeros of D."""
         function = f"DiagonalPlusLowRank.{method}"
         damping = as_scores(function, "damping", damping).astype(self.d.dtype)
         try:
@@ -187,7 +187,7 @@ class DiagonalPlusLowRank:
 
 
 def _vector(method: str, argument: str, v: Any, d: Array) -> Array:
-    """`v` in the operator's dtype; it must have the classes last and broadcast with the batch."""
+    """`v` in the operator's dtype. Its last axis must be the classes, and the others must broadcast with the batch."""
     v = as_scores(f"DiagonalPlusLowRank.{method}", argument, v).astype(d.dtype)
     try:
         jnp.broadcast_shapes(v.shape[:-1], d.shape[:-1])

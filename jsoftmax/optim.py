@@ -78,7 +78,7 @@ def _check_callable(function: str, argument: str, f: Any, arguments: str, exampl
 
 
 def _check_steps(function: str, damping: Any, iterations: Any) -> jax.Array:
-    """`damping` as a scalar; both in range, where that is known at trace time."""
+    """`damping` as one number. It and `iterations` must be in range, if they are known at trace time."""
     array = as_number(function, "damping", damping)
     if array.ndim or not all_known(damping, lambda a: a > 0):
         got = f"shape {array.shape}" if array.ndim else damping
@@ -101,8 +101,9 @@ def _dot(a: Any, b: Any) -> jax.Array:
 
 
 def _descent(product: Callable[[Any], Any], gradient: Any, iterations: int) -> Any:
-    """−product⁻¹ gradient by conjugate gradients, which stop before a direction of curvature ≤ 0; −gradient if the
-    first is one. So the result points downhill whatever the matrix (Nocedal & Wright 2006, algorithm 7.1)."""
+    """−product⁻¹ gradient by conjugate gradients, which stop before a direction of curvature ≤ 0. If the first
+    direction is one, the result is −gradient. So it points downhill for every matrix (Nocedal & Wright 2006, algorithm
+    7.1)."""
     start = _dot(gradient, gradient)
 
     def go_on(state: Any) -> jax.Array:
@@ -133,7 +134,8 @@ def _by_cg(
     phi: Any,
     iterations: Any,
 ) -> Any:
-    """−(Jᵀ B J / N + damping · I)⁻¹ gradient as an optax transformation; `operator` gets z and the extra arguments."""
+    """−(Jᵀ B J / N + damping · I)⁻¹ gradient as an optax transformation. operator: B, as a function of z and the extra
+    arguments of `update`."""
     optax = optional_package(function, "optax", "'jsoftmax[train]'")
     maps.check_phi(function, phi)
     _check_callable(function, "scores", scores, "(parameters, inputs)", "lambda W, inputs: inputs @ W")
@@ -201,7 +203,7 @@ def newton_cg(
         if jnp.shape(targets) != z.shape:
             raise ValueError(
                 f"newton_cg: targets must be distributions over the classes, of the scores' shape {z.shape}; got shape "
-                f"{jnp.shape(targets)}. Labels are made so by jax.nn.one_hot(labels, {z.shape[-1]})."
+                f"{jnp.shape(targets)}. Convert labels by jax.nn.one_hot(labels, {z.shape[-1]})."
             )
         return cross_entropy_hessian(z, targets, phi=phi)
 

@@ -11,14 +11,15 @@ from matplotlib.figure import Figure
 
 
 def _way(result: Any) -> str:
-    """φ for cross-entropy, else the loss, with its φ if that is not exp."""
+    """The name of a line: φ for cross-entropy; otherwise the loss, with its φ if that is not exp."""
     if result.loss == "cross-entropy":
         return result.phi
     return result.loss if result.phi in ("", "exp") else f"{result.loss}, {result.phi}"
 
 
 def learning_curves(results: Sequence[Any], path: pathlib.Path) -> None:
-    """Mean test loss over the epochs, one panel a model, one line a φ or loss; the band is ± a standard error."""
+    """Mean test loss over the epochs: one panel for each model, one line for each φ or loss, with a band of ± one
+    standard error."""
     models = list(dict.fromkeys(result.model for result in results))
     ways = list(dict.fromkeys(_way(result) for result in results))
     colours = mpl.colormaps["tab20"](np.linspace(0, 1, 20))

@@ -16,7 +16,7 @@ from jsoftmax.maps import normalize
 from jsoftmax.phi import Exponential, Phi, exp, log_phi, slope
 from jsoftmax.sums import difference
 
-_WIDTH = 25.0  # the bracket of log t: the logarithm of the scores' spread ± 25
+_WIDTH = 25.0  # log t is searched within ± 25 of the logarithm of the scores' spread
 
 
 def _entropy_at(phi: Phi, z: Array, log_t: Array) -> tuple[Array, Array]:
@@ -32,7 +32,8 @@ def _entropy_at(phi: Phi, z: Array, log_t: Array) -> tuple[Array, Array]:
 
 
 def _newton(phi: Phi, z: Array, target: Array, log_t: Array) -> tuple[Array, Array]:
-    """A step in log t, on log H where H is small, infinite where H is flat; and H − target."""
+    """A Newton step in log t, and H − target. Where H is small the step is taken on log H; where H is flat it is
+    infinite."""
     H, rate = _entropy_at(phi, z, log_t)
     small = (H < 1) & (H > 0) & (target > 0)
     ratio = jnp.where(small, H, 1)
@@ -42,17 +43,17 @@ def _newton(phi: Phi, z: Array, target: Array, log_t: Array) -> tuple[Array, Arr
 
 @jax.jit
 def _solve(phi: Phi, z: Array, target: Array) -> Array:
-    """log t by Newton's steps inside a bracket; NaN where the entropy is out of reach."""
+    """log t, by Newton's steps inside a bracket; NaN where no t gives the entropy."""
     fixed_phi, fixed_z, fixed_target = lax.stop_gradient((phi, z, target))
     kept = ~jnp.isneginf(fixed_z)
-    if isinstance(phi, Exponential):  # a shift changes nothing, and loses no digits here
+    if isinstance(phi, Exponential):  # a shift changes no probability, and the differences lose no digits
         peak = jnp.max(fixed_z, -1, keepdims=True, initial=-jnp.inf)
         fixed_z = jnp.where(kept, difference(fixed_z, peak), -jnp.inf)
     spread = jnp.max(jnp.where(kept, jnp.abs(fixed_z), 0), -1, keepdims=True, initial=0)
     centre = jnp.log(jnp.where(spread > 0, spread, 1))
     low, high = centre - _WIDTH, centre + _WIDTH
     reach = [_entropy_at(fixed_phi, fixed_z, end)[0] - fixed_target for end in (low, high)]
-    found = ~(reach[0] >= 0) & (reach[1] > 0)  # a NaN at a small t is beyond φ's domain
+    found = ~(reach[0] >= 0) & (reach[1] > 0)  # a NaN at a small t lies beyond φ's domain
     eps = float(jnp.finfo(z.dtype).eps)
 
     def is_open(low: Array, high: Array, step: Array) -> Array:
@@ -64,7 +65,7 @@ def _solve(phi: Phi, z: Array, target: Array) -> Array:
 
     def advance(state: Any) -> Any:
         log_t, low, high, last, count = state
-        still = is_open(low, high, last)  # a row that is done stays as it is, whatever its neighbours need
+        still = is_open(low, high, last)  # a row that is done stays as it is, however long others take
         step, miss = _newton(fixed_phi, fixed_z, fixed_target, log_t)
         low, high = jnp.where(miss >= 0, low, log_t), jnp.where(miss >= 0, log_t, high)
         new = log_t + step
@@ -75,10 +76,11 @@ def _solve(phi: Phi, z: Array, target: Array) -> Array:
     state = (centre, low, high, jnp.full_like(centre, jnp.inf), 0)
     log_t = lax.stop_gradient(lax.while_loop(go_on, advance, state)[0])
     step = jnp.zeros_like(log_t)
-    for _ in range(2):  # from a constant, for derivatives to order three where JAX drops the rule
+    for _ in range(2):  # steps from a constant give derivatives up to order three where JAX drops the rule
         step, _ = _newton(phi, z, target, log_t)
         log_t = log_t + jnp.where(jnp.isinf(step), 0, step)
-    return jnp.where(found & (jnp.abs(step) < 1e-2), log_t, jnp.nan)  # a jump has no solution
+    # where the entropy jumps over the target there is no solution
+    return jnp.where(found & (jnp.abs(step) < 1e-2), log_t, jnp.nan)
 
 
 @jax.custom_jvp

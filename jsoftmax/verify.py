@@ -1,8 +1,9 @@
-"""The oracle: closed forms in float64 and in float32 against the plain definitions in many digits, and by autodiff.
+"""The oracle: it compares closed forms, in float64 and float32, with plain definitions in many digits and by autodiff.
 
-Every function of scores × every φ × every order of derivative, from the two lists `FUNCTIONS` and `PHIS`.
-`python -m jsoftmax verify` prints it and the tests ask it. A plain definition is written once, for two namespaces:
-mpmath with many digits, differentiated by central differences, and `jax.numpy` in float64, differentiated by JAX.
+It covers every function of scores × every φ × every order of derivative, from the two lists `FUNCTIONS` and `PHIS`.
+`python -m jsoftmax verify` prints the results, and the tests use them. A plain definition is written once, for two
+namespaces: mpmath with many digits, differentiated by central differences, and `jax.numpy` in float64, differentiated
+by JAX.
 """
 
 import concurrent.futures
@@ -97,7 +98,7 @@ def rounded(phi: Phi) -> Phi:
 
 
 def error(ours: Any, reference: Any) -> float:
-    """The worst error over the largest entry, or as it is where all are 0; not finite counts as a miss."""
+    """The worst error divided by the largest entry, unless all entries are 0; infinite if it is not finite."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     scale = np.max(np.abs(reference)) or 1.0
     worst = float(np.max(np.abs(ours - reference)) / scale)
@@ -105,7 +106,7 @@ def error(ours: Any, reference: Any) -> float:
 
 
 def wide_dtype() -> Any:
-    """float64, or float32 where the backend has none."""
+    """float64, or float32 if the backend has no float64."""
     try:
         with jax.enable_x64(True):
             return jnp.ones((), jnp.float64).dtype if float(jnp.float64(1) + 2**-40) > 1 else jnp.float32
@@ -114,14 +115,14 @@ def wide_dtype() -> Any:
 
 
 def jit_formulas(f: Callable[..., Any]) -> Callable[..., Any]:
-    """jit for float64, where formulas are compared and not the code that XLA makes of them: it compiles two to three
-    times as fast without its optimisations for CPU. What users run is compared in float32, compiled as theirs."""
+    """jit for float64, where formulas are compared, not the code that XLA makes of them. Without its optimisations for
+    CPU, XLA compiles two to three times as fast. In float32 programs are compiled as for users."""
     return jax.jit(f, compiler_options=_plain_compilation() if jax.default_backend() == "cpu" else None)
 
 
 @functools.cache
 def _plain_compilation() -> dict[str, bool | int]:
-    """The options by which XLA compiles for CPU fastest; the second is no option from jax 0.12 on."""
+    """The options with which XLA compiles fastest for CPU. From jax 0.12 on the second one does not exist."""
     options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
     try:
         jax.jit(jnp.negative, compiler_options=options)(0.0)
@@ -131,7 +132,7 @@ def _plain_compilation() -> dict[str, bool | int]:
 
 
 def _orders(f: Callable[[Any], Any], count: int, z: Any, v: Any) -> list[Any]:
-    """Value, Jacobian, and the second and third derivative along v, once and twice, by autodiff; or fewer of them."""
+    """The first `count` of: value, Jacobian, and the Jacobian's first and second derivatives along v; by autodiff."""
 
     def along(g: Callable[[Any], Any], z: Any) -> Any:
         return jax.jvp(g, (z,), (v,))
@@ -145,10 +146,10 @@ def _orders(f: Callable[[Any], Any], count: int, z: Any, v: Any) -> list[Any]:
 
 
 def against_digits(function: Function, phis: Sequence[Phi], dtype: Any) -> list[list[float]]:
-    """Errors in that dtype, by φ and by order, against the plain definition in many digits.
+    """Errors in this dtype, by φ and by order, against the plain definition in many digits.
 
-    Value and Jacobian in full, the second and third order along a direction, once and twice. All φ are in one program,
-    which compiles in half of the time of a program for each.
+    Value and Jacobian are compared in full; the second and third order are derivatives of the Jacobian along one
+    direction. All φ are in one program, which compiles in half the time of one program for each.
     """
     phis = [rounded(phi) for phi in phis]
     wide = dtype == np.float64
@@ -167,8 +168,9 @@ def against_digits(function: Function, phis: Sequence[Phi], dtype: Any) -> list[
 def against_autodiff(function: Function, phi: Phi) -> list[float]:
     """Errors, by order, of the closed forms against autodiff of the plain definition, in float64.
 
-    Value, Jacobian and Hessian in full, the third order along a direction, twice. Autodiff of order three of a
-    second-order expansion is order five, which nobody waits for: there the many digits stand alone.
+    Value, Jacobian and Hessian are compared in full; the third order is taken along one direction. For a second-order
+    expansion the third order would be autodiff of order five, which takes too long: there only the many digits check
+    it.
     """
     phi, dtype = rounded(phi), wide_dtype()
 
@@ -192,9 +194,9 @@ def against_autodiff(function: Function, phi: Phi) -> list[float]:
         return [error(*pair) for pair in zip(closed, by_autodiff, strict=True)]
 
 
-@functools.cache  # asked for by each dtype
+@functools.cache  # each dtype asks for it
 def _many_digits(function: Function, phi: Phi) -> list[Any]:
-    """The plain definition and its derivatives, by order, at the scores that every comparison takes."""
+    """The plain definition and its derivatives, by order, at the scores of all comparisons."""
     xp = ManyDigits()
     z, v = (xp.array(scores(function, phi, seed)) for seed in (0, 1))
 
@@ -211,8 +213,8 @@ def _many_digits(function: Function, phi: Phi) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One function, one φ: errors by order, in float64 and in float32 against many digits; if asked for, the former is
-    the worse of that and of float64 against autodiff."""
+    """Errors of one function for one φ, by order, in float64 and in float32 against many digits. If autodiff is asked
+    for, the former is the larger of this error and of that of float64 against autodiff."""
 
     function: str
     phi: str
@@ -223,25 +225,25 @@ class Cell:
 
     @property
     def ok(self) -> bool:
-        """No miss; a NaN is one."""
+        """Whether no error exceeds its tolerance. A NaN does."""
         pairs = zip(self.error64 + self.error32, self.tolerance64 + self.tolerance32, strict=True)
         return all(error <= tolerance for error, tolerance in pairs)
 
 
 def tolerances(function: Function, dtype: Any) -> tuple[float, ...]:
-    """What the comparison allows in that dtype, by order."""
+    """The tolerances in this dtype, by order."""
     return (function.tolerance64 if dtype == np.float64 else function.tolerance32)[: function.orders]
 
 
 def up_to(orders: int, function: Function) -> Function:
-    """The function with that many orders compared, 3 or 4; of an expansion, itself of the second order, with one less
-    than 3: its second derivative takes as long to compile as all of another function's."""
+    """The function with 3 or 4 orders compared. An expansion, which is itself of the second order, has one order less
+    in place of 3: its second derivative takes as long to compile as all orders of another function."""
     expands = orders < 4 and not function.third_by_autodiff
     return dataclasses.replace(function, orders=min(function.orders, orders - expands))
 
 
 def cells_of(function: Function, phis: Sequence[Phi], autodiff: bool = False) -> list[Cell]:
-    """The comparisons of one function for some φ."""
+    """The comparisons of one function for several φ."""
     wide = wide_dtype()
     errors64, errors32 = (against_digits(function, phis, dtype) for dtype in (wide, np.float32))
     if autodiff:
@@ -264,7 +266,7 @@ PAIRS = [*itertools.product(EVERY, PHIS), *((function, maps.exp) for function in
 
 _HALVES = (PHIS[: len(PHIS) // 2], PHIS[len(PHIS) // 2 :])
 GROUPS = [*itertools.product(EVERY, _HALVES), *((function, (maps.exp,)) for function in SPARSE_MAPS + OTHERS)]
-"""The same, some φ at once: what is one program."""
+"""The same cells, in groups of several φ: each group is one program."""
 
 
 class Sure(NamedTuple):
@@ -280,7 +282,7 @@ class Sure(NamedTuple):
 
 
 def _task(index: int, orders: int, autodiff: bool) -> tuple[list[Cell], int | None, float]:
-    """A group's cells, or the error of a function that is sure, by its number."""
+    """The cells of a group; or, for later numbers, the error of `sure_gradient` for a function of `SURE`."""
     if index >= len(GROUPS):
         return [], index - len(GROUPS), sure_gradient(SURE[index - len(GROUPS)])
     function, phis = GROUPS[index]
@@ -290,8 +292,8 @@ def _task(index: int, orders: int, autodiff: bool) -> tuple[list[Cell], int | No
 def checks(orders: int = 4, autodiff: bool = True) -> Iterator[Cell | Sure]:
     """Each cell as soon as its group is done, then the gradients of confident rows.
 
-    orders: how many are compared, 4 with third derivatives. autodiff: whether float64 is compared with autodiff, too.
-    On CPU in two processes, since tracing and mpmath are Python.
+    orders: how many orders are compared; 4 includes third derivatives. autodiff: whether float64 is compared with
+    autodiff, too. On CPU it runs in two processes, because tracing and mpmath are Python.
     """
     task, indices = functools.partial(_task, orders=orders, autodiff=autodiff), range(len(GROUPS) + len(SURE))
     with contextlib.ExitStack() as stack:
@@ -312,7 +314,7 @@ SURE = FUNCTIONS + LOSSES + SPARSE_MAPS + OTHERS
 def sure_gradient(function: Function) -> float:
     """The float32 error of the gradient where class 1 has 1 − p < 10⁻⁶, for φ = exp, against many digits.
 
-    Of each output alone, over the largest entry of its gradient, which is itself small (MATH 4.5).
+    The error of each output is divided by the largest entry of its own gradient, which is itself small (MATH 4.5).
     """
     z = scores(function, maps.exp)
     z[0, 1] = np.max(z[0]) + 16
@@ -338,7 +340,7 @@ class Erratum:
     reference: Callable[[jax.Array], jax.Array]
 
     def ok(self, claimed: float, true: float) -> bool:
-        """Whether the claimed form is seen to be wrong and the true one to be right."""
+        """Whether the errors show that the claimed form is wrong and the true one right."""
         return claimed > 0.1 and true <= (1e-12 if wide_dtype() == np.float64 else 1e-5)
 
     def errors(self) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The commands of `python -m jsoftmax`, one file each; only here is rich imported."""
+"""The commands of `python -m jsoftmax`, one file for each. rich is imported only in this package."""
 
 import argparse
 import importlib
@@ -23,7 +23,7 @@ _COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code: 0, 1 for a miss, 2 for wrong usage or a missing extra."""
+    """Runs one command. The exit code is 0, 1 for a miss, and 2 for wrong usage or a missing extra."""
     parser = argparse.ArgumentParser(
         prog="python -m jsoftmax",
         description="jsoftmax: maps from scores to probabilities with closed-form derivatives.",
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _listed() -> str:
-    """The commands with what they do, and an example each, in 80 columns."""
+    """The commands with what they do and an example, in 80 columns."""
     lines = ["commands:"]
     for name, (about, example) in _COMMANDS.items():
         lines += textwrap.wrap(f"{name:8}{about}", 78, initial_indent="  ", subsequent_indent=" " * 10)

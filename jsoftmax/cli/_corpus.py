@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 PACKAGES = {"numpy": "numpy", "scipy": "scipy", "scikit-learn": "sklearn"}
-"""What pip calls them, and what Python does."""
+"""The packages by their names for pip, with their names in Python."""
 HELD_OUT = "numpy"
 UNKNOWN, END = "<unk>", "<eos>"
 LARGEST = 30_000
@@ -87,7 +87,7 @@ def docstrings(package: str) -> Iterator[str]:
 def corpus(train: Iterable[Tokens], held_out: Iterable[Tokens], description: str) -> Corpus:
     """Numbers of the words. Each paragraph counts once, and not as held out if it is in the training text as well.
 
-    A word that comes once in the training text, or is not among the most frequent, is `UNKNOWN`.
+    A word that occurs once in the training text, or is not among the most frequent, counts as `UNKNOWN`.
     """
     kept = dict.fromkeys(filter(None, train))
     tested = [paragraph for paragraph in dict.fromkeys(filter(None, held_out)) if paragraph not in kept]
@@ -116,7 +116,7 @@ def of_packages(held_out: str = HELD_OUT) -> Corpus:
 
 
 def of_paragraphs(text: str, description: str) -> Corpus:
-    """Paragraphs apart by empty lines, the last tenth of which is held out."""
+    """A text of paragraphs with empty lines between them; the last tenth of them is held out."""
     found = [tokens(paragraph) for paragraph in re.split(r"\n\s*\n", text)]
     found = list(dict.fromkeys(filter(None, found)))
     split = len(found) - len(found) // 10
@@ -124,5 +124,5 @@ def of_paragraphs(text: str, description: str) -> Corpus:
 
 
 def of_topics() -> Corpus:
-    """The help that comes with Python: a small text, where the packages are missing."""
+    """The help that comes with Python: a small text for when the packages are missing."""
     return of_paragraphs("\n\n".join(topics.topics[name] for name in sorted(topics.topics)), "Python's help topics")

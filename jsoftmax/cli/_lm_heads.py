@@ -30,7 +30,7 @@ class Draw(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What is learned above the network, and its two losses, of hidden `[N, d]` and labels `[N]`."""
+    """The weights above the network, and two losses of hidden `[N, d]` and labels `[N]`."""
 
     initial: Callable[[Array, np.ndarray], Any]
     """(key, counts of the words) ↦ weights."""
@@ -39,9 +39,9 @@ class Head(NamedTuple):
     log_prob: Callable[..., Array]
     """(weights, hidden, labels, φ) ↦ log p_y `[N]`, with all classes."""
     rate: float
-    """Of Adam, at first; it falls to 0 along a line."""
+    """Adam's learning rate at the beginning; it falls to 0 linearly."""
     sgd_rate: float = 0.0
-    """Of the factored head's own descent."""
+    """The learning rate of the factored head's own descent."""
 
 
 def _weight(key: Array, counts: np.ndarray) -> Array:
@@ -49,7 +49,7 @@ def _weight(key: Array, counts: np.ndarray) -> Array:
 
 
 def _cut(key: Array, counts: np.ndarray) -> adaptive.AdaptiveParams:
-    """Two tails, beyond the first tenth and the first third of the words; no word of a tiny text is missing."""
+    """Two tails, beyond the first tenth and the first third of the words. It works for tiny texts, too."""
     classes = len(counts)
     return adaptive.init(key, FEATURES, classes, (max(classes // 10, 1), max(classes // 3, 2)))
 
@@ -109,21 +109,21 @@ HEADS = {
 
 
 def choose_phi(head: str, name: str | None) -> Phi:
-    """φ by its name; without one exp, but taylor(2) for the heads that need one of order 2."""
+    """φ by its name. Without a name it is exp, or taylor(2) for the heads that need order 2."""
     if name is None:
         return taylor(2) if head in OF_ORDER_2 else exp
     phi = next(phi for phi in PHIS if str(phi) == name)
     if head in OF_ORDER_2 and phi.quadratic is None:
         possible = [str(phi) for phi in PHIS if phi.quadratic is not None]
         raise ValueError(
-            f"lm: --phi must be of order 2 for the head {head}, which has its sum from sums of squares; got {name}. "
+            f"lm: --phi must be of order 2 for the head {head}, which takes its sum from sums of squares; got {name}. "
             f"Take {' or '.join(possible)}, or another head."
         )
     return phi
 
 
 class Trainer:
-    """One head with its network: `step` trains on a batch of windows, `log_prob` judges one."""
+    """One head with its network. `step` trains on a batch of windows, and `log_prob` evaluates one."""
 
     def __init__(self, name: str, phi: Phi, corpus: Corpus, steps: int, rates: tuple[float, float]) -> None:
         head = HEADS[name]

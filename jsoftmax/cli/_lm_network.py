@@ -1,4 +1,4 @@
-"""A small recurrent network over a fixed number of words, which ends where a head begins."""
+"""A small recurrent network over a fixed number of words, without its head."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from jax import Array, lax
 CONTEXT = 32
 """Words in a window: the first is predicted from one word, the last from all 32."""
 EMBEDDING, UNITS, FEATURES = 128, 192, 129
-"""Widths; the last of the features is 1, and so each head has its bias in its weight."""
+"""Widths. The last feature is always 1, so that each head has its bias in its weight."""
 DROPOUT = 0.2
 
 
@@ -26,7 +26,7 @@ class Network(NamedTuple):
 
 
 def initial(key: Array, classes: int) -> Network:
-    """Inputs and outputs of each layer of variance about 1."""
+    """Initial weights, such that inputs and outputs of each layer have a variance of about 1."""
     keys = jax.random.split(key, 4)
 
     def normal(i: int, *shape: int) -> Array:
@@ -43,7 +43,7 @@ def initial(key: Array, classes: int) -> Network:
 
 
 def hidden(network: Network, contexts: Array, key: Array | None = None) -> Array:
-    """h `[windows · CONTEXT, FEATURES]` of contexts `[windows, CONTEXT]`; with a key dropout is on."""
+    """h `[windows · CONTEXT, FEATURES]` of contexts `[windows, CONTEXT]`. If a key is given, dropout is on."""
     x = network.embedding[contexts.T] @ network.inputs + network.bias
 
     def step(h: Array, x: Array) -> tuple[Array, Array]:
@@ -69,7 +69,7 @@ class Windows(NamedTuple):
 
 
 def windows(text: np.ndarray, end: int) -> Windows:
-    """All words of a text, each once; the first follows an end, and the last window is filled up."""
+    """Windows that have each word of a text once. The first word follows an end, and the last window is filled up."""
     length = -(-len(text) // CONTEXT) * CONTEXT
     filled = np.concatenate([[end], text, np.full(length - len(text), end)]).astype(np.int32)
     counts = np.arange(length) < len(text)

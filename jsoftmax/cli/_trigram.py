@@ -1,4 +1,4 @@
-"""An interpolated trigram, the yardstick: modified Kneser–Ney smoothing."""
+"""An interpolated trigram with modified Kneser–Ney smoothing, for comparison."""
 
 from typing import NamedTuple
 
@@ -18,8 +18,8 @@ class _Order(NamedTuple):
 class Trigram:
     """p(w | u v) = [c(u v w) − D]₊ / c(u v) + γ(u v) p(w | v), and so on down to uniform; sums to one over the words.
 
-    Lower orders count in how many contexts an n-gram comes, not how often. D is one of three numbers, for counts of 1,
-    2 and more. Source: Chen & Goodman 1999, section 4.1.6.
+    Lower orders count the contexts in which an n-gram occurs, not how often it occurs. D is one of three numbers, for
+    counts of 1, 2 and more. Source: Chen & Goodman 1999, section 4.1.6.
     """
 
     def __init__(self, text: np.ndarray, classes: int) -> None:

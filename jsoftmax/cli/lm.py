@@ -27,14 +27,14 @@ from jsoftmax.cli._machine import processor
 from jsoftmax.cli._trigram import Trigram
 
 EPOCHS, BATCH = 2, 32
-"""A batch is of 32 windows, 1024 words."""
+"""A batch has 32 windows, which are 1024 words."""
 QUICK = 50_000
-"""Words of training text, and a fifth of them held out."""
+"""Words of training text; a fifth as many are held out."""
 SMALLEST = 100
 
 
 class Job(NamedTuple):
-    """One head to train, in a process of its own."""
+    """One head to train in a process of its own."""
 
     head: str
     phi: str | None
@@ -43,7 +43,7 @@ class Job(NamedTuple):
 
     @property
     def steps(self) -> tuple[int, int]:
-        """In an epoch, and in all."""
+        """The number of steps of an epoch, and of all epochs."""
         windows = -(-len(self.corpus.train) // _lm_network.CONTEXT)
         in_epoch = max(windows // BATCH, 1)
         return in_epoch, EPOCHS * in_epoch
@@ -116,7 +116,7 @@ def _rates(name: str, given: list[float] | None) -> tuple[float, float]:
 
 
 def _read(arguments: argparse.Namespace) -> Corpus:
-    """The text that was asked for, or the small one where the packages are missing."""
+    """The text that was asked for, or the small one if the packages are missing."""
     if arguments.text:
         found = _corpus.of_paragraphs(arguments.text.read_text("utf8"), arguments.text.name)
     elif arguments.quick:
@@ -141,7 +141,7 @@ def _read(arguments: argparse.Namespace) -> Corpus:
 
 
 def _in_process(job: Job, progress: Progress) -> dict[str, Any]:
-    """What `train` says of a head: a fresh process, so that its memory is its own."""
+    """The result of `train` for a head, in a fresh process, so that the measured memory is its own."""
     context = multiprocessing.get_context("spawn")
     ours, its = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(job, its), daemon=True)
@@ -163,7 +163,7 @@ def _work(job: Job, connection: multiprocessing.connection.Connection) -> None:
 
 
 def train(job: Job, report: Any = lambda _: None) -> dict[str, Any]:
-    """One head: its row of the table; `report` is told the steps that are done."""
+    """Trains one head and returns its row of the table. `report` is called with the number of steps that are done."""
     corpus, (in_epoch, steps) = job.corpus, job.steps
     end = corpus.words.index(END)
     contexts, labels, _ = _lm_network.windows(corpus.train, end)
@@ -203,7 +203,7 @@ def train(job: Job, report: Any = lambda _: None) -> dict[str, Any]:
 
 
 def peak_mebibytes() -> float:
-    """The largest memory this process has had; NaN where the system does not tell."""
+    """The largest memory that this process has had; NaN if the system does not tell."""
     try:
         import resource  # noqa: PLC0415  (not on Windows)
     except ModuleNotFoundError:
@@ -215,7 +215,7 @@ def peak_mebibytes() -> float:
 
 
 def environment() -> dict[str, str]:
-    """What the numbers depend on."""
+    """The versions and the machine that the numbers depend on."""
     packages = {name: version(name) for name in ("jax", "optax", "numpy")}
     return {
         "jsoftmax": jsoftmax.__version__,
@@ -244,7 +244,7 @@ _COLUMNS = ("head", "φ", "rate", "perplexity", "words/s", "minutes", "MiB", "st
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    """One line; the trigram has no φ, no steps and no program."""
+    """One line of the table. The trigram has no φ, no steps and no program."""
     cells = [row["head"], row.get("phi", ""), " ".join(f"{rate:g}" for rate in row.get("rates", ()))]
     cells += [f"{row['perplexity']:.1f}", f"{row['tokens_per_second']:,.0f}" if "phi" in row else ""]
     cells += [f"{row['seconds'] / 60:.1f}"]
