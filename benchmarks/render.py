@@ -181,11 +181,11 @@ def measured() -> str:
 
 ABOUT_PROGRAMS = """# Programs compiled for an H100 and a TPU v5e
 
-Made by `python -m benchmarks programs --device h100` (and `v5e`) and `python -m benchmarks --render`. XLA compiles for
-both devices on a machine that has neither. These are counts of the optimised program, not times: kernels that are
-launched, and the memory that they read and write; they are the same on every machine. The peer is `jax.nn`, optax or
-`jax.random`, or the formula as a user would write it in plain JAX (`benchmarks/programs.py`). A sort, the peer's way to
-truncate a law, counts as one pass over the scores here, of which a GPU needs several.
+`python -m benchmarks programs --device h100` (and `v5e`) and `python -m benchmarks --render` make this page. XLA
+compiles for both devices on a machine that has neither. The numbers are counts of the optimised program, not times:
+the kernels that are launched, and the memory that they read and write. They are the same on every machine. The peer is
+`jax.nn`, optax or `jax.random`, or the formula as a user would write it in plain JAX (`benchmarks/programs.py`). A
+sort, the peer's way to truncate a law, counts as one pass over the scores here, though a GPU needs several.
 """
 
 
@@ -219,9 +219,10 @@ def programs() -> str:
 
 ABOUT_DEVICES = """# Times on accelerators
 
-Made by `python -m benchmarks device` on a machine that has one, and `python -m benchmarks --render`. Arrays are of
-256 MiB of float32 scores, calls are queued, and queues of ours and of the peers follow one another in one process:
-medians in ms, and the ratio of ours to each peer, median [quartiles]. The peer is that of [programs.md](programs.md).
+`python -m benchmarks device`, on a machine that has an accelerator, and `python -m benchmarks --render` make this page.
+Arrays have 256 MiB of float32 scores. Calls are queued, and queues of ours and of the peers follow one another in one
+process. The tables have medians in ms, and the ratio of ours to each peer as median [quartiles]. The peers are those of
+[programs.md](programs.md).
 """
 
 

@@ -320,79 +320,81 @@ def _where(run: dict[str, Any]) -> str:
 
 TEMPLATE = """# Huge vocabularies over many devices: a plan
 
-Made by `python -m benchmarks.scaling` (`--help` lists what can be assumed otherwise). One step is value and gradient
-of `heads.linear_cross_entropy`, float32, <TOKENS> tokens, <FEATURES> features. Tokens come from a model whose batch
-is sharded over all devices. Nothing here ran on more than one machine: it is arithmetic on one measured cost and on
-assumed links.
+`python -m benchmarks.scaling` makes this page (`--help` lists the assumptions that can be changed). One step is value
+and gradient of `heads.linear_cross_entropy` in float32, with <TOKENS> tokens and <FEATURES> features. Tokens come from
+a model whose batch is sharded over all devices. Nothing here ran on more than one machine: the plan is arithmetic,
+from one measured cost and from assumed links.
 
 - **Sharding classes** (`axis_name`, or `shards`): a device holds V/n rows of the weight. The hidden states are
-  gathered, their gradient is summed and scattered; five numbers a token are summed besides.
+  gathered, and their gradient is summed and scattered. Five more numbers for each token are summed.
 - **Sharding tokens**: a device holds all of the weight, whose gradient [V, d] is summed over devices.
 - **A mesh** of both, tokens × classes, sums the gradient of a part of the weight over fewer devices.
 
 Assumed:
 
-- a link has a latency of <LATENCY> and sends <BANDWIDTH>, the same between any two devices, none in another's way;
+- a link has a latency of <LATENCY> and sends <BANDWIDTH>. All links are equal, and none slows another down;
 - collectives go by <NETWORK>;
   they do not overlap with computing;
 - an accelerator does <FLOPS> in the head's products, 8 flops for each token × class × feature, and holds <MEMORY>;
-- weight, gradient and Adam's state take <BYTES> bytes an entry; gathered hidden states and their gradient are held,
-  too.
+- weight, gradient and Adam's state take <BYTES> bytes for each entry; gathered hidden states and their gradient are
+  held, too.
 
 Before it measures, the script compares the bytes with the collectives of programs compiled for 8 devices on three
 meshes, and stops where they differ.
 
 <PLAN>
-"Best" is the mesh of powers of two that fits in memory and takes the links the least time. All meshes compute as
-much.
+"Best" is the mesh of powers of two that fits in memory and needs the least time on the links. The computing is the same
+for all meshes.
 
 What it says:
 
-- Sharding tokens sends less if V is less than the tokens of a step (plus <MORE>), whatever the features, devices and
-  bandwidth: one sends 8 V d bytes, the other 8 N d and 44 N. And its weight must fit: up to V = <FIT> here.
-- What sharding classes sends does not grow with V, and hardly with devices. Computing takes longer than the links
-  while a device has more classes than flop/s by bytes/s, <RULE> here: so 4,096 devices are too many for 10^6 classes,
-  not for 10^9, unless tokens are cut as well.
-- A mesh sends less than either: its two sums are of [N/T, d] and [V/C, d], and the best T is near √(N n / V), where
-  that is more than 1 and memory allows it.
+- Sharding tokens sends less than sharding classes if V is less than the number of tokens of a step (plus <MORE>),
+  whatever the features, devices and bandwidth are: the former sends 8 V d bytes, the latter 8 N d and 44 N. But the
+  whole weight must fit on a device: up to V = <FIT> here.
+- What sharding classes sends does not grow with V, and hardly with the number of devices. Computing takes longer than
+  the links while a device has more classes than flop/s divided by bytes/s, <RULE> here. So 4,096 devices are too many
+  for 10^6 classes, but not for 10^9, unless tokens are sharded as well.
+- A mesh sends less than either: its two sums are of [N/T, d] and [V/C, d]. The best T is near √(N n / V), if that is
+  more than 1 and memory allows it.
 
-The vocabulary for which both take the links the same time, latency counted; below it shard tokens:
+The table has the vocabulary for which both need the same time on the links, latency included. Below it, shard tokens:
 
 <EVEN>
 ## Pods, compiled
 
-Programs that XLA compiled for chips that are not here (`python -m benchmarks programs --pod v5e:16x16`): 8,192 tokens
-of each row of chips, 4,096 features, 2^20 classes, bfloat16. Per chip: MiB of memory that arguments and temporaries
-take, and MiB of the collectives' arrays, with the number of collectives. No collective is in a loop, and no array
-as large as half of the weight, or of a row's scores, moves: the script checks that.
+XLA compiled these programs for chips that are not here (`python -m benchmarks programs --pod v5e:16x16`): 8,192 tokens
+for each row of chips, 4,096 features, 2^20 classes, bfloat16. The table has, for each chip, MiB of memory that
+arguments and temporaries take, and MiB of the collectives' arrays, with the number of collectives. The script checks
+that no collective is in a loop, and that no array as large as half of the weight, or of a row's scores, is moved.
 
 <PODS>
 Compared with the model:
 
-- of bfloat16 arrays the hidden states, their gradient and the weight's gradient are sent as bfloat16: half the model's
-  bytes, which are those of float32. So the shares of the weight's gradient of a mesh's rows are rounded before they are
+- bfloat16 hidden states, their gradient and the weight's gradient are sent as bfloat16. That is half the bytes of the
+  model, which assumes float32. On a mesh, the rows' shares of the weight's gradient are thus rounded before they are
   summed;
 - for a v5e with the classes over all chips, 1 × 16 and 1 × 256, XLA sums the gradient of the hidden states by an
-  all-reduce, of which each chip keeps its part: twice what the model's reduce-scatter sends. On the other meshes, and
-  on GPUs, it is a reduce-scatter;
-- the k largest of each chip are summed into places for all of a row, tokens × k × chips numbers and as many indices:
-  on 256 chips more than all else together. A draw sends the log-normalisers of 128 classes each, 1/128 of the scores,
-  to all chips of a row. The model has steps of training only.
+  all-reduce, of which each chip keeps its part. This sends twice as much as the model's reduce-scatter. On the other
+  meshes, and on GPUs, it is a reduce-scatter;
+- the k largest of each chip are summed into an array for all chips of a row: tokens × k × chips numbers, and as many
+  indices. On 256 chips this is more than everything else together. A draw sends the log-normalisers of chunks of 128
+  classes, 1/128 of the scores, to all chips of a row. The model covers training steps only.
 
 ## The cost of a device, measured
 
-Nanoseconds of value and gradient for each token × class × feature. The table's last column is <NS> of them.
+The numbers are nanoseconds of value and gradient for each token × class × feature. The plan's last column assumes <NS>.
 
 <COST>
 ## Weak scaling on virtual devices, measured
 
-512 tokens, 256 features, 8,192 classes on each of n virtual CPU devices, which share the cores of one machine.
+Each of n virtual CPU devices has 512 tokens, 256 features and 8,192 classes. The devices share the cores of one
+machine.
 
 <WEAK>
-The devices compute n times as much on the same cores: 1 in the last column says that cutting the classes, the gathers
-and the sums cost nothing beside it, less than 1 that one device alone does not keep the cores busy. It says nothing
-of links: a collective here is a copy in memory. It says nothing of waiting for the slowest of many machines, nor of a
-network that others use.
+n devices compute n times as much on the same cores. In the last column, 1 means that the exchanges cost nothing in
+comparison; less than 1 means that one device alone does not keep the cores busy. The table says nothing about links,
+as a collective here is a copy in memory. Nor does it say what it costs to wait for the slowest of many machines, or to
+share a network with others.
 """
 
 
