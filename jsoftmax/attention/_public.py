@@ -18,7 +18,7 @@ from jsoftmax.sums import not_negative
 
 
 class AttentionStatistics(NamedTuple):
-    """Of each query; float32 at least but for the output."""
+    """Numbers of each query. All but the output are float32 at least."""
 
     output: Array
     """Σ p v `[B, T, N, H]`."""
@@ -57,21 +57,20 @@ def dot_product_attention(
 
     L̇ = Σ p ẋ,  (Σ p v)˙ = Σ p (v̇ + ẋ v) − (Σ p v) L̇,  ẋ = ψ'(s) ṡ     (MATH 14.3)
 
-    Value, jvp, gradient, Hessian products, gradients of gradients, vmap, remat: none makes an array of T × S, but for a
-    bias or a mask that is one, of which a copy is made.
+    No mode (value, jvp, gradient, Hessian product, gradient of a gradient, vmap, remat) makes an array of T × S. Only a
+    bias or a mask that is such an array is copied.
 
     Args:
       query: `[B, T, N, H]` or `[T, N, H]`, floating: batch, length, heads, features.
       key: `[B, S, K, H]` or `[S, K, H]`; K divides N, and each head of keys serves N/K heads of queries in turn.
       value: `[B, S, K, H']` or `[S, K, H']`, H' = H or not.
-      bias: added to the scores; broadcasts to `[B, N, T, S]`, missing axes in front. Differentiable. −inf leaves a key
-        out.
-      mask: bool, in the same way; False leaves a key out.
-      scale: a factor of q·k, one number; differentiable. None: 1/√H.
-      is_causal: whether query t sees only the keys up to position t. Blocks of which it sees none are skipped.
-      query_seq_lengths: integers `[B]`: queries beyond have output 0.
-      key_value_seq_lengths: integers `[B]`: keys beyond are left out. What stands beyond the lengths may be anything.
-      local_window_size: (left, right), or one number for both: query t sees only the keys from position t − left to
+      bias: added to the scores; it broadcasts to `[B, N, T, S]`, and missing axes are added in front. Differentiable.
+        −inf leaves a key out.
+      mask: bool, of such a shape; False leaves a key out. scale: a factor of q·k, one number; differentiable. None:
+      1/√H. is_causal: whether query t sees only the keys up to position t. Blocks of which it sees none are skipped.
+      query_seq_lengths: integers `[B]`: queries beyond them have output 0. key_value_seq_lengths: integers `[B]`: keys
+      beyond them are left out. Beyond the lengths, arrays may hold anything. local_window_size: (left, right), or one
+      number for both: query t sees only the keys from position t − left to
         t + right. Blocks outside are skipped.
       return_residual: whether to return L, too.
       phi: the positive map φ.
@@ -81,9 +80,9 @@ def dot_product_attention(
       block_size: how many keys at a time, or (queries, keys). None: a good choice for the platform that the program is
         compiled for.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the keys are sharded: key, value, and bias
-        and mask where they have keys, are then this device's part; places and lengths count all keys; query, sink and
-        the rest are the same on all     (MATH 13.1). Derivatives as those of `heads.linear_cross_entropy` (MATH 13.3).
-        Sharded heads and batches need no argument.
+        and mask where they have keys, are then this device's part; positions and lengths count all keys; query, sink
+        and the rest are the same on all     (MATH 13.1). Derivatives are right where those of
+        `heads.linear_cross_entropy` are (MATH 13.3). Sharded heads and batches need no argument.
     Returns: `[B, T, N, H']` or `[T, N, H']` in the inputs' dtype; factors of products are in that dtype, and sums in
       float32 at least. float32 factors keep all their digits on GPUs and TPUs, too, unless
       `jax_default_matmul_precision` is set. With return_residual the output and L = log Σ φ(s) `[B, T, N]`, the sink

@@ -101,9 +101,9 @@ def quadratic_cross_entropy(
 
     loss = log Z − log φ(o_y),   Z = Σ φ(o) = V a0 + a1 mᵀh + a2 hᵀQh,   Q = WᵀW,  m = Wᵀ1     (MATH 12.1)
 
-    for b = 0. A batch of N costs V d² + N d², where the scores alone cost N V d: it wins for N > d, and the scores
-    `[N, V]` are never held. Plain autodiff goes through Q and m, forward and backward, to any order, in the parameters
-    of φ too: so any optimiser will do, where `heads.factored` is plain SGD.
+    for b = 0. A batch of N costs V d² + N d², while the scores alone cost N V d: so it is faster for N > d, and it
+    never stores the scores `[N, V]`. Plain autodiff goes through Q and m, forward and backward, to any order, and in
+    the parameters of φ too. So any optimiser can be used; `heads.factored` is for plain SGD only.
 
     Args:
       hidden: h `[..., d]`, any floating dtype, any leading axes.
@@ -116,11 +116,11 @@ def quadratic_cross_entropy(
       a class left out 0, both with derivatives 0. NaN or infinity in a row of hidden: NaN there. In a row of the weight
       that is kept: NaN everywhere.
       Products of float32 are full float32 products on a GPU too, whose default, TF32, would leave three digits. But
-      small scores of a large weight lose twice the digits in hᵀQh that they lose in W h: with κ² = a2 |W|² |h|²/Z the
-      loss in float32 is off by about 1e-6 + 3e-9 κ². A vector that all rows of W share, and hidden hardly meets, does
-      that: one of length 10, 100, 1000 beside rows of length 1 leaves errors of 2e-5, 3e-3, 0.2 under taylor(2) (W h:
-      5e-6, 9e-5, 1e-3), and a longer one may leave Z < 0 and so NaN. Take it off all rows, or use float64. A loss near
-      0 has that absolute error and may come out below 0.
+      small scores of a large weight lose twice as many digits in hᵀQh as in W h: with κ² = a2 |W|² |h|²/Z the loss in
+      float32 is off by about 1e-6 + 3e-9 κ². This happens if all rows of W share a vector that is nearly orthogonal to
+      hidden. A vector of length 10, 100, 1000 beside rows of length 1 leaves errors of 2e-5, 3e-3, 0.2 under taylor(2)
+      (W h: 5e-6, 9e-5, 1e-3), and a longer one may leave Z < 0 and so NaN. Subtract it from all rows, or use float64. A
+      loss near 0 has that absolute error and may come out below 0.
       Z must be finite: scores below 1e18 in float32.
       Where V has a divisor from 512 to 4096, W is read in blocks: at V = 131072, d = 256, N = 1024 in float32 the
       gradient's temporaries take 13 MB, not 129 (with a mask 257).

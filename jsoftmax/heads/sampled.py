@@ -78,10 +78,10 @@ def sampled_cross_entropy(
     loss = −log e^{x_y} / (e^{x_y} + Σ_{j_i ≠ y} e^{x_{j_i} − log n Q_{j_i}}),  x = ψ(W h + b),  j_1 … j_n ~ Q
     (MATH 12.7)
 
-    The denominator's mean over draws is the exact Σ e^x, for any n: a draw of the label itself, an accidental hit, is
-    rejected, and the label counts once. So the loss is at most the exact one in the mean, and tends to it as n grows.
-    TensorFlow's `sampled_softmax_loss` subtracts the log of the expected count from the label's score, too, and by
-    default draws classes without repetition, with other expected counts: its values differ.
+    The mean of the denominator over draws is the exact Σ e^x, for any n: a draw of the label itself, an accidental hit,
+    is rejected, and the label counts once. So the mean of the loss is at most the exact loss, and tends to it as n
+    grows. TensorFlow's `sampled_softmax_loss` has other values: it subtracts the log of the expected count from the
+    label's score, too, and by default draws classes without repetition, with other expected counts.
 
     Args:
       key: a PRNG key; use a new one for every step.
@@ -127,8 +127,8 @@ def nce_loss(
     loss = softplus(−Δ_y) + Σ_i softplus(Δ_{j_i}),  Δ_k = x_k − log n Q_k,  x = ψ(W h + b),  j_1 … j_n ~ Q
     (MATH 12.8)
 
-    Its mean is least where x = log p, without any normaliser. Samples that are the label count, as the theory has
-    it and as TensorFlow's `nce_loss` does by default; that one draws classes without repetition.
+    Its mean is smallest where x = log p, without any normaliser. Samples that happen to be the label are kept, as in
+    the theory and, by default, in TensorFlow's `nce_loss`; the latter draws classes without repetition.
 
     Args:
       key, hidden, weight, labels, num_samples, bias, where, phi: as in `sampled_cross_entropy`.

@@ -62,12 +62,12 @@ def linear_cross_entropy(
 
     ∂/∂z = (p − 1_y) s, of which each block's share is multiplied out while it is in cache     (MATH 11.3)
 
-    Value, jvp, gradient, Hessian products, gradients of gradients, vmap: none makes an array of tokens × V, but for
-    labels that are such an array, of which copies are made.
+    No mode (value, jvp, gradient, Hessian product, gradient of a gradient, vmap) makes an array of tokens × V. Only
+    labels that are such an array are copied.
 
     Args:
       hidden: h `[..., d]`, floating; each row is a token.
-      weight: W `[V, d]`, floating; a kernel `[d, V]` goes in as `kernel.T`, of which XLA on CPU makes a copy.
+      weight: W `[V, d]`, floating. Pass a kernel `[d, V]` as `kernel.T`, which XLA on CPU copies.
       labels: integers `[...]`, or several of each token, `[k, ...]`, for which the scores are made once; or
         distributions q `[..., V]`: then −l_y is −Σ q l; or `jsoftmax.losses.TopTargets`, k classes of each token and
         the rest as one, without label_smoothing     (MATH 7.8).
@@ -175,10 +175,10 @@ def linear_cross_entropy_sum(
         jnp.sum(token_weights * loss)                                              (MATH 11.5)
 
     and on CPU is faster where the weight's gradient is wanted, for it keeps the products of a block of tokens with all
-    classes (256 × V numbers by default). GPUs and TPUs do so where `block_size` is given; by default they take the
-    four products of `linear_cross_entropy` in blocks four times as large: fewer kernels, and more memory. An unreduced
-    loss cannot have this: its weights come after the tokens are summed up.
-    For the mean over tokens that count divide by their number: `/ jnp.sum(labels != ignore_label)`.
+    classes (256 × V numbers by default). GPUs and TPUs do so if `block_size` is given; by default they take the four
+    products of `linear_cross_entropy`, in blocks four times as large: fewer kernels, and more memory. An unreduced loss
+    cannot do this, because the weights of its tokens are known only in the backward pass. For the mean over tokens that
+    count, divide by their number: `/ jnp.sum(labels != ignore_label)`.
 
     Args:
       hidden, weight, labels, bias, phi, soft_cap, temperature, margin, label_smoothing, z_loss, ignore_label, where,

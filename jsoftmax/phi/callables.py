@@ -67,12 +67,13 @@ def from_callable(
 
     s = ψ' and t = ψ'' come from autodiff where they are not given     (MATH 3.10)
 
-    The function maps an array elementwise and is written in jax.numpy. Positivity is your promise: where φ is negative
-    its row is NaN, where it is 0 the class is left out. Give `log_phi` if φ may overflow. Learnable parameters enter
-    through `jax.tree_util.Partial(f, parameters)`, called as f(parameters, z); they are differentiated. A plain
-    function is part of the compiled program: define it once, since every new lambda compiles again; it must not close
-    over traced values. At 0, where scores that are left out are put, ψ's derivatives in the parameters must be finite:
-    for ψ = a log z write jnp.where(z > 0, a * jnp.log(jnp.where(z > 0, z, 1)), -jnp.inf).
+    The function maps an array elementwise and is written in jax.numpy. You promise that φ is positive: where it is
+    negative its row is NaN, and where it is 0 the class is left out. Give `log_phi` if φ may overflow. Learnable
+    parameters enter through `jax.tree_util.Partial(f, parameters)`, called as f(parameters, z); they are
+    differentiated. A plain function is part of the compiled program: define it once, since every new lambda compiles
+    again; it must not close over traced values. Scores of classes that are left out are replaced by 0, so ψ's
+    derivatives in the parameters must be finite at 0: for ψ = a log z write jnp.where(z > 0, a * jnp.log(jnp.where(z >
+    0, z, 1)), -jnp.inf).
 
     Args:
       phi, log_phi: exactly one of them.

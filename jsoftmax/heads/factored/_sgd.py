@@ -189,24 +189,24 @@ def loss_and_update(
         value, by_hidden, state = step(state, hidden, labels, learning_rate)
 
     Without donation, or with the old state still in use, JAX copies the state at each step. In a scan it is the carry.
-    U drifts away from I, and with it digits go. Once a singular value of it leaves [1/2, 2], by an estimate that each
-    step improves, V̂ U + 1 qᵀ is written to V̂, U is I again, and Q and m are summed anew: a cost of V d², in place, by
-    the step that first needs it. ηM is the smaller the more classes there are, and folds the rarer (MATH 12.4).
+    U drifts away from I, which costs digits. Once a singular value of U leaves [1/2, 2], by an estimate that each step
+    improves, the step folds: it writes V̂ U + 1 qᵀ to V̂, sets U to I, and sums Q and m anew. A fold works in place and
+    costs V d². The more classes there are, the smaller is ηM, and the rarer are folds (MATH 12.4).
 
     Args:
       state: of `init` or an earlier step.
-      hidden: h `[..., d]`, N rows of any floating dtype. Rows to be left out of a batch are the caller's to drop.
+      hidden: h `[..., d]`, N rows of any floating dtype. Drop the rows that are to be left out of a batch.
       labels: integers `[...]`; one class may have several rows.
       learning_rate: η ≥ 0, a number that may be traced: any schedule.
       loss: log_loss(φ) or z_loss(…).
-      weight_decay: λ ≥ 0, may be traced: exactly that of SGD on L + λ/2 |W|², at no cost.
+      weight_decay: λ ≥ 0, may be traced: exactly the decay of SGD on L + λ/2 |W|², at no cost.
       fold_beyond: 2, or another number ≥ 1, may be traced; 1e30 never folds unless a step makes U singular: call
         `refresh` then.
     Returns: a `Step`: the mean loss before the update, in the state's dtype; ∂L/∂hidden in the dtype of hidden, for the
       layers below; the new state. It equals SGD on the dense weight to rounding: within 1e-10 in float64 after 320
       steps; in float32 its drift is that of dense SGD, once or twice over (MATH 12.4). A label out of range, NaN in
       hidden, or a step that would not be finite: the loss is NaN, the state is as it was, and the gradient is NaN in
-      the rows of bad labels. Not to be differentiated in reverse.
+      the rows of bad labels. It cannot be differentiated in reverse mode.
     Raises: ValueError or TypeError for arguments that do not fit.
     Source: Vincent, de Brébisson & Bouthillier 2015, section 3 (squared error, spherical softmax); de Brébisson &
       Vincent 2016; arXiv:1604.08859 (Z-loss).
