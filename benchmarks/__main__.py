@@ -1,4 +1,5 @@
-"""`python -m benchmarks NAME` measures something; `--help` names what, and `--render` writes tables and pictures."""
+"""`python -m benchmarks NAME` measures something; `--help` lists the names, and `--render` writes tables and
+pictures."""
 
 import argparse
 import importlib

@@ -30,7 +30,7 @@ Call = Callable[[], Any]
 
 
 def arrays(given: tuple[Any, ...], classes: int) -> tuple[jax.Array, ...]:
-    """Scores, labels and keys in place of their shapes."""
+    """Arrays of scores, labels and keys, made from their shapes."""
     made = []
     for i, a in enumerate(given):
         if a.dtype == jnp.uint32:
@@ -43,7 +43,7 @@ def arrays(given: tuple[Any, ...], classes: int) -> tuple[jax.Array, ...]:
 
 
 def torch_functions(torch: Any) -> dict[str, Any]:
-    """What PyTorch has of the cases, for its compiler."""
+    """PyTorch's functions for the cases, to be compiled by its compiler."""
     functional = torch.nn.functional
 
     def entropy(z: Any) -> Any:
@@ -59,7 +59,7 @@ def torch_functions(torch: Any) -> dict[str, Any]:
 
 
 def torch_call(torch: Any, f: Any, mode: str, given: tuple[jax.Array, ...]) -> Call:
-    """f as PyTorch's compiler makes it, on the same arrays; the cotangent follows the scores."""
+    """f compiled by PyTorch, on the same arrays. The cotangent is the argument after the scores."""
     z, *more = (torch.from_dlpack(a) for a in given)
     more = [a.long() if a.dtype == torch.int32 else a for a in more]
     torch._dynamo.reset()  # else a function of many shapes gets a program for all of them
@@ -77,7 +77,7 @@ def torch_call(torch: Any, f: Any, mode: str, given: tuple[jax.Array, ...]) -> C
 
 
 def queue(call: Call, wait: Callable[[Any], Any], calls: int) -> float:
-    """Milliseconds a call of `calls` queued ones."""
+    """Milliseconds for each of `calls` queued calls."""
     started = time.perf_counter()
     for _ in range(calls - 1):
         call()
@@ -131,7 +131,7 @@ def run(
     shapes: tuple[tuple[int, ...], ...] = SHAPES,
     sizes: tuple[int, int, int] = (TOKENS, FEATURES, CLASSES),
 ) -> None:
-    """Compile every cell, time it, and write what was found after each."""
+    """Compiles and times every cell, and writes the results after each."""
     torch = measure.torch()
     others = torch_functions(torch) if torch is not None and torch.cuda.is_available() else {}
     about: dict[str, Any] = {**measure.about(), "copy_GB_per_s": copy_rate(shapes[0]), "heads": heads_rows(sizes)}

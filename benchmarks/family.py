@@ -117,7 +117,7 @@ def dense_cases() -> list[Case]:
 
 
 def limit_cases() -> list[Case]:
-    """What the machine can do at all, with nothing of ours."""
+    """What the machine can do at best, measured by programs that contain nothing of ours."""
     cases = []
     for shape in ((1024, 1024), (256, 32768), (1_000_000, 8)):
         z = normal(0, shape)

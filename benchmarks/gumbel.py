@@ -16,7 +16,7 @@ BIG, ROW, DRAWS, FEW = (64, 131_072), (50_000,), 1_000_000, 2_000
 
 
 def torch_calls(z: jax.Array) -> dict[str, F]:
-    """PyTorch's ways by name; nothing where it is not installed."""
+    """PyTorch's functions by name; none if it is not installed."""
     torch = measure.torch()
     if torch is None:
         return {}

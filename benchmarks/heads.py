@@ -59,7 +59,7 @@ def hessian_product(f: F) -> F:
 
 
 def jax_cce() -> dict[str, F]:
-    """That package's loss, with its gradient; nothing where it is not installed."""
+    """The loss of the package jax_cce with its gradient; nothing if it is not installed."""
     try:
         import jax_cce  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (a peer)
     except ImportError:
@@ -68,7 +68,7 @@ def jax_cce() -> dict[str, F]:
 
 
 def torch_calls(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> dict[str, F]:
-    """PyTorch's cross-entropy of all logits, with its gradient; nothing where it is not installed."""
+    """PyTorch's cross-entropy of all logits with its gradient; nothing if it is not installed."""
     torch = measure.torch()
     if torch is None:
         return {}
@@ -137,7 +137,7 @@ def structured() -> list[Case]:
 
 
 def torch_adaptive(params: Any, hidden: jax.Array, labels: jax.Array, cutoffs: tuple[int, ...]) -> dict[str, F]:
-    """The same by PyTorch, with its gradients."""
+    """PyTorch's adaptive softmax with its gradients."""
     torch = measure.torch()
     if torch is None:
         return {}

@@ -1,8 +1,8 @@
 """What an optimised program does, read from the text that XLA prints of it: kernels, memory traffic, collectives.
 
-Counts, not times: the same on every machine. A kernel is an instruction of the program's entry, or of a loop's body
-once for each trip, that computes something; its traffic is what it reads and writes of memory. Of an operand of which a
-kernel reads slices only, the slices count; of a buffer that is updated in place, the update.
+These are counts, not times, and the same on every machine. A kernel is an instruction that computes something, in the
+program's entry or, counted once for each trip, in a loop's body. Its traffic is what it reads from memory and writes to
+it. If a kernel reads only slices of an operand, the slices count; if a buffer is updated in place, the update counts.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class Program:
 
 
 def read(compiled: Any) -> Program:
-    """The counts of what `jax.jit(f).lower(…).compile()` gives."""
+    """The counts of a program compiled by `jax.jit(f).lower(…).compile()`."""
     text = compiled.as_text()
     kernels, traffic = count(parse(text))
     memory = compiled.memory_analysis()
@@ -80,13 +80,13 @@ def read(compiled: Any) -> Program:
 
 
 def collectives(text: str) -> dict[str, int]:
-    """How many instructions of each kind are between devices."""
+    """The number of instructions of each kind that exchange data between devices."""
     kinds = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text)
     return {kind: kinds.count(kind) for kind in COLLECTIVES if kind in kinds}
 
 
 def size(shape: str) -> int:
-    """Bytes of a shape, or of a tuple of shapes; what a TPU keeps on its chip, in memory space S(1), is no traffic."""
+    """Bytes of a shape, or of a tuple of shapes. What a TPU keeps on its chip, in memory space S(1), does not count."""
     parts = re.findall(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?", shape)
     return sum(
         math.prod(map(int, filter(None, dimensions.split(",")))) * BITS[dtype] // 8
@@ -145,7 +145,7 @@ def branches(instruction: Instruction) -> list[str]:
 
 
 def trips(computations: Computations, instruction: Instruction) -> int:
-    """How often a loop runs: as XLA says, or else the largest whole number in its condition."""
+    """How often a loop runs: the number that XLA gives, or else the largest whole number in its condition."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes):
         return int(known[1])
     condition = computations.get(called(instruction, "condition") or "", {}).values()
@@ -155,7 +155,7 @@ def trips(computations: Computations, instruction: Instruction) -> int:
 
 
 def moved(computations: Computations, name: str, instruction: Instruction) -> int:
-    """What one kernel of the computation reads and writes."""
+    """The bytes that one kernel of the computation reads and writes."""
     operands = [computations[name][o] for o in instruction.operands if o in computations[name]]
     if instruction.operation in ("dynamic-slice", "gather"):
         return 2 * size(instruction.shape)
@@ -174,8 +174,8 @@ def moved(computations: Computations, name: str, instruction: Instruction) -> in
 
 
 def _bytes_read(users: dict[str, list[tuple[Instruction, int]]], name: str, whole: int) -> int:
-    """Bytes that a fused kernel reads of a value: all, or what it slices or gathers, before or after it changes each
-    number; none of a buffer that it updates."""
+    """Bytes that a fused kernel reads of a value: all of it, or the part that it slices or gathers, before or after a
+    change of each number; none of a buffer that it updates."""
     total = 0
     for user, position in users.get(name, []):
         if user.operation in ("dynamic-slice", "gather") and position == 0:
@@ -188,7 +188,7 @@ def _bytes_read(users: dict[str, list[tuple[Instruction, int]]], name: str, whol
 
 
 def _written(fused: dict[str, Instruction], instruction: Instruction) -> int:
-    """Bytes that a fused kernel writes of a result: all, or the update of a buffer."""
+    """Bytes that a fused kernel writes of a result: all of it, or the update of a buffer."""
     operands = [fused[o] for o in instruction.operands if o in fused]
     if instruction.operation == "tuple":
         return sum(_written(fused, operand) for operand in operands)

@@ -1,4 +1,5 @@
-"""The learning rates of `python -m jsoftmax lm`: each head with larger and larger ones, on a part of another split."""
+"""Chooses the learning rates of `python -m jsoftmax lm`: it trains each head with larger and larger ones, on another
+split."""
 
 from jsoftmax.cli import _corpus, lm
 from jsoftmax.cli._lm_heads import HEADS

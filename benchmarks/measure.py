@@ -79,7 +79,7 @@ def timed(program: F, *arguments: Any) -> tuple[float, Any]:
 
 
 def run(cases: list[Case], output: pathlib.Path, fewest: int = 15) -> None:
-    """Time every case, print it, and write all of them."""
+    """Times every case, prints it, and writes all of them."""
     rows = []
     for case in cases:
         result = interleaved(case.candidates, case.arguments, case.calls, fewest)
@@ -96,7 +96,7 @@ def run(cases: list[Case], output: pathlib.Path, fewest: int = 15) -> None:
 
 
 def about() -> dict[str, str]:
-    """What the numbers depend on."""
+    """The versions and the machine that the numbers depend on."""
     device = jax.devices()[0]
     here = pathlib.Path(__file__).parent
     commit = subprocess.run(

@@ -33,7 +33,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def gathered(*arrays: jax.Array) -> list[jax.Array]:
-    """The tokens of a row of chips, on each of them."""
+    """The tokens of a row of chips, gathered on each of its chips."""
     return [jax.lax.all_gather(a, "classes", tiled=True) for a in arrays]
 
 
@@ -72,8 +72,8 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], Any]] = {
 
 
 def devices(topology: str) -> list[Any]:
-    """Those of a TPU slice, such as v5e:16x16 or v5p:4x4x4, or of GPUs in one machine, h100:8; or a message that says
-    what is missing."""
+    """The devices of a TPU slice, such as v5e:16x16 or v5p:4x4x4, or GPUs of one machine, h100:8; or a message that
+    says what is missing."""
     programs.configure()
     kind, _, size = topology.partition(":")
     try:
@@ -94,7 +94,8 @@ def meshes(count: int) -> list[tuple[int, int]]:
 
 
 def collectives(text: str) -> list[dict[str, Any]]:
-    """Of each kind how many, how many of them in loops, and the bytes of their results on a chip: all, the largest."""
+    """For each kind of collective: how many there are, how many of them in loops, and the bytes of their results on a
+    chip, all and the largest."""
     computations = hlo.parse(text)
     in_loops = inside_loops(computations)
     found: dict[str, dict[str, Any]] = {}
@@ -117,7 +118,7 @@ def collectives(text: str) -> list[dict[str, Any]]:
 
 
 def inside_loops(computations: hlo.Computations) -> set[str]:
-    """The computations that loops run."""
+    """The computations that run in loops."""
     found: set[str] = set()
     waiting = [hlo.called(i, "body") for c in computations.values() for i in c.values() if i.operation == "while"]
     while waiting:
@@ -131,7 +132,7 @@ def inside_loops(computations: hlo.Computations) -> set[str]:
 
 
 def row_of(of_devices: list[Any], mesh: tuple[int, int], name: str, sizes: tuple[int, int, int]) -> dict[str, Any]:
-    """What one program does on a chip; sizes: tokens of a row of chips, features, classes."""
+    """The counts of one program on a chip. sizes: tokens of a row of chips, features, classes."""
     tokens, features, classes = sizes
     made = Mesh(np.array(of_devices).reshape(mesh), AXES)
     f, out = PROGRAMS[name]
@@ -158,8 +159,8 @@ def row_of(of_devices: list[Any], mesh: tuple[int, int], name: str, sizes: tuple
 
 
 def check(row: dict[str, Any]) -> None:
-    """Neither weight nor scores are gathered: nothing moves in a loop, and no array that moves is as large as half of
-    the whole weight, or of a row of chips' scores, in bfloat16."""
+    """Checks that neither weight nor scores are gathered: nothing moves in a loop, and no array that moves is as large
+    as half of the whole weight, or of a row of chips' scores, in bfloat16."""
     tokens, features, classes = row["sizes"]
     for made in row["collectives"]:
         if made["in_loops"] or made["largest"] >= classes * min(features, tokens):
@@ -167,7 +168,7 @@ def check(row: dict[str, Any]) -> None:
 
 
 def run(topology: str, output: pathlib.Path | None = None) -> None:
-    """Compile every program for the pod and write what it does."""
+    """Compiles every program for the pod and writes its counts."""
     of_devices = devices(topology)
     rows = []
     for mesh in meshes(len(of_devices)):

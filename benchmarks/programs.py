@@ -52,13 +52,13 @@ DTYPES = ("float32", "bfloat16")
 
 
 def configure() -> None:
-    """What compiles is asked for by name, and need not find its device."""
+    """Prepares the environment for a compiler that is named explicitly and need not find its device."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     jax.config.update("jax_platforms", "cpu")
 
 
 def missing(kind: str, error: Exception, extra: str) -> str:
-    """What is said where a compiler is not installed."""
+    """The message if a compiler is not installed."""
     return (
         f"programs: XLA's compiler for {kind} is missing here ({type(error).__name__}: {str(error)[:200]}).\n"
         f"In an environment of its own: pip install '{extra}', in the version of jax {jax.__version__}."
@@ -83,7 +83,8 @@ def device(kind: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A function of scores, and of what else `more` gives for their shape and dtype; peer: what a user would write."""
+    """A function of scores and of the arrays that `more` makes for their shape and dtype. peer: what a user would
+    write."""
 
     name: str
     ours: F
@@ -194,12 +195,12 @@ HEADS = {
 
 
 def value_and_gradients(f: F) -> F:
-    """Of the sum over the tokens, by hidden and weight."""
+    """Value and gradients of the sum over the tokens, by hidden and weight."""
     return jax.value_and_grad(lambda h, W, y: jnp.sum(f(h, W, y), dtype=jnp.float32), (0, 1))
 
 
 def in_mode(f: F, mode: str, z: Any, more: tuple[Any, ...]) -> tuple[F, tuple[Any, ...]]:
-    """The function that is compiled, and its arguments: z, what else it takes, a cotangent, a tangent."""
+    """The function that is compiled, and its arguments: z, further arrays, a cotangent and a tangent."""
     if mode == "value":
         return f, (z, *more)
     cotangent = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), jax.eval_shape(f, z, *more))
@@ -316,7 +317,7 @@ def attention_rows(where: Any) -> list[dict[str, Any]]:
 
 
 def run(kind: str, output: pathlib.Path, only_heads: bool = False) -> None:
-    """Compile every cell for the device and write the counts; or the heads alone, and keep the rest of the file."""
+    """Compiles every cell for the device and writes the counts; or only the heads, and keeps the rest of the file."""
     where = device(kind)
     of_heads = heads_rows(where)
     versions = {"device": kind, "jax": jax.__version__, "optax": optax.__version__, "jsoftmax": js.__version__}
@@ -340,7 +341,7 @@ def cells_rows(where: Any) -> list[dict[str, Any]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One cell in words."""
+    """One cell as a line of text."""
     what = f"{row['name']}, {row['mode']}, {'×'.join(map(str, row['shape']))}, {row['dtype']}: "
     ours, peer = row["ours"], row.get("peer")
     own = f"{ours['kernels']} kernels, {ours['traffic'] / 2**20:.1f} MiB"

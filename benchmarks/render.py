@@ -16,24 +16,25 @@ DEVICES = pathlib.Path(__file__).parent / "device.md"
 
 
 def load_plain(name: str) -> list[dict[str, Any]]:
-    """The runs, as they are."""
+    """The runs as the files have them."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}*.json"))]
 
 
 def load(name: str) -> list[dict[str, Any]]:
-    """The runs, with the rows that compare something of ours."""
+    """The runs with only those rows that compare something of ours."""
     runs = load_plain(name)
     return [{**run, "rows": [row for row in run["rows"] if row["group"] != "limits"]} for run in runs]
 
 
 def label(row: dict[str, Any]) -> tuple[str, str]:
-    """A case's name and its shape: one line of the table and of the picture."""
+    """A case's name and shape, which label a line of the table and of the picture."""
     shape = " × ".join(f"{n:,}" for n in row["shape"])
     return row["name"], shape + (" bf16" if row["dtype"] == "bfloat16" else "")
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """One line a case, one column a run: ours in ms and its ratio to each peer, median [quartiles]."""
+    """A table with one line for each case and one column for each run: our time in ms, and its ratio to each peer as
+    median [quartiles]."""
     titles = [f"jax {run['jax']}, {run['processor']}, {run['cores']} cores" for run in runs]
     lines = ["| | scores | " + " | ".join(titles) + " |", "|---|---|" + "---|" * len(runs)]
     by_case = [{label(row): row for row in run["rows"]} for run in runs]
@@ -52,7 +53,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def models() -> str:
-    """The language models of `python -m jsoftmax lm --head all`: a line each, of one run."""
+    """A table of the language models of `python -m jsoftmax lm --head all`: one line for each model of a run."""
     (run,) = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("lm*.json"))]
     title = f"jax {run['jax']}, {run['processor']}, {run['cores']} cores"
     lines = [f"| {title} | φ | perplexity | words/s | minutes | MiB | temporaries, MiB |", "|---|---|" + "---:|" * 5]
@@ -67,7 +68,7 @@ def models() -> str:
 
 
 def picture(runs: list[dict[str, Any]]) -> None:
-    """Ratios as dots with their quartiles, on a log axis; left of 1 ours is faster."""
+    """A picture of ratios as dots with their quartiles, on a log axis. Left of 1 ours is faster."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (an extra)
     from matplotlib.figure import Figure  # noqa: PLC0415  (an extra)
 
@@ -104,7 +105,7 @@ def picture(runs: list[dict[str, Any]]) -> None:
 
 
 def digits_picture(run: dict[str, Any]) -> None:
-    """Correct digits of the worst row, a panel a result."""
+    """A picture of the correct digits of the worst row, with one panel for each result."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (an extra)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -132,7 +133,7 @@ def digits_picture(run: dict[str, Any]) -> None:
 
 
 class Measured(NamedTuple):
-    """A line of the README's table: a row of a file of results, and what of it is shown."""
+    """A line of the README's table: a row of a file of results, and what the line shows of it."""
 
     what: str
     file: str
@@ -160,7 +161,7 @@ MEASURED = (
 
 
 def measured() -> str:
-    """What to expect instead of the usual packages: digits, times and memory, each with its command."""
+    """The README's table of results beside the usual packages: digits, times and memory, each with its command."""
     (digits,) = load_plain("digits")
     lines = ["| | here | instead of | measured by `python -m benchmarks` |", "|---|---:|---:|---|"]
     entropy, loss = (digits["example"][name] for name in ("entropy", "loss of the leading class"))
@@ -190,7 +191,7 @@ sort, the peer's way to truncate a law, counts as one pass over the scores here,
 
 
 def programs() -> str:
-    """A table a device: kernels and MiB of memory traffic of ours and of the peer's program, and the ratio."""
+    """A table for each device: kernels and MiB of memory traffic of ours and of the peer's program, and the ratio."""
     parts = [ABOUT_PROGRAMS]
     for path in sorted(RESULTS.glob("programs-*.json")):
         run = json.loads(path.read_text())
@@ -227,7 +228,7 @@ process. The tables have medians in ms, and the ratio of ours to each peer as me
 
 
 def devices() -> str:
-    """A table a device: the heads, and every case beside its peers."""
+    """A table for each device: the heads, and every case beside its peers."""
     parts = [ABOUT_DEVICES]
     for path in sorted(RESULTS.glob("device-*.json")):
         run = json.loads(path.read_text())
@@ -254,7 +255,7 @@ def devices() -> str:
 
 
 def startup() -> str:
-    """What it costs to begin: ms to trace and compile, and of a call outside `jit`."""
+    """A table of the cost of starting: ms to trace and compile, and of a call outside `jit`."""
     (run,) = load_plain("startup")
     lines = ["| | | ours, ms | the peer's, ms | ratio |", "|---|---|---:|---:|---:|"]
     for row in run["rows"]:
@@ -268,7 +269,7 @@ OWN_TABLES = {"lm": models, "measured": measured, "startup": startup}
 
 
 def filled(text: str) -> str:
-    """A page with its tables made anew."""
+    """A page with its tables filled in again."""
     names = re.findall(r"<!-- (\w+) -->", text)
     for name in names:
         made = OWN_TABLES[name]() if name in OWN_TABLES else table(load(name))

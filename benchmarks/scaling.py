@@ -33,7 +33,7 @@ NUMBER = 4
 
 
 class Assumed(NamedTuple):
-    """What is not measured."""
+    """The assumptions, which are not measured."""
 
     tokens: int
     features: int
@@ -46,7 +46,7 @@ class Assumed(NamedTuple):
 
 
 class Mesh(NamedTuple):
-    """In how many parts tokens and classes are cut."""
+    """The numbers of parts into which tokens and classes are cut."""
 
     tokens: int
     classes: int
@@ -73,7 +73,7 @@ class Collective(NamedTuple):
 
 
 def collectives(tokens: int, features: int, classes: int, mesh: Mesh) -> list[Collective]:
-    """Of a step whose tokens come sharded over all devices: value and gradient."""
+    """The collectives of a step, value and gradient, whose tokens come sharded over all devices."""
     n = tokens / mesh.tokens
     over_classes = [
         Collective("all-gather", NUMBER * n * (features + 1), mesh.classes),  # hidden states and labels
@@ -101,14 +101,14 @@ def held(assumed: Assumed, classes: int, mesh: Mesh) -> float:
 
 
 def best(assumed: Assumed, classes: int, devices: int) -> Mesh | None:
-    """The mesh of powers of two that fits and takes the links the least time."""
+    """The mesh of powers of two that fits in memory and needs the least time on the links."""
     meshes = [Mesh(2**i, devices // 2**i) for i in range(devices.bit_length())]
     fitting = [mesh for mesh in meshes if held(assumed, classes, mesh) <= assumed.memory]
     return min(fitting, key=lambda mesh: seconds(assumed, classes, mesh), default=None)
 
 
 def even(assumed: Assumed, devices: int) -> float:
-    """The vocabulary for which sharding tokens takes the links as long as sharding classes."""
+    """The vocabulary for which sharding tokens takes as long on the links as sharding classes."""
     by_classes = seconds(assumed, 0, Mesh(1, devices))
     by_tokens = [seconds(assumed, classes, Mesh(devices, 1)) for classes in (0, 1)]
     return (by_classes - by_tokens[0]) / (by_tokens[1] - by_tokens[0])
@@ -134,7 +134,8 @@ def step(mesh: Mesh) -> Any:
 
 
 def compiled_bytes(mesh: Mesh, tokens: int, features: int, classes: int) -> dict[str, float]:
-    """By kind, of the arrays that the compiled program gathers, sums and scatters; single numbers left out."""
+    """Bytes, by kind of collective, of the arrays that the compiled program gathers, sums and scatters, single numbers
+    left out."""
     text = step(mesh).lower(*arrays(tokens, features, classes)).compile().as_text()
     found: Counter[str] = Counter()
     lines = re.findall(r" = (.*) (all-reduce|all-gather|reduce-scatter)(?:-start)?\(", text)
@@ -146,7 +147,7 @@ def compiled_bytes(mesh: Mesh, tokens: int, features: int, classes: int) -> dict
 
 
 def check() -> list[dict[str, Any]]:
-    """The model's bytes are those of compiled programs."""
+    """Checks that the model's bytes are those of compiled programs."""
     tokens, features, classes = 64, 16, 1024
     rows = []
     for mesh in (Mesh(1, 8), Mesh(2, 4), Mesh(8, 1)):
@@ -182,7 +183,7 @@ def cost() -> list[dict[str, Any]]:
 
 
 def weak() -> list[dict[str, Any]]:
-    """As many classes on each virtual device."""
+    """Weak scaling: each virtual device has the same number of classes."""
     rows = []
     for devices in (1, 2, 4, 8):
         shape = (512, 256, 8192 * devices)
@@ -268,7 +269,7 @@ def plan(assumed: Assumed, ns: float) -> str:
 
 
 def _number(x: float) -> str:
-    """Two digits or more."""
+    """A number with at least two digits."""
     return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
 
 
@@ -299,7 +300,7 @@ def weak_table(runs: list[dict[str, Any]]) -> str:
 
 
 def pods_table() -> str:
-    """Programs compiled for pods (`benchmarks.pod`): of each chip the memory, and MiB of collectives by kind."""
+    """A table of programs compiled for pods (`benchmarks.pod`): memory of each chip, and MiB of collectives by kind."""
     rows = []
     for path in sorted(RESULTS.glob("pod-*.json")):
         pod = json.loads(path.read_text())

@@ -13,7 +13,7 @@ EDGES, NODES = 1_000_000, 100_000
 
 
 def plain(z: jax.Array, ids: jax.Array) -> jax.Array:
-    """What jraph computes."""
+    """jraph's formula in plain JAX."""
     peak = jax.ops.segment_max(z, ids, NODES)
     e = jnp.exp(z - peak[ids])
     return e / jax.ops.segment_sum(e, ids, NODES)[ids]
@@ -24,7 +24,7 @@ def ours(z: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def peers() -> dict[str, F]:
-    """jraph, if it is there, and the plain form."""
+    """jraph, if it is installed, and the plain formula."""
     try:
         from jraph import segment_softmax  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (a peer)
     except ImportError:

@@ -1,7 +1,7 @@
-"""What it costs to begin: the import, tracing and compiling of small programs, and calls outside `jit`; beside peers.
+"""The cost of starting: the import, tracing and compiling of small programs, and calls outside `jit`; beside peers.
 
-The times are medians, the ratios those of the medians; nothing is cached between two turns, in which ours and the peer
-follow one another.
+The times are medians, and the ratios are those of the medians. Ours and the peer take turns, and nothing is cached
+between two turns.
 """
 
 import json
@@ -26,7 +26,7 @@ CALLS = 500
 
 
 def imported() -> list[float]:
-    """What `import jsoftmax` adds to `import jax`, in fresh processes, ms."""
+    """The time that `import jsoftmax` adds to `import jax`, in fresh processes, in ms."""
 
     def once() -> float:
         return float(subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True).stdout)
@@ -35,7 +35,7 @@ def imported() -> list[float]:
 
 
 def build(case: Case, f: F, mode: str) -> float:
-    """Tracing and compiling the function's value, value and vjp, or Hessian product, ms."""
+    """The time to trace and compile the function's value, value and vjp, or Hessian product, in ms."""
     z = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
     program, given = in_mode(f, mode, z, case.more(SHAPE, z.dtype))
     jax.clear_caches()
@@ -43,7 +43,7 @@ def build(case: Case, f: F, mode: str) -> float:
 
 
 def call(case: Case, f: F) -> float:
-    """One call outside jit, of an array of `SMALL`, ms."""
+    """The time of one call outside jit, with an array of the shape `SMALL`, in ms."""
     given = [jnp.ones(SMALL), *(jnp.zeros(a.shape, a.dtype) for a in case.more(SMALL, jnp.float32))]
     timed(f, *given)
     return statistics.median(timed(f, *given)[0] for _ in range(CALLS))

@@ -1,4 +1,4 @@
-"""An extension of griffe: Markdown of the docstrings' layout, which CONTRIBUTING.md describes."""
+"""An extension of griffe that turns docstrings, laid out as CONTRIBUTING.md describes, into Markdown."""
 
 import pathlib
 import re
@@ -16,7 +16,7 @@ SECTIONS = re.compile(r"^(Args|Returns|Raises|Source):[ \t]*", re.M)
 
 
 def markdown(text: str) -> str:
-    """One line, formula, sections and examples, as Markdown."""
+    """A docstring (one line, formula, sections and examples) as Markdown."""
     text, _, examples = re.sub(r"^>>> ", "\0>>> ", text, count=1, flags=re.M).partition("\0")
     before, *parts = SECTIONS.split(text)
     made = [_prose(before)]
@@ -34,7 +34,8 @@ def _link(row: re.Match[str]) -> str:
 
 
 def _prose(text: str) -> str:
-    """Paragraphs. One that ends with rows of MATH.md is a formula: it keeps its lines, as one that is indented does."""
+    """Paragraphs. A paragraph that ends with rows of MATH.md is a formula, and keeps its lines; so does an indented
+    one."""
     made = []
     for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
         lines = paragraph.splitlines()
@@ -48,7 +49,7 @@ def _prose(text: str) -> str:
 
 
 def _arguments(body: str) -> str:
-    """A list: a line that is indented less than what follows it begins an argument."""
+    """A list of arguments. A line that is indented less than what follows it begins an argument."""
     body = _dedent(body.strip("\n"))
     entries = re.split(r"\n(?=\S)", body)
     return "**Args:**\n\n" + "\n".join(
@@ -61,10 +62,10 @@ def _dedent(body: str) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites every docstring; one that is a φ has that of its class."""
+    """Rewrites every docstring. An instance of a φ gets the docstring of its class."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        """Once the package is loaded."""
+        """Runs once the package is loaded."""
         for module in pkg["phi"].modules.values():
             for attribute in module.attributes.values():
                 made_by = re.fullmatch(r"(\w+)\(\)", str(attribute.value))

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the site's pages that stand elsewhere in the repository, and links between files as on disk."""
+"""A hook of mkdocs for pages that are kept elsewhere in the repository, and for links between files as on disk."""
 
 import base64
 import html
@@ -30,7 +30,7 @@ LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)]*)?\))")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add them, under the path that they have in the repository; a notebook as Markdown and its pictures."""
+    """Adds these pages under their path in the repository; a notebook as Markdown with its pictures."""
     for pattern in ELSEWHERE:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
@@ -62,7 +62,7 @@ def notebook(path: pathlib.Path) -> Iterator[tuple[str, str | bytes]]:
 
 
 def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
-    """A link to a file of the repository, written as on disk, becomes one to its page."""
+    """Turns a link to a file of the repository, written as on disk, into one to its page."""
     source = page.file.abs_src_path or str(ROOT / page.file.src_uri)
     pages = {str(pathlib.Path(f.abs_src_path).resolve()): f.src_uri for f in files if f.abs_src_path}
     pages |= {str(path): f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}

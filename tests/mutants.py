@@ -5,8 +5,8 @@ python tests/mutants.py phis.py kl      those whose file or text has one of thes
 python tests/mutants.py --long          with the cells that are marked `full`
 python tests/mutants.py --table FILE    writes the table there, too
 
-A mutant flips a sign, drops a term, swaps two axes or moves a threshold in a rule. It is applied to a copy of the package;
-tests/test_mutants.py asserts that each text still occurs once in its file.
+A mutant flips a sign, drops a term, swaps two axes or moves a threshold in a rule. It is applied to a copy of the
+package; tests/test_mutants.py asserts that each text still occurs once in its file.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Mutant(NamedTuple):
 
     @property
     def change(self) -> str:
-        """The words that differ, and a little around them."""
+        """The words that differ, with a little text around them."""
         old, new = (" ".join(part.split()) for part in (self.old, self.new))
         return f"`{old}` → `{new}`"
 
@@ -213,9 +213,10 @@ def occurrences(mutant: Mutant) -> int:
 
 
 def run(mutant: Mutant, long: bool, programs: str) -> tuple[bool, str, float]:
-    """Whether its tests fail on a copy of the package with the mistake; which one did, or what pytest said; seconds.
+    """Whether the tests of a mutant fail on a copy of the package with its mistake; which test did, or what pytest
+    said; seconds.
 
-    programs: where JAX keeps compiled ones, most of which mutants share.
+    programs: where JAX keeps compiled programs, most of which mutants share.
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
