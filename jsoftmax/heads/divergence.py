@@ -20,16 +20,16 @@ from jsoftmax.sums import difference
 
 
 class _TokenConstants(NamedTuple):
-    """Of each token: what makes x − L, and D."""
+    """Numbers of each token, from which x − L and D are computed."""
 
     peak_p: Array
     log_total_p: Array
     peak_q: Array
     log_total_q: Array
     empty: Array
-    """Whether no class is left for p; of 11.8, for p or q."""
+    """Whether no class is left for p; for 11.8, for p or q."""
     mean: Any = None
-    """Σ p r, r of the rule; or D(p‖m) and D(q‖m)."""
+    """Σ p r with the r of the rule; or D(p‖m) and D(q‖m)."""
     beta: Any = None
 
     def log_probs(self, x_p: Array, x_q: Array) -> tuple[Array, Array]:
@@ -46,7 +46,7 @@ def _known(p: Head, q: Head, plan: Plan, beta: Array | None = None) -> _TokenCon
 
 
 def _scores_and_rates(blocks: Heads, dots: Heads, start: Array, plan: Plan) -> list[tuple[Array, Array]]:
-    """x and ẋ of a block, of both heads."""
+    """x and ẋ of a block, for both heads."""
     return [
         jvp_of_live(lambda block: block_scores(block, start, plan), block, dot)
         for block, dot in zip(blocks, dots, strict=True)
@@ -55,8 +55,8 @@ def _scores_and_rates(blocks: Heads, dots: Heads, start: Array, plan: Plan) -> l
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _divergence(p: Head, q: Head, plan: Plan) -> tuple[Array, Array]:
-    """D = Σ p r, r = log p − log q, in terms p (e^−r − 1 + r) ≥ 0: so both normalisers come first; and Σ p r over the
-    classes that both have, which is finite where D is not  (MATH 11.6)."""
+    """D = Σ p r, r = log p − log q, from terms p (e^−r − 1 + r) ≥ 0, which need both normalisers first; and Σ p r over
+    the classes that both have, which is finite even where D is not  (MATH 11.6)."""
 
     def step(blocks: Heads, _: Heads, *, start: Array, known: _TokenConstants, state: Any, plan: Plan) -> Any:
         x_p, x_q = (block_scores(block, start, plan) for block in blocks)
@@ -162,7 +162,7 @@ def jensen_shannon(given: tuple[Head, Head, Array], plan: Plan) -> Array:
 
 
 def _check_both(function: str, of_p: Any, of_q: Any, options: dict[str, Any]) -> tuple[_check.CheckedHead, Heads, Plan]:
-    """Two heads over one vocabulary, in their joint dtype."""
+    """Two heads with the same vocabulary, in their common dtype."""
     p = _check.check(function, *of_p, **options, names=("hidden_p", "weight_p", "bias_p"))
     q = _check.check(function, *of_q, **options, names=("hidden_q", "weight_q", "bias_q"))
     _check.check_pair(function, p, q)
@@ -190,7 +190,7 @@ def linear_kl(  # noqa: PLR0917  (two heads, each by position as in `linear_cros
     axis_name: AxisName = None,
     shards: int = 1,
 ) -> Float[Array, "..."]:
-    """Kullback–Leibler divergence of two linear heads' softmaxes, in nats; no logits.
+    """Kullback–Leibler divergence of the softmaxes of two linear heads, in nats, without logits.
 
     It equals
 
@@ -251,7 +251,7 @@ def linear_jsd(  # noqa: PLR0917  (two heads, each by position as in `linear_cro
     axis_name: AxisName = None,
     shards: int = 1,
 ) -> Float[Array, "..."]:
-    """Generalised Jensen–Shannon divergence of two linear heads' softmaxes, in nats; no logits.
+    """Generalised Jensen–Shannon divergence of the softmaxes of two linear heads, in nats, without logits.
 
     It equals
 

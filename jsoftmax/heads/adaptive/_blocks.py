@@ -1,7 +1,7 @@
 """Rows sorted by tail, in blocks of fixed size, and the loss of a tail, which skips the blocks of others (MATH 12.5).
 
-A tail's scores `[classes, rows]` never exist as a whole: its classes are taken in chunks, which stay in the cache, and
-of a chunk's rows only the blocks that belong to the tail. So time follows the labels.
+A tail's scores `[classes, rows]` never exist as a whole. Its classes are taken in chunks, which stay in the cache, and
+a chunk takes only the blocks of rows that belong to the tail. So the time depends on which labels occur.
 """
 
 import functools
@@ -25,20 +25,20 @@ _CHUNK = 2**19  # numbers in a block of scores or of weights: 2 MB in float32
 
 
 class Layout(NamedTuple):
-    """Where rows stand in blocks, each of which has rows of one group."""
+    """The places of rows in blocks. Each block has rows of one group."""
 
     group: Array
-    """`[blocks]`, the group of a block; the number of groups where it is empty."""
+    """`[blocks]`: the group of each block; for an empty block, the number of groups."""
     row: Array
-    """`[blocks, length]`, the row in each place."""
+    """`[blocks, length]`: the row in each place."""
     taken: Array
-    """`[blocks, length]`, whether a row stands there."""
+    """`[blocks, length]`: whether there is a row in the place."""
     place: Array
-    """`[rows]`, the place of each row among blocks × length; 0 for rows of no group."""
+    """`[rows]`: the place of each row among blocks × length; 0 for rows of no group."""
 
 
 def lay_out(groups: Array, count: int, length: int) -> Layout:
-    """Rows of groups 0 … count − 1, sorted into blocks; other rows are in none.
+    """The layout of rows of groups 0 … count − 1 in blocks. Rows of other groups are in no block.
 
     Every group may leave one block unfilled, so ⌈rows/length⌉ + count − 1 blocks hold them whatever the groups are.
     """
@@ -62,8 +62,8 @@ def lay_out(groups: Array, count: int, length: int) -> Layout:
 
 
 def block_length(rows: int) -> int:
-    """Rows in a block: a 32nd of them, a power of two in [16, 256]. Larger blocks multiply faster, and leave more
-    places empty."""
+    """The number of rows of a block: about a 32nd of all, as a power of two in [16, 256]. Larger blocks are multiplied
+    faster, but leave more places empty."""
     return min(max(1 << (max(rows // 32, 1) - 1).bit_length(), 16), 256)
 
 
@@ -93,7 +93,8 @@ def tail_loss(weight: Array, phi: Phi, a: Array, label: Array, active: Array) ->
 
 
 def _chunk_length(classes: int, width: int) -> int:
-    """How many classes a chunk has, if possible a divisor: else the weights are copied, to pad them."""
+    """How many classes a chunk has. If possible it is a divisor, because otherwise the weights are copied to pad
+    them."""
     target = max(_CHUNK // width, 1)
     if classes <= target:
         return classes
@@ -104,7 +105,8 @@ def _chunk_length(classes: int, width: int) -> int:
 def _scores(weight: Array, phi: Phi, a: Array, start: Array, classes: int) -> tuple[Array, Array]:
     """o and x = ψ(o), `[classes, rows]`; x is −inf past the last class.
 
-    Classes lead: so the products with their cotangent, for the weights and for a, are the fast ones of XLA on CPU.
+    The classes are the first axis, so that the products with the cotangent, for the weights and for a, are fast in XLA
+    on CPU.
     """
     o = _product(weight, a)
     x = log_phi(phi, o)
@@ -118,7 +120,7 @@ def _product(weight: Array, a: Array) -> Array:
 
 
 def _statistics_of_chunk(x: Array) -> PartialStatistics:
-    """Of classes that lead."""
+    """The statistics of a chunk whose classes are the first axis."""
     peak, rest = column_exp_sums(x)
     return PartialStatistics(peak, rest)
 
@@ -159,7 +161,7 @@ def _tail_loss(  # noqa: PLR0917  (a rule has no keywords)
 
 @functools.partial(_tail_loss.defjvp, symbolic_zeros=True)
 def _tail_loss_jvp(length: int, primals: Any, tangents: Any) -> tuple[TailLoss, TailLoss]:
-    """Σ (p − 1_y) ẋ, and Σ p ẋ for L  (MATH 12.5); JAX drops the one that nobody asks for."""
+    """Σ (p − 1_y) ẋ, and Σ p ẋ for L  (MATH 12.5). JAX drops the one that is not used."""
     out = _tail_loss(*primals, length)
     along = functools.partial(_along, primals, tangents, out, length)
     return out, TailLoss(along(True), along(False), jnp.zeros_like(out.peak))
@@ -168,11 +170,10 @@ def _tail_loss_jvp(length: int, primals: Any, tangents: Any) -> tuple[TailLoss, 
 def _along(primals: Any, tangents: Any, out: TailLoss, length: int, by_label: bool) -> Array:
     """Σ q ẋ, q = p or p − 1_y, ẋ = s (W ȧ + Ẇ a) + (∂ψ/∂θ) θ̇, as ȧ · Σ q s W + Σ q s Ẇ a + Σ q (∂ψ/∂θ) θ̇.
 
-    Its transpose is the gradient of the weights. Ẇ goes through the loop as a carry that no block changes, so that its
-    cotangent is a sum that a skipped block hands on as it is: as a constant of the loop it would get zeros added there.
-    A skipped block computes with no rows, for two reasons. The backward pass keeps what a branch reads, and where both
-    read the same, JAX sees that and keeps no copies; and the barrier there keeps it from taking the carry for a
-    constant.
+    Its transpose is the gradient of the weights. Ẇ goes through the loop as a carry that no block changes. Its
+    cotangent is then a sum that a skipped block hands on as it is; if Ẇ were a constant of the loop, a skipped block
+    would add zeros. A skipped block computes with no rows, because the backward pass keeps what a branch reads: if both
+    branches read the same, JAX keeps no copies. The barrier in it keeps JAX from treating the carry as a constant.
     """
     weight, phi, a, label, active = primals
     weight_dot, phi_dot, a_dot = (_instantiate(dot, primal) for dot, primal in zip(tangents[:3], primals, strict=False))
@@ -217,5 +218,5 @@ def _along(primals: Any, tangents: Any, out: TailLoss, length: int, by_label: bo
 
 
 def _instantiate(dot: Any, primal: Any) -> Any:
-    """A tangent as an array; those of φ stay as they are."""
+    """A tangent as an array. Tangents of φ stay as they are."""
     return jnp.zeros_like(primal) if isinstance(dot, SymbolicZero) else dot

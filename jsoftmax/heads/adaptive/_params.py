@@ -1,4 +1,4 @@
-"""The weights of an adaptive softmax, their checks, and their way from and to PyTorch."""
+"""The weights of an adaptive softmax, their checks, and their conversion from and to PyTorch."""
 
 import itertools
 import math
@@ -123,7 +123,7 @@ def _check_size(argument: str, value: Any) -> int:
 
 
 def check_params(function: str, params: Any) -> AdaptiveParams:
-    """Weights of the right kind, whose shapes fit together."""
+    """Checks that weights are `AdaptiveParams` whose shapes fit together."""
     if not isinstance(params, AdaptiveParams):
         raise TypeError(
             f"{function}: params must be AdaptiveParams; got {type(params).__name__}. Make them by "
@@ -184,7 +184,7 @@ def from_torch(module_or_state: Any) -> AdaptiveParams:
 
 
 def _as_jax(tensor: Any) -> Float[Array, "..."]:
-    """A tensor as an array; numpy has no bfloat16 of PyTorch's."""
+    """A tensor as an array. numpy cannot convert PyTorch's bfloat16, which goes through float32."""
     if hasattr(tensor, "detach"):
         tensor = tensor.detach().cpu()
         if "bfloat16" in str(tensor.dtype):

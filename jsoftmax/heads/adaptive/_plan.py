@@ -1,4 +1,4 @@
-"""Where to cut: the cost of a softmax on the present device, and the cutoffs that cost least (MATH 12.6)."""
+"""Plans of cutoffs: the cost of a softmax on the present device, and the cutoffs of least cost (MATH 12.6)."""
 
 import itertools
 import math
@@ -84,7 +84,8 @@ def measure_cost_model(
 
 
 def _seconds(point: tuple[int, int, int], d: int, batch: int, repeats: int, dtype: Any) -> float:
-    """The fastest of some runs of the loss and its gradients, with some rows in a tail and a head of one class."""
+    """The time of the fastest of several runs of the loss and its gradients, with some rows in a tail and a head of one
+    class."""
     classes, rows, width = point
     tail = Tail(jnp.full((width, d), 0.01, dtype), jnp.full((classes, width), 0.01, dtype))
     params = AdaptiveParams(jnp.zeros((2, d), dtype), None, (tail,))
@@ -104,7 +105,7 @@ def _seconds(point: tuple[int, int, int], d: int, batch: int, repeats: int, dtyp
 
 
 def _fit(points: np.ndarray, seconds: np.ndarray) -> CostModel:
-    """The model of least relative squared error; of each k₀B₀ and each choice of the numbers that are not 0."""
+    """The model with the least squared relative error, over every k₀B₀ and every choice of which numbers are not 0."""
     classes, rows, width = points.T
     scores = classes * rows
     best = (math.inf, CostModel(0.0, 0.0))
@@ -152,7 +153,7 @@ def plan_clusters(
       frequencies: `[V]` counts or probabilities, not negative, in decreasing order. Read, so not traced.
       d: dimensions of the hidden vectors.
       batch: B, rows of one step.
-      cost_model: of `measure_cost_model`, or numbers of one's own.
+      cost_model: made by `measure_cost_model`, or from numbers of your own.
       div_value: how much narrower each tail is than the one before, as in `init`.
       max_tails: the most tails that are tried; the paper takes up to 4.
       candidates: how many cutoffs are tried. For more classes they lie on a logarithmic grid, above 16,384 on multiples
@@ -182,7 +183,8 @@ def plan_clusters(
 def _best_cutoffs(
     edges: np.ndarray, mass: np.ndarray, widths: list[int], *, d: int, batch: int, cost_model: CostModel
 ) -> ClusterPlan:
-    """The dynamic programme for one number of tails: of the first i, the least cost that ends at each edge."""
+    """Dynamic programming for one number of tails. Its table has the least cost of the first i tails that end at each
+    edge."""
     least = cost_model(edges + len(widths), batch, d)
     before = []
     for width in widths:
@@ -217,8 +219,8 @@ def _check_plan(frequencies: Any, **sizes: Any) -> np.ndarray:
             )
     if isinstance(frequencies, Tracer):
         raise TypeError(
-            "plan_clusters: frequencies must be numbers, for a plan shapes the program; got a traced array. Call it "
-            "outside of jit."
+            "plan_clusters: frequencies must be known numbers, because a plan shapes the program; got a traced array. "
+            "Call it outside of jit."
         )
     counts = np.asarray(frequencies, float)
     if counts.ndim != 1 or not counts.size or not np.all(counts >= 0) or not 0 < np.sum(counts) < math.inf:

@@ -15,23 +15,23 @@ from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail
 from jsoftmax.phi import Phi
 
 _FEW = 4
-"""A tail with a quarter of the rows, or fewer, computes as many; one with more computes all."""
+"""A tail with at most a quarter of the rows computes a quarter of them; a tail with more computes all rows."""
 
 _SCORES = 2**27
-"""How many scores a block has, 512 MiB of float32."""
+"""The number of scores of a block: 512 MiB of float32."""
 
 
 class Rows(NamedTuple):
-    """Of each row `[rows]`: its column in the head, its tail, and its class within the tail, 0 for rows of none."""
+    """For each row `[rows]`: its column in the head, its tail, and its class within the tail, 0 for rows of no tail."""
 
     column: Array
     tail: Array
-    """The number of tails for rows of none."""
+    """The tail; for rows of no tail, the number of tails."""
     inside: Array
 
 
 def streamed_loss(params: AdaptiveParams, phi: Phi, hidden: Array, rows: Rows, *, dtype: Any) -> Array:
-    """−l_y `[rows]`; products of factors in the dtype."""
+    """−l_y `[rows]`. dtype: of the factors of products."""
     count = hidden.shape[0]
     if not count:
         return jnp.zeros(0, hidden.dtype)
@@ -45,7 +45,7 @@ def streamed_loss(params: AdaptiveParams, phi: Phi, hidden: Array, rows: Rows, *
 def _tail_loss(  # noqa: PLR0917  (what a tail takes)
     tail: Tail, phi: Phi, hidden: Array, rows: Rows, number: int, order: Array, *, dtype: Any
 ) -> Array:
-    """−l^i_y `[rows]` for rows of the tail, else 0: of none, few or all rows, as many as needed."""
+    """−l^i_y `[rows]` for rows of the tail, and 0 for others. It computes no rows, few rows or all, as needed."""
     count = hidden.shape[0]
     few = -(-count // _FEW)
     own = rows.tail == number
@@ -54,7 +54,7 @@ def _tail_loss(  # noqa: PLR0917  (what a tail takes)
 
     def of(hidden: Array, own: Array, inside: Array, tail: Tail, phi: Phi) -> Array:
         a = _head.products(hidden, tail.projection, _plan(hidden.shape[0], 1, dtype))
-        # scores of other rows could be outside φ's domain: they are made like those of the first of the tail's
+        # scores of other rows might lie outside φ's domain, so these rows become copies of the first row of the tail
         spare = jnp.where(own[jnp.argmax(own)], lax.stop_gradient(a[jnp.argmax(own)]), 0)
         a = jnp.where(own[:, None], a, spare)
         return jnp.where(own, _loss(Head(a, inside[:, None], weight=tail.weight, phi=phi), dtype), 0)
