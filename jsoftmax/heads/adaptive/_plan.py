@@ -219,7 +219,7 @@ def _check_plan(frequencies: Any, **sizes: Any) -> np.ndarray:
             )
     if isinstance(frequencies, Tracer):
         raise TypeError(
-            "plan_clusters: frequencies must be known numbers, because a plan shapes the program; got a traced array. "
+            "plan_clusters: frequencies must be numbers, because a plan shapes the program; got a traced array. "
             "Call it outside of jit."
         )
     counts = np.asarray(frequencies, float)
