@@ -1,4 +1,4 @@
-"""What one pass over the vocabulary gives for each token, with its one rule (MATH 11.2, 11.3)."""
+"""The statistics of each token that one pass over the vocabulary finds, with their one rule (MATH 11.2, 11.3)."""
 
 import functools
 from typing import Any, NamedTuple
@@ -26,21 +26,21 @@ from jsoftmax.sums import FAR, SURE, difference, exp_sums, gap_sum, is_empty, no
 
 
 class Extras(NamedTuple):
-    """What is computed beside the log-normaliser and what the labels or targets ask for."""
+    """What is computed in addition to the log-normaliser and to what the labels or targets need."""
 
     entropy: bool = False
     spread: bool = False
     top: int = 0
-    """How many classes with the largest p."""
+    """How many of the classes with the largest p are wanted."""
     others: bool = False
     """Whether the statistics are those of the classes that are no label, beside the labels' own scores."""
 
 
 class Statistics(NamedTuple):
-    """Of each token `[N]`; None for what is not wanted. Σ over the classes kept, u = x − peak."""
+    """Numbers of each token `[N]`; None if not wanted. Sums are over the classes that are kept, and u = x − peak."""
 
     peak: Array
-    """max x, 0 for an empty row; a constant for derivatives."""
+    """max x; 0 for an empty row. Derivatives treat it as a constant."""
     log_total: Array
     """log1p(rest) = log Σ e^u."""
     log_normalizer: Array
@@ -50,9 +50,9 @@ class Statistics(NamedTuple):
     loss: Any = None
     """−l_y `[N, m]`, or Σ q (−l) `[N, 1]`."""
     label: Any = None
-    """x_y `[N, m]`, beside the statistics of the other classes."""
+    """x_y `[N, m]`; the statistics are then those of the other classes."""
     mass: Any = None
-    """Σ q over the classes kept."""
+    """Σ q over the classes that are kept."""
     spread: Any = None
     """Σ (−u)."""
     kept_count: Any = None
@@ -60,11 +60,11 @@ class Statistics(NamedTuple):
     top: Any = None
     """−u of the k largest p `[N, k]`, in descending order of p."""
     top_class: Any = None
-    """Which classes they are, int32; −1 beyond the classes kept."""
+    """The numbers of these classes, int32; −1 beyond the classes that are kept."""
 
 
 class PartialStatistics(NamedTuple):
-    """Of the blocks so far, about their own peak, −inf while there is no class  (MATH 11.2)."""
+    """Sums over the blocks so far, relative to their own peak, which is −inf while there is no class  (MATH 11.2)."""
 
     peak: Array
     rest: Array
@@ -80,12 +80,13 @@ class PartialStatistics(NamedTuple):
     spread: Any = None
     kept_count: Any = None
     top: Any = None
-    """The k largest x, −inf beyond the classes kept."""
+    """The k largest x; −inf beyond the classes that are kept."""
     top_class: Any = None
 
 
 def initial(head: Head, wanted: Extras) -> PartialStatistics:
-    """No class so far. Zeros of the arguments, which are sharded as they are, not of a shape."""
+    """The state before the first class. The zeros are made from the arguments, not from shapes, so that they are
+    sharded in the same way."""
     zero = jnp.zeros_like(head.hidden[:, 0])
     return PartialStatistics(
         zero - jnp.inf,
@@ -102,7 +103,7 @@ def initial(head: Head, wanted: Extras) -> PartialStatistics:
 
 
 def block_statistics(head: Head, wanted: Extras, start: Array, x: Array, plan: Plan) -> PartialStatistics:
-    """The statistics of a block with the scores x, about its own peak  (MATH 11.2)."""
+    """The statistics of a block with the scores x, relative to its own peak  (MATH 11.2)."""
     axis = (1,)
     made: dict[str, Any] = {}
     if head.labels is not None:
@@ -134,7 +135,7 @@ def block_statistics(head: Head, wanted: Extras, start: Array, x: Array, plan: P
 
 
 def merge(a: PartialStatistics, b: PartialStatistics, plan: Plan | None = None) -> PartialStatistics:
-    """Two parts of a row about the higher peak; no digit of a small sum is lost  (MATH 11.2)."""
+    """Two parts of a row merged, relative to the higher peak. No digit of a small sum is lost  (MATH 11.2)."""
     peak = jnp.maximum(a.peak, b.peak)
     falls = [jnp.where(part.peak == peak, 0, peak - part.peak) for part in (a, b)]
 
@@ -169,12 +170,12 @@ def _moved_gap(part: Any, fall: Array) -> Array:
 
 
 def _moved_sum(total: Any, weight: Any, fall: Array) -> Array:
-    """Σ q (−u) about a peak that is higher by `fall`, of one with Σ q."""
+    """Σ q (−u) relative to a peak that is higher by `fall`. weight: Σ q."""
     return total + jnp.where(weight == 0, 0, weight * fall)
 
 
 def merge_shards(part: PartialStatistics, head: Head, plan: Plan) -> PartialStatistics:
-    """The parts of all shards, merged by one maximum and one sum of all else  (MATH 13.1)."""
+    """The parts of all shards merged, by one maximum for the peak and one sum for everything else  (MATH 13.1)."""
     if plan.axis_name is None:
         return part
     peak = pmax(part.peak, plan.axis_name)
@@ -207,9 +208,9 @@ def merge_shards(part: PartialStatistics, head: Head, plan: Plan) -> PartialStat
 
 
 def _top_k(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:
-    """The k largest, the first of equals, and their places; a scalar loop for k = 1 costs less than a sort.
+    """The k largest, the first of equals first, and their places. For k = 1, argmax costs less than a sort.
 
-    In shards of one array by a sort of all: XLA would gather what `lax.top_k` takes.
+    For shards of one array all numbers are sorted, because XLA would gather the argument of `lax.top_k`.
     """
     if k == 1:
         places = jnp.argmax(x, 1, keepdims=True)
@@ -222,7 +223,7 @@ def _top_k(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:
 
 
 def top_k_of_block(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:
-    """The same of a block of classes."""
+    """The same for a block of classes."""
     if k * _TOP_K_LENGTH >= x.shape[1]:
         return _top_k(x, k, plan)
     return top_k_by_blocks(x, k, _TOP_K_LENGTH, functools.partial(_top_k, plan=plan))
@@ -233,7 +234,7 @@ _TOP_K_LENGTH = 64
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def statistics(head: Head, wanted: Extras, plan: Plan) -> Statistics:
-    """One pass: each block's statistics about its own peak, merged."""
+    """One pass over the classes: the statistics of each block, relative to its own peak, are merged."""
 
     def step(
         blocks: Heads, _: Heads, *, start: Array, known: None, state: PartialStatistics, plan: Plan
@@ -246,7 +247,7 @@ def statistics(head: Head, wanted: Extras, plan: Plan) -> Statistics:
 
 
 def finish(done: PartialStatistics, wanted: Extras) -> Statistics:
-    """What the merged blocks say."""
+    """The statistics that follow from the merged blocks."""
     empty = jnp.isneginf(done.peak)
     peak = lax.stop_gradient(jnp.where(empty, 0, done.peak))
     rest = jnp.where(empty, 0, done.rest)
@@ -306,7 +307,7 @@ def _statistics_jvp(wanted: Extras, plan: Plan, primals: Any, tangents: Any) -> 
 
 
 class TokenConstants(NamedTuple):
-    """Of each token, what the rule takes as it is."""
+    """Numbers of each token that the rule takes from the value."""
 
     peak: Array
     log_total: Array
@@ -322,7 +323,7 @@ class TokenConstants(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Of each token, derivatives of the fields of `Statistics`; None as there."""
+    """Derivatives of the fields of `Statistics` for each token; None as there."""
 
     log_total: Any = None
     gap: Any = None
@@ -336,7 +337,7 @@ class Rates(NamedTuple):
 def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last, is transposed)
     block: Head, dots: Head, start: Array, known: TokenConstants, like: Rates, x: Array, x_dot: Array
 ) -> Rates:
-    """A block's terms of the rule, those that `like` has; linear in ẋ and the targets' tangent."""
+    """A block's terms of the rule, for the fields that `like` has. They are linear in ẋ and in the targets' tangent."""
     made: dict[str, Any] = {}
     if like.label is not None:
         made["label"] = _rate_at(block.labels, start, x_dot)
@@ -361,7 +362,8 @@ def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last,
             rate = total(jnp.where(is_label(x.shape, block.labels, start=start), at_label, p) * x_dot)
             made["loss"] = rate[:, None]
         else:
-            # Σ p ẋ without the class with p > ¾, which is added where it is not the label: so p_y − 1 keeps its digits
+            # Σ p ẋ leaves out the class with p > ¾, which is added where it is not the label: so p_y − 1 keeps its
+            # digits
             sure, at = p > SURE, _rate_at(block.labels, start, x_dot)
             of_sure = total(jnp.where(sure, p * x_dot, 0))[:, None]
             of_label = jnp.where(at_label > _SURE_LABEL - 1, at_label * at, of_sure - at)
@@ -369,7 +371,7 @@ def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last,
     elif like.loss is not None:
         kept = ~jnp.isneginf(x)
         q = jnp.where(kept, block.targets, 0)
-        excess = jnp.where(p > 0.5, expm1(log_p) + (1 - q), p - q)  # p − 1 with its digits
+        excess = jnp.where(p > 0.5, expm1(log_p) + (1 - q), p - q)  # p − 1 keeps its digits
         made["loss"] = total((excess + (known.mass[:, None] - 1) * p) * x_dot)[:, None]
         if dots.targets is not None:
             made["loss"] = made["loss"] - total(jnp.where(kept, log_p, 0) * dots.targets)[:, None]
@@ -382,10 +384,10 @@ def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last,
 
 
 def _rate_at(classes: Array, start: Array, x_dot: Array) -> Array:
-    """ẋ of classes `[N, m]` where they are in this block, 0 of the others."""
+    """ẋ of classes `[N, m]` that are in this block; 0 for the others."""
     place, inside = place_in_block(classes, start, x_dot.shape[1])
     return jnp.where(inside, jnp.take_along_axis(x_dot, place, 1), 0)
 
 
 _SURE_LABEL = 0.8
-"""A p_y that is above SURE however it is rounded."""
+"""A p_y above this is above SURE, too, however it is rounded."""

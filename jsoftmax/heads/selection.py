@@ -1,4 +1,4 @@
-"""The most probable classes of a head, and classes drawn from it; no logits (MATH 11.2, 11.7)."""
+"""The most probable classes of a head, and classes drawn from it, without logits (MATH 11.2, 11.7)."""
 
 import math
 from typing import Any, NamedTuple
@@ -21,12 +21,12 @@ from jsoftmax.sharding import AxisName
 
 
 class LinearTopK(NamedTuple):
-    """Of each token, the k classes with the largest p, in descending order, `[..., k]`."""
+    """The k classes with the largest p of each token, in descending order, `[..., k]`."""
 
     log_prob: Array
     """log p."""
     indices: Array
-    """Which classes, int32; −1, with log_prob −inf, beyond the classes kept."""
+    """The classes, int32; −1, with log_prob −inf, beyond the classes that are kept."""
 
 
 @public
@@ -47,7 +47,7 @@ def linear_top_k(
     axis_name: AxisName = None,
     shards: int = 1,
 ) -> LinearTopK:
-    """The k most probable classes of each token and their log-probabilities; no logits.
+    """The k most probable classes of each token and their log-probabilities, without logits.
 
     It equals
 
@@ -119,7 +119,7 @@ def linear_categorical(
     axis_name: AxisName = None,
     shards: int = 1,
 ) -> Any:
-    """Classes drawn from the softmax of a linear layer; no logits.
+    """Classes drawn from the softmax of a linear layer, without logits.
 
     It equals in distribution
 

@@ -27,7 +27,7 @@ from jsoftmax.phi import Phi, exp
 def log_prob_of_rows(  # noqa: PLR0917  (as its caller has them)
     params: AdaptiveParams, phi: Phi, hidden: Array, labels: Array, where: Array | None, dtype: Any
 ) -> Array:
-    """`[rows]`; products on GPUs and TPUs are of factors in the dtype."""
+    """log p of the labels `[rows]`. dtype: of the factors of products on GPUs and TPUs."""
     *starts, classes = params.cutoffs
     if where is not None:  # rows left out may hold anything
         hidden, labels = maps.zero_where(~where[:, None], hidden), jnp.where(where, labels, 0)
@@ -47,7 +47,7 @@ def log_prob_of_rows(  # noqa: PLR0917  (as its caller has them)
 
 
 def _loss_in_blocks(params: AdaptiveParams, phi: Phi, hidden: Array, rows: Rows) -> Array:
-    """−l_y `[rows]`; the rows of each tail in blocks of their own."""
+    """−l_y `[rows]`. The rows of each tail are in blocks of their own."""
     count = len(params.tails)
     loss = negative_log_p(head_scores(params, phi, hidden), rows.column[:, None])[:, 0]
     if count and loss.size:
@@ -73,7 +73,7 @@ def log_prob(
     phi: Phi = exp,
     ignore_label: int | None = None,
 ) -> Float[Array, "..."]:
-    """Log-probability of labels under an adaptive softmax: the negative loss, in time that follows the labels.
+    """Log-probability of labels under an adaptive softmax: the negative loss, in time that depends on the labels.
 
     l_y = l^head_y for a frequent class;   l_y = l^head_{tail i} + l^{tail i}_y otherwise,
     each l of its own softmax of ψ(scores)     (MATH 12.5)
@@ -106,7 +106,7 @@ def log_prob(
     given, h, shape = check(function, params, hidden, phi)
     y = check_row_labels(function, labels, shape)
     mask = check_where(function, where, shape, "the labels' shape")
-    check_ignore_label(function, ignore_label, "mask their rows: where=….")
+    check_ignore_label(function, ignore_label, "mask their rows by where=….")
     if ignore_label is not None:
         mask = y != ignore_label if mask is None else mask & (y != ignore_label)
     mask = None if mask is None else jnp.broadcast_to(mask, shape).reshape(-1)
