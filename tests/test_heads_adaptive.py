@@ -748,7 +748,7 @@ WRONG = [
     (lambda: log_prob(P, H, LABELS, phi=jnp.exp), TypeError, "log_prob: phi must be a φ"),
     (lambda: adaptive.log_probs(P, H[:, 1:]), ValueError, "log_probs: hidden must have 12 numbers"),
     (lambda: raw(adaptive.predict)(P, H, phi=1), TypeError, "predict: phi must be a φ"),
-    (lambda: raw(adaptive.top_k)(P, H, LABELS), TypeError, "top_k: k must be an int, known at trace time"),
+    (lambda: raw(adaptive.top_k)(P, H, LABELS), TypeError, "top_k: k must be an int known at trace time"),
     (lambda: raw(adaptive.top_k)(P, H, 61), ValueError, "top_k: k must be an int in [1, 60]; got 61"),
     (lambda: raw(adaptive.top_k)(P, H[:, 1:], 3), ValueError, "top_k: hidden must have 12 numbers"),
     (lambda: raw(adaptive.categorical)(P, H, KEY), TypeError, "categorical: key must be one PRNG key"),
