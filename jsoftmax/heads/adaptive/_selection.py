@@ -138,7 +138,7 @@ def predict(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> Int
     >>> from jsoftmax.heads import adaptive
     >>> params = adaptive.init(jax.random.key(0), 64, 1000, (100, 400))
     >>> h = jnp.ones((3, 64))
-    >>> bool(jnp.all(predict(params, h) == jnp.argmax(log_probs(params, h), -1)))
+    >>> bool(jnp.all(predict(params, h) == jnp.argmax(adaptive.log_probs(params, h), -1)))
     True
     """
     given, h, shape = check("predict", params, hidden, phi)
