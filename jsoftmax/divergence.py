@@ -1,4 +1,4 @@
-"""Kullback–Leibler and Jensen–Shannon divergences, for every φ; heads take the arithmetic of a class from here."""
+"""Kullback–Leibler and Jensen–Shannon divergences, for every φ. The heads use its functions of one class too."""
 
 import functools
 from typing import Any
@@ -30,17 +30,18 @@ def excess(p: Array, r: Array, m: Array) -> Array:
 
 
 def log_ratio(log_p: Array, log_q: Array, impossible: Array) -> Array:
-    """r = log p − log q, finite: 0 where q is 0, which `impossible` marks and the caller deals with.
+    """r = log p − log q, always finite. It is 0 where `impossible` says that q is 0; the caller treats these classes.
 
-    log p below −FAR counts as −FAR, so that p r is 0 where p is.
+    A log p below −FAR counts as −FAR, so that p r is 0 where p is 0.
     """
     return jnp.where(impossible, 0, jnp.maximum(log_p, -FAR) - jnp.where(impossible, 0, log_q))
 
 
 def log_ratios_to_mean(p: Array, q: Array, beta: Array, log_p: Array, log_q: Array) -> tuple[Array, Array]:
-    """log (p/m) and log (q/m), m = β p + (1 − β) q; 0 where p, or q, is 0, and exactly 0 where p = q  (MATH 6.8).
+    """log (p/m) and log (q/m), m = β p + (1 − β) q, exactly 0 where p = q  (MATH 6.8).
 
-    0, too, where m is 0 beside a positive p or q: at an end of β, where that p or q counts 0.
+    The first is 0 where p is 0, and the second where q is 0. At an end of β, m may be 0 where p or q is positive: then
+    the logarithm is 0 too, because β or 1 − β gives its class no weight.
     """
     there = ~(jnp.isneginf(log_p) & jnp.isneginf(log_q))
     delta = jnp.where(there, log_p, 0) - jnp.where(there, log_q, 0)
@@ -53,7 +54,7 @@ def log_ratios_to_mean(p: Array, q: Array, beta: Array, log_p: Array, log_q: Arr
 
 
 def _far_ratios(p_is_larger: Array, a: Array, beta: Array) -> tuple[Array, Array]:
-    """log (larger/m) and log (smaller/m), a = |δ|, by log1p where they may be small  (MATH 6.8)."""
+    """log (larger/m) and log (smaller/m), a = |δ|, with log1p where they may be small  (MATH 6.8)."""
     of_p, of_q = jnp.broadcast_arrays(beta, 1 - beta)
     w_larger, w_smaller = jnp.where(p_is_larger, of_p, of_q), jnp.where(p_is_larger, of_q, of_p)
     by_log1p = w_smaller <= 0.5
@@ -71,7 +72,7 @@ def _far_ratios(p_is_larger: Array, a: Array, beta: Array) -> tuple[Array, Array
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    """D = Σ p r, r = log p − log q, summed as p (e^−r − 1 + r) ≥ 0, since Σ q − Σ p = 0  (MATH 6.3)."""
+    """D = Σ p r, r = log p − log q, summed as Σ p (e^−r − 1 + r), which is equal since Σ q − Σ p = 0  (MATH 6.3)."""
     (log_p, p, L_p), (log_q, q, _) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     impossible = jnp.isneginf(x_q)
     D = class_sum(excess(p, log_ratio(log_p, log_q, impossible), q), axis, axis_name)
@@ -81,7 +82,7 @@ def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> A
 
 @_kl.defjvp
 def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4); finite where D is not: those classes have r = 0."""
+    """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4). Finite where D is not, because r is 0 where q is."""
     (x_p, x_q), (x_p_dot, x_q_dot) = primals, [widened(dot) for dot in tangents]
     (log_p, p, L_p), (log_q, q, _) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     impossible = jnp.isneginf(x_q)
@@ -113,9 +114,9 @@ def kl_divergence(
       z_p, z_q: scores `[..., K]` that broadcast together.
       axis: int, tuple or None (all): the classes' axis, reduced.
       where, phi, log_weights, axis_name: as in `entropy`, for both distributions.
-    Returns: `[...]` ≥ 0, in the scores' common dtype, but float32 for narrower ones. A class with p = 0 adds 0; one
-      with q = 0 < p makes D = +inf, with finite derivatives for the other classes. No class left for p: 0. A score of
-      +inf or NaN: NaN in that row alone.
+    Returns: `[...]` ≥ 0, in the scores' common dtype, but float32 for narrower ones. A class with p = 0 adds 0. A class
+      with q = 0 < p makes D = +inf; the derivatives of the other classes stay finite. If no class is left for p, D = 0.
+      A score of +inf or NaN gives NaN in that row alone.
     Raises: as `entropy`, and ValueError if the scores do not broadcast together.
     Source: Kullback & Leibler 1951.
 
@@ -133,7 +134,7 @@ def kl_divergence(
 def _divergences_from_mean(
     x_p: Array, x_q: Array, beta: Array, axis: tuple[int, ...], axis_name: AxisName
 ) -> tuple[Array, Array]:
-    """D(p‖m) and D(q‖m), m = β p + (1 − β) q, as sums of terms that are not negative; 0 where p or q has no class."""
+    """D(p‖m) and D(q‖m), m = β p + (1 − β) q, as sums of non-negative terms; 0 if no class is left for p or q."""
     (log_p, p, L_p), (log_q, q, L_q) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     r_p, r_q = log_ratios_to_mean(p, q, beta, log_p, log_q)
     m = beta * p + (1 - beta) * q
@@ -186,17 +187,17 @@ def jensen_shannon_divergence(
 
     D = β D(p‖m) + (1 − β) D(q‖m),   m = β p + (1 − β) q;   ∂D/∂z_p = β p (log (p/m) − D(p‖m)) s(z_p)     (MATH 6.8)
 
-    β = ½ is the Jensen–Shannon divergence. At both ends D is 0, and what it grows by is a Kullback–Leibler divergence:
-    D/β → `kl_divergence(z_p, z_q)` for β → 0, and D/(1 − β) → `kl_divergence(z_q, z_p)` for β → 1. The same of two
-    linear heads, without their logits: `heads.linear_jsd`.
+    β = ½ is the Jensen–Shannon divergence. D is 0 at both ends of β. Near them it is β or 1 − β times a
+    Kullback–Leibler divergence: D/β → `kl_divergence(z_p, z_q)` for β → 0, and D/(1 − β) → `kl_divergence(z_q, z_p)`
+    for β → 1. `heads.linear_jsd` computes it for two linear heads without their logits.
 
     Args:
       z_p, z_q, axis, where, phi, log_weights, axis_name: as in `kl_divergence`.
-      beta: β in [0, 1], one number, may be traced; differentiable.
-    Returns: `[...]` in [0, log 2], in the scores' common dtype, but float32 for narrower ones; finite where p or q is
-      0, as are its derivatives; of those in β at an end, a class that one of p and q lacks is left out. Small
-      divergences keep their digits, and equal scores have 0. No class left for p or for q: 0. A score of +inf or NaN:
-      NaN in that row alone.
+      beta: β in [0, 1], one number, which may be traced. Differentiable.
+    Returns: `[...]` in [0, log 2], in the scores' common dtype, but float32 for narrower ones. D and its derivatives
+      are finite where p or q is 0; at an end of β, the derivative in β leaves out the classes where only one of p and q
+      is 0. Small divergences keep their digits, and equal scores give 0. D = 0 if no class is left for p, or none
+      for q. A score of +inf or NaN gives NaN in that row alone.
     Raises: as `kl_divergence`, and ValueError if β is known at trace time and outside [0, 1].
     Source: Lin 1991, equation 5.1 (weights β, 1 − β).
 

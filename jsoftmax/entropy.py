@@ -23,7 +23,7 @@ from jsoftmax.sums import Want, class_sum
 def centred_log_p(
     x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
 ) -> tuple[Array, Array]:
-    """c = log p + H, 0 where p is 0; and H, which keeps the reduced axes. want, order: as in `maps.normalize`."""
+    """c = log p + H, with 0 where p is 0; and H, with the reduced axes kept. want, order: as in `maps.normalize`."""
     return sums.centred(x, axis, axis_name, want, order)
 
 
@@ -69,13 +69,13 @@ def _expansion(  # noqa: PLR0917  (as `maps.Arguments` has them)
 ) -> Array:
     """H − Σ p c s Δ − ½ Σ p (1+c) ((sΔ)~)² − ½ Σ p c t Δ²  (MATH 6.5).
 
-    Without a rule of its own; checkpointed, for the backward pass would keep some hundred arrays.
+    It has no rule of its own. It is checkpointed, because the backward pass would otherwise keep some hundred arrays.
     """
     z, dz = scores
     x = maps.weighted_scores(phi, z, where, log_weights)
     c, H = centred_log_p(x, axis, axis_name)
     p = normalize(x, axis, axis_name).p
-    out = jnp.isneginf(x) | (p == 0)  # with p underflowed, too: 0 · inf would be NaN
+    out = jnp.isneginf(x) | (p == 0)  # also where p underflows, since 0 · inf would be NaN
     z, dz = jnp.where(out, 0, z), jnp.where(out, 0, dz)
     y = slope(phi, z) * dz
     centred = y - class_sum(p * y, axis, axis_name)
@@ -86,7 +86,7 @@ def _expansion(  # noqa: PLR0917  (as `maps.Arguments` has them)
 
 
 def shannon(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
-    """H alone, which keeps the reduced axes."""
+    """H alone, with the reduced axes kept."""
     return centred_log_p(x, axis, axis_name, "H")[1]
 
 

@@ -20,7 +20,7 @@ from jsoftmax.checks.arguments import (
     is_int,
     wide_integers,
 )
-from jsoftmax.checks.top_targets import TopTargets, check_top_targets, mass_is_in_range, reject_of_all_classes
+from jsoftmax.checks.top_targets import TopTargets, check_top_targets, mass_is_in_range, reject_per_class_options
 from jsoftmax.phi import exp
 from jsoftmax.sharding import (
     AxisName,
@@ -176,7 +176,7 @@ def check_labelled(
     if by_top or not jnp.issubdtype(labels.dtype, jnp.integer):
         reject_given(function, {"ignore_label": ignore_label})
         if by_top:
-            reject_of_all_classes(function, class_weights=class_weights)
+            reject_per_class_options(function, class_weights=class_weights)
         labels = labels if by_top else last(reshard_like(labels.astype(dtype), z))
     elif ignore_label is not None:
         known = labels != ignore_label

@@ -1,4 +1,4 @@
-"""A target that names its largest classes alone: what a teacher's `top_k` saves of a distribution (MATH 7.8)."""
+"""A target that names only its largest classes, as a teacher's `top_k` saves them (MATH 7.8)."""
 
 from typing import Any
 
@@ -21,20 +21,21 @@ class TopTargets:
         tail="renormalise"   −Σ (q_j/S) log p_{i_j}
         tail="ignore"        −Σ q_j log p_{i_j}          (MATH 7.8)
 
-    It goes where a loss takes a distribution: `cross_entropy` and its kin, `kl_to_target`,
-    `jsoftmax.heads.linear_cross_entropy` and `linear_cross_entropy_sum`. log p_rest is the log-sum-exp of the other
-    classes, so a small p_rest keeps its digits.
+    It may be passed where one of these takes a distribution: `cross_entropy`, `focal_cross_entropy`,
+    `poly_cross_entropy`, `kl_to_target`, `jsoftmax.heads.linear_cross_entropy` and `linear_cross_entropy_sum`.
+    log p_rest is computed from the log-sum-exp of the other classes, so a small p_rest keeps its digits.
 
     Args:
-      indices: integers `[..., k]`, the classes, distinct in each row: one that is there twice counts twice in p, too,
-        and so makes another loss, without an error. One that is out of range is none, where its probability is 0
-        (`jsoftmax.heads.linear_top_k` gives −1 beyond the classes kept); otherwise the row is NaN.
-      probabilities: `[..., k]`, floating, not negative. Differentiable. Negative ones are as in a dense distribution:
-        `cross_entropy` takes them as they are, `kl_to_target` is NaN.
-      tail: what becomes of the rest of the mass, of which there is none where S ≥ 1, and which counts 0 where the mask
-        leaves no other class; part of the compiled program. Where all others are impossible (scores or log-weights of
-        −inf) it is +inf, but for a rest of (k + 8) roundings of 1 or less, which counts 0.
-    Source: Anshumann et al. 2025 (the teacher's k largest classes, and the bias where the rest is left out).
+      indices: integers `[..., k]`, the classes. They must be distinct in each row: a class that is named twice also
+        counts twice in p, and so changes the loss, without an error. A class that is out of range is ignored if its
+        probability is 0 (`jsoftmax.heads.linear_top_k` gives −1 after the classes that are kept). Otherwise the row is
+        NaN.
+      probabilities: `[..., k]`, floating, not negative. Differentiable. Negative ones count as in a dense distribution:
+        `cross_entropy` takes them as they are, and `kl_to_target` gives NaN.
+      tail: what becomes of the rest of the mass; part of the compiled program. There is no rest if S ≥ 1, and the rest
+        counts as 0 if the mask leaves no other class. If all other classes are impossible (scores or log-weights of
+        −inf), the loss is +inf, unless the rest is at most (k + 8) roundings of 1, which counts as 0.
+    Source: Anshumann et al. 2025 (the k largest classes of a teacher, and the bias if the rest is left out).
 
     >>> from jsoftmax.losses import cross_entropy
     >>> teacher = TopTargets(jnp.array([2, 0]), jnp.array([0.5, 0.25]))
@@ -48,12 +49,12 @@ class TopTargets:
 
 
 def mass_is_in_range(top: TopTargets, valid: Array) -> Array:
-    """Whether all of the k classes `[..., 1]` are in range, as `valid` says of each, but for those without mass."""
+    """Whether all of the k classes with mass are in range, `[..., 1]`; `valid` says whether each class is."""
     return jnp.all(valid | (top.probabilities == 0), -1, keepdims=True)
 
 
 def check_top_targets(function: str, argument: str, top: TopTargets, batch: tuple[int, ...], dtype: Any) -> TopTargets:
-    """`TopTargets` whose arrays have the batch's shape with k as one more last axis: indices in 32 bits at least, and
+    """`TopTargets` whose arrays are checked to have the shape `[*batch, k]`, with indices of at least 32 bits and
     probabilities in the given dtype."""
     if top.tail not in TAILS:
         wanted = ", ".join(map(repr, TAILS))
@@ -78,8 +79,8 @@ def check_top_targets(function: str, argument: str, top: TopTargets, batch: tupl
     return TopTargets(wide_integers(indices), probabilities.astype(dtype), top.tail)
 
 
-def reject_of_all_classes(function: str, **options: Any) -> None:
-    """Rejects options that need every class by itself: with `TopTargets` the rest is one class."""
+def reject_per_class_options(function: str, **options: Any) -> None:
+    """Rejects options that need the scores of every class. With `TopTargets` the rest counts as one class."""
     for name, value in options.items():
         if value is not None:
             raise ValueError(
@@ -89,7 +90,7 @@ def reject_of_all_classes(function: str, **options: Any) -> None:
 
 
 def reject_top_targets(function: str, argument: str, value: Any, wanted: str = "integers or a distribution") -> None:
-    """For what takes labels or whole distributions alone."""
+    """Rejects `TopTargets` in functions that take only labels or whole distributions."""
     if isinstance(value, TopTargets):
         raise TypeError(
             f"{function}: {argument} must be {wanted}; got TopTargets. losses.cross_entropy, "

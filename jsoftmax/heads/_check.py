@@ -25,7 +25,7 @@ from jsoftmax.checks.arguments import (
     option_if_given,
 )
 from jsoftmax.checks.labels import NO_LABELS, in_range
-from jsoftmax.checks.top_targets import TopTargets, mass_is_in_range, reject_of_all_classes
+from jsoftmax.checks.top_targets import TopTargets, mass_is_in_range, reject_per_class_options
 from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
 from jsoftmax.heads._labels import add_labels, check_banned
 from jsoftmax.sharding import (
@@ -371,7 +371,7 @@ def loss_options(
     option = functools.partial(option_if_given, function, dtype=given.head.hidden.dtype)
     smoothing = option(label_smoothing, label_smoothing=(0.0, 1.0))
     if given.top is not None:
-        reject_of_all_classes(function, label_smoothing=smoothing, banned=given.head.banned)
+        reject_per_class_options(function, label_smoothing=smoothing, banned=given.head.banned)
     return smoothing, option(z_loss, z_loss=(0.0, math.inf))
 
 

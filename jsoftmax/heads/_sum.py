@@ -12,7 +12,7 @@ from jsoftmax._loops import checkpointed_scan, cut
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.heads import _head, _statistics
 from jsoftmax.heads._head import SHARDS, Head, Plan
-from jsoftmax.heads._loss import loss_of_tokens
+from jsoftmax.heads._loss import token_losses
 from jsoftmax.heads._statistics import Extras, Rates, Statistics, TokenConstants, statistics
 from jsoftmax.losses._cross_entropy import zero_weightless
 from jsoftmax.sharding import first_shard_share, match_varying_axes, psum
@@ -33,7 +33,7 @@ class WeightedHead(NamedTuple):
 
     def losses(self, found: Statistics, plan: Plan) -> Array:
         """The loss of each token. Where the weight is 0, an infinite loss counts as 0."""
-        loss = loss_of_tokens(self.head, plan, found, self.smoothing, self.z_loss)[:, 0]
+        loss = token_losses(self.head, plan, found, self.smoothing, self.z_loss)[:, 0]
         return zero_weightless(loss, self.token_weights)
 
     def total(self, found: Statistics, plan: Plan) -> tuple[Array, Array]:

@@ -20,14 +20,14 @@ from jsoftmax.sums import difference
 
 
 class _TokenConstants(NamedTuple):
-    """Numbers of each token, from which x − L and D are computed."""
+    """Numbers of each token, from which log p, log q and D are computed."""
 
     peak_p: Array
     log_total_p: Array
     peak_q: Array
     log_total_q: Array
     empty: Array
-    """Whether no class is left for p; for 11.8, for p or q."""
+    """Whether no class is left for p; in 11.8, for p or for q."""
     mean: Any = None
     """Σ p r with the r of the rule; or D(p‖m) and D(q‖m)."""
     beta: Any = None
@@ -37,7 +37,7 @@ class _TokenConstants(NamedTuple):
         return log_p, difference(x_q, self.peak_q[:, None]) - self.log_total_q[:, None]
 
 
-def _known(p: Head, q: Head, plan: Plan, beta: Array | None = None) -> _TokenConstants:
+def _token_constants(p: Head, q: Head, plan: Plan, beta: Array | None = None) -> _TokenConstants:
     of_p, of_q = (statistics(head, Extras(), plan) for head in (p, q))
     empty = jnp.isneginf(of_p.log_normalizer)
     if beta is not None:
@@ -55,8 +55,10 @@ def _scores_and_rates(blocks: Heads, dots: Heads, start: Array, plan: Plan) -> l
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _divergence(p: Head, q: Head, plan: Plan) -> tuple[Array, Array]:
-    """D = Σ p r, r = log p − log q, from terms p (e^−r − 1 + r) ≥ 0, which need both normalisers first; and Σ p r over
-    the classes that both have, which is finite even where D is not  (MATH 11.6)."""
+    """D = Σ p r, r = log p − log q; and the same sum over the classes that both have, which is finite where D is not.
+
+    D is summed as Σ p (e^−r − 1 + r), whose terms are not negative, after both normalisers are known  (MATH 11.6).
+    """
 
     def step(blocks: Heads, _: Heads, *, start: Array, known: _TokenConstants, state: Any, plan: Plan) -> Any:
         x_p, x_q = (block_scores(block, start, plan) for block in blocks)
@@ -68,7 +70,7 @@ def _divergence(p: Head, q: Head, plan: Plan) -> tuple[Array, Array]:
         made = (jnp.sum(excess(p, r, q), 1), jnp.sum(p * r, 1), jnp.sum(infinite, 1, dtype=jnp.int32))
         return jax.tree.map(jnp.add, state, made)
 
-    known = _known(p, q, plan)
+    known = _token_constants(p, q, plan)
     own = match_varying_axes(known, p.weight, plan.axis_name)
     zero = jnp.zeros_like(own.peak_p)
     state = (zero, zero, zero.astype(jnp.int32))
@@ -93,7 +95,7 @@ def _divergence_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
         by_q = jnp.where(jnp.isneginf(x_q) | (known.empty[:, None] & ~jnp.isnan(q)), 0, q - p)
         return state + jnp.sum(p * c * x_p_dot + by_q * x_q_dot, 1)
 
-    own = match_varying_axes(_known(p, q, plan)._replace(mean=mean), p.weight, plan.axis_name)
+    own = match_varying_axes(_token_constants(p, q, plan)._replace(mean=mean), p.weight, plan.axis_name)
     part = scan_classes(step, (p, q), without_zeros(tangents), own, jnp.zeros_like(own.peak_p), plan)
     rate = psum(part, plan.axis_name)
     return (D, mean), (rate, rate)
@@ -116,7 +118,7 @@ def _means(p: Head, q: Head, beta: Array, plan: Plan) -> tuple[Array, Array]:
         made = (jnp.sum(excess(p, r_p, m), 1), jnp.sum(excess(q, r_q, m), 1))
         return jax.tree.map(jnp.add, state, made)
 
-    own = match_varying_axes(_known(p, q, plan, beta), p.weight, plan.axis_name)
+    own = match_varying_axes(_token_constants(p, q, plan, beta), p.weight, plan.axis_name)
     zero = jnp.zeros_like(own.peak_p)
     sums = psum(scan_classes(step, (p, q), (Head(), Head()), own, (zero, zero), plan), plan.axis_name)
     of_p, of_q = (jnp.where(own.empty & ~jnp.isnan(D), 0, D) for D in sums)
@@ -146,7 +148,7 @@ def _jensen_shannon_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
         of_p, of_q = (mean[:, None] for mean in known.mean)
         return state + jnp.sum(beta * p * (r_p - of_p) * x_p_dot + (1 - beta) * q * (r_q - of_q) * x_q_dot, 1)
 
-    known = _known(p, q, plan, beta)._replace(mean=(of_p, of_q))
+    known = _token_constants(p, q, plan, beta)._replace(mean=(of_p, of_q))
     own = match_varying_axes(known, p.weight, plan.axis_name)
     part = scan_classes(step, (p, q), dots[:2], own, jnp.zeros_like(own.peak_p), plan)
     rate = jnp.where(own.empty, 0, psum(part, plan.axis_name))
@@ -197,8 +199,8 @@ def linear_kl(  # noqa: PLR0917  (two heads, each by position as in `linear_cros
         z_p, z_q = hidden_p @ weight_p.T + bias_p, hidden_q @ weight_q.T + bias_q     bent by soft_cap, over temperature
         kl_divergence(z_p, z_q, where=where, phi=φ, log_weights=log w)          (MATH 11.6)
 
-    Two passes, four products: small divergences keep their digits, and none is negative. A frozen reference is
-    `jax.lax.stop_gradient` of its arrays, whose derivatives then cost nothing.
+    It takes two passes and four products, so that small divergences keep their digits and none is negative. For a
+    frozen reference pass `jax.lax.stop_gradient` of its arrays; their derivatives then cost nothing.
 
     Args:
       hidden_p, hidden_q: `[..., d]`, the same tokens; each head may have its own d.
@@ -257,13 +259,13 @@ def linear_jsd(  # noqa: PLR0917  (two heads, each by position as in `linear_cro
 
         jensen_shannon_divergence(z_p, z_q, where=where, beta=β, phi=φ, log_weights=log w)          (MATH 11.8)
 
-    of the scores of `linear_kl`. Where a library takes β = 0 or 1 for a Kullback–Leibler divergence, call `linear_kl`:
-    here both ends give 0.
+    of the scores of `linear_kl`. At β = 0 and 1 it is 0. Some libraries give a Kullback–Leibler divergence there: call
+    `linear_kl` for it.
 
     Args:
       hidden_p, weight_p, hidden_q, weight_q, bias_p, bias_q, phi, soft_cap, temperature, where, log_weights, banned,
-        block_size, precision, axis_name, shards: as in `linear_kl`. Two passes, four products.
-      beta: β in [0, 1], one number, may be traced; differentiable.
+        block_size, precision, axis_name, shards: as in `linear_kl`, with as many passes and products.
+      beta: β in [0, 1], one number, which may be traced. Differentiable.
     Returns: `[...]` in [0, log 2], float32 at least; edges as in `jensen_shannon_divergence`.
     Raises: as `linear_kl`.
     Source: Lin 1991, equation 5.1 (weights β, 1 − β); Agarwal et al. 2024 (distillation).

@@ -13,7 +13,7 @@ from jsoftmax.checks.arguments import check_flag, check_option, is_int, public
 from jsoftmax.checks.sampling import check_count, check_key, check_shape
 from jsoftmax.gumbel._categorical import check_distinct
 from jsoftmax.heads import _check, _head
-from jsoftmax.heads._draws import CHUNK, Wanted, draw
+from jsoftmax.heads._draws import CHUNK, DrawOptions, draw
 from jsoftmax.heads._head import map_shards
 from jsoftmax.heads._statistics import Extras, statistics
 from jsoftmax.phi import Phi, exp
@@ -26,7 +26,7 @@ class LinearTopK(NamedTuple):
     log_prob: Array
     """log p."""
     indices: Array
-    """The classes, int32; −1, with log_prob −inf, beyond the classes that are kept."""
+    """The classes, int32. If fewer than k are kept, the places after them have −1, and −inf in log_prob."""
 
 
 @public
@@ -58,8 +58,9 @@ def linear_top_k(
       hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, banned, block_size, precision, axis_name,
         shards: as in `linear_cross_entropy`.
       k: how many, an int in [1, V]; part of the compiled program.
-    Returns: `LinearTopK(log_prob, indices)`, `[..., k]`, in descending order, the first of equals first; log_prob,
-      float32 at least, is differentiable. Beyond the classes that are kept: −inf and −1. A token with NaN: NaN and −1.
+    Returns: `LinearTopK(log_prob, indices)`, `[..., k]`, in descending order; equal classes keep their order. log_prob
+      is float32 at least, and differentiable. If fewer than k classes are kept, the places after them have −inf and
+      −1. A token with NaN among its scores: NaN and −1.
     Raises: as `linear_cross_entropy`; ValueError for a k out of range.
     Source: MATH 11.2.
 
@@ -127,34 +128,36 @@ def linear_categorical(
         z = truncate(z, top_k=top_k, min_p=min_p, where=where, phi=φ, log_weights=log w)
         gumbel.categorical(key, z, shape=shape, replace=replace, phi=φ, log_weights=log w)
 
-    One pass gives the log-normaliser of each 128 classes; one of these chunks is drawn, then a class of it from scores
-    that are computed again     (MATH 11.7). But for rounding the draw does not depend on `block_size`. Without
-    replacement tokens × draws × 128 scores are held. With `min_p` the largest score comes first, by a pass of its own;
-    `top_k` takes the one pass of `linear_top_k`, and draws from its k scores.
+    One pass gives the log-normaliser of each chunk of 128 classes. A chunk is drawn, and then a class of it, whose
+    scores are computed again     (MATH 11.7). Except for rounding, the draw does not depend on `block_size`. Without
+    replacement, tokens × draws × 128 scores are in memory. With `min_p`, an earlier pass finds the largest score. With
+    `top_k`, the pass is that of `linear_top_k`, and the draw is made from its k scores.
 
     Args:
       key: a PRNG key.
       hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, banned, precision, axis_name, shards: as in
-        `linear_cross_entropy`. The draw is the same sharded where a shard has whole chunks.
-      shape: the result's, which ends in `[...]`: what stands before counts the draws of each token. None: one draw.
+        `linear_cross_entropy`. A sharded draw is the same as an unsharded one if each shard has whole chunks.
+      shape: the shape of the result. It ends in `[...]`, and the axes before are the draws of each token. None: one
+        draw.
       replace: False: the draws of one token are distinct, in the order of a draw without replacement.
-      top_k: only the k classes with the largest p are drawn, of a tie for the last place the first, as `linear_top_k`
-        has them; an int in [1, V], part of the compiled program. None: all. Another cut of these k, such as `top_p`, is
-        `jsoftmax.truncate` on the log_prob of `linear_top_k`, then `jsoftmax.gumbel.categorical`.
-      min_p: then only those with p ≥ min_p · max p; one number in [0, 1], which may be traced. The mode stays. None:
-        all.
-      return_log_prob: whether to return log p of the classes drawn, too.
+      top_k: an int in [1, V], part of the compiled program. Only the k classes with the largest p are drawn, those of
+        `linear_top_k`. None: all. For another cut, such as `top_p`, apply `jsoftmax.truncate` to the log_prob of
+        `linear_top_k`, and then `jsoftmax.gumbel.categorical`.
+      min_p: one number in [0, 1], which may be traced. Of the classes that `top_k` keeps, only those with p ≥ min_p ·
+        max p are drawn; the mode always is one of them. None: all.
+      return_log_prob: whether to return log p of the drawn classes, too.
       block_size: as in `linear_cross_entropy`, rounded up to whole chunks.
-    Returns: int32 of the given shape, each class at its rate (`jsoftmax.gumbel.categorical`). A token without classes,
-      or with NaN or +inf: −1; so are draws without replacement beyond the classes that are kept. No derivatives.
-      With return_log_prob the classes and, of the same shape, in float32 at least, their log-probabilities in the law
-      that is drawn from, its cuts made; without replacement each by itself, as a first draw's. Where nothing was left
-      to draw −inf, of a token with NaN or +inf NaN. They are differentiable, the cuts and the classes constants; the
-      derivative takes passes of its own     (MATH 11.3). Without cuts they are those of `linear_statistics` with the
-      draws as several labels of each token.
+    Returns: int32 of the given shape, with the probabilities to the accuracy of `jsoftmax.gumbel.categorical`. −1
+      for a token without classes, or with NaN or +inf among its scores, and for draws without replacement after all
+      kept classes have been drawn. No derivatives.
+      With `return_log_prob`, also their log-probabilities after the cuts, of the same shape, float32 at least. Without
+      replacement, each is the log-probability of that class in a first draw. −inf where nothing was left to draw; NaN
+      for a token with NaN or +inf. They are differentiable; the cuts and the classes count as constants, and the
+      derivative takes passes of its own     (MATH 11.3). Without cuts they equal the result of `linear_statistics` with
+      the draws as several labels of each token.
     Raises: as `linear_cross_entropy` and `jsoftmax.gumbel.categorical`; TypeError or ValueError for cuts out of range.
     Source: Devroye 1986, section III.2; without replacement: Maddison et al. 2014 (the largest of a group of Gumbel
-      variables), Kool et al. 2019; the cuts: as `jsoftmax.truncate`.
+      variables), Kool et al. 2019; the cuts: as in `jsoftmax.truncate`.
 
     >>> weight = jnp.array([[0., 0.], [1., 1.]])
     >>> draws = linear_categorical(jax.random.key(0), jnp.ones((1, 2)), weight, shape=(10_000, 1))
@@ -190,8 +193,8 @@ def linear_categorical(
     min_p = None if min_p is None else check_option(function, min_p, given.head.hidden.dtype, min_p=(0.0, 1.0))
     with_log_prob = check_flag(function, "return_log_prob", return_log_prob)
     check_distinct(function, replace, count, top_k or classes)
-    wanted = Wanted(count, replace, top_k, with_log_prob)
-    drawn = map_shards(draw, (key, given.head, min_p), given.plan, wanted)
+    options = DrawOptions(count, replace, top_k, with_log_prob)
+    drawn = map_shards(draw, (key, given.head, min_p), given.plan, options)
 
     def restored(a: Array) -> Array:
         return jax.vmap(given.restore)(a).reshape(*prefix, *given.batch)

@@ -139,9 +139,9 @@ def linear_cross_entropy(
     smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
     if given.top is not None:
         found = map_shards(statistics, given.head, given.plan, Extras(others=True))
-        return _loss.loss_of_top(given, found, z)
+        return _loss.top_target_losses(given, found, z)
     found = map_shards(statistics, given.head, given.plan, Extras(spread=smoothing is not None))
-    return given.restore_labels(_loss.loss_of_tokens(given.head, given.plan, found, smoothing, z))
+    return given.restore_labels(_loss.token_losses(given.head, given.plan, found, smoothing, z))
 
 
 @public
@@ -224,7 +224,7 @@ def linear_cross_entropy_sum(
     smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
     if given.top is not None:
         found, weights = map_shards(statistics, given.head, given.plan, Extras(others=True)), given.token_weights
-        loss, of_tokens = _loss.loss_of_top(given, found, z), given.restore(cast("Array", weights))
+        loss, of_tokens = _loss.top_target_losses(given, found, z), given.restore(cast("Array", weights))
         return jnp.sum(of_tokens * zero_weightless(loss, of_tokens))
     weighed = WeightedHead(given.head, cast("Array", given.token_weights), smoothing, z)
     return map_shards(weighted_sum, weighed, given.plan)
@@ -297,7 +297,7 @@ def linear_statistics(
     )
     found: Any = map_shards(statistics, given.head, given.plan, Extras(entropy=True, top=1))
     return LinearStatistics(
-        given.restore_labels(-_loss.in_vocabulary(found.loss, given.head, given.plan)),
+        given.restore_labels(-_loss.mark_out_of_range(found.loss, given.head, given.plan)),
         given.restore(not_negative(found.log_total + found.gap)),
         given.restore(found.log_normalizer),
         given.restore(found.top_class[:, 0], -1),

@@ -16,8 +16,8 @@ from jsoftmax._rules import compiled_rule
 from jsoftmax._series import expm1, expm1_ratio
 from jsoftmax.checks.arguments import Axis, check_option, option_if_given, public, read
 from jsoftmax.checks.labels import Labelled, check_labelled, reject_given
-from jsoftmax.checks.top_targets import TopTargets, reject_of_all_classes
-from jsoftmax.losses._top import row_of_top
+from jsoftmax.checks.top_targets import TopTargets, reject_per_class_options
+from jsoftmax.losses._top import top_row
 from jsoftmax.maps import normalize, zero_where
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sharding import AxisName, apply_to_rows, is_label, local_value_at_label, pick, psum
@@ -162,7 +162,7 @@ def _weighted(given: Labelled, loss: Array, label: Array, axis_name: AxisName) -
 def _against(given: Labelled, x: Array, axis_name: AxisName) -> tuple[Array, Array, AxisName]:
     """The scores of a row, its targets times class weights, and the axis name over which both are sharded."""
     if given.by_top:
-        return *row_of_top(given, x, axis_name), None
+        return *top_row(given, x, axis_name), None
     q = given.targets()
     if given.class_weights is not None:
         q = q * given.class_weights
@@ -323,7 +323,7 @@ def cross_entropy(
         reject_given(function, {"margin": m})
     a = option(label_smoothing, label_smoothing=(0.0, 1.0))
     if given.by_top:
-        reject_of_all_classes(function, label_smoothing=a)
+        reject_per_class_options(function, label_smoothing=a)
     return _cross_entropy(given, phi, m, a, option(z_loss, z_loss=(0.0, math.inf)), axis_name)
 
 

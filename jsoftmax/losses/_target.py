@@ -14,7 +14,7 @@ from jsoftmax.checks.arguments import Axis, public, widened
 from jsoftmax.checks.labels import Labelled, check_labelled
 from jsoftmax.checks.top_targets import TopTargets
 from jsoftmax.divergence import log_ratio
-from jsoftmax.losses._top import row_of_top
+from jsoftmax.losses._top import top_row
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sums import SURE, class_sum
@@ -58,7 +58,7 @@ def _log(q: Array) -> Array:
 def _to_target(given: Labelled, phi: Phi) -> Array:
     x = maps.weighted_scores(phi, given.scores(), given.where, given.log_weights)
     _, valid = given.label()
-    row, q = row_of_top(given, x, None) if given.by_top else (x, given.targets())
+    row, q = top_row(given, x, None) if given.by_top else (x, given.targets())
     return given.finish(_kl_to_target(row, q, (x.ndim - 1,)), valid)
 
 

@@ -14,7 +14,7 @@ from jsoftmax.sharding import AxisName, has_label, local_label, pick, psum
 from jsoftmax.sums import class_sum
 
 
-def row_of_top(given: Labelled, x: Array, axis_name: AxisName) -> tuple[Array, Array]:
+def top_row(given: Labelled, x: Array, axis_name: AxisName) -> tuple[Array, Array]:
     """Scores and targets `[..., k + 1]` from scores `[..., K]`. The classes of x may be sharded; those of the result
     are not."""
     top: TopTargets = given.labels
@@ -30,10 +30,10 @@ def row_of_top(given: Labelled, x: Array, axis_name: AxisName) -> tuple[Array, A
     others = ~has_label(x, jnp.where(inside, own, x.shape[-1]))
     rest = maps.log_sum(jnp.where(others, x, -jnp.inf), (x.ndim - 1,), axis_name)
     count = psum(jnp.sum(mask, -1, keepdims=True, dtype=jnp.int32), axis_name)
-    return joined(given.top(), value(x), value(mask.astype(jnp.int32)) > 0, rest, count)
+    return combine(given.top(), value(x), value(mask.astype(jnp.int32)) > 0, rest, count)
 
 
-def joined(top: TopTargets, x: Array, kept: Array, rest: Array, count: Any) -> tuple[Array, Array]:
+def combine(top: TopTargets, x: Array, kept: Array, rest: Array, count: Any) -> tuple[Array, Array]:
     """Scores of the k classes `[..., k]` and log Σ e^x of the rest `[..., 1]`, with their targets  (MATH 7.8).
 
     kept: which of the k classes there are, and the mask keeps; count: how many of all it keeps. Mass that no class has

@@ -88,7 +88,7 @@ class TailLoss(NamedTuple):
 
 
 def tail_loss(weight: Array, phi: Phi, a: Array, label: Array, active: Array) -> TailLoss:
-    """−l_y for a `[blocks, length, width]` and labels in [0, classes), in the active blocks; else 0."""
+    """−l_y for a `[blocks, length, width]` and labels in [0, classes), in the active blocks; 0 in the others."""
     return _tail_loss(weight, phi, a, label, active, _chunk_length(weight.shape[0], max(a.shape[1], a.shape[2])))
 
 

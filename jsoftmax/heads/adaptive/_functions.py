@@ -16,7 +16,7 @@ from jsoftmax.checks.matrices import check_row_labels
 from jsoftmax.entropy import centred_log_p, shannon
 from jsoftmax.heads.adaptive import _blocks
 from jsoftmax.heads.adaptive._params import AdaptiveParams
-from jsoftmax.heads.adaptive._rows import check, common_dtype, head_scores, in_blocks, last, tail_scores
+from jsoftmax.heads.adaptive._rows import check, class_axis, common_dtype, head_scores, map_blocks, tail_scores
 from jsoftmax.heads.adaptive._streamed import Rows, streamed_loss
 from jsoftmax.losses._cross_entropy import negative_log_p
 from jsoftmax.maps import normalize
@@ -24,10 +24,10 @@ from jsoftmax.phi import Phi, exp
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def log_prob_of_rows(  # noqa: PLR0917  (as its caller has them)
+def row_log_prob(  # noqa: PLR0917  (as its caller has them)
     params: AdaptiveParams, phi: Phi, hidden: Array, labels: Array, where: Array | None, dtype: Any
 ) -> Array:
-    """log p of the labels `[rows]`. dtype: of the factors of products on GPUs and TPUs."""
+    """log p of the labels `[rows]`. dtype: that of the factors of products on GPUs and TPUs."""
     *starts, classes = params.cutoffs
     if where is not None:  # rows left out may hold anything
         hidden, labels = maps.zero_where(~where[:, None], hidden), jnp.where(where, labels, 0)
@@ -47,7 +47,7 @@ def log_prob_of_rows(  # noqa: PLR0917  (as its caller has them)
 
 
 def _loss_in_blocks(params: AdaptiveParams, phi: Phi, hidden: Array, rows: Rows) -> Array:
-    """−l_y `[rows]`. The rows of each tail are in blocks of their own."""
+    """−l_y `[rows]`. Each block has rows of one tail only."""
     count = len(params.tails)
     loss = negative_log_p(head_scores(params, phi, hidden), rows.column[:, None])[:, 0]
     if count and loss.size:
@@ -78,10 +78,11 @@ def log_prob(
     l_y = l^head_y for a frequent class;   l_y = l^head_{tail i} + l^{tail i}_y otherwise,
     each l of its own softmax of ψ(scores)     (MATH 12.5)
 
-    Rows are sorted by tail into blocks, and a tail's classes are multiplied with its own blocks only: no row is dropped
-    whatever the labels are, and blocks that are empty cost next to nothing, in the derivatives too. On GPUs and TPUs a
-    tail without rows costs nothing, one with at most a quarter of them that quarter, and another all rows, in a few
-    large kernels. Under jax.vmap that is lost: give batches leading axes instead.
+    Rows are sorted by tail into blocks, and the classes of a tail are multiplied with its own blocks only. No row is
+    dropped, whatever the labels are, and empty blocks cost almost nothing, in the derivatives too. GPUs and TPUs use a
+    few large kernels: a tail without rows costs nothing, a tail with at most a quarter of the rows computes a quarter
+    of them, and any other tail computes all rows. Under jax.vmap nothing is skipped: give batches leading axes
+    instead.
 
     Args:
       params: as `init` makes them; differentiable.
@@ -90,10 +91,11 @@ def log_prob(
       where: bool, broadcastable to the labels; False leaves a row out, whose result is 0 and which may hold anything.
       phi: the positive map φ of every score.
       ignore_label: rows with that label are left out too.
-    Returns: `[...]` ≤ 0, in the common dtype of `hidden` and the head, but float32 for narrower ones; log-probabilities
-      near 0 keep their digits, as in `jsoftmax.losses.cross_entropy`; of narrower weights on GPUs and TPUs those of
-      products in their dtype, the projected vectors rounded to it. A label out of range: NaN, with derivatives 0.
-      A score of +inf or NaN in the head, or in the label's tail: NaN in that row alone.
+    Returns: `[...]` ≤ 0, in the common dtype of `hidden` and the head, but float32 for narrower ones. Log-probabilities
+      near 0 keep their digits, as in `jsoftmax.losses.cross_entropy`. If the weights are narrower than float32, then on
+      GPUs and TPUs the products have factors in that dtype, and the projected vectors are rounded to it. A label out
+      of range: NaN, with derivatives 0. A score of +inf or NaN in the head, or in the label's tail: NaN in that row
+      alone.
     Raises: TypeError or ValueError for `params`, shapes or dtypes that do not fit.
     Source: Grave, Joulin, Cissé, Grangier, Jégou 2017, section 4.
 
@@ -110,17 +112,17 @@ def log_prob(
     if ignore_label is not None:
         mask = y != ignore_label if mask is None else mask & (y != ignore_label)
     mask = None if mask is None else jnp.broadcast_to(mask, shape).reshape(-1)
-    return log_prob_of_rows(given, phi, h, y.reshape(-1), mask, common_dtype(params, hidden)).reshape(shape)
+    return row_log_prob(given, phi, h, y.reshape(-1), mask, common_dtype(params, hidden)).reshape(shape)
 
 
 @jax.jit
 def _log_probs(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
     x = head_scores(params, phi, hidden)
-    head, first = maps.log_p(x, last(x)), params.cutoffs[0]
+    head, first = maps.log_p(x, class_axis(x)), params.cutoffs[0]
     parts = [head[:, :first]]
     for i, tail in enumerate(params.tails):
         x = tail_scores(tail, phi, hidden)
-        parts.append(head[:, first + i, None] + maps.log_p(x, last(x)))
+        parts.append(head[:, first + i, None] + maps.log_p(x, class_axis(x)))
     return jnp.concatenate(parts, -1)
 
 
@@ -149,26 +151,26 @@ def log_probs(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> F
 def _entropy(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
     def block(h: Array) -> Array:
         x = head_scores(params, phi, h)
-        H = centred_log_p(x, last(x))[1][:, 0]  # of the sums that p is made of
-        p = normalize(x, last(x)).p[:, params.cutoffs[0] :]
+        H = centred_log_p(x, class_axis(x))[1][:, 0]  # computed from the same sums as p
+        p = normalize(x, class_axis(x)).p[:, params.cutoffs[0] :]
         for i, tail in enumerate(params.tails):
             x = tail_scores(tail, phi, h)
-            H = H + p[:, i] * shannon(x, last(x))[:, 0]
+            H = H + p[:, i] * shannon(x, class_axis(x))[:, 0]
         return H
 
-    return in_blocks(block, hidden)
+    return map_blocks(block, hidden)
 
 
 @public
 def entropy(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> Float[Array, "..."]:
-    """Entropy of the distribution over all classes, in nats, without an array of all their probabilities.
+    """Entropy of the distribution over all classes, in nats, without an array of all probabilities.
 
     H = H(head) + Σ_i p^head_{tail i} H(tail i)     (MATH 12.5)
 
     Args:
       params, hidden, phi: as in `log_prob`. Differentiable.
-    Returns: `[...]` in [0, log V], dtype as in `log_prob`; a sum of terms that are not negative, so that small
-      entropies keep their digits. O(V) time for each row. A score of +inf or NaN: NaN in that row alone.
+    Returns: `[...]` in [0, log V], dtype as in `log_prob`. It is a sum of terms that are not negative, so small
+      entropies keep their digits. Each row takes O(V) time. A score of +inf or NaN: NaN in that row alone.
     Raises: as `log_prob`.
     Source: Shannon 1948 (the chain rule of entropy).
 

@@ -19,11 +19,11 @@ from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail, tail_widths
 class CostModel(NamedTuple):
     """g(k, B, w) = c + e k w + (a w + b) max(k₀B₀, kB) seconds: B rows of width w, k classes     (MATH 12.6)
 
-    With b = e = 0 and w = d the paper's max(c + λ k₀B₀, c + λ kB), λ = a d.
+    With b = e = 0 and w = d it is the max(c + λ k₀B₀, c + λ kB) of the paper, where λ = a d.
     """
 
     overhead: float
-    """c, of a tail without classes or rows."""
+    """c, the time of a tail without classes or rows."""
     per_product: float
     """a, for one multiplication and addition of the scores, with its share of the gradients."""
     per_score: float = 0.0
@@ -31,7 +31,7 @@ class CostModel(NamedTuple):
     per_weight: float = 0.0
     """e, for one number of the weights' gradient, which is written whatever the rows are."""
     floor: float = 0.0
-    """k₀B₀, the number of scores below which it gets no faster."""
+    """k₀B₀, the number of scores below which a product gets no faster."""
 
     def __call__(self, classes: Any, rows: Any, width: Any) -> Any:
         """g(k, B, w)."""
@@ -50,14 +50,14 @@ def measure_cost_model(
 ) -> CostModel:
     """Times `log_prob` and its gradients on the present device, with tails of several sizes, and fits the cost model.
 
-    Least squares of the relative errors over c, a, b, e ≥ 0, for the k₀B₀ among the sizes that fits best   (MATH 12.6)
+    Least squares of the relative errors over c, a, b, e ≥ 0, with the k₀B₀ among the sizes that fits best   (MATH 12.6)
 
     Args:
-      d: dimensions of the hidden vectors; tails of width d and ⌈d/16⌉ are timed.
-      batch: rows of one step, of which a 64th and a quarter are in the tail.
-      classes: sizes of the tail. Each program is compiled and run: some ten seconds in all.
-      repeats: runs of each, of which the fastest counts. Nothing else should run meanwhile.
-      dtype: of the weights and hidden vectors.
+      d: the dimension of the hidden vectors. Tails of width d and ⌈d/16⌉ are timed.
+      batch: the rows of one step. A 64th and a quarter of them are in the tail.
+      classes: the sizes of the tail. Each program is compiled and run; all together take some ten seconds.
+      repeats: the runs of each program, of which the fastest counts. Nothing else should run meanwhile.
+      dtype: the dtype of the weights and hidden vectors.
     Returns: `CostModel`, in seconds.
     Raises: TypeError or ValueError if `d`, `batch`, `repeats` or one of `classes` is no int >= 1, or there are fewer
       than two sizes.
@@ -145,20 +145,21 @@ def plan_clusters(
 
     g(k_head + J, B, d) + Σ_i [g(k_i, p_i B, w_i) + a d w_i p_i B],   w_i = ⌊d / div_value^i⌋     (MATH 12.6)
 
-    p_i is the frequency of tail i, and the last term the projection of its rows. Time alone counts, not what narrow
-    tails cost in perplexity: every further tail is narrower, so limit `max_tails`. The sum compares plans; a step takes
-    longer.
+    p_i is the frequency of tail i, and the last term is the projection of its rows. Only time counts, not what narrow
+    tails cost in perplexity. Every further tail is narrower, so limit `max_tails`. The sum is for comparing plans; a
+    step takes longer.
 
     Args:
-      frequencies: `[V]` counts or probabilities, not negative, in decreasing order. Read, so not traced.
-      d: dimensions of the hidden vectors.
-      batch: B, rows of one step.
+      frequencies: `[V]` counts or probabilities, not negative, in decreasing order. Their values are read, so they must
+        not be traced.
+      d: the dimension of the hidden vectors.
+      batch: B, the rows of one step.
       cost_model: made by `measure_cost_model`, or from numbers of your own.
       div_value: how much narrower each tail is than the one before, as in `init`.
       max_tails: the most tails that are tried; the paper takes up to 4.
-      candidates: how many cutoffs are tried. For more classes they lie on a logarithmic grid, above 16,384 on multiples
-        of 512, which need no padding; else each class is one.
-    Returns: `ClusterPlan`; its cutoffs are () where a plain softmax costs least.
+      candidates: how many cutoffs are tried. If there are more classes, the candidates lie on a logarithmic grid, above
+        16,384 at multiples of 512, which need no padding. Otherwise each class is a candidate.
+    Returns: `ClusterPlan`; its cutoffs are () if a plain softmax costs least.
     Raises: TypeError or ValueError for arguments of the wrong kind or sign, or frequencies that increase.
     Source: Grave et al. 2017, section 4.
 

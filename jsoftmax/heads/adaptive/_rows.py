@@ -19,9 +19,9 @@ from jsoftmax.phi import Phi, log_phi
 
 
 def check(function: str, params: Any, hidden: Any, phi: Any) -> tuple[AdaptiveParams, Array, tuple[int, ...]]:
-    """The weights and hidden vectors `[rows, d]` in the accumulation dtype, and the shape of the rows.
+    """The weights and the hidden vectors `[rows, d]` in the accumulation dtype, and the shape of the batch.
 
-    The tails' own weights keep their dtype, and are widened chunk by chunk.
+    The weights of the tails keep their dtype. They are widened chunk by chunk.
     """
     maps.check_phi(function, phi)
     params = check_params(function, params)
@@ -55,20 +55,20 @@ def tail_scores(tail: Tail, phi: Phi, hidden: Array) -> Array:
     return log_phi(phi, precise(a, tail.weight.astype(a.dtype).T))
 
 
-def last(x: Array) -> tuple[int, ...]:
+def class_axis(x: Array) -> tuple[int, ...]:
     return (x.ndim - 1,)
 
 
-def in_blocks(f: Callable[..., Any], *rows: Array) -> Any:
-    """f of blocks of rows one after the other: scores of all rows at once would not fit."""
+def map_blocks(f: Callable[..., Any], *rows: Array) -> Any:
+    """f of one block of rows after the other, because the scores of all rows would not fit in memory."""
     count = rows[0].shape[0]
     blocks = tuple(cut(a, block_length(count)) for a in rows)
     made = lax.map(jax.checkpoint(lambda given: f(*given)), blocks)
     return jax.tree.map(lambda a: lax.collapse(a, 0, 2)[:count], made)
 
 
-def of_wanted(f: Callable[..., Any], wanted: Array, *rows: Array) -> Any:
-    """f(*rows) of those that are wanted, sorted into blocks; anything of the others, whose blocks are skipped."""
+def map_selected(f: Callable[..., Any], wanted: Array, *rows: Array) -> Any:
+    """f of the wanted rows, sorted into blocks. Blocks without one are skipped; other rows may hold anything."""
     layout = lay_out(jnp.where(wanted, 0, 1), 1, block_length(wanted.shape[0]))
 
     def place(a: Array) -> Array:

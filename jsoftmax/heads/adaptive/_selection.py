@@ -19,15 +19,23 @@ from jsoftmax.gumbel._categorical import categorical as draw_of_scores
 from jsoftmax.gumbel._categorical import check_distinct
 from jsoftmax.gumbel._estimators import conditional
 from jsoftmax.heads._statistics import top_k_of_block
-from jsoftmax.heads.adaptive._functions import log_prob_of_rows
+from jsoftmax.heads.adaptive._functions import row_log_prob
 from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail
-from jsoftmax.heads.adaptive._rows import check, common_dtype, head_scores, in_blocks, last, of_wanted, tail_scores
+from jsoftmax.heads.adaptive._rows import (
+    check,
+    class_axis,
+    common_dtype,
+    head_scores,
+    map_blocks,
+    map_selected,
+    tail_scores,
+)
 from jsoftmax.heads.selection import LinearTopK
 from jsoftmax.phi import Phi, exp
 
 
 def _keys(key: Any, number: Array) -> Array:
-    """A key for each row, by its number: so a draw depends on no other row."""
+    """A key for each row, made from its number, so that its draws do not depend on other rows."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, number)
 
 
@@ -35,14 +43,14 @@ def _keys(key: Any, number: Array) -> Array:
 
 
 def _largest(a: Array, k: int) -> tuple[Array, Array]:
-    """The k largest and where they are; −inf beyond the last."""
+    """The k largest and their places. If there are fewer than k, −inf follows."""
     found = min(k, a.shape[1])
     best, at = top_k_of_block(a, found, None)
     return jnp.pad(best, [(0, 0), (0, k - found)], constant_values=-jnp.inf), jnp.pad(at, [(0, 0), (0, k - found)])
 
 
 def _perturbed(key: Any, a: Array, maximum: Array) -> Array:
-    """l + g of one row's classes, the largest of which is known."""
+    """l + g of the classes of one row, given the largest l + g."""
     of_place, of_noise = jax.random.split(key)
     return conditional(of_noise, a, draw_of_scores(of_place, a), maximum[None])
 
@@ -51,9 +59,9 @@ def _perturbed(key: Any, a: Array, maximum: Array) -> Array:
 def _top_k(params: AdaptiveParams, phi: Phi, hidden: Array, key: Any, k: int) -> tuple[Array, Array]:
     """The k largest l of each row and their classes `[rows, k]`; with a key the k largest l + g  (MATH 12.5).
 
-    A tail is searched for the rows alone for which its bound is above the k-th so far: l^head of the tail, or, of the
-    noise, l^head + g, which is the largest l + g of its classes. −1 beyond the classes that are possible; NaN and −1
-    where a score of what was searched is NaN or +inf.
+    A tail is searched only for the rows where its bound is above the k-th largest found so far. The bound is l^head of
+    the tail; with noise it is l^head + g, which is the largest l + g of its classes. The places after all possible
+    classes have −inf and −1. A row has NaN and −1 where a searched score is NaN or +inf.
     """
     first, count = params.cutoffs[0], len(params.tails)
     of_columns, *of_tails = [None] * (1 + count) if key is None else jax.random.split(key, 1 + count)
@@ -61,29 +69,29 @@ def _top_k(params: AdaptiveParams, phi: Phi, hidden: Array, key: Any, k: int) ->
 
     def of_head(h: Array, number: Array) -> tuple[Array, ...]:
         x = head_scores(params, phi, h)
-        log_p = a = maps.log_p(x, last(x))
+        log_p = a = maps.log_p(x, class_axis(x))
         if key is not None:
             a = log_p + jax.vmap(lambda key: _noise.gumbel(key, log_p.shape[1:], log_p.dtype))(
                 _keys(of_columns, number)
             )
         return *_largest(a[:, :first], k), log_p[:, first:], a[:, first:]
 
-    best, index, log_p, bound = in_blocks(of_head, hidden, numbers)
+    best, index, log_p, bound = map_blocks(of_head, hidden, numbers)
     for i, (tail, of_classes) in enumerate(zip(params.tails, of_tails, strict=True)):
 
-        def of_tail(  # noqa: PLR0917  (what belongs to a row, then what does not)
+        def of_tail(  # noqa: PLR0917  (arguments with rows, then those without)
             h: Array, log_p: Array, bound: Array, number: Array, tail: Tail = tail, of_classes: Any = of_classes
         ) -> tuple[Array, Array]:
             x = tail_scores(tail, phi, h)
-            a = log_p[:, None] + maps.log_p(x, last(x))
+            a = log_p[:, None] + maps.log_p(x, class_axis(x))
             if of_classes is not None:
                 a = jax.vmap(_perturbed)(_keys(of_classes, number), a, bound)
             return _largest(a, k)
 
         wanted = bound[:, i] > best[:, -1]
-        found, at = of_wanted(of_tail, wanted, hidden, log_p[:, i], bound[:, i], numbers)
+        found, at = map_selected(of_tail, wanted, hidden, log_p[:, i], bound[:, i], numbers)
         found = jnp.where(wanted[:, None], found, -jnp.inf)
-        best, place = largest(jnp.concatenate([best, found], 1), k)  # the head's classes first, of equals
+        best, place = largest(jnp.concatenate([best, found], 1), k)  # of equals, those of the head come first
         index = jnp.take_along_axis(jnp.concatenate([index, params.cutoffs[i] + at], 1), place, 1)
     bad = jnp.any(jnp.isnan(best), 1, keepdims=True) | jnp.any(jnp.isnan(bound), 1, keepdims=True)
     return jnp.where(bad, jnp.nan, best), jnp.where(bad | ~(best > -jnp.inf), -1, index)
@@ -95,15 +103,15 @@ def top_k(params: AdaptiveParams, hidden: ArrayLike, k: int, *, phi: Phi = exp) 
 
     jax.lax.top_k(log_probs(params, hidden), k);   l_y ≤ l^head_{tail i} for every class of tail i     (MATH 12.5)
 
-    The head comes first; a tail is searched for those rows alone for which it is more probable than the k-th class so
-    far.
+    The head is searched first. A tail is searched only for the rows where the tail as a whole is more probable than the
+    k-th class found so far.
 
     Args:
       params, hidden, phi: as in `log_prob`.
       k: how many, an int in [1, V]; part of the compiled program.
-    Returns: `jsoftmax.heads.LinearTopK(log_prob, indices)`, `[..., k]`, in descending order, the first of equals first;
-      log_prob, its dtype as in `log_prob`, is differentiable. Beyond the classes that are possible: −inf and −1. A row
-      with a score of NaN or +inf in what was searched: NaN and −1.
+    Returns: `jsoftmax.heads.LinearTopK(log_prob, indices)`, `[..., k]`, in descending order; equal classes keep their
+      order. log_prob is differentiable and has the dtype of `log_prob`. If fewer than k classes are possible, the
+      places after them have −inf and −1. A row with NaN or +inf among the searched scores: NaN and −1.
     Raises: as `log_prob`; TypeError or ValueError if k is no int in [1, V].
     Source: Grave et al. 2017.
 
@@ -130,8 +138,8 @@ def predict(params: AdaptiveParams, hidden: ArrayLike, *, phi: Phi = exp) -> Int
 
     Args:
       params, hidden, phi: as in `log_prob`.
-    Returns: int32 `[...]`, the lowest of classes that are equal. A row without classes, or with a score of NaN or
-      +inf in what was searched: −1. No derivatives.
+    Returns: int32 `[...]`; of equal classes the first. −1 for a row without classes, or with NaN or +inf among the
+      searched scores. No derivatives.
     Raises: as `log_prob`.
     Source: Grave et al. 2017; torch.nn.AdaptiveLogSoftmaxWithLoss.predict.
 
@@ -151,7 +159,7 @@ _NONE, _BAD = -1, -2
 
 
 def _draws(key: Any, number: Array, x: Array, count: int) -> Array:
-    """`[rows, count]` classes; _NONE of a row without any, _BAD of one with NaN or +inf."""
+    """`[rows, count]` classes; _NONE for a row without classes, _BAD for one with NaN or +inf."""
     bad = jnp.any(~(x < jnp.inf), -1, keepdims=True)
     drawn = jax.vmap(lambda key, x: draw_of_scores(key, x, shape=(count,)))(_keys(key, number), x)
     return jnp.where(bad, _BAD, drawn)
@@ -161,7 +169,7 @@ def _draws(key: Any, number: Array, x: Array, count: int) -> Array:
 def _draw(  # noqa: PLR0917  (as its caller has them)
     key: Any, params: AdaptiveParams, phi: Phi, hidden: Array, count: int, replace: bool
 ) -> Array:
-    """`[rows, count]` classes: a column of the head, and where it is a tail's, a class of the tail  (MATH 12.5)."""
+    """`[rows, count]` classes: a column of the head, and if it stands for a tail, a class of the tail  (MATH 12.5)."""
     if not count:
         return jnp.zeros((hidden.shape[0], 0), jnp.int32)
     if not replace:
@@ -169,7 +177,7 @@ def _draw(  # noqa: PLR0917  (as its caller has them)
         return jnp.where(jnp.isnan(best), _BAD, index)
     of_head, *of_tails = jax.random.split(key, 1 + len(params.tails))
     numbers = jnp.arange(hidden.shape[0], dtype=jnp.int32)
-    column = in_blocks(lambda h, n: _draws(of_head, n, head_scores(params, phi, h), count), hidden, numbers)
+    column = map_blocks(lambda h, n: _draws(of_head, n, head_scores(params, phi, h), count), hidden, numbers)
     drawn = column
     for i, (tail, of_tail) in enumerate(zip(params.tails, of_tails, strict=True)):
 
@@ -177,7 +185,7 @@ def _draw(  # noqa: PLR0917  (as its caller has them)
             return _draws(of_tail, number, tail_scores(tail, phi, h), count)
 
         inside = column == params.cutoffs[0] + i
-        place = of_wanted(within, jnp.any(inside, 1), hidden, numbers)
+        place = map_selected(within, jnp.any(inside, 1), hidden, numbers)
         drawn = jnp.where(inside, jnp.where(place < 0, place, params.cutoffs[i] + place), drawn)
     return drawn
 
@@ -197,21 +205,22 @@ def categorical(
 
     P(y) = p^head_y for a frequent class;   P(y) = p^head_{tail i} p^{tail i}_y otherwise     (MATH 12.5)
 
-    A column of the head is drawn, and where it is that of a tail, a class of the tail: of a tail's classes only those
-    rows that have drawn it make scores. A row's draws depend on the key, its number and its own scores.
+    A column of the head is drawn, and if it stands for a tail, a class of that tail. The scores of a tail are computed
+    only for the rows that have drawn it. The draws of a row depend on the key, its number and its own scores.
 
     Args:
       key: a PRNG key.
       params, hidden, phi: as in `log_prob`.
-      shape: the result's, which ends in `[...]`: what stands before counts the draws of each row. None: one draw.
+      shape: the shape of the result. It ends in `[...]`, and the axes before are the draws of each row. None: one draw.
       replace: False: the draws of one row are distinct, in the order of a draw without replacement. A tail is searched
-        for the rows alone for which its largest l + g may be among them.
-      return_log_prob: whether to return log p of the classes drawn, too.
-    Returns: int32 of the given shape, each class at its rate (`jsoftmax.gumbel.categorical`). A row without classes, or
-      with a score of NaN or +inf in what was drawn from: −1; so are draws without replacement beyond the classes that
-      are possible. No derivatives. With return_log_prob the classes and, of the same shape, their log-probabilities, as
-      `log_prob` has them, differentiable, the classes constants; without replacement each by itself, as a first draw's.
-      Where nothing was left to draw −inf, of a row with NaN or +inf NaN.
+        only for the rows where its largest l + g may be among them.
+      return_log_prob: whether to return log p of the drawn classes, too.
+    Returns: int32 of the given shape, with the probabilities to the accuracy of `jsoftmax.gumbel.categorical`. −1
+      for a row without classes, or with NaN or +inf among the scores that it draws from, and for draws without
+      replacement after all possible classes have been drawn. No derivatives.
+      With `return_log_prob`, also their log-probabilities, of the same shape, as `log_prob` gives them. They are
+      differentiable; the classes count as constants. Without replacement, each is the log-probability of that class in
+      a first draw. −inf where nothing was left to draw; NaN for a row with NaN or +inf.
     Raises: as `log_prob` and `jsoftmax.gumbel.categorical`.
     Source: Grave et al. 2017; without replacement: Maddison et al. 2014 (the largest of a group of Gumbel variables),
       Kool et al. 2019.
@@ -235,6 +244,6 @@ def categorical(
     if not with_log_prob:
         return classes
     rows = jnp.broadcast_to(h, (*drawn.shape, h.shape[1])).reshape(drawn.size, h.shape[1])
-    log_p = log_prob_of_rows(given, phi, rows, drawn.reshape(-1), drawn.reshape(-1) >= 0, common_dtype(params, hidden))
+    log_p = row_log_prob(given, phi, rows, drawn.reshape(-1), drawn.reshape(-1) >= 0, common_dtype(params, hidden))
     log_p = jnp.where(drawn == _NONE, -jnp.inf, jnp.where(drawn == _BAD, jnp.nan, log_p.reshape(drawn.shape)))
     return classes, log_p.reshape(*prefix, *batch)
