@@ -2,6 +2,7 @@
 row."""
 
 import functools
+import inspect
 import pathlib
 import re
 
@@ -149,6 +150,18 @@ def of_each_order(f):
 
 def sharded_scores(classes=CLASSES):
     return jax.device_put(scores(classes)[0], NamedSharding(mesh(), PARTS))
+
+
+def test_guide_names_every_function():
+    """docs/guides/devices.md names each function that takes axis_name, and heads.linear_* are those of the heads."""
+    guide = (pathlib.Path(__file__).parent.parent / "docs/guides/devices.md").read_text()
+    rooms = {"": js, "losses.": losses, "gumbel.": gumbel, "attention.": js.attention, "heads.": js.heads}
+    public = {prefix + name: getattr(room, name) for prefix, room in rooms.items() for name in room.__all__}
+    functions = {name for name, f in public.items() if inspect.isfunction(f)}
+    sharded = {name for name in functions if "axis_name" in inspect.signature(public[name]).parameters}
+    streaming = {name for name in sharded if name.startswith("heads.")}
+    assert streaming == {name for name in functions if name.startswith("heads.linear_")}
+    assert sharded - streaming == {name for name in functions - streaming if f"`{name}`" in guide}
 
 
 @pytest.mark.parametrize("name", list(COUNTS))
