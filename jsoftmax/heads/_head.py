@@ -36,11 +36,11 @@ class Head(NamedTuple):
     where: Any = None
     """bool `[V]`."""
     banned: Any = None
-    """Integers `[N, m]`, classes that each token leaves out; a number out of range is none."""
+    """Integers `[N, m]`, classes that each token leaves out. A number out of range bans no class."""
     least: Any = None
-    """`[N, 1]`: classes with a smaller x are left out, but for the mode."""
+    """`[N, 1]`: classes with a smaller x are left out, except the mode."""
     mode: Any = None
-    """Integers `[N, 1]`, the class that stays however its x is rounded when it is made again."""
+    """Integers `[N, 1]`, a class that is always kept, however its x is rounded when it is computed again."""
     phi: Any = None
     soft_cap: Any = None
     temperature: Any = None
@@ -140,7 +140,7 @@ def scores_from_products(head: Head, start: Array, o: Array) -> Array:
 
 
 def without_labels(a: Array, labels: Any, start: Array, value: float = -jnp.inf) -> Array:
-    """What belongs to the classes of a block, −inf or another value at the labels."""
+    """a, which belongs to the classes of a block, with −inf (or another value) at the labels."""
     place, inside = place_in_block(labels, start, a.shape[1])
     return jnp.where(has_label(a, jnp.where(inside, place, a.shape[1])), value, a)
 

@@ -68,28 +68,30 @@ def linear_cross_entropy(
     Args:
       hidden: h `[..., d]`, floating; each row is a token.
       weight: W `[V, d]`, floating. Pass a kernel `[d, V]` as `kernel.T`, which XLA on CPU copies.
-      labels: integers `[...]`, or several of each token, `[k, ...]`, for which the scores are made once; or
-        distributions q `[..., V]`: then −l_y is −Σ q l; or `jsoftmax.losses.TopTargets`, k classes of each token and
-        the rest as one, without label_smoothing     (MATH 7.8).
+      labels: integers `[...]`; or several labels of each token, `[k, ...]`, whose scores are computed only once; or
+        distributions q `[..., V]`, for which −Σ q l replaces −l_y; or `jsoftmax.losses.TopTargets`, which name k
+        classes of each token and take the rest as one class, without label_smoothing     (MATH 7.8).
       bias: b `[V]`, or None.
       phi: the positive map φ.
-      soft_cap: c > 0: scores are bent into (−c, c). None: they are taken as they are.
-      temperature: τ > 0, by which the scores are then divided; one number, may be traced, differentiable.
+      soft_cap: c > 0, which bends the scores into (−c, c). None: they are taken as they are.
+      temperature: τ > 0, by which the scores are then divided; one number, which may be traced. Differentiable.
       margin: m, subtracted from the label's score before φ; with one integer label of each token.
       label_smoothing: a in [0, 1], shared by the classes that are kept.
       z_loss: factor of L².
-      ignore_label: tokens with that label have loss 0 and, in blocks of them, cost nothing: −100 for labels made for
-        PyTorch. Without it, such a label is out of range.
+      ignore_label: tokens with that label have loss 0; blocks of such tokens cost nothing. Labels made for PyTorch have
+        −100. If it is None, such a label is out of range.
       where: bool, broadcastable to `[V]`; False leaves a class out, such as padding of the vocabulary.
       log_weights: log w, broadcastable to `[V]`: a prior, logit adjustment, a correction for sampling. Differentiable.
-      banned: integers `[..., m]`, classes that each token leaves out, beside those of `where`, such as the other right
-        answers of a contrastive loss, or words that a text has had; without `TopTargets`. Numbers out of range, such as
-        −1, ban none: they fill up shorter lists. They count all classes, sharded or not.
-      block_size: how many classes at a time, or (tokens, classes). None: on CPU blocks that fit a cache; compiled for
-        GPUs and TPUs all tokens by so many classes that their scores take 256 MiB, or up to twice that. Where it does
-        not divide V, the weight is copied once to be padded.
-      precision: of the products: a `jax.lax.Precision` or its name. None: float32 factors keep all their digits, of
-        which JAX's default keeps 11 bits on GPUs and 8 on TPUs; but `jax_default_matmul_precision`, where it is set.
+      banned: integers `[..., m]`, classes that each token leaves out in addition to those of `where`, such as the other
+        right answers of a contrastive loss, or words that a text has used already. Not with `TopTargets`. Numbers out
+        of range, such as −1, ban no class: use them to fill up shorter lists. They number all classes, also if these
+        are sharded.
+      block_size: how many classes are taken at a time, or (tokens, classes). None: on CPU, blocks that fit a cache; on
+        GPUs and TPUs, all tokens and so many classes that their scores take 256 MiB, or up to twice that. If it does
+        not divide V, the weight is copied once, to be padded.
+      precision: the precision of the products: a `jax.lax.Precision` or its name. None: that of
+        `jax_default_matmul_precision` if it is set; otherwise float32 factors keep all their digits, of which JAX's
+        default keeps 11 bits on GPUs and 8 on TPUs.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the classes are sharded: weight, bias,
         where, log_weights and distributions are then this device's part, labels count all classes; hidden is the same
         on all     (MATH 13.1). Derivatives are right taken outside, and inside with check_vma, the default (MATH 13.3).
@@ -167,18 +169,18 @@ def linear_cross_entropy_sum(
     axis_name: AxisName = None,
     shards: int = 1,
 ) -> Float[Array, ""]:
-    """Σ w loss over the tokens, one number, its gradient made during the forward pass: on CPU three products, not four.
+    """Σ w loss over the tokens. On CPU the forward pass also computes the gradient: three products instead of four.
 
     It equals
 
         loss = linear_cross_entropy(hidden, weight, labels, bias, …)
         jnp.sum(token_weights * loss)                                              (MATH 11.5)
 
-    and on CPU is faster where the weight's gradient is wanted, for it keeps the products of a block of tokens with all
-    classes (256 × V numbers by default). GPUs and TPUs do so if `block_size` is given; by default they take the four
-    products of `linear_cross_entropy`, in blocks four times as large: fewer kernels, and more memory. An unreduced loss
-    cannot do this, because the weights of its tokens are known only in the backward pass. For the mean over tokens that
-    count, divide by their number: `/ jnp.sum(labels != ignore_label)`.
+    On CPU it is faster if the gradient of the weight is wanted, because it keeps the products of a block of tokens with
+    all classes (256 × V numbers by default). GPUs and TPUs do the same if `block_size` is given. By default they take
+    the four products of `linear_cross_entropy`, in blocks four times as large, which means fewer kernels and more
+    memory. An unreduced loss cannot do this, because the weights of its tokens are known only in the backward pass. For
+    the mean over the tokens that count, divide by their number: `/ jnp.sum(labels != ignore_label)`.
 
     Args:
       hidden, weight, labels, bias, phi, soft_cap, temperature, margin, label_smoothing, z_loss, ignore_label, where,
@@ -186,11 +188,11 @@ def linear_cross_entropy_sum(
         integer, a distribution, or `jsoftmax.losses.TopTargets`.
       token_weights: w, broadcastable to `[...]`; differentiable. None: 1. A token with weight 0 and a label out of
         range adds 0.
-      block_size: as there; where products are kept, they are the tokens of a block times V.
-    Returns: a number, float32 at least. Forward mode and Hessian products work; they, and derivatives by anything but
-      hidden, weight, bias and token_weights, take the rule of `linear_cross_entropy`, as does all of distributions and
-      all with `shards`. With `axis_name` the gradient merges block of tokens by block; a jitted
-      `jax.vmap(axis_name=…)` of it can be differentiated inside the jit only.
+      block_size: as in `linear_cross_entropy`. The products that are kept are those of a block of tokens with V classes.
+    Returns: a number, float32 at least. Forward mode, Hessian products, derivatives in other arguments than hidden,
+      weight, bias and token_weights, labels that are distributions, and `shards` all use the rule of
+      `linear_cross_entropy`. With `axis_name` the gradient merges the devices once for each block of tokens; a jitted
+      `jax.vmap(axis_name=…)` of it can be differentiated only inside the jit.
     Raises: as `linear_cross_entropy`.
     Source: MATH 11.5.
 
@@ -263,11 +265,12 @@ def linear_statistics(
         shards: as in `linear_cross_entropy`.
       labels: integers `[...]`, or several of each token, `[k, ...]`; or distributions q `[..., V]`: then log_prob is
         Σ q l.
-      ignore_label: labels of that number have log_prob 0; tokens with no other have 0 for each number and −1 for the
-        mode.
-    Returns: `LinearStatistics(log_prob, entropy, log_normalizer, argmax)`, each `[...]`, log_prob of several labels
-      `[k, ...]`: float32 at least, the last int32. Edges as in `log_softmax`, `entropy` and `log_normalizer`; a label
-      out of range: log_prob NaN; a token without classes, or with NaN or +inf: argmax −1.
+      ignore_label: labels of that number have log_prob 0. A token whose labels all have it gets 0 for the other numbers
+        too, and −1 for the mode.
+    Returns: `LinearStatistics(log_prob, entropy, log_normalizer, argmax)`, each `[...]`; log_prob of several labels is
+      `[k, ...]`. The first three are float32 at least, the last is int32. Edges as in `log_softmax`, `entropy` and
+      `log_normalizer`. A label out of range has log_prob NaN. A token without classes, or with NaN or +inf, has argmax
+      −1.
     Raises: as `linear_cross_entropy`.
     Source: MATH 11.2.
 

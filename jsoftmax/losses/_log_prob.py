@@ -27,9 +27,8 @@ def _log_prob(given: Labelled, labels: Array, phi: Phi, axis_name: AxisName) -> 
     label, valid = in_range(jnp.broadcast_to(labels, shape), given.classes, axis_name)
     if front == 0:
         log_p = -negative_log_p(x, label[..., None], axis_name)[..., 0]
-    elif (
-        axis_name is not None
-    ):  # beside a p near 1 the rule of one label keeps its digits; that of all classes does not
+    elif axis_name is not None:
+        # beside a p near 1 the rule of one label keeps its digits; that of all classes does not
         of_one = jax.vmap(lambda label: -negative_log_p(x, label[..., None], axis_name)[..., 0])
         log_p = of_one(label.reshape(-1, *shape[front:])).reshape(shape)
     else:

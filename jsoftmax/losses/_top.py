@@ -36,8 +36,8 @@ def top_row(given: Labelled, x: Array, axis_name: AxisName) -> tuple[Array, Arra
 def combine(top: TopTargets, x: Array, kept: Array, rest: Array, count: Any) -> tuple[Array, Array]:
     """Scores of the k classes `[..., k]` and log Σ e^x of the rest `[..., 1]`, with their targets  (MATH 7.8).
 
-    kept: which of the k classes there are, and the mask keeps; count: how many of all it keeps. Mass that no class has
-    counts 0; so does what the rounding of S leaves to a rest that is impossible.
+    kept: which of the k classes are in range and kept by the mask; count: how many of all classes the mask keeps. Mass
+    that no class has counts as 0, and so does a rest of rounding size if the other classes are impossible.
     """
     given = top.probabilities
     total = class_sum(given, (given.ndim - 1,))

@@ -59,13 +59,13 @@ def init(
 
     Args:
       key: a PRNG key.
-      d: dimensions of the hidden vectors.
+      d: the dimension of the hidden vectors.
       num_classes: V.
       cutoffs: increasing ints in [1, V), as `plan_clusters` gives them; () makes it a plain softmax.
       div_value: how much narrower each tail is than the one before.
       head_bias: whether the head has a bias.
-      dtype: of the weights.
-    Returns: `AdaptiveParams`, uniform in ±1/√fan-in, as PyTorch has them.
+      dtype: the dtype of the weights.
+    Returns: `AdaptiveParams`, uniform in ±1/√fan-in, as in PyTorch.
     Raises: TypeError or ValueError for sizes that are no ints or do not increase, or a tail without width.
     Source: Grave, Joulin, Cissé, Grangier, Jégou 2017; conventions of torch.nn.AdaptiveLogSoftmaxWithLoss.
 
