@@ -188,7 +188,7 @@ def linear_cross_entropy_sum(
         integer, a distribution, or `jsoftmax.losses.TopTargets`.
       token_weights: w, broadcastable to `[...]`; differentiable. None: 1. A token with weight 0 and a label out of
         range adds 0.
-      block_size: as in `linear_cross_entropy`. The products that are kept are those of a block of tokens with V classes.
+      block_size: as in `linear_cross_entropy`. Kept products are those of a block of tokens with V classes.
     Returns: a number, float32 at least. Forward mode, Hessian products, derivatives in other arguments than hidden,
       weight, bias and token_weights, labels that are distributions, and `shards` all use the rule of
       `linear_cross_entropy`. With `axis_name` the gradient merges the devices once for each block of tokens; a jitted
