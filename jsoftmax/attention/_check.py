@@ -23,7 +23,7 @@ from jsoftmax.sharding import (
 )
 
 
-class Given(NamedTuple):
+class CheckedArguments(NamedTuple):
     """Checked arguments."""
 
     inputs: Inputs
@@ -57,7 +57,7 @@ def check(
     sink: Any,
     block_size: Any,
     axis_name: Any,
-) -> Given:
+) -> CheckedArguments:
     """All arguments as `Inputs`, in the accumulation dtype. Only a bias `[…, T, S]` is widened later, block by
     block."""
     maps.check_phi(function, phi)
@@ -102,7 +102,7 @@ def check(
     skips = names <= set(jax.sharding.get_abstract_mesh().manual_axes)
     plan = Plan(1, 1, (queries, keys), dtype, default_precision(dtype), causal, window, axis_name, skips)
     plan = _with_blocks(function, plan, block_size, batch * heads)
-    return Given(inputs, plan, dtype, has_batch)
+    return CheckedArguments(inputs, plan, dtype, has_batch)
 
 
 def _check_floating(function: str, argument: str, a: Any) -> Array:

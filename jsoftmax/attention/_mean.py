@@ -143,7 +143,7 @@ def mean(given: Inputs, wants_entropy: bool, plan: Plan) -> Mean:
     )
 
 
-class Known(NamedTuple):
+class QueryConstants(NamedTuple):
     """Numbers of each query that the rule takes from the value."""
 
     peak: Array
@@ -164,9 +164,9 @@ def _mean_jvp(wants_entropy: bool, plan: Plan, primals: Any, tangents: Any) -> t
     """L̇ = Σ p ẋ, (Σ p v)˙ = Σ p (v̇ + ẋ v) − (Σ p v) L̇, gap˙ = −Σ p (1 + u + gap) ẋ  (MATH 14.3)."""
     (given,), dots = primals, without_zeros(tangents[0])
     out = mean(given, wants_entropy, plan)
-    known = match_varying_axes(Known(out.peak, out.log_total, out.gap), given.key, plan.axis_name)
+    known = match_varying_axes(QueryConstants(out.peak, out.log_total, out.gap), given.key, plan.axis_name)
 
-    def step(block: Inputs, dots: Inputs, *, place: Place, known: Known, state: Rates, plan: Plan) -> Rates:
+    def step(block: Inputs, dots: Inputs, *, place: Place, known: QueryConstants, state: Rates, plan: Plan) -> Rates:
         return jax.tree.map(jnp.add, state, block_rates(block, dots, place, known, plan))
 
     def start(block: Inputs) -> Rates:
@@ -178,7 +178,7 @@ def _mean_jvp(wants_entropy: bool, plan: Plan, primals: Any, tangents: Any) -> t
     if given.sink is not None and (dots.sink is not None or jax.tree.leaves(dots.phi)):
         fields = given.only("sink", "phi")
         x, x_dot = jvp_of_live(lambda fields: sink_scores(given.with_fields(fields)), fields, dots.only("sink", "phi"))
-        _, of_log_total, of_gap = score_terms(x, x_dot, Known(out.peak, out.log_total, out.gap))
+        _, of_log_total, of_gap = score_terms(x, x_dot, QueryConstants(out.peak, out.log_total, out.gap))
         rates = rates._replace(
             log_total=rates.log_total + of_log_total, gap=None if rates.gap is None else rates.gap + of_gap
         )
@@ -199,7 +199,7 @@ class Terms(NamedTuple):
     of_gap: Any
 
 
-def score_terms(x: Array, x_dot: Array, known: Known) -> Terms:
+def score_terms(x: Array, x_dot: Array, known: QueryConstants) -> Terms:
     """The terms of the rule that depend on the scores alone, not on the values."""
     u = difference(x, known.peak)
     p = jnp.exp(u - known.log_total)
@@ -207,7 +207,7 @@ def score_terms(x: Array, x_dot: Array, known: Known) -> Terms:
     return Terms(p, w, None if known.gap is None else -(1 + jnp.where(p == 0, 0, u) + known.gap) * w)
 
 
-def block_rates(block: Inputs, dots: Inputs, place: Place, known: Known, plan: Plan) -> Rates:
+def block_rates(block: Inputs, dots: Inputs, place: Place, known: QueryConstants, plan: Plan) -> Rates:
     """The share of a block in the sums of the rule."""
     x, x_dot = jvp_of_live(lambda block: block_scores(block, place, plan), block, dots._replace(value=None))
     terms = score_terms(x, x_dot, jax.tree.map(lambda a: a[..., None], known))

@@ -187,7 +187,7 @@ def attention_statistics(
     )
 
 
-def _attend(given: _check.Given, wants_entropy: bool) -> Mean:
+def _attend(given: _check.CheckedArguments, wants_entropy: bool) -> Mean:
     """Compiled by itself, but not where the keys are sharded: JAX traces a rule in `jax.vmap(axis_name=…)` again where
     the name is no longer bound."""
     if given.plan.axis_name is not None:
