@@ -81,16 +81,18 @@ def normalized(
     x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
 ) -> Normalized:
     """log p, p and L. order: the order of the derivative that needs them; 0 is the value."""
+    apart = has_form_for_cpu(x.shape, axis)
+    otherwise = _p_of_log_p if want == "all" and apart else reference.normalized
     return _by_platform(
         functools.partial(cpu.normalized, axis=axis, axis_name=axis_name, want=want, order=order),
-        functools.partial(_p_of_log_p if want == "all" else reference.normalized, axis=axis, axis_name=axis_name),
-        has_form_for_cpu(x.shape, axis),
+        functools.partial(otherwise, axis=axis, axis_name=axis_name),
+        apart,
         x,
     )
 
 
 def _p_of_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Normalized:
-    """`reference.normalized`, with p = e^(log p): for a caller of both, XLA for GPUs would write e^u / Σ e^u."""
+    """`reference.normalized`, with p = e^(log p). For a caller of both, XLA for GPUs would write e^u / Σ e^u to memory."""
     n = reference.normalized(x, axis, axis_name)
     return n._replace(p=jnp.exp(n.log_p))
 
