@@ -92,7 +92,10 @@ def normalized(
 
 
 def _p_of_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Normalized:
-    """`reference.normalized`, with p = e^(log p). For a caller of both, XLA for GPUs would write e^u / Σ e^u to memory."""
+    """`reference.normalized`, with p = e^(log p).
+
+    For a caller of both, XLA for GPUs would write e^u / Σ e^u to memory.
+    """
     n = reference.normalized(x, axis, axis_name)
     return n._replace(p=jnp.exp(n.log_p))
 
