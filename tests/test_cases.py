@@ -194,6 +194,10 @@ OF_NOTHING = {
         lambda: heads.linear_categorical(KEY, NO_TOKENS, WEIGHT, min_p=0.1, return_log_prob=True)[1],
         (0,),
     ),
+    "distinct ones": (
+        lambda: heads.linear_categorical(KEY, NO_TOKENS, WEIGHT, shape=(2, 0), replace=False, return_log_prob=True)[1],
+        (2, 0),
+    ),
     "quadratic": (lambda: heads.quadratic_cross_entropy(NO_TOKENS, WEIGHT, NO_LABELS, phi=js.taylor(2)), (0,)),
     "sampled": (
         lambda: heads.sampled_cross_entropy(KEY, NO_TOKENS, WEIGHT, NO_LABELS, 3, log_proposal=jnp.zeros(5)),

@@ -92,7 +92,7 @@ def _chunk_normalizers(head: Head, plan: Plan) -> Array:
 
     def step(blocks: Heads, _: Heads, *, start: Array, known: None, state: Array, plan: Plan) -> Array:
         x = _head.block_scores(blocks[0], start, plan)
-        L = normalize(x.reshape(x.shape[0], -1, CHUNK), (2,)).log_normalizer[..., 0]
+        L = normalize(x.reshape(x.shape[0], x.shape[1] // CHUNK, CHUNK), (2,)).log_normalizer[..., 0]
         return lax.dynamic_update_slice_in_dim(state, L, (start - first) // CHUNK, 1)
 
     state = jnp.zeros_like(head.hidden, shape=(head.hidden.shape[0], chunks))
@@ -167,7 +167,9 @@ def _draw_by_chunks(key: Any, given: Head, options: DrawOptions, plan: Plan) -> 
     x = jnp.where(inside[:, :, None], jnp.moveaxis(lax.map(chunk_scores, number.T), 0, 1), 0)
     x = psum(x, plan.axis_name)
     of_place, of_noise = jax.random.split(of_classes)
-    perturbed = conditional(of_noise, x, categorical(of_place, x), best[..., None]).reshape(x.shape[0], -1)
+    perturbed = conditional(of_noise, x, categorical(of_place, x), best[..., None]).reshape(
+        x.shape[0], math.prod(x.shape[1:])
+    )
     best, at = top_k(perturbed, options.draws)
     chunk = jnp.take_along_axis(chunk, at // CHUNK, 1)
     first = chunk // chunks * classes + chunk % chunks * CHUNK
@@ -178,7 +180,7 @@ def _draw_by_chunks(key: Any, given: Head, options: DrawOptions, plan: Plan) -> 
 def _log_prob_at(x: Array, place: Array) -> Array:
     """log p within its chunk of each class at the places `[N, n]` in the chunks of its token."""
     log_p = normalize(x, (x.ndim - 1,), None, "log_p").log_p
-    return jnp.take_along_axis(log_p.reshape(x.shape[0], -1), jnp.maximum(place, 0), 1)
+    return jnp.take_along_axis(lax.collapse(log_p, 1), jnp.maximum(place, 0), 1)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
