@@ -167,9 +167,7 @@ def _draw_by_chunks(key: Any, given: Head, options: DrawOptions, plan: Plan) -> 
     x = jnp.where(inside[:, :, None], jnp.moveaxis(lax.map(chunk_scores, number.T), 0, 1), 0)
     x = psum(x, plan.axis_name)
     of_place, of_noise = jax.random.split(of_classes)
-    perturbed = conditional(of_noise, x, categorical(of_place, x), best[..., None]).reshape(
-        x.shape[0], math.prod(x.shape[1:])
-    )
+    perturbed = lax.collapse(conditional(of_noise, x, categorical(of_place, x), best[..., None]), 1)
     best, at = top_k(perturbed, options.draws)
     chunk = jnp.take_along_axis(chunk, at // CHUNK, 1)
     first = chunk // chunks * classes + chunk % chunks * CHUNK
