@@ -588,14 +588,22 @@ def test_edges():
 
 
 def everything(params, h, y):
-    def loss(params):
-        drawn, log_p = adaptive.categorical(KEY, params, h, return_log_prob=True)
-        top = adaptive.top_k(params, h, 3)
-        return -jnp.sum(adaptive.log_prob(params, h, y)) - jnp.sum(top.log_prob) - jnp.sum(log_p), (drawn, top.indices)
+    """Gradients of each function, floats and classes."""
 
-    (loss, classes), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-    floats = loss, adaptive.entropy(params, h), adaptive.log_probs(params, h)
-    return gradient, floats, (*classes, adaptive.predict(params, h))
+    def drawn(params):
+        classes, log_p = adaptive.categorical(KEY, params, h, return_log_prob=True)
+        return -jnp.sum(log_p), classes
+
+    def top(params):
+        found = adaptive.top_k(params, h, 3)
+        return -jnp.sum(found.log_prob), found.indices
+
+    def loss(params):
+        return -jnp.sum(adaptive.log_prob(params, h, y)), adaptive.predict(params, h)
+
+    made = [jax.value_and_grad(f, has_aux=True)(params) for f in (loss, top, drawn)]
+    floats = [of for (of, _), _ in made] + [adaptive.entropy(params, h), adaptive.log_probs(params, h)]
+    return [gradient for _, gradient in made], floats, [classes for (_, classes), _ in made]
 
 
 def test_dtypes_under_strict_promotion_and_debug_nans():
