@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jsoftmax import maps, sums
+from jsoftmax._pytree import without_zeros
 from jsoftmax._series import excess_series, expm1
 from jsoftmax.checks.arguments import Axis, accumulation_dtype, check_option, public, widened
 from jsoftmax.maps import normalize
@@ -53,6 +53,13 @@ def log_ratios_to_mean(p: Array, q: Array, beta: Array, log_p: Array, log_q: Arr
     return jnp.where((p == 0) | jnp.isinf(r_p), 0, r_p), jnp.where((q == 0) | jnp.isinf(r_q), 0, r_q)
 
 
+def terms_to_mean(p: Array, q: Array, beta: Array, log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    """The non-negative terms of D(p‖m) and D(q‖m), m = β p + (1 − β) q  (MATH 6.8)."""
+    r_p, r_q = log_ratios_to_mean(p, q, beta, log_p, log_q)
+    m = beta * p + (1 - beta) * q
+    return excess(p, r_p, m), excess(q, r_q, m)
+
+
 def _far_ratios(p_is_larger: Array, a: Array, beta: Array) -> tuple[Array, Array]:
     """log (larger/m) and log (smaller/m), a = |δ|, with log1p where they may be small  (MATH 6.8)."""
     of_p, of_q = jnp.broadcast_arrays(beta, 1 - beta)
@@ -68,6 +75,11 @@ def _far_ratios(p_is_larger: Array, a: Array, beta: Array) -> tuple[Array, Array
 
 
 # --- Kullback–Leibler ----------------------------------------------------------------------------------------
+
+
+def _minus_mean(r: Array, log_p: Array, p: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    """r − Σ p r, with the digits of 1 − p where p > ¾  (MATH 4.5)."""
+    return sums.minus_mean(r, p, 1, -expm1(log_p), p > SURE, axis, axis_name)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -87,7 +99,7 @@ def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: 
     (log_p, p, L_p), (log_q, q, _) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     impossible = jnp.isneginf(x_q)
     r = log_ratio(log_p, log_q, impossible)
-    by_p = p * sums.minus_mean(r, p, 1, -expm1(log_p), p > SURE, axis, axis_name)
+    by_p = p * _minus_mean(r, log_p, p, axis, axis_name)
     # where both are above ½, r has the digits of q − p
     q_minus_p = jnp.where((p > 0.5) & (q > 0.5), p * expm1(-r), q - p)
     by_q = jnp.where(impossible | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q_minus_p)
@@ -136,9 +148,7 @@ def _divergences_from_mean(
 ) -> tuple[Array, Array]:
     """D(p‖m) and D(q‖m), m = β p + (1 − β) q, as sums of non-negative terms; 0 if no class is left for p or q."""
     (log_p, p, L_p), (log_q, q, L_q) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
-    r_p, r_q = log_ratios_to_mean(p, q, beta, log_p, log_q)
-    m = beta * p + (1 - beta) * q
-    of_p, of_q = (class_sum(excess(a, r, m), axis, axis_name) for a, r in ((p, r_p), (q, r_q)))
+    of_p, of_q = (class_sum(a, axis, axis_name) for a in terms_to_mean(p, q, beta, log_p, log_q))
     empty = jnp.isneginf(L_p) | jnp.isneginf(L_q)
     return jnp.where(empty & ~jnp.isnan(of_p), 0, of_p), jnp.where(empty & ~jnp.isnan(of_q), 0, of_q)
 
@@ -153,19 +163,19 @@ def _jensen_shannon(x_p: Array, x_q: Array, beta: Array, axis: tuple[int, ...], 
 @functools.partial(_jensen_shannon.defjvp, symbolic_zeros=True)
 def _jensen_shannon_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Σ β p (r_p − D(p‖m)) ẋ_p + Σ (1 − β) q (r_q − D(q‖m)) ẋ_q + (D(p‖m) − D(q‖m)) β̇  (MATH 6.8)."""
-    (x_p, x_q, beta), (x_p_dot, x_q_dot, beta_dot) = primals, tangents
+    (x_p, x_q, beta), (x_p_dot, x_q_dot, beta_dot) = primals, without_zeros(tangents)
     of_both = [normalize(x, axis, axis_name) for x in (x_p, x_q)]
     r = log_ratios_to_mean(of_both[0].p, of_both[1].p, beta, of_both[0].log_p, of_both[1].log_p)
     D, rates = _jensen_shannon(x_p, x_q, beta, axis, axis_name), []
     for of, r_of, share, dot in zip(of_both, r, (beta, 1 - beta), (x_p_dot, x_q_dot), strict=True):
-        if not isinstance(dot, SymbolicZero):
-            centred = sums.minus_mean(r_of, of.p, 1, -expm1(of.log_p), of.p > SURE, axis, axis_name)
+        if dot is not None:
+            centred = _minus_mean(r_of, of.log_p, of.p, axis, axis_name)
             rates.append(share * of.p * centred * widened(dot))
     D_dot = jnp.zeros_like(D)
     if rates:
         empty = jnp.isneginf(of_both[0].log_normalizer) | jnp.isneginf(of_both[1].log_normalizer)
         D_dot = jnp.where(empty, 0, class_sum(functools.reduce(jnp.add, rates), axis, axis_name))
-    if not isinstance(beta_dot, SymbolicZero):
+    if beta_dot is not None:
         of_p, of_q = _divergences_from_mean(x_p, x_q, beta, axis, axis_name)
         D_dot = D_dot + (of_p - of_q) * beta_dot
     return D, D_dot

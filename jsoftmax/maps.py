@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -56,6 +57,11 @@ def _normalize_jvp(  # noqa: PLR0917  (a rule has no keywords)
 def zero_where(left_out: Array, a: Array) -> Array:
     """a, and 0 where a class is left out. It is checkpointed, because the backward pass would keep the zeros too."""
     return jnp.where(left_out, 0, a)
+
+
+def constant_at_impossible(log_p: Array) -> Array:
+    """log p, with derivatives 0 where it is −∞."""
+    return jnp.where(jnp.isneginf(log_p), lax.stop_gradient(log_p), log_p)
 
 
 def weighted_scores(phi: Phi, z: Array, where: Array | None, log_weights: Array | None) -> Array:

@@ -10,7 +10,7 @@ from cells import product
 
 import jsoftmax as js
 from jsoftmax.losses import cross_entropy
-from jsoftmax.verify import FUNCTIONS, PHIS, jit_formulas
+from jsoftmax.verify import FUNCTIONS, LOSSES, PHIS, SPARSE_MAPS, jit_formulas
 
 inf, nan = np.inf, np.nan
 FINE, OTHER = np.array([0.5, -1.0, 1.0, 0.3, -0.2]), np.array([-0.7, 0.9, 0.1, -1.2, 0.4])
@@ -116,6 +116,21 @@ def test_a_bad_score_among_many_rows(f, classes):
         result = jax.jit(derivative)(z)
         assert np.all(np.isnan(result[:3])), f
         assert np.all(np.isfinite(result[3:])), f
+
+
+@pytest.mark.parametrize("function", [f for f in FUNCTIONS + LOSSES + SPARSE_MAPS if f.scores == 1], ids=str)
+def test_nan_in_the_last_class_of_wide_rows(function):
+    """XLA on CPU gives −∞ as the maximum of such a row in float64, as of a row without classes."""
+    rows = 4200
+    arguments = [
+        jnp.broadcast_to(a, (rows, *jnp.shape(a))) if isinstance(a, jax.Array) else a for a in function.arguments
+    ]
+    with jax.enable_x64(True):
+        z = np.zeros((rows, 60))
+        z[0, -1] = nan
+        value = jax.jit(lambda z: function.function(z, *arguments, phi=js.exp))(z)
+    assert np.all(np.isnan(value[0]))
+    assert np.all(np.isfinite(value[1:]))
 
 
 def test_second_forward_derivative_of_a_bad_score():

@@ -41,6 +41,12 @@ def conditional(key: Any, x: Array, index: Array, maximum: Array | None) -> Arra
     return jnp.where(bad, jnp.nan, jnp.where(kept, perturbed, -jnp.inf))
 
 
+def given_maximum(key: Any, x: Array, maximum: Array) -> Array:
+    """x + g, given the largest of a row, `[...]`. The class that has it is drawn  (MATH 10.9)."""
+    of_index, of_noise = jax.random.split(key)
+    return conditional(of_noise, x, categorical(of_index, x), maximum[..., None])
+
+
 @public
 def conditional_gumbels(
     key: PRNGKeyArray | ArrayLike,

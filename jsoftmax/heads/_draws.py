@@ -13,7 +13,7 @@ from jsoftmax._loops import cut
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._top_k import top_k
 from jsoftmax.gumbel import _noise, categorical
-from jsoftmax.gumbel._estimators import conditional
+from jsoftmax.gumbel._estimators import given_maximum
 from jsoftmax.heads import _head
 from jsoftmax.heads._head import Head, Heads, Plan, scan_classes
 from jsoftmax.heads._statistics import Extras, statistics
@@ -166,8 +166,7 @@ def _draw_by_chunks(key: Any, given: Head, options: DrawOptions, plan: Plan) -> 
     inside, number = here(chunk)
     x = jnp.where(inside[:, :, None], jnp.moveaxis(lax.map(chunk_scores, number.T), 0, 1), 0)
     x = psum(x, plan.axis_name)
-    of_place, of_noise = jax.random.split(of_classes)
-    perturbed = lax.collapse(conditional(of_noise, x, categorical(of_place, x), best[..., None]), 1)
+    perturbed = lax.collapse(given_maximum(of_classes, x, best), 1)
     best, at = top_k(perturbed, options.draws)
     chunk = jnp.take_along_axis(chunk, at // CHUNK, 1)
     first = chunk // chunks * classes + chunk % chunks * CHUNK

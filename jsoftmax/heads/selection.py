@@ -4,11 +4,10 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Integer, PRNGKeyArray
 
+from jsoftmax import maps
 from jsoftmax.checks.arguments import check_flag, check_option, is_int, public
 from jsoftmax.checks.sampling import check_count, check_key, check_shape
 from jsoftmax.gumbel._categorical import check_distinct
@@ -64,6 +63,7 @@ def linear_top_k(
     Raises: as `linear_cross_entropy`; ValueError for a k out of range.
     Source: MATH 11.2.
 
+    >>> import jax.numpy as jnp
     >>> linear_top_k(jnp.ones((1, 2)), jnp.array([[0., 1.], [3., 0.], [1., 1.]]), 2).indices
     Array([[1, 2]], dtype=int32)
     """
@@ -91,9 +91,7 @@ def linear_top_k(
     )
     k = check_count(function, k, _head.vocabulary(given.head, given.plan))
     found: Any = map_shards(statistics, given.head, given.plan, Extras(top=k))
-    log_prob = -(found.log_total[:, None] + found.top)
-    left_out = jnp.isneginf(log_prob)  # its derivative is 0
-    log_prob = jnp.where(left_out, lax.stop_gradient(log_prob), log_prob)
+    log_prob = maps.constant_at_impossible(-(found.log_total[:, None] + found.top))
     return LinearTopK(given.restore(log_prob), given.restore(found.top_class))
 
 
@@ -159,6 +157,7 @@ def linear_categorical(
     Source: Devroye 1986, section III.2; without replacement: Maddison et al. 2014 (the largest of a group of Gumbel
       variables), Kool et al. 2019; the cuts: as in `jsoftmax.truncate`.
 
+    >>> import jax.numpy as jnp
     >>> weight = jnp.array([[0., 0.], [1., 1.]])
     >>> draws = linear_categorical(jax.random.key(0), jnp.ones((1, 2)), weight, shape=(10_000, 1))
     >>> float(jnp.mean(draws)).__round__(1)  # 0.88

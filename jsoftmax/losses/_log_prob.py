@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -36,8 +35,7 @@ def _log_prob(given: Labelled, labels: Array, phi: Phi, axis_name: AxisName) -> 
         every = maps.log_p(x, (x.ndim - 1,))
         found = pick(every, last)
         log_p = jnp.moveaxis(found, -1, 0).reshape(shape)
-    log_p = jnp.where(jnp.isneginf(log_p), lax.stop_gradient(log_p), log_p)
-    log_p = jnp.where(valid, log_p, jnp.nan)
+    log_p = jnp.where(valid, maps.constant_at_impossible(log_p), jnp.nan)
     return log_p if given.rows is None else jnp.where(given.rows, log_p, 0)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jsoftmax.checks.arguments import read, widened
-from jsoftmax.sums.reference import SURE, class_sum, shifted
+from jsoftmax.sums.reference import class_sum, is_sure, shifted
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -31,7 +31,7 @@ def _exp_about_top_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tu
     e, rest, peak = exp_about_top(x, axis)
     x_dot, is_top = widened(x_dot), read(x) >= peak
     of_top, of_others = _sums_apart(is_top, e, x_dot, axis)
-    sure = rest < 1 / SURE - 1
+    sure = is_sure(rest)
     e_dot = jnp.where(is_top, jnp.where(sure, 0, x_dot), e * (x_dot - jnp.where(sure, of_top, 0)))
     return (e, rest, peak), (e_dot, of_others + of_top * jnp.where(sure, -rest, 1), jnp.zeros_like(peak))
 
@@ -47,7 +47,7 @@ def centred_tangent(x: Array, x_dot: Array, axis: tuple[int, ...]) -> tuple[Arra
     e, rest, peak = exp_about_top(x, axis)
     is_top, total = read(x) >= peak, 1 + rest
     of_top, of_others = _sums_apart(is_top, e, x_dot, axis)
-    sure, mean = rest < 1 / SURE - 1, (of_top + of_others) / total
+    sure, mean = is_sure(rest), (of_top + of_others) / total
     at_top = jnp.where(sure, (rest * of_top - of_others) / total, -mean)
     # two selects, so that, transposed, the sums over a row do not wait for `sure`
     return jnp.where(is_top, jnp.where(sure, 0, x_dot), x_dot) + jnp.where(is_top, at_top, -mean), e, total

@@ -110,6 +110,11 @@ def is_empty(rest: Array) -> Array:
     return rest == float(jnp.finfo(rest.dtype).eps) - 1
 
 
+def is_sure(rest: Array) -> Array:
+    """Whether a row has a class with p > ¾, by its `rest`."""
+    return rest < 1 / SURE - 1
+
+
 def not_negative(a: Array) -> Array:
     """a, and 0 where only rounding made it negative. The derivatives are those of a."""
     return a + lax.stop_gradient(jnp.maximum(-a, 0))
@@ -190,7 +195,7 @@ def _exp_about_top_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tu
     x_dot, is_max = widened(x_dot), e == 1
     of_max = class_sum(jnp.where(is_max, e * x_dot, 0), axis)
     of_others = class_sum(jnp.where(is_max, 0, e * x_dot), axis)
-    sure = rest < 1 / SURE - 1
+    sure = is_sure(rest)
     e_dot = jnp.where(sure & is_max, 0, e * (x_dot - jnp.where(sure, of_max, 0)))  # an exact 0, backwards too
     return (e, rest), (e_dot, of_others + of_max * jnp.where(sure, -rest, 1))
 

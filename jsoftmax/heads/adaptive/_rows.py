@@ -56,6 +56,7 @@ def tail_scores(tail: Tail, phi: Phi, hidden: Array) -> Array:
 
 
 def class_axis(x: Array) -> tuple[int, ...]:
+    """The last axis, which has the classes."""
     return (x.ndim - 1,)
 
 

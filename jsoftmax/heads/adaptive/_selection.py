@@ -13,11 +13,11 @@ from jaxtyping import Array, Integer, PRNGKeyArray
 from jsoftmax import maps
 from jsoftmax._top_k import top_k as largest
 from jsoftmax.checks.arguments import check_flag, public
-from jsoftmax.checks.sampling import check_count, check_int, check_key, check_shape
+from jsoftmax.checks.sampling import check_count, check_key, check_shape
 from jsoftmax.gumbel import _noise
 from jsoftmax.gumbel._categorical import categorical as draw_of_scores
 from jsoftmax.gumbel._categorical import check_distinct
-from jsoftmax.gumbel._estimators import conditional
+from jsoftmax.gumbel._estimators import given_maximum
 from jsoftmax.heads._statistics import top_k_of_block
 from jsoftmax.heads.adaptive._functions import row_log_prob
 from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail
@@ -47,12 +47,6 @@ def _largest(a: Array, k: int) -> tuple[Array, Array]:
     found = min(k, a.shape[1])
     best, at = top_k_of_block(a, found, None)
     return jnp.pad(best, [(0, 0), (0, k - found)], constant_values=-jnp.inf), jnp.pad(at, [(0, 0), (0, k - found)])
-
-
-def _perturbed(key: Any, a: Array, maximum: Array) -> Array:
-    """l + g of the classes of one row, given the largest l + g."""
-    of_place, of_noise = jax.random.split(key)
-    return conditional(of_noise, a, draw_of_scores(of_place, a), maximum[None])
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -85,7 +79,7 @@ def _top_k(params: AdaptiveParams, phi: Phi, hidden: Array, key: Any, k: int) ->
             x = tail_scores(tail, phi, h)
             a = log_p[:, None] + maps.log_p(x, class_axis(x))
             if of_classes is not None:
-                a = jax.vmap(_perturbed)(_keys(of_classes, number), a, bound)
+                a = jax.vmap(given_maximum)(_keys(of_classes, number), a, bound)
             return _largest(a, k)
 
         wanted = bound[:, i] > best[:, -1]
@@ -122,12 +116,10 @@ def top_k(params: AdaptiveParams, hidden: ArrayLike, k: int, *, phi: Phi = exp) 
     True
     """
     function = "top_k"
-    check_int(function, "k", k)
     given, h, shape = check(function, params, hidden, phi)
     k = check_count(function, k, given.cutoffs[-1])
     best, index = _top_k(given, phi, h, None, k)
-    best = jnp.where(jnp.isneginf(best), lax.stop_gradient(best), best)  # its derivative is 0
-    return LinearTopK(best.reshape(*shape, k), index.reshape(*shape, k))
+    return LinearTopK(maps.constant_at_impossible(best).reshape(*shape, k), index.reshape(*shape, k))
 
 
 @public

@@ -42,11 +42,11 @@ def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want,
     how = choose_form(x, want, order)
     u, e, rest, total, peak, empty = _shifted_sums(x, axis, axis_name, how)
     log_total = jnp.log1p(rest)
-    infinite = jnp.where(empty, -jnp.inf, jnp.inf)
     log_p = u - log_total
     if serves_rules(how):  # the derivative is 0 where a class is left out
         log_p = jnp.where(jnp.isneginf(x), lax.stop_gradient(log_p), log_p)
-    L = jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total)
+    # −∞ is added to, because XLA's maximum may give −∞ in a row with a NaN, and the sums are NaN then
+    L = jnp.where(jnp.isposinf(peak), peak, jnp.where(empty, -jnp.inf, peak) + log_total)
     return Normalized(log_p, e / total, L)
 
 
