@@ -100,9 +100,10 @@ def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: 
     impossible = jnp.isneginf(x_q)
     r = log_ratio(log_p, log_q, impossible)
     by_p = p * _minus_mean(r, log_p, p, axis, axis_name)
-    # where both are above ½, r has the digits of q − p
-    q_minus_p = jnp.where((p > 0.5) & (q > 0.5), p * expm1(-r), q - p)
-    by_q = jnp.where(impossible | (jnp.isneginf(L_p) & ~jnp.isnan(q)), 0, q_minus_p)
+    # where both are above ½, r has the digits of q − p; elsewhere e^−r may overflow, and 0 · ∞ is NaN backwards
+    near = (p > 0.5) & (q > 0.5)
+    q_minus_p = jnp.where(near, p * expm1(-jnp.where(near, r, 0)), q - p)
+    by_q = jnp.where((impossible | jnp.isneginf(L_p)) & ~jnp.isnan(q_minus_p), 0, q_minus_p)
     rate = by_p * x_p_dot + by_q * x_q_dot
     return _kl(x_p, x_q, axis, axis_name), class_sum(rate, axis, axis_name)
 
@@ -174,7 +175,8 @@ def _jensen_shannon_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any
     D_dot = jnp.zeros_like(D)
     if rates:
         empty = jnp.isneginf(of_both[0].log_normalizer) | jnp.isneginf(of_both[1].log_normalizer)
-        D_dot = jnp.where(empty, 0, class_sum(functools.reduce(jnp.add, rates), axis, axis_name))
+        D_dot = class_sum(functools.reduce(jnp.add, rates), axis, axis_name)
+        D_dot = jnp.where(empty & ~jnp.isnan(D), 0, D_dot)
     if beta_dot is not None:
         of_p, of_q = _divergences_from_mean(x_p, x_q, beta, axis, axis_name)
         D_dot = D_dot + (of_p - of_q) * beta_dot

@@ -113,3 +113,36 @@ def test_beta_may_be_traced_and_mapped_over():
     betas = jnp.linspace(0, 1, 5)
     of_betas = jax.jit(jax.vmap(lambda beta: of_scores(Z, -Z, beta)))(betas)
     np.testing.assert_allclose(of_betas, [of_scores(Z, -Z, float(beta)) for beta in betas], rtol=1e-6)
+
+
+def of_kl_heads(z_p, z_q):
+    return heads.linear_kl(NO_SCORES, FLAT, NO_SCORES, FLAT, z_p, z_q)[0]
+
+
+KL = pytest.mark.parametrize("divergence", [js.kl_divergence, of_kl_heads])
+
+
+@KL
+@pytest.mark.parametrize("of_p", [OUT, jnp.array([0.0, -100.0, -1.0]), EMPTY])
+def test_gradient_of_a_gradient_of_kl(divergence, of_p):
+    """Reverse over reverse is forward over reverse, also where log q − log p is so large that its power overflows."""
+    gradient = jax.grad(divergence, (0, 1))
+    for found, want in zip(
+        jax.tree.leaves(jax.jacrev(gradient, (0, 1))(of_p, Z)),
+        jax.tree.leaves(jax.jacfwd(gradient, (0, 1))(of_p, Z)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_bad_rows_beside_impossible_classes(bad):
+    """NaN and +inf make all derivatives NaN, in a row with a class that is left out too; also beside an empty row."""
+    row = jnp.array([bad, 1, -jnp.inf])
+    for divergence in (js.kl_divergence, of_kl_heads):
+        for given in ((row, OUT), (OUT, row), (row, row), (EMPTY, row)):
+            np.testing.assert_array_equal(jax.grad(divergence, 1)(*given), jnp.nan)
+            assert np.isnan(jax.jvp(divergence, given, (Z, Z))[1])
+    for divergence in (of_scores, of_heads):
+        for given in ((EMPTY, row), (row, EMPTY)):
+            assert np.isnan(jax.jvp(lambda *z, D=divergence: D(*z, 0.3), given, (Z, Z))[1])

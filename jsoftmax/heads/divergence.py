@@ -92,7 +92,8 @@ def _divergence_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
         p, q = jnp.exp(log_p), jnp.exp(log_q)
         r = log_ratio(log_p, log_q, jnp.isneginf(log_q))
         c = r - known.mean[:, None]
-        by_q = jnp.where(jnp.isneginf(x_q) | (known.empty[:, None] & ~jnp.isnan(q)), 0, q - p)
+        q_minus_p = q - p
+        by_q = jnp.where((jnp.isneginf(x_q) | known.empty[:, None]) & ~jnp.isnan(q_minus_p), 0, q_minus_p)
         return state + jnp.sum(p * c * x_p_dot + by_q * x_q_dot, 1)
 
     own = match_varying_axes(_token_constants(p, q, plan)._replace(mean=mean), p.weight, plan.axis_name)
@@ -149,7 +150,7 @@ def _jensen_shannon_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
     known = _token_constants(p, q, plan, beta)._replace(mean=(of_p, of_q))
     own = match_varying_axes(known, p.weight, plan.axis_name)
     part = scan_classes(step, (p, q), dots[:2], own, jnp.zeros_like(own.peak_p), plan)
-    rate = jnp.where(own.empty, 0, psum(part, plan.axis_name))
+    rate = jnp.where(own.empty & ~jnp.isnan(out[0]), 0, psum(part, plan.axis_name))
     if dots[2] is not None:
         rate = rate + (of_p - of_q) * dots[2]
     means = jvp_of_live(lambda given: _means(given[0], given[1], given[2], plan), (p, q, beta), dots)[1]
