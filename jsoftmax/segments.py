@@ -37,6 +37,8 @@ class Layout(NamedTuple):
 
 def row_sums(layout: Layout, ids: Array, *arrays: Array) -> list[Array]:
     """Σ over each row, for several arrays `[N, …]` at once. Elements of no row are dropped."""
+    if not layout.rows:  # backwards a sum is a gather, and one from an axis of length 0 is an error; so it is in `spread`
+        return [jnp.zeros_like(a, shape=(0, *a.shape[1:])) for a in arrays]
     stacked = jnp.stack(arrays, -1)
     summed = jax.ops.segment_sum(stacked, ids, layout.rows, indices_are_sorted=layout.is_sorted)
     return [summed[..., i] for i in range(len(arrays))]
@@ -44,6 +46,8 @@ def row_sums(layout: Layout, ids: Array, *arrays: Array) -> list[Array]:
 
 def spread(layout: Layout, ids: Array, of_rows: Array) -> Array:
     """The number of its row for each element; 0 for elements of no row."""
+    if not layout.rows:
+        return jnp.zeros_like(of_rows, shape=(*ids.shape, *of_rows.shape[1:]))
     return of_rows.at[ids].get(mode="fill", fill_value=0, indices_are_sorted=layout.is_sorted)
 
 
@@ -154,6 +158,7 @@ def check(  # noqa: PLR0917  (as the public functions have them)
     layout = Layout(
         _row_count(function, ids, num_segments), arguments.check_flag(function, "indices_are_sorted", is_sorted)
     )
+    ids = arguments.wide_integers(ids)
     inside = (ids >= 0) & (ids < layout.rows)
     x = maps.weighted_scores(phi, scores, given.where, given.log_weights)
     x = jnp.where(inside.reshape(-1, *[1] * (x.ndim - 1)), x, -jnp.inf)

@@ -178,3 +178,23 @@ def test_wrong_calls(arguments, message):
 def test_the_number_of_rows_is_static():
     with pytest.raises(ValueError, match="num_segments must be given where segment_ids are traced"):
         jax.jit(segments.segment_softmax)(jnp.zeros(3), jnp.zeros(3, int))
+
+
+@pytest.mark.parametrize("rows", [0, None])
+def test_scores_without_any_row(rows):
+    """No row at all, or no id that names one: p is 0, log p is −inf, and derivatives are 0."""
+    z, ids = jnp.array([[1.0, 2.0], [jnp.nan, 0.0]]), jnp.array([-1, -2])
+    np.testing.assert_array_equal(segments.segment_softmax(z, ids, rows), 0)
+    np.testing.assert_array_equal(segments.segment_log_softmax(z, ids, rows), -jnp.inf)
+    for of_rows in (segments.segment_log_normalizer, segments.segment_entropy):
+        assert of_rows(z, ids, rows).shape == (0, 2)
+        np.testing.assert_array_equal(jax.grad(lambda z, f=of_rows: jnp.sum(f(z, ids, rows)))(z), 0)
+    np.testing.assert_array_equal(jax.grad(lambda z: jnp.sum(segments.segment_softmax(z, ids, rows)))(z), 0)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_narrow_ids(dtype):
+    """There may be more rows than the dtype of the ids can count."""
+    z, ids = jnp.array([0.0, 1.0, 2.0]), jnp.array([100, 3, 100])
+    for f in (segments.segment_softmax, segments.segment_log_normalizer):
+        np.testing.assert_array_equal(f(z, ids.astype(dtype), 300), f(z, ids, 300))
