@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
 def row_sums(layout: Layout, ids: Array, *arrays: Array) -> list[Array]:
     """Σ over each row, for several arrays `[N, …]` at once. Elements of no row are dropped."""
-    if not layout.rows:  # backwards a sum is a gather, and one from an axis of length 0 is an error; so it is in `spread`
+    if not layout.rows:  # the gather from an axis of length 0, here backwards and in `spread`, would be an error
         return [jnp.zeros_like(a, shape=(0, *a.shape[1:])) for a in arrays]
     stacked = jnp.stack(arrays, -1)
     summed = jax.ops.segment_sum(stacked, ids, layout.rows, indices_are_sorted=layout.is_sorted)
