@@ -208,8 +208,9 @@ def jensen_shannon_divergence(
       beta: β in [0, 1], one number, which may be traced. Differentiable.
     Returns: `[...]` in [0, log 2], in the scores' common dtype, but float32 for narrower ones. D and its derivatives
       are finite where p or q is 0; at an end of β, the derivative in β leaves out the classes where only one of p and q
-      is 0. Small divergences keep their digits, and equal scores give 0. D = 0 if no class is left for p, or none
-      for q. A score of +inf or NaN gives NaN in that row alone.
+      is 0. Small divergences keep their digits, and equal scores give 0. Derivatives do not keep theirs where p and q
+      hardly overlap: they are near 0 there (MATH 6.8). D = 0 if no class is left for p, or none for q. A score of +inf
+      or NaN gives NaN in that row alone.
     Raises: as `kl_divergence`, and ValueError if β is known at trace time and outside [0, 1].
     Source: Lin 1991, equation 5.1 (weights β, 1 − β).
 
