@@ -10,7 +10,7 @@ from cells import product
 
 import jsoftmax as js
 from jsoftmax.losses import cross_entropy
-from jsoftmax.verify import FUNCTIONS, LOSSES, PHIS, SPARSE_MAPS, jit_formulas
+from jsoftmax.verify import FUNCTIONS, LOSSES, OTHERS, PHIS, SPARSE_MAPS, jit_formulas
 
 inf, nan = np.inf, np.nan
 FINE, OTHER = np.array([0.5, -1.0, 1.0, 0.3, -0.2]), np.array([-0.7, 0.9, 0.1, -1.2, 0.4])
@@ -131,6 +131,13 @@ def test_nan_in_the_last_class_of_wide_rows(function):
         value = jax.jit(lambda z: function.function(z, *arguments, phi=js.exp))(z)
     assert np.all(np.isnan(value[0]))
     assert np.all(np.isfinite(value[1:]))
+
+
+@pytest.mark.parametrize("function", [f for f in LOSSES + OTHERS if f.scores == 1 and f.arguments], ids=str)
+def test_nan_beside_an_impossible_label(function):
+    """NaN, not the infinite loss of the label."""
+    for z in (jnp.array([-inf, -inf, nan, -inf]), jnp.array([-inf, -inf, inf, nan])):
+        assert np.all(np.isnan(function.ours(z, phi=js.exp)))
 
 
 def test_second_forward_derivative_of_a_bad_score():

@@ -28,14 +28,14 @@ def _plackett_luce(x: Array, order: Array) -> Array:
     index = jnp.where(inside, order, 0)
     ordered = jnp.sort(order, -1)
     valid = jnp.all(inside, -1) & jnp.all(ordered[..., 1:] != ordered[..., :-1], -1)
-    infinite = jnp.any(x == jnp.inf, -1)
+    bad = ~jnp.all(x < jnp.inf, -1)  # +inf or NaN
     chosen = jnp.put_along_axis(jnp.zeros(x.shape, bool), index, True, -1, inplace=False)
     never = maps.log_sum(jnp.where(chosen, -jnp.inf, x), (x.ndim - 1,))
     y = jnp.take_along_axis(x, index, -1)
     R = lax.associative_scan(_log_add, jnp.concatenate([y, never], -1), reverse=True, axis=y.ndim - 1)[..., 1:]
     out, last = jnp.isneginf(y), jnp.isneginf(R)
     terms = jnp.where(last, 0, log1p_exp(jnp.where(out | last, 0, R) - jnp.where(out, 0, y)))
-    log_prob = -jnp.sum(jnp.where(out, jnp.inf, terms), -1) * jnp.where(infinite, jnp.nan, 1).astype(x.dtype)
+    log_prob = -jnp.sum(jnp.where(out, jnp.inf, terms), -1) * jnp.where(bad, jnp.nan, 1).astype(x.dtype)
     return jnp.where(valid, log_prob, jnp.nan)
 
 

@@ -51,9 +51,11 @@ def _mean(a: Array, kept: Array) -> Array:
 def _z_loss(given: Labelled, scale: Array, shift: Array) -> Array:
     z, (label, valid) = read(given.scores()), given.label()
     kept = ~jnp.isneginf(z) if given.where is None else given.where & ~jnp.isneginf(z)
-    t, _ = _standardized(jnp.where(kept, z, 0), kept)
+    z = jnp.where(kept, z, 0)
+    t, _ = _standardized(z, kept)
     loss = log1p_exp(scale * (shift - pick(t, label))) / scale
     loss = jnp.where(pick(kept, label), loss, jnp.inf)
+    loss = jnp.where(jnp.all(z < jnp.inf, -1, keepdims=True), loss, jnp.nan)  # +inf or NaN
     if given.where is not None:
         loss = jnp.where(given.keeps(label), loss, 0)
     return given.finish(loss, valid)
