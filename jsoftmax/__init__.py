@@ -1,6 +1,7 @@
 """Every map from scores to probabilities, p = φ(z) / Σ φ(z), in JAX, with exact closed-form derivatives."""
 
-import importlib
+import importlib.util
+import types
 from typing import TYPE_CHECKING, Any
 
 from jsoftmax.derivatives import (
@@ -99,7 +100,17 @@ __all__ = [  # noqa: RUF022  (grouped as the guides group them)
 def __getattr__(name: str) -> Any:
     if name in __all__:  # and not here yet: a room
         return importlib.import_module(f"jsoftmax.{name}")
-    raise AttributeError(f"module 'jsoftmax' has no attribute {name!r}. dir(jsoftmax) lists the public names.")
+    places = [] if name.startswith("_") or importlib.util.find_spec(f"jsoftmax.{name}") else _places(name, "jsoftmax")
+    way_out = f"It is {' or '.join(places)}" if places else "dir(jsoftmax) lists the public names"
+    raise AttributeError(f"module 'jsoftmax' has no attribute {name!r}. {way_out}.")
+
+
+def _places(name: str, within: str) -> list[str]:
+    """Where a public name stands in the rooms of a module, which are imported for this."""
+    module = importlib.import_module(within)
+    rooms = [room for room in module.__all__ if isinstance(getattr(module, room), types.ModuleType)]
+    here = [f"{within}.{name}"] if name in module.__all__ else []
+    return here + [place for room in rooms for place in _places(name, f"{within}.{room}")]
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,7 @@
 """One table of wrong calls. Each message names function and argument, what it got, what it wanted, and the way out."""
 
 import inspect
+import math
 import re
 
 import jax
@@ -39,7 +40,24 @@ WRONG = [  # call, error, what the message says
     (lambda: raw(js.from_callable)(js.exp), TypeError, "from_callable: phi", "phi=jsoftmax.softplus"),
     (lambda: raw(js.from_callable)(jnp.exp, slope=1), TypeError, "from_callable: slope must be a function"),
     (lambda: js.softmax(Z, phi=js.from_callable(jnp.sum)), ValueError, "from_callable", "one by one", "(2, 3)"),
-    (lambda: js.from_callable(np.exp), TypeError, "from_callable: the functions must map", "in jax.numpy"),
+    (
+        lambda: js.from_callable(np.exp),
+        TypeError,
+        "from_callable: the functions must map",
+        "in jax.numpy",
+        "TracerArrayConversionError: The numpy.ndarray conversion method",
+        "jnp.log, not math.log or np.log",
+    ),
+    (lambda: js.from_callable(math.log), TypeError, "from_callable: ", "TypeError: Only scalar arrays", "not math.log"),
+    (js.softplus, TypeError, "softplus: z must be an array", "got none", "pass phi=jsoftmax.softplus"),
+    (js.taylor(2), TypeError, "taylor(2): z must be an array", "a φ already: pass phi=jsoftmax.taylor(2)"),
+    (lambda: raw(js.entropy)(Z, js.softplus), TypeError, "entropy: axis must be", "by its name: phi=jsoftmax.softplus"),
+    (
+        lambda: raw(js.softmax_jacobian)(Z, js.taylor(2)),
+        TypeError,
+        "softmax_jacobian: where must be an array",
+        "by its name: phi=jsoftmax.taylor(2)",
+    ),
     (
         lambda: js.from_callable(jax.tree_util.Partial(lambda z, a: z * a["scale"], {"scale": 1.0})),
         TypeError,
@@ -149,6 +167,41 @@ FROM_ELSEWHERE = [  # as other libraries are called, or with an object of the wr
     (lambda: losses.cross_entropy(Z, LABELS, ignore_index=-1), TypeError, "cross_entropy: ", "ignore_label=…"),
     (lambda: losses.cross_entropy(Z, LABELS, weight=None), TypeError, "cross_entropy: ", "class_weights=…"),
     (lambda: gumbel.gumbel_softmax(KEY, Z, tau=0.5), TypeError, "gumbel_softmax: ", "temperature=…"),
+    (lambda: js.entropy(logits=Z), TypeError, "entropy: got an unexpected keyword logits=", "Write z=…"),
+    (lambda: js.softmax(input=Z), TypeError, "softmax: got an unexpected keyword input=", "Write z=…"),
+    (lambda: js.softmax(x=Z), TypeError, "softmax: got an unexpected keyword x=", "Write z=…"),
+    (lambda: losses.cross_entropy(z=Z, labels=LABELS), TypeError, "unexpected keyword z=", "Write logits=…"),
+    (lambda: losses.cross_entropy(Z, target=LABELS), TypeError, "unexpected keyword target=", "Write labels=…"),
+    (lambda: losses.cross_entropy(Z, targets=LABELS), TypeError, "unexpected keyword targets=", "Write labels=…"),
+    (lambda: losses.kl_to_target(Z, target=Z), TypeError, "unexpected keyword target=", "Write targets=…"),
+    (lambda: losses.kl_to_target(Z, labels=Z), TypeError, "unexpected keyword labels=", "Write targets=…"),
+    (lambda: losses.cross_entropy(scores=Z), TypeError, "unexpected keyword scores=", "Write logits=…"),
+    (lambda: losses.plackett_luce_log_prob(input=Z), TypeError, "unexpected keyword input=", "Write scores=…"),
+    (lambda: js.kl_divergence(logits=Z), TypeError, "arguments are z_p, z_q,", "has no z= and no scores= either"),
+    (lambda: js.segments.segment_softmax(src=Z), TypeError, "unexpected keyword src=", "Write z=…"),
+    (lambda: js.segments.segment_softmax(Z, index=LABELS), TypeError, "keyword index=", "Write segment_ids=…"),
+    (lambda: js.segments.segment_softmax(Z, LABELS, dim_size=2), TypeError, "dim_size=", "Write num_segments=…"),
+    (lambda: js.truncate(Z, k=2), TypeError, "truncate: got an unexpected keyword k=", "Write top_k=…"),
+    (lambda: js.softmax(Z, -1, axis=-1), TypeError, "softmax: axis is given twice, as argument 2 and as axis="),
+    *(
+        (lambda f=f, name=name: f(HIDDEN, WEIGHT, LABELS, **{name: None}), TypeError, f"{f.__name__}: ", name, way_out)
+        for f in (heads.linear_cross_entropy, heads.linear_cross_entropy_sum, heads.linear_statistics)
+        for name, way_out in (
+            ("weight", "as argument 2 and as weight=. Leave one out. Weights of classes are written jnp.asarray(w)[la"),
+            ("weights", "jnp.asarray(w)[labels] * loss"),
+            ("class_weights", "token_weights=jnp.asarray(w)[labels]"),
+        )
+    ),
+    *(
+        (lambda f=f: f(HIDDEN, WEIGHT, LABELS, token_weights=1.0), TypeError, f"{f.__name__}: ", "write w * loss, or")
+        for f in (heads.linear_cross_entropy, heads.linear_statistics)
+    ),
+    (
+        lambda: heads.linear_top_k(HIDDEN, WEIGHT, 2, weight=None),
+        TypeError,
+        "linear_top_k: weight is given twice, as argument 2 and as weight=. Leave one out.",
+    ),
+    (lambda: heads.linear_top_k(HIDDEN, WEIGHT, 2, weights=None), TypeError, "This function has no class_weights= eit"),
     (lambda: raw(js.entropy)(Z, where=LABELS > 0), ValueError, "entropy: where must broadcast", "where[:, None]"),
     (lambda: raw(js.softmax)(Z, axis=True), TypeError, "softmax: axis must be an int", "got True"),
     (

@@ -40,6 +40,28 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = js.no_such_name
 
 
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("cross_entropy", "jsoftmax.losses.cross_entropy."),
+        ("segment_softmax", "jsoftmax.segments.segment_softmax."),
+        ("gumbel_softmax", "jsoftmax.gumbel.gumbel_softmax."),
+        ("categorical", "jsoftmax.gumbel.categorical or jsoftmax.heads.adaptive.categorical."),
+    ],
+)
+def test_the_error_says_where_a_name_is(name, places):
+    with pytest.raises(AttributeError) as caught:
+        getattr(js, name)
+    assert str(caught.value).endswith(f"has no attribute {name!r}. It is {places}")
+
+
+def test_a_private_name_imports_nothing():
+    code = (
+        "import sys, jsoftmax; assert not hasattr(jsoftmax, '__wrapped__'); assert 'jsoftmax.losses' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_help_has_short_annotations():
     signature = str(inspect.signature(js.softmax))
     assert "z: ArrayLike, axis" in signature

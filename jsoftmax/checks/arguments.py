@@ -18,6 +18,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Bool
 
+from jsoftmax.checks.keywords import FOREIGN, reject_keywords
+
 Axis = int | tuple[int, ...] | None
 
 SCORES_SHAPE = "the scores' shape"
@@ -43,27 +45,6 @@ def read(scores: jax.Array) -> jax.Array:
     return lax.reduce_precision(wide, 8, 7) if scores.dtype == jnp.bfloat16 else wide
 
 
-_OTHERS_NAMES = {
-    "dim": "axis",
-    "keepdim": "keepdims",
-    "ignore_index": "ignore_label",
-    "weight": "class_weights",
-    "weights": "class_weights",
-    "mask": "where",
-    "tau": "temperature",
-    "num_samples": "shape",
-    "p": "top_p",
-}
-"""Keywords of PyTorch and other libraries, with the names that they have here."""
-
-_WRITTEN_ELSEWHERE = {
-    "reduction": "Results have one number for each row: write jnp.mean(…) or jnp.sum(…) around the call",
-    "base": "Results are in nats: divide by jnp.log(base)",
-    "dtype": "Results have the scores' dtype, or float32 where classes are reduced: write .astype(…) around the call",
-    "temperature": "Divide the scores: z / temperature",
-}
-"""Keywords of other libraries that do not exist here, with what to write instead."""
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -88,25 +69,16 @@ def _all_plain(arguments: Iterable[tuple[str, Any]]) -> bool:
 
 def public(f: _Function) -> _Function:
     """Decorates a public function. Called outside `jit`, its checks and its arithmetic are one compiled program, if the
-    arguments allow it. For a keyword of PyTorch or another library, the error names ours."""
+    arguments allow it. For a keyword that it does not have, the error says what to write instead."""
     signature = inspect.signature(f)
     parameters = signature.parameters
     names, all_plain = tuple(parameters), _all_plain
     compiled = jax.jit(f, static_argnames=tuple(_STATIC & parameters.keys()))
-    foreign = {name for name in (*_OTHERS_NAMES, *_WRITTEN_ELSEWHERE) if name not in parameters}
-
-    def answer(name: str) -> str:
-        if name in _WRITTEN_ELSEWHERE:
-            return _WRITTEN_ELSEWHERE[name]
-        ours = _OTHERS_NAMES[name]
-        return f"Write {ours}=…" if ours in parameters else f"This function has no {ours}= either"
+    foreign, reject = FOREIGN - parameters.keys(), functools.partial(reject_keywords, f.__name__, names)
 
     def call(*args: Any, **keywords: Any) -> Any:
-        for name in keywords.keys() & foreign:
-            raise TypeError(
-                f"{f.__name__}: got an unexpected keyword {name}=; its arguments are {', '.join(parameters)}. "
-                f"{answer(name)}."
-            )
+        if keywords and not (foreign.isdisjoint(keywords) and keywords.keys().isdisjoint(names[: len(args)])):
+            reject(keywords, len(args))
         plain = len(args) <= len(names) and all_plain(zip(names, args, strict=False)) and all_plain(keywords.items())
         return compiled(*args, **keywords) if plain else f(*args, **keywords)
 
@@ -178,10 +150,8 @@ def canonical_axis(function: str, axis: Any, ndim: int) -> tuple[int, ...]:
             raise TypeError
         axes = tuple(operator.index(a) for a in given)
     except TypeError:
-        raise TypeError(
-            f"{function}: axis must be {wanted}, known at trace time; got {axis!r}. "
-            "Write axis=-1 for the last axis, or a tuple such as axis=(-2, -1)."
-        ) from None
+        way_out = _phi_by_name(axis) or "Write axis=-1 for the last axis, or a tuple such as axis=(-2, -1)."
+        raise TypeError(f"{function}: axis must be {wanted}, known at trace time; got {axis!r}. {way_out}") from None
     for a in axes:
         if not -ndim <= a < ndim:
             raise ValueError(
@@ -373,8 +343,14 @@ def as_floating(function: str, argument: str, value: Any, way_out: str, wanted: 
 def _reject(function: str, argument: str, value: Any) -> NoReturn:
     dtype = getattr(value, "dtype", None)
     got = type(value).__name__ if dtype is None else f"{type(value).__name__} of dtype {dtype}"
-    way_out = f"jnp.asarray({argument})" if dtype is None else f"{argument}.astype(float)"
-    raise TypeError(f"{function}: {argument} must be an array or a number; got {got}. Convert it first: {way_out}.")
+    convert = f"jnp.asarray({argument})" if dtype is None else f"{argument}.astype(float)"
+    way_out = _phi_by_name(value) or f"Convert it first: {convert}."
+    raise TypeError(f"{function}: {argument} must be an array or a number; got {got}. {way_out}")
+
+
+def _phi_by_name(value: Any) -> str:
+    """The way out where a φ stands in the place of another argument."""
+    return f"A φ is passed by its name: phi=jsoftmax.{value}." if hasattr(value, "log_phi") else ""
 
 
 def _check_broadcast(

@@ -70,12 +70,17 @@ class Phi(abc.ABC):
         z = as_scores(f"{self}.log", "z", z)
         return log_phi(self, z.astype(accumulation_dtype(z.dtype))).astype(z.dtype)
 
-    def __call__(self, z: ArrayLike) -> Float[Array, "..."]:
+    def __call__(self, z: ArrayLike | None = None) -> Float[Array, "..."]:
         """φ(z) = e^ψ(z) elementwise.
 
         >>> exp(1.)
         Array(2.71828..., dtype=float32)
         """
+        if z is None:
+            raise TypeError(
+                f"{self}: z must be an array of scores; got none. {self} is a φ already: pass phi=jsoftmax.{self}, or "
+                "call it with scores to get φ(z)."
+            )
         z = as_scores(str(self), "z", z)
         return jnp.exp(log_phi(self, z.astype(accumulation_dtype(z.dtype)))).astype(z.dtype)
 
