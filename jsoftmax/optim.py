@@ -1,4 +1,8 @@
-"""Second-order training: Gauss–Newton and Fisher products through a network, Newton and natural-gradient steps.
+"""Second-order training: curvature products through a network, and steps that use them.
+
+- `gauss_newton`: products with the Gauss–Newton matrix or the Fisher information.
+- `newton_cg`: damped Newton steps by conjugate gradients, as an optax transformation.
+- `natural_gradient`: damped natural-gradient steps, likewise.
 
 optax is imported inside the functions that make transformations (the extra `train` has it).
 """

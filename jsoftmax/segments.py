@@ -1,4 +1,10 @@
-"""Ragged rows: the softmax and its kin over segments of one long array, for every φ (MATH 15)."""
+"""Ragged rows: the softmax and its kin over segments of one long array, for every φ (MATH 15).
+
+- `segment_softmax`: probabilities within each segment.
+- `segment_log_softmax`: log-probabilities within each segment.
+- `segment_log_normalizer`: the log-normaliser of each segment.
+- `segment_entropy`: the entropy of each segment.
+"""
 
 import functools
 from typing import Any, NamedTuple

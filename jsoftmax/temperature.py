@@ -121,9 +121,11 @@ def temperature_for_entropy(
       where: bool, broadcastable to `z`; False leaves a class out.
       phi: the positive map φ.
     Returns: t > 0, `[...]`, in the dtype of `z`, but float32 for narrower scores; with derivatives of every order in
-      `z`, `target` and φ's parameters. NaN where the entropy is out of reach: for phi=exp outside (log of the number of
-      classes that share the maximum, log K). Where the entropy is not monotone in t, as for a φ that is not, t is one
-      of the solutions. A score of +inf or NaN: NaN in that row alone.
+      `z`, `target` and φ's parameters. NaN unless the target lies between the limits of the entropy for t → 0 and for t
+      → ∞. The latter is log K. The former is, for phi=exp, the log of the number of classes that share the maximum. For
+      a φ that grows like a power, taylor(m) or spherical (m = 2), it is the entropy of |z|^m / Σ |z|^m; for softplus,
+      elu1 (m = 1) and relu_power(m, ε), that of the positive scores alone, if there are any. Where the entropy is not
+      monotone in t, as for a φ that is not, t is one of the solutions. A score of +inf or NaN: NaN in that row alone.
     Raises: as `jsoftmax.entropy`, and ValueError if `target` does not broadcast.
     Source: van der Maaten & Hinton 2008 (perplexity), there by bisection.
 

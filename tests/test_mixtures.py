@@ -141,6 +141,30 @@ def test_temperature_reaches_small_and_large_entropies(target):
     assert np.all(jax.grad(lambda g: js.temperature_for_entropy(z, g).sum())(target) > 0)
 
 
+@pytest.mark.parametrize(
+    ("phi", "limit"),
+    [
+        (js.taylor(2), [4.0, 1.0, 9.0]),
+        (js.taylor(4), [16.0, 1.0, 81.0]),
+        (js.spherical(0.1), [4.0, 1.0, 9.0]),
+        (js.softplus, [0.0, 1.0, 3.0]),
+        (js.elu1, [0.0, 1.0, 3.0]),
+        (js.relu_power(2, 0.1), [0.0, 1.0, 9.0]),
+    ],
+    ids=str,
+)
+def test_temperature_is_found_between_the_limits_of_the_entropy(phi, limit):
+    """Those of the docstring: powers of the scores for t → 0, log K for t → ∞."""
+    with jax.enable_x64(True):
+        low = js.entropy(jnp.log(jnp.array(limit)))
+        found = js.temperature_for_entropy(
+            jnp.array([[-2.0, 1.0, 3.0]] * 4),
+            jnp.array([low * 0.999, low * 1.001, np.log(3) * 0.999, np.log(3) * 1.001]),
+            phi=phi,
+        )
+        assert np.isfinite(found).tolist() == [False, True, True, False]
+
+
 def test_temperature_edges():
     f = js.temperature_for_entropy
     z = jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, nan, 0.0], [1.0, inf, 0.0], [1.0, 0.0, -inf], [-inf] * 3])

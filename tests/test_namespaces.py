@@ -9,7 +9,8 @@ import pytest
 
 import jsoftmax as js
 
-NAMESPACES = ("losses", "gumbel", "heads", "heads.adaptive", "heads.factored", "segments", "optim")
+ROOMS = ("losses", "gumbel", "heads", "segments", "attention", "optim")
+NAMESPACES = (*ROOMS, "heads.adaptive", "heads.factored")
 
 
 @pytest.mark.parametrize("name", NAMESPACES)
@@ -18,6 +19,12 @@ def test_dir_holds_public_names_alone(name):
     assert sorted(dir(module)) == sorted(module.__all__)
     assert all(hasattr(module, public) for public in module.__all__)
     assert not [public for public in module.__all__ if public.startswith("_")]
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_module_says_what_it_has(name):
+    module = importlib.import_module(f"jsoftmax.{name}")
+    assert [public for public in module.__all__ if f"`{public}`" not in module.__doc__] == []
 
 
 def test_dir_of_the_package():
@@ -67,3 +74,8 @@ def test_help_has_short_annotations():
     assert "z: ArrayLike, axis" in signature
     assert "where: Bool[ArrayLike, '...'] | None = None" in signature
     assert "numpy" not in str(inspect.signature(js.heads.linear_cross_entropy))
+    assert "(key: PRNGKeyArray | ArrayLike, z: ArrayLike, index: Integer[ArrayLike, '...'], axis" in str(
+        inspect.signature(js.gumbel.conditional_gumbels)
+    )
+    assert "labels: ArrayLike | TopTargets, bias" in str(inspect.signature(js.heads.linear_cross_entropy))
+    assert "banned: Integer[ArrayLike, '...'] | None = None" in str(inspect.signature(js.heads.linear_top_k))

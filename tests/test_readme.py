@@ -1,5 +1,6 @@
 """README and documentation: public names have their place, tables come from files, links lead there, examples run."""
 
+import inspect
 import pathlib
 import re
 import types
@@ -137,6 +138,21 @@ def test_phi_guide():
     names = run_examples("docs/guides/phi.md")
     np.testing.assert_allclose(names["p"], [0.11764706, 0.29411766, 0.58823529], rtol=1e-6)
     np.testing.assert_allclose(names["by_theta"]["scale"], 0.36613, rtol=1e-4)
+    for even in (jsoftmax.spherical(0.1), jsoftmax.relu_power(2, 0.1), jsoftmax.quadratic(1, 0, 2)):
+        assert not np.any(jax.grad(losses.cross_entropy)(jnp.zeros(3), jnp.array(1), phi=even))
+
+
+def test_the_phi_guide_names_the_functions_without_phi():
+    scored = {"z", "logits", "scores"}
+    without = []
+    for prefix, module in (("", jsoftmax), ("losses.", losses), ("segments.", segments), ("gumbel.", gumbel)):
+        for name in module.__all__:
+            f = getattr(module, name)
+            if inspect.isfunction(f):
+                parameters = inspect.signature(f).parameters.keys()
+                without += [f"`{prefix}{name}`"] if parameters & scored and "phi" not in parameters else []
+    (listed,) = re.findall(r"map of their own instead:\n(.*?)\.\n", (ROOT / "docs/guides/phi.md").read_text(), re.S)
+    assert sorted(re.findall(r"`[\w.]+`", listed)) == sorted(without)
 
 
 def test_losses_guide():
@@ -154,6 +170,25 @@ def test_segments_guide():
     names = run_examples("docs/guides/segments.md")
     np.testing.assert_allclose(names["p"], [0.2119416, 0.5761169, 1, 0.2119416], rtol=1e-6)
     np.testing.assert_allclose(names["H"], [jsoftmax.entropy(jnp.array([0.0, 1.0, 0.0])), 0], rtol=1e-6)
+    assert names["drawn"].tolist() in ([0, 2, -1], [1, 2, -1], [3, 2, -1])
+
+
+def test_draws_of_rows():
+    """The recipe's draws have the rates of the rows' softmax; a row of which every score is left out has none."""
+    text = (ROOT / "docs/guides/segments.md").read_text()
+    recipe = re.findall(r"^perturbed = .*?\n.*?\ndrawn = .*?$", text, re.S | re.M)[0]
+    z, row = jnp.array([0.0, 1.0, 5.0, 0.0, -jnp.inf]), jnp.array([0, 0, 1, 0, 2])
+
+    def draw(key):
+        names = {"key": key, "z": z, "row": row, "js": jsoftmax, "jnp": jnp, "jax": jax}
+        exec(recipe, names)
+        return names["drawn"]
+
+    drawn = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(1), 100_000))
+    assert np.all(drawn[:, 1:] == jnp.array([2, -1]))
+    np.testing.assert_allclose(
+        jnp.bincount(drawn[:, 0], length=4) / 1e5, jsoftmax.softmax(z[:4], where=row[:4] == 0), atol=0.006
+    )
 
 
 def test_gumbel_guide():
@@ -192,9 +227,19 @@ def test_second_order_guide():
 
 def test_coming_from():
     names = run_examples("docs/coming-from.md")
-    log_p = np.asarray(jsoftmax.log_softmax(names["logits"]))
-    np.testing.assert_allclose(names["mean"], -(log_p[0, 0] + log_p[2, 2]) / 2, rtol=1e-6)
-    np.testing.assert_allclose(names["as_torch"], -(log_p[0, 0] + 5 * log_p[2, 2]) / 6, rtol=1e-6)
+    logits, w = np.asarray(names["logits"], float), np.asarray(names["w"])
+
+    def torch_mean(z, smoothing, w):
+        """As torch.nn.functional.cross_entropy defines it, for labels (0, ignored, 2)."""
+        log_p = (z - np.log(np.sum(np.exp(z), -1, keepdims=True)))[[0, 2]]
+        of_labels = -(w[0] * log_p[0, 0] + w[2] * log_p[1, 2])
+        return ((1 - smoothing) * of_labels - smoothing / 3 * np.sum(w * log_p)) / (w[0] + w[2])
+
+    z = np.asarray(names["hidden"], float) @ np.asarray(names["weight"], float).T
+    np.testing.assert_allclose(names["mean"], torch_mean(logits, 0, np.ones(3)), rtol=1e-6)
+    np.testing.assert_allclose(names["as_torch"], torch_mean(logits, 0.1, w), rtol=1e-6)
+    np.testing.assert_allclose(names["without_smoothing"], torch_mean(z, 0, w), rtol=1e-6)
+    np.testing.assert_allclose(names["with_smoothing"], torch_mean(z, 0.1, w), rtol=1e-6)
 
 
 def test_article():

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Bool
+from jaxtyping import Bool, Integer, PRNGKeyArray
 
 from jsoftmax.checks.keywords import FOREIGN, reject_keywords
 
@@ -118,10 +118,21 @@ class _Words:
 @functools.cache
 def _written_unions() -> dict[str, str]:
     """Python's text for annotations that are unions, mapped to the text of the source."""
+    from jsoftmax.checks.top_targets import TopTargets  # noqa: PLC0415  (it imports this module)
 
-    def f(a: ArrayLike, b: ArrayLike | None, c: Bool[ArrayLike, "..."] | None) -> None: ...
+    def f(  # noqa: PLR0917  (as many as there are)
+        a: ArrayLike,
+        b: ArrayLike | None,
+        c: Bool[ArrayLike, "..."] | None,
+        d: Integer[ArrayLike, "..."],
+        e: Integer[ArrayLike, "..."] | None,
+        f: PRNGKeyArray | ArrayLike,
+        g: ArrayLike | TopTargets,
+    ) -> None: ...
 
-    words = ("ArrayLike", "ArrayLike | None", "Bool[ArrayLike, '...'] | None")
+    integers = "Integer[ArrayLike, '...']"
+    words = ("ArrayLike", "ArrayLike | None", "Bool[ArrayLike, '...'] | None", integers, f"{integers} | None")
+    words = (*words, "PRNGKeyArray | ArrayLike", "ArrayLike | TopTargets")
     written = (inspect.formatannotation(p.annotation) for p in inspect.signature(f).parameters.values())
     return dict(zip(written, words, strict=True))
 

@@ -1,4 +1,18 @@
-"""The Gumbel route: samples, relaxations, their densities and gradient estimators, for every φ (MATH 10)."""
+"""The Gumbel route: samples, relaxations, their densities and gradient estimators, for every φ (MATH 10).
+
+- `categorical`: classes drawn from p.
+- `gumbel_top_k`: k distinct classes, drawn without replacement, as a `TopK`.
+- `log_inclusion_probability`: the weights of estimates from such a sample.
+- `gumbel_softmax`: a relaxed sample; with `hard=True` one-hot, with its gradient.
+- `exp_concrete`: the logarithm of a relaxed sample.
+- `subset_softmax`: a relaxed sample of k distinct classes.
+- `exp_concrete_log_density`: the density of `exp_concrete`, right at the corners, too.
+- `concrete_log_density`: the density of `gumbel_softmax`, on the simplex.
+- `binary_concrete_log_density`: the density of relaxed Bernoulli variables.
+- `conditional_gumbels`: perturbed scores, given which class has the largest.
+- `rao_blackwellised`: a straight-through gradient with less variance.
+- `reinmax`: a straight-through gradient of second order.
+"""
 
 from jsoftmax.gumbel._categorical import categorical
 from jsoftmax.gumbel._concrete import (

@@ -177,7 +177,7 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
 ) -> Integer[Array, "..."]:
     """Classes drawn from p = w φ(z) / Σ w φ(z).
 
-    P(k) = p_k;   k = #{j: F_j ≤ U F_K},  F cumulative sums of 2^31 p in whole numbers     (MATH 10.2)
+    P(k) = p_k;   k is the first class with F_k > U F_K,  F the cumulative sums of p, U uniform     (MATH 10.2)
 
     It takes one random number for each draw and computes p once; `jax.random.categorical` takes one for each draw and
     class. So a million draws from one row need no array of draws × classes. For a single draw of each row, GPUs and
@@ -196,10 +196,11 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
         draws are those of the whole row, but for the rounding of p; without, the device's number is folded into the
         key, which is the same on all. Not with `mode`.
     Returns: int32 of the given shape. Each class is drawn with its p, within the rounding of p or 2^-32, whichever is
-      more. The draws of one call share whole numbers to which p was rounded, in steps of 2^-31; in the mean over keys
-      the rate is right however small p is. A single draw on GPUs and TPUs never gives a class with p far below 2^-32. A
-      class with p = 0 is never drawn. A row without classes, or with a score of NaN or +inf, gives −1, and so do draws
-      without replacement beyond the classes that are left. There are no derivatives.
+      more. A call rounds each p at random to one of the two nearest multiples of 2^-31, and takes all its draws from
+      the rounded p; averaged over keys, a class is drawn at the right rate however small its p is. A single draw on
+      GPUs and TPUs never gives a class with p far below 2^-32. A class with p = 0 is never drawn. A row without
+      classes, or with a score of NaN or +inf, gives −1, and so do draws without replacement beyond the classes that are
+      left. There are no derivatives.
     Raises: as `jsoftmax.softmax`; ValueError for a `shape` that does not end so, more distinct draws than classes, or
       another `mode`.
     Source: Devroye 1986, section III.2 (inversion); Gumbel 1954 (the noise).

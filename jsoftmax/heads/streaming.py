@@ -62,8 +62,8 @@ def linear_cross_entropy(
 
     ∂/∂z = (p − 1_y) s, of which each block's share is multiplied out while it is in cache     (MATH 11.3)
 
-    No mode (value, jvp, gradient, Hessian product, gradient of a gradient, vmap) makes an array of tokens × V. Only
-    labels that are such an array are copied.
+    No mode (value, jvp, gradient, Hessian product, gradient of a gradient, vmap) makes an array of tokens × V, but for
+    a copy of labels that are distributions, which are such an array themselves.
 
     Args:
       hidden: h `[..., d]`, floating; each row is a token.
@@ -103,10 +103,10 @@ def linear_cross_entropy(
         that are sharded too: for these use axis_name. Axes of type `AxisType.Explicit` are an error outside
         `jax.shard_map` and `jax.sharding.auto_axes`.
     Returns: `[...]`, of several labels `[k, ...]`, float32 at least. Factors of narrower dtypes are multiplied as they
-      are and summed in float32; tangents, and backwards cotangents, are not narrowed on CPU, and on GPUs and TPUs
-      rounded to that dtype before they are multiplied, as are tangents and cotangents of scores. The weight's gradient
-      is summed in float32 and rounded once. Small losses keep their digits (MATH 4.4), but for the rounding of the
-      scores. Labels out of range, or on a class that is left out or impossible: the table of
+      are, and their products are summed in float32. In derivatives, GPUs and TPUs round the tangents and cotangents of
+      these factors and of the scores to the same narrow dtype before they multiply them; CPUs do not. The weight's
+      gradient is summed in float32 and rounded once. Small losses keep their digits (MATH 4.4), but for the rounding of
+      the scores. Labels out of range, or on a class that is left out or impossible: the table of
       `jsoftmax.losses.cross_entropy`. A token with NaN or +inf among its scores: NaN, in that token alone, but its
       share of the weight's gradient is NaN.
     Raises: TypeError or ValueError for shapes, dtypes and options that do not fit.

@@ -60,10 +60,10 @@ def log_prob(
       z, axis, where, phi, log_weights, axis_name: as `logits`, … in `cross_entropy`.
       labels: integers, of any shape that broadcasts with `[...]`, that of the scores without the classes: `[k, N]`, as
         `gumbel.categorical(key, z, shape=(k, N))` draws them, beside scores `[N, K]`, which are not repeated.
-    Returns: the joint shape, in the scores' dtype, but float32 for narrower ones; within |u| + 4 ulp, of a value near 0
-      too (MATH 4). Rows that `where` leaves out: 0. A label on a class that is left out or impossible, or in a row
-      without classes: −inf, with derivatives 0. Out of range: NaN, with derivatives 0. A score of +inf or NaN: NaN in
-      that row alone.
+    Returns: the joint shape, in the scores' dtype, but float32 for narrower ones; with the digits of
+      `jsoftmax.log_softmax`, of a value near 0 too (MATH 4). Rows that `where` leaves out: 0. A label on a class that
+      is left out or impossible, or in a row without classes: −inf, with derivatives 0. Out of range: NaN, with
+      derivatives 0. A score of +inf or NaN: NaN in that row alone.
     Raises: as `cross_entropy`; TypeError for labels that are no integers.
     Source: Bridle 1990.
 

@@ -1,6 +1,6 @@
 """φ, the positive map of one score, and ψ = log φ with its one derivative rule.
 
-Every function of the library is a function of x = ψ(z) = log φ(z) (MATH 1), so a φ is known by ψ, its slope
+A function that takes a φ is one of x = ψ(z) = log φ(z) (MATH 1), so a φ is known by ψ, its slope
 s = ψ' and its curvature t = ψ''. A new φ is one class, one factory and one entry in `PHIS` (CONTRIBUTING.md).
 """
 

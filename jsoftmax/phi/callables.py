@@ -71,9 +71,9 @@ def from_callable(
     negative its row is NaN, and where it is 0 the class is left out. Give `log_phi` if φ may overflow. Learnable
     parameters enter through `jax.tree_util.Partial(f, parameters)`, called as f(parameters, z); they are
     differentiated. A plain function is part of the compiled program: define it once, since every new lambda compiles
-    again; it must not close over traced values. Scores of classes that are left out are replaced by 0, so ψ's
-    derivatives in the parameters must be finite at 0: for ψ = a log z write jnp.where(z > 0, a * jnp.log(jnp.where(z >
-    0, z, 1)), -jnp.inf).
+    again; it must not close over traced values. The function is also called with a score of 0 in the place of every
+    score that is infinite or left out. Its value there is not used, but its derivatives in the parameters must be
+    finite: for ψ = a log z write jnp.where(z > 0, a * jnp.log(jnp.where(z > 0, z, 1)), -jnp.inf).
 
     Args:
       phi, log_phi: exactly one of them.
