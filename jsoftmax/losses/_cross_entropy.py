@@ -296,9 +296,8 @@ def cross_entropy(
         the class weights and of labels that are distributions; integers count over all devices, the first of several
         class axes being the sharded one.
     Returns: `[...]`, in the logits' dtype, but float32 for narrower ones; without smoothing, it and its gradient have
-      the digits of `jsoftmax.log_softmax`, also where it is the small loss of a confident right answer (MATH 4). A
-      class with q = 0 adds 0. A score of +inf or NaN: NaN in that row alone. Otherwise, as in every loss and head (MATH
-      5):
+      the digits of `jsoftmax.log_softmax`, also for a confident right answer (MATH 4). A class with q = 0 adds 0.
+      A score of +inf or NaN: NaN in that row alone. Otherwise, as in every loss and head (MATH 5):
 
       | the label, or mass of q | loss | derivatives |
       |---|---|---|
