@@ -201,7 +201,14 @@ FROM_ELSEWHERE = [  # as other libraries are called, or with an object of the wr
         TypeError,
         "linear_top_k: weight is given twice, as argument 2 and as weight=. Leave one out.",
     ),
-    (lambda: heads.linear_top_k(HIDDEN, WEIGHT, 2, weights=None), TypeError, "This function has no class_weights= eit"),
+    (
+        lambda: heads.linear_top_k(HIDDEN, WEIGHT, 2, weights=None),
+        TypeError,
+        "Only losses of labels have such weights.",
+    ),
+    (lambda: js.entropy(Z, class_weights=None), TypeError, "keyword class_weights=", "Only losses of labels have such"),
+    (lambda: js.softmax(Z, tau=0.5), TypeError, "keyword tau=", "Divide the scores: z / temperature."),
+    (lambda: js.softmax(Z, keepdim=True), TypeError, "keyword keepdim=", "This function has no keepdims= either."),
     (lambda: raw(js.entropy)(Z, where=LABELS > 0), ValueError, "entropy: where must broadcast", "where[:, None]"),
     (lambda: raw(js.softmax)(Z, axis=True), TypeError, "softmax: axis must be an int", "got True"),
     (

@@ -53,11 +53,13 @@ FOREIGN = _OTHER_NAMES.keys() | _WRITTEN_ELSEWHERE.keys() | _OF_LABELS.keys()
 def _way_out(name: str, parameters: tuple[str, ...]) -> str:
     names = _OTHER_NAMES.get(name, (name,))
     for ours in names:
-        if ours in parameters and ours != name:
+        if ours in parameters:
             return f"Write {ours}=…"
-        if ours in _OF_LABELS and "labels" in parameters:
-            return _OF_LABELS[ours]
-    return _WRITTEN_ELSEWHERE.get(name, f"This function has no {'= and no '.join(names)}= either")
+        if ours in _WRITTEN_ELSEWHERE:
+            return _WRITTEN_ELSEWHERE[ours]
+        if ours in _OF_LABELS:
+            return _OF_LABELS[ours] if "labels" in parameters else "Only losses of labels have such weights"
+    return f"This function has no {'= and no '.join(names)}= either"
 
 
 def reject_keywords(function: str, parameters: tuple[str, ...], keywords: Iterable[str], positional: int) -> NoReturn:
