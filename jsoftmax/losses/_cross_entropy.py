@@ -316,7 +316,6 @@ def cross_entropy(
     function = "cross_entropy"
     options = {"log_weights": log_weights, "class_weights": class_weights, "ignore_label": ignore_label}
     given = check_labelled(function, logits, labels, axis, where, phi=phi, axis_name=axis_name, **options)
-
     option = functools.partial(option_if_given, function, dtype=given.dtype)
     m = option(margin, margin=(-math.inf, math.inf))
     if not given.by_label:
