@@ -146,15 +146,17 @@ def test_sum_of_head_without_the_tokens_that_have_no_weight():
     assert np.isnan(each[0])
 
 
-def test_a_rest_that_is_impossible_has_no_mass_by_rounding():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rest_that_is_impossible_has_no_mass_by_rounding(dtype):
     """Of a teacher whose other classes are impossible, as the student's are; a mass that is more than that is +inf."""
     rng = np.random.default_rng(3)
     scores = np.float32(rng.normal(size=(200, 40)))
     scores[:, 30:] = -np.inf
-    q = jax.nn.softmax(jnp.float32(rng.normal(size=(200, 30))))
+    given = jax.nn.softmax(jnp.float32(rng.normal(size=(200, 30)))).astype(dtype)
+    q = given.astype("float32")
     rest = 1 - jnp.sum(q, -1)
     assert np.any(rest > 0)
-    top = TopTargets(np.broadcast_to(np.arange(30), (200, 30)), q)
+    top = TopTargets(np.broadcast_to(np.arange(30), (200, 30)), given)
     want = losses.cross_entropy(scores, jnp.pad(q, [(0, 0), (0, 10)]))
     np.testing.assert_allclose(losses.cross_entropy(scores, top), want, rtol=1e-6)
     assert np.isfinite(losses.kl_to_target(scores, top)).all()
@@ -162,7 +164,8 @@ def test_a_rest_that_is_impossible_has_no_mass_by_rounding():
     hidden, weight = jnp.zeros((200, 3)), jnp.ones((40, 3))
     of_head = heads.linear_cross_entropy(hidden, weight, top, bias)
     np.testing.assert_allclose(of_head, losses.cross_entropy(jnp.broadcast_to(bias, (200, 40)), top), rtol=1e-6)
-    np.testing.assert_array_equal(losses.cross_entropy(scores, TopTargets(top.indices, 0.999 * q)), np.inf)
+    less = TopTargets(top.indices, 0.999 * q / jnp.sum(q, -1, keepdims=True))
+    np.testing.assert_array_equal(losses.cross_entropy(scores, less), np.inf)
     possible = (
         jnp.zeros((1, 3)),
         TopTargets(jnp.array([[0]]), jnp.array([[1 - 2.0**-24]])),

@@ -54,8 +54,8 @@ def mass_is_in_range(top: TopTargets, valid: Array) -> Array:
 
 
 def check_top_targets(function: str, argument: str, top: TopTargets, batch: tuple[int, ...], dtype: Any) -> TopTargets:
-    """`TopTargets` whose arrays are checked to have the shape `[*batch, k]`, with indices of at least 32 bits and
-    probabilities in the given dtype."""
+    """`TopTargets` whose arrays are checked to have the shape `[*batch, k]`, with indices of at least 32 bits, and
+    probabilities in the given dtype or in their own narrower one, of which `combine` must know the rounding."""
     if top.tail not in TAILS:
         wanted = ", ".join(map(repr, TAILS))
         raise ValueError(
@@ -76,7 +76,9 @@ def check_top_targets(function: str, argument: str, top: TopTargets, batch: tupl
             f"{function}: {argument}.indices and {argument}.probabilities must have the shape {wanted}; got shapes "
             f"{indices.shape} and {probabilities.shape}. The k classes of each row come last."
         )
-    return TopTargets(wide_integers(indices), probabilities.astype(dtype), top.tail)
+    if jnp.finfo(probabilities.dtype).bits > jnp.finfo(dtype).bits:
+        probabilities = probabilities.astype(dtype)
+    return TopTargets(wide_integers(indices), probabilities, top.tail)
 
 
 def reject_per_class_options(function: str, **options: Any) -> None:

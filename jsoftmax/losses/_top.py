@@ -39,10 +39,11 @@ def combine(top: TopTargets, x: Array, kept: Array, rest: Array, count: Any) -> 
     kept: which of the k classes are in range and kept by the mask; count: how many of all classes the mask keeps. Mass
     that no class has counts as 0, and so does a rest of rounding size if the other classes are impossible.
     """
-    given = top.probabilities
+    given = top.probabilities.astype(x.dtype)
     total = class_sum(given, (given.ndim - 1,))
     any_other = count > jnp.sum(kept, -1, keepdims=True, dtype=jnp.int32)
-    by_rounding = jnp.isneginf(rest) & (1 - total <= (given.shape[-1] + 8) * jnp.finfo(total.dtype).eps)
+    of_sum, of_each = (float(jnp.finfo(a.dtype).eps) for a in (total, top.probabilities))
+    by_rounding = jnp.isneginf(rest) & (1 - total <= (given.shape[-1] + 8) * of_sum + of_each)
     any_mass = any_other & (total < 1) & ~by_rounding
     left = jnp.where(any_mass, 1 - total, 0) if top.tail == "class" else jnp.zeros_like(total)
     if top.tail == "renormalise":
