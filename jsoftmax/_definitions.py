@@ -258,10 +258,16 @@ def _to_target(z: Any, targets: Any, **options: Any) -> Any:
 
 
 LOSSES = (
-    _loss("cross_entropy", functools.partial(losses.cross_entropy, **_OPTIONS), plain_label_loss, arguments=(_LABEL,)),
-    _loss("log_prob", losses.log_prob, plain_log_prob, arguments=(_LABEL,), empty=-math.inf),
-    _loss("focal_cross_entropy", losses.focal_cross_entropy, plain_focal, arguments=(_LABEL,)),
-    _loss("poly_cross_entropy", losses.poly_cross_entropy, plain_poly, arguments=(_LABEL,)),
+    _loss(
+        "cross_entropy",
+        functools.partial(losses.cross_entropy, **_OPTIONS),
+        plain_label_loss,
+        arguments=(_LABEL,),
+        keeps_of_many=2,
+    ),
+    _loss("log_prob", losses.log_prob, plain_log_prob, arguments=(_LABEL,), keeps_of_many=2, empty=-math.inf),
+    _loss("focal_cross_entropy", losses.focal_cross_entropy, plain_focal, arguments=(_LABEL,), keeps_of_many=2),
+    _loss("poly_cross_entropy", losses.poly_cross_entropy, plain_poly, arguments=(_LABEL,), keeps_of_many=2),
     _loss("kl_to_target", _to_target, plain_to_target, scores=2, keeps=3),
     _loss("plackett_luce_log_prob", losses.plackett_luce_log_prob, plain_ranking, arguments=(_ORDER,), keeps=2),
 )

@@ -126,8 +126,8 @@ MUTANTS = (
     Mutant("operators.py", "sign * jnp.prod(jnp.sign(D), -1)", "sign", OPERATORS),
     Mutant("operators.py", "return centre(centre(v) /", "return centre(v /", OPERATORS),
     # losses
-    Mutant("losses/_cross_entropy.py", "else L_dot - of_kept /", "else L_dot + of_kept /", f"{ORACLE} -k cross_entropy"),
-    Mutant("losses/_cross_entropy.py", "jnp.exp(-n), expm1(-n)", "jnp.exp(-n), jnp.exp(-n) - 1", f"{ORACLE} -k confident"),
+    Mutant("losses/_terms.py", "else L_dot - of_kept /", "else L_dot + of_kept /", f"{ORACLE} -k cross_entropy"),
+    Mutant("losses/_terms.py", "jnp.exp(-n), expm1(-n)", "jnp.exp(-n), jnp.exp(-n) - 1", f"{ORACLE} -k confident"),
     Mutant("losses/_cross_entropy.py", "loss = (1 - smoothing) * zero_weightless", "loss = zero_weightless", f"{ORACLE} -k cross_entropy"),
     Mutant("losses/_cross_entropy.py", "n_near ** (gamma + 1) *", "n_near**gamma *", f"{LOSSES} -k focal"),
     Mutant("losses/_cross_entropy.py", "n - epsilon * expm1(-n)", "n + epsilon * expm1(-n)", f"{ORACLE} -k poly"),

@@ -21,7 +21,7 @@ from jsoftmax.checks.labels import in_range
 from jsoftmax.checks.matrices import check_row_labels
 from jsoftmax.checks.sampling import check_key
 from jsoftmax.gumbel import categorical
-from jsoftmax.losses._cross_entropy import negative_log_p
+from jsoftmax.losses._terms import negative_log_p
 from jsoftmax.phi import Phi, exp, log_phi
 
 

@@ -3,125 +3,24 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jsoftmax import maps, sums
-from jsoftmax._rules import compiled_rule
+from jsoftmax import maps
 from jsoftmax._series import expm1, expm1_ratio
 from jsoftmax.checks.arguments import Axis, check_option, option_if_given, public, read
 from jsoftmax.checks.labels import Labelled, check_labelled, reject_given
 from jsoftmax.checks.top_targets import TopTargets, reject_per_class_options
+from jsoftmax.losses._terms import mean_of_kept, negative_log_p, terms
 from jsoftmax.losses._top import top_row
-from jsoftmax.maps import normalize, zero_where
+from jsoftmax.maps import zero_where
 from jsoftmax.phi import Phi, exp
-from jsoftmax.sharding import AxisName, apply_to_rows, is_label, local_value_at_label, pick, psum
-from jsoftmax.sums import class_sum, difference, is_empty, not_negative
-
-# --- −l_y, the mean of −l, and L, with their one rule --------------------------------------------------------
-
-
-class Terms(NamedTuple):
-    """The parts of a loss of labels. Each keeps the class axis with length 1."""
-
-    label: Array
-    """−l_y."""
-    log_normalizer: Array
-    """L."""
-    mean: Array | None
-    """The mean of −l over the classes that are kept, 0 if there are none; None where it is not wanted."""
-
-
-@compiled_rule("axis_name", "mean", "order")
-def terms(x: Array, label: Array, axis_name: AxisName = None, mean: bool = False, order: int = 0) -> Terms:
-    """−l_y, L and, if wanted, the mean of −l over the last axis of `x`, for labels `[..., 1]` in [0, K).
-
-    −l_y = log1p(rest) + (max x − x_y), and the mean of such terms: none of them is negative  (MATH 7.1, 7.2).
-    """
-    by_label = functools.partial(_terms_by_label, axis_name=axis_name, mean=mean, order=order)
-    if axis_name is not None or not sums.is_read_once(x, (x.ndim - 1,)):
-        return by_label(x, label)
-    by_class = functools.partial(_terms_by_class, mean=mean)
-    return lax.platform_dependent(x, label, cuda=by_class, rocm=by_class, default=by_label)
-
-
-def _terms_by_label(x: Array, label: Array, axis_name: AxisName, mean: bool, order: int) -> Terms:
-    """`terms` from the maximum, the sum, and the label's score, which is picked out of the row."""
-    axis = (x.ndim - 1,)
-    share = local_value_at_label(lambda own: pick(x, own), label, x.shape[-1], axis_name)
-    peak, rest, x_y = sums.exp_sums(x, axis, axis_name, order, read(share))
-    x = read(x)
-    log_total = jnp.log1p(rest)
-    return Terms(
-        not_negative(log_total - difference(x_y, peak)),
-        jnp.where(is_empty(rest), -jnp.inf, jnp.where(peak == jnp.inf, peak, peak + log_total)),
-        not_negative(log_total - _mean_of_kept(difference(x, peak), x, axis_name)) if mean else None,
-    )
-
-
-def _terms_by_class(x: Array, label: Array, mean: bool) -> Terms:
-    """`terms` from −l of every class, by sums over the classes. On a GPU this is one kernel, which reads a row once."""
-    axis = (x.ndim - 1,)
-    out = sums.normalized(x, axis)
-    n, x = -out.log_p, read(x)
-    at_label = jnp.where(is_label(x.shape, label), n, 0)
-    return Terms(
-        not_negative(class_sum(at_label, axis)),
-        out.log_normalizer,
-        not_negative(_mean_of_kept(n, x, None)) if mean else None,
-    )
-
-
-@terms.defjvp
-def _terms_jvp(axis_name: AxisName, mean: bool, order: int, primals: Any, tangents: Any) -> tuple[Terms, Terms]:
-    """Σ p ẋ − ẋ_y, with the coefficient expm1(l_y) at the label; Σ p ẋ; and Σ p ẋ − (1/K) Σ ẋ  (MATH 7.1, 7.2)."""
-    (x, label), (x_dot, _) = primals, tangents
-    out = terms(x, label, axis_name, mean, order + 1)
-    p = normalize(x, (x.ndim - 1,), axis_name, "loss", order + 1).p
-    kept = ~jnp.isneginf(x) if mean else None
-    of_sharded = axis_name is not None and order > 0
-    along = functools.partial(_terms_rate, axis_name, of_sharded)
-    return out, jax.checkpoint(along, prevent_cse=False)(p, kept, out.label, label, x_dot)
-
-
-def _terms_rate(  # noqa: PLR0917  (what `jax.checkpoint` keeps has no keywords)
-    axis_name: AxisName, of_sharded: bool, p: Array, kept: Array | None, n: Array, label: Array, x_dot: Array
-) -> Terms:
-    """The rule of `terms`, linear in ẋ. of_sharded: p_y is read from p, since −l_y would take one more exchange.
-
-    The caller checkpoints it, and so keeps only p, a mask if the mean is wanted, and one number for each row.
-    """
-    p_y, at_label = jnp.exp(-n), expm1(-n)
-    if of_sharded:
-        p_y = local_value_at_label(lambda own: pick(p, own), label, p.shape[-1], axis_name)
-        at_label = p_y - 1
-    rates = sums.label_rates(p, kept, p_y, at_label, x_dot, label, axis_name)
-    count = None if kept is None else _count(kept, p.dtype)
-    (label_rate, L_dot, of_kept), count = psum((rates, count), axis_name)
-    return Terms(label_rate, L_dot, None if kept is None else L_dot - of_kept / jnp.maximum(count, 1))
-
-
-def negative_log_p(x: Array, label: Array, axis_name: AxisName = None) -> Array:
-    """−l_y over the last axis of `x`, for labels `[..., 1]` in [0, K)."""
-    return terms(x, label, axis_name).label
-
-
-def _mean_of_kept(a: Array, x: Array, axis_name: AxisName) -> Array:
-    kept, axis = ~jnp.isneginf(x), (x.ndim - 1,)
-    total, count = psum((class_sum(jnp.where(kept, a, 0), axis), _count(kept, a.dtype)), axis_name)
-    return total / jnp.maximum(count, 1)
-
-
-def _count(kept: Array, dtype: Any) -> Array:
-    if kept.shape[-1] and kept.shape[-1] % 32 == 0:
-        kept = jnp.sum(kept.reshape(*kept.shape[:-1], -1, 32), -1)
-    return jnp.sum(kept, -1, keepdims=True).astype(dtype)
-
+from jsoftmax.sharding import AxisName, apply_to_rows, is_label, local_value_at_label, psum
+from jsoftmax.sums import class_sum, not_negative
 
 # --- what losses and heads make of them ----------------------------------------------------------------------
 
@@ -206,7 +105,7 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
         row, q, name = (x, None, axis_name) if given.by_label else _against(given, x, axis_name)
         n = minus_log_p(row, name)
         weights = 1 if given.class_weights is None else given.class_weights
-        spread = None if smoothing is None else _mean_of_kept(weights * n, row, name)
+        spread = None if smoothing is None else mean_of_kept(weights * n, row, name)
         if q is None:
             loss, L, _ = terms(x, label, axis_name)
         else:

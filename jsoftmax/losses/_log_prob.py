@@ -11,7 +11,7 @@ from jsoftmax import maps
 from jsoftmax.checks.arguments import Axis, as_array, public, read, wide_integers
 from jsoftmax.checks.labels import NO_LABELS, Labelled, check_labelled, in_range
 from jsoftmax.checks.top_targets import reject_top_targets
-from jsoftmax.losses._cross_entropy import negative_log_p
+from jsoftmax.losses._terms import negative_log_p
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sharding import AxisName, pick
 

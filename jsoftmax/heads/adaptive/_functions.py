@@ -18,7 +18,7 @@ from jsoftmax.heads.adaptive import _blocks
 from jsoftmax.heads.adaptive._params import AdaptiveParams
 from jsoftmax.heads.adaptive._rows import check, class_axis, common_dtype, head_scores, map_blocks, tail_scores
 from jsoftmax.heads.adaptive._streamed import Rows, streamed_loss
-from jsoftmax.losses._cross_entropy import negative_log_p
+from jsoftmax.losses._terms import negative_log_p
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 
