@@ -100,13 +100,18 @@ __all__ = [  # noqa: RUF022  (grouped as the guides group them)
 def __getattr__(name: str) -> Any:
     if name in __all__:  # and not here yet: a room
         return importlib.import_module(f"jsoftmax.{name}")
-    places = [] if name.startswith("_") or importlib.util.find_spec(f"jsoftmax.{name}") else _places(name, "jsoftmax")
-    way_out = f"It is {' or '.join(places)}" if places else "dir(jsoftmax) lists the public names"
+    way_out = "dir(jsoftmax) lists the public names"
+    if name.isidentifier() and not name.startswith("_"):
+        if importlib.util.find_spec(f"jsoftmax.{name}"):
+            way_out = f"It is a module: import jsoftmax.{name}"
+        elif places := _places(name, "jsoftmax"):
+            way_out = f"It is {' or '.join(places)}"
     raise AttributeError(f"module 'jsoftmax' has no attribute {name!r}. {way_out}.")
 
 
 def _places(name: str, within: str) -> list[str]:
-    """Where a public name stands in the rooms of a module, which are imported for this."""
+    """The places of a public name in the rooms of a module. It imports the rooms, also where a tool only asks whether
+    there is such a name."""
     module = importlib.import_module(within)
     rooms = [room for room in module.__all__ if isinstance(getattr(module, room), types.ModuleType)]
     here = [f"{within}.{name}"] if name in module.__all__ else []

@@ -53,7 +53,7 @@ def log_ratios_to_mean(p: Array, q: Array, beta: Array, log_p: Array, log_q: Arr
     return jnp.where((p == 0) | jnp.isinf(r_p), 0, r_p), jnp.where((q == 0) | jnp.isinf(r_q), 0, r_q)
 
 
-def terms_to_mean(p: Array, q: Array, beta: Array, log_p: Array, log_q: Array) -> tuple[Array, Array]:
+def divergence_terms(p: Array, q: Array, beta: Array, log_p: Array, log_q: Array) -> tuple[Array, Array]:
     """The non-negative terms of D(p‖m) and D(q‖m), m = β p + (1 − β) q  (MATH 6.8)."""
     r_p, r_q = log_ratios_to_mean(p, q, beta, log_p, log_q)
     m = beta * p + (1 - beta) * q
@@ -149,7 +149,7 @@ def _divergences_from_mean(
 ) -> tuple[Array, Array]:
     """D(p‖m) and D(q‖m), m = β p + (1 − β) q, as sums of non-negative terms; 0 if no class is left for p or q."""
     (log_p, p, L_p), (log_q, q, L_q) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
-    of_p, of_q = (class_sum(a, axis, axis_name) for a in terms_to_mean(p, q, beta, log_p, log_q))
+    of_p, of_q = (class_sum(a, axis, axis_name) for a in divergence_terms(p, q, beta, log_p, log_q))
     empty = jnp.isneginf(L_p) | jnp.isneginf(L_q)
     return jnp.where(empty & ~jnp.isnan(of_p), 0, of_p), jnp.where(empty & ~jnp.isnan(of_q), 0, of_q)
 

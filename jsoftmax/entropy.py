@@ -115,8 +115,8 @@ def entropy(
       log_weights: log w, broadcastable to `z`; −inf leaves a class out.
       keepdims: keep the reduced axes with length 1.
       axis_name: as in `jsoftmax.softmax`, where the classes are sharded.
-    Returns: `[...]` in [0, log K], in the dtype of `z`, but float32 for narrower scores; on almost one-hot rows, too,
-      within |u| + 4 ulp, u = x − max x of the classes that make up the result (MATH 4). Finite derivatives of every
+    Returns: `[...]` in [0, log K], in the dtype of `z`, but float32 for narrower scores; within |u| + 4 ulp, also on
+      almost one-hot rows; u = x − max x of the classes that contribute most (MATH 4). Finite derivatives of every
       order where p = 0. One class or none left: 0. A score of +inf or NaN, or one outside φ's domain: NaN in that row
       alone.
     Raises: TypeError or ValueError for a `phi` that is no φ, an `axis` out of range, a mask that is not boolean or

@@ -43,7 +43,7 @@ class Layout(NamedTuple):
 
 def row_sums(layout: Layout, ids: Array, *arrays: Array) -> list[Array]:
     """Σ over each row, for several arrays `[N, …]` at once. Elements of no row are dropped."""
-    if not layout.rows:  # the gather from an axis of length 0, here backwards and in `spread`, would be an error
+    if not layout.rows:  # gathering from an axis of length 0 raises: here backwards, and in `spread`
         return [jnp.zeros_like(a, shape=(0, *a.shape[1:])) for a in arrays]
     stacked = jnp.stack(arrays, -1)
     summed = jax.ops.segment_sum(stacked, ids, layout.rows, indices_are_sorted=layout.is_sorted)
@@ -178,7 +178,7 @@ def _row_count(function: str, ids: Array, rows: Any) -> int:
             raise ValueError(
                 f"{function}: num_segments must be given where segment_ids are traced; got None. Pass a Python int."
             )
-        return int(np.max(np.asarray(ids), initial=-1)) + 1
+        return int(np.max(np.asarray(ids, np.int64), initial=-1)) + 1
     if not arguments.is_int(rows) or rows < 0:
         raise TypeError(
             f"{function}: num_segments must be an int >= 0, known at trace time, or None; got {rows!r}. Pass a Python "

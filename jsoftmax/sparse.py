@@ -108,7 +108,7 @@ def _solve(z: Array, alpha: Array, power: int) -> tuple[Array, Array]:
     if not power:  # for α > 2 the last bit of P can change a small p by much, so p is divided by its sum
         p = jnp.where(alpha > 2, p / jnp.where(empty, 1, jnp.sum(p, -1, keepdims=True)), p)
     v = jnp.where(jnp.isneginf(z), -jnp.inf, u - t)
-    # a +inf or NaN makes the whole row NaN; the maximum does not tell, since XLA on CPU may drop a NaN from it
+    # A +inf or NaN makes the whole row NaN. The scores are tested, not `peak`, from which XLA on CPU may drop a NaN.
     return jnp.where(jnp.all(z < jnp.inf, -1, keepdims=True), p, jnp.nan), v
 
 

@@ -127,6 +127,7 @@ MUTANTS = (
     Mutant("operators.py", "return centre(centre(v) /", "return centre(v /", OPERATORS),
     # losses
     Mutant("losses/_terms.py", "else L_dot - of_kept /", "else L_dot + of_kept /", f"{ORACLE} -k cross_entropy"),
+    Mutant("losses/_terms.py", "negative_log_p(x, label, order=1), normalize", "jnp.ones_like(given[2]), normalize", f"{SUMS} -k 'every_form and log_prob'"),
     Mutant("losses/_terms.py", "jnp.exp(-n), expm1(-n)", "jnp.exp(-n), jnp.exp(-n) - 1", f"{ORACLE} -k confident"),
     Mutant("losses/_cross_entropy.py", "loss = (1 - smoothing) * zero_weightless", "loss = zero_weightless", f"{ORACLE} -k cross_entropy"),
     Mutant("losses/_cross_entropy.py", "n_near ** (gamma + 1) *", "n_near**gamma *", f"{LOSSES} -k focal"),
@@ -264,6 +265,11 @@ def kept(programs: str) -> dict[str, str]:
     }
 
 
+def row(*cells: str) -> str:
+    """A row of the table, or the beginning of one."""
+    return "| " + " | ".join(cell.replace("|", r"\|").replace("tests/", "") for cell in cells) + " |"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Mutants of jsoftmax against the tests that must see them.")
     parser.add_argument("words", nargs="*", help="only mutants whose file or text has one of these")
@@ -282,7 +288,7 @@ def main() -> int:
         word = "killed" if killed else "SURVIVED"
         print(f"{number}/{len(wanted)} {word} {seconds:.0f} s {mutant.file}: {mutant.change}: {killer}", flush=True)
         cells = (mutant.file, mutant.change, mutant.killed_by, killer if killed else "**survived**")
-        rows.append("| " + " | ".join(cell.replace("|", r"\|").replace("tests/", "") for cell in cells) + " |")
+        rows.append(row(*cells))
     print(f"{len(wanted)} mutants, {survived} survived")
     if arguments.table:
         arguments.table.write_text("\n".join(rows) + "\n")

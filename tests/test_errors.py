@@ -46,17 +46,23 @@ WRONG = [  # call, error, what the message says
         "from_callable: the functions must map",
         "in jax.numpy",
         "TracerArrayConversionError: The numpy.ndarray conversion method",
-        "jnp.log, not math.log or np.log",
+        "such as jnp.log, not those of math",
     ),
-    (lambda: js.from_callable(math.log), TypeError, "from_callable: ", "TypeError: Only scalar arrays", "not math.log"),
-    (js.softplus, TypeError, "softplus: z must be an array", "got none", "pass phi=jsoftmax.softplus"),
-    (js.taylor(2), TypeError, "taylor(2): z must be an array", "a φ already: pass phi=jsoftmax.taylor(2)"),
-    (lambda: raw(js.entropy)(Z, js.softplus), TypeError, "entropy: axis must be", "by its name: phi=jsoftmax.softplus"),
+    (
+        lambda: js.from_callable(math.log),
+        TypeError,
+        "from_callable: ",
+        "TypeError: Only scalar arrays",
+        "not those of math or numpy",
+    ),
+    (js.softplus, TypeError, "softplus: z must be an array", "got none", "pass it as phi=…"),
+    (js.taylor(2), TypeError, "taylor(2): z must be an array", "a φ already: pass it as phi=…"),
+    (lambda: raw(js.entropy)(Z, js.softplus), TypeError, "entropy: axis must be", "Pass a φ by keyword: phi=…"),
     (
         lambda: raw(js.softmax_jacobian)(Z, js.taylor(2)),
         TypeError,
         "softmax_jacobian: where must be an array",
-        "by its name: phi=jsoftmax.taylor(2)",
+        "Pass a φ by keyword: phi=…",
     ),
     (
         lambda: js.from_callable(jax.tree_util.Partial(lambda z, a: z * a["scale"], {"scale": 1.0})),
@@ -177,7 +183,7 @@ FROM_ELSEWHERE = [  # as other libraries are called, or with an object of the wr
     (lambda: losses.kl_to_target(Z, labels=Z), TypeError, "unexpected keyword labels=", "Write targets=…"),
     (lambda: losses.cross_entropy(scores=Z), TypeError, "unexpected keyword scores=", "Write logits=…"),
     (lambda: losses.plackett_luce_log_prob(input=Z), TypeError, "unexpected keyword input=", "Write scores=…"),
-    (lambda: js.kl_divergence(logits=Z), TypeError, "arguments are z_p, z_q,", "has no z= and no scores= either"),
+    (lambda: js.kl_divergence(logits=Z), TypeError, "arguments are z_p, z_q,", "Write z_p=…"),
     (lambda: js.segments.segment_softmax(src=Z), TypeError, "unexpected keyword src=", "Write z=…"),
     (lambda: js.segments.segment_softmax(Z, index=LABELS), TypeError, "keyword index=", "Write segment_ids=…"),
     (lambda: js.segments.segment_softmax(Z, LABELS, dim_size=2), TypeError, "dim_size=", "Write num_segments=…"),
@@ -187,7 +193,10 @@ FROM_ELSEWHERE = [  # as other libraries are called, or with an object of the wr
         (lambda f=f, name=name: f(HIDDEN, WEIGHT, LABELS, **{name: None}), TypeError, f"{f.__name__}: ", name, way_out)
         for f in (heads.linear_cross_entropy, heads.linear_cross_entropy_sum, heads.linear_statistics)
         for name, way_out in (
-            ("weight", "as argument 2 and as weight=. Leave one out. Weights of classes are written jnp.asarray(w)[la"),
+            (
+                "weight",
+                "as argument 2 and as weight=. Leave one out. Multiply each loss by the weight of its label: jn",
+            ),
             ("weights", "jnp.asarray(w)[labels] * loss"),
             ("class_weights", "token_weights=jnp.asarray(w)[labels]"),
         )
@@ -207,8 +216,15 @@ FROM_ELSEWHERE = [  # as other libraries are called, or with an object of the wr
         "Only losses of labels have such weights.",
     ),
     (lambda: js.entropy(Z, class_weights=None), TypeError, "keyword class_weights=", "Only losses of labels have such"),
-    (lambda: js.softmax(Z, tau=0.5), TypeError, "keyword tau=", "Divide the scores: z / temperature."),
-    (lambda: js.softmax(Z, keepdim=True), TypeError, "keyword keepdim=", "This function has no keepdims= either."),
+    (lambda: js.softmax(Z, -1, None, js.exp, phi=js.exp), TypeError, "positional"),
+    (lambda: js.temperature_for_entropy(Z, targets=1.0), TypeError, "keyword targets=", "Write target=…"),
+    (lambda: js.softmax(Z, tau=0.5), TypeError, "keyword tau=", "Divide the scores by the temperature;"),
+    (
+        lambda: js.softmax(Z, keepdim=True),
+        TypeError,
+        "keyword keepdim=",
+        "call it keepdims=; this one does not have it.",
+    ),
     (lambda: raw(js.entropy)(Z, where=LABELS > 0), ValueError, "entropy: where must broadcast", "where[:, None]"),
     (lambda: raw(js.softmax)(Z, axis=True), TypeError, "softmax: axis must be an int", "got True"),
     (

@@ -79,3 +79,8 @@ def test_help_has_short_annotations():
     )
     assert "labels: ArrayLike | TopTargets, bias" in str(inspect.signature(js.heads.linear_cross_entropy))
     assert "banned: Integer[ArrayLike, '...'] | None = None" in str(inspect.signature(js.heads.linear_top_k))
+
+
+@pytest.mark.parametrize("name", ["no.such", "entropy.no"])
+def test_a_dotted_name_is_no_attribute(name):
+    assert not hasattr(js, name)

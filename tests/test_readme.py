@@ -138,8 +138,8 @@ def test_phi_guide():
     names = run_examples("docs/guides/phi.md")
     np.testing.assert_allclose(names["p"], [0.11764706, 0.29411766, 0.58823529], rtol=1e-6)
     np.testing.assert_allclose(names["by_theta"]["scale"], 0.36613, rtol=1e-4)
-    for even in (jsoftmax.spherical(0.1), jsoftmax.relu_power(2, 0.1), jsoftmax.quadratic(1, 0, 2)):
-        assert not np.any(jax.grad(losses.cross_entropy)(jnp.zeros(3), jnp.array(1), phi=even))
+    for flat in (jsoftmax.spherical(0.1), jsoftmax.relu_power(2, 0.1), jsoftmax.quadratic(1, 0, 2)):
+        assert not np.any(jax.grad(losses.cross_entropy)(jnp.zeros(3), jnp.array(1), phi=flat))
 
 
 def test_the_phi_guide_names_the_functions_without_phi():

@@ -198,3 +198,4 @@ def test_narrow_ids(dtype):
     z, ids = jnp.array([0.0, 1.0, 2.0]), jnp.array([100, 3, 100])
     for f in (segments.segment_softmax, segments.segment_log_normalizer):
         np.testing.assert_array_equal(f(z, ids.astype(dtype), 300), f(z, ids, 300))
+        np.testing.assert_array_equal(f(z, ids.astype(dtype)), f(z, ids))

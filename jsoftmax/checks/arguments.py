@@ -75,10 +75,11 @@ def public(f: _Function) -> _Function:
     names, all_plain = tuple(parameters), _all_plain
     compiled = jax.jit(f, static_argnames=tuple(_STATIC & parameters.keys()))
     foreign, reject = FOREIGN - parameters.keys(), functools.partial(reject_keywords, f.__name__, names)
+    places = tuple(p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD)
 
     def call(*args: Any, **keywords: Any) -> Any:
-        if keywords and not (foreign.isdisjoint(keywords) and keywords.keys().isdisjoint(names[: len(args)])):
-            reject(keywords, len(args))
+        if keywords and not (foreign.isdisjoint(keywords) and keywords.keys().isdisjoint(places[: len(args)])):
+            reject(keywords, places[: len(args)])
         plain = len(args) <= len(names) and all_plain(zip(names, args, strict=False)) and all_plain(keywords.items())
         return compiled(*args, **keywords) if plain else f(*args, **keywords)
 
@@ -120,7 +121,7 @@ def _written_unions() -> dict[str, str]:
     """Python's text for annotations that are unions, mapped to the text of the source."""
     from jsoftmax.checks.top_targets import TopTargets  # noqa: PLC0415  (it imports this module)
 
-    def f(  # noqa: PLR0917  (as many as there are)
+    def f(  # noqa: PLR0917  (one for each union)
         a: ArrayLike,
         b: ArrayLike | None,
         c: Bool[ArrayLike, "..."] | None,
@@ -361,7 +362,7 @@ def _reject(function: str, argument: str, value: Any) -> NoReturn:
 
 def _phi_by_name(value: Any) -> str:
     """The way out where a φ stands in the place of another argument."""
-    return f"A φ is passed by its name: phi=jsoftmax.{value}." if hasattr(value, "log_phi") else ""
+    return "Pass a φ by keyword: phi=…" if hasattr(value, "log_phi") else ""
 
 
 def _check_broadcast(

@@ -11,16 +11,17 @@ _OTHER_NAMES = {
     "weights": ("class_weights",),
     "mask": ("where",),
     "tau": ("temperature",),
-    "num_samples": ("shape",),
-    "p": ("top_p",),
+    "num_samples": ("shape", "samples"),
+    "p": ("top_p", "z_p"),
+    "q": ("z_q",),
     "k": ("top_k",),
-    "input": ("z", "logits", "scores"),
-    "x": ("z", "logits", "scores"),
-    "logits": ("z", "scores"),
-    "scores": ("z", "logits"),
-    "z": ("logits", "scores"),
+    "input": ("z", "logits", "scores", "hidden", "z_p"),
+    "x": ("z", "logits", "scores", "hidden", "z_p"),
+    "logits": ("z", "scores", "z_p"),
+    "scores": ("z", "logits", "z_p"),
+    "z": ("logits", "scores", "z_p"),
     "target": ("labels", "targets"),
-    "targets": ("labels",),
+    "targets": ("labels", "target"),
     "labels": ("targets",),
     "src": ("z",),
     "index": ("segment_ids",),
@@ -30,17 +31,18 @@ _OTHER_NAMES = {
 function has one of these names, or none."""
 
 _WRITTEN_ELSEWHERE = {
-    "reduction": "Results have one number for each row: write jnp.mean(…) or jnp.sum(…) around the call",
+    "reduction": "Losses have one number for each row, unless the function's name ends in _sum: write jnp.mean(…) or "
+    "jnp.sum(…) around the call",
     "base": "Results are in nats: divide by jnp.log(base)",
     "dtype": "Results have the scores' dtype, or float32 where classes are reduced: write .astype(…) around the call",
-    "temperature": "Divide the scores: z / temperature",
+    "temperature": "Divide the scores by the temperature; in a linear layer, hidden and bias",
 }
 """Keywords that some or all functions do not have, with what to write instead."""
 
 _OF_LABELS = {
-    "class_weights": "Weights of classes are written jnp.asarray(w)[labels] * loss, or for a sum "
-    "heads.linear_cross_entropy_sum(…, token_weights=jnp.asarray(w)[labels]), which is the same without label "
-    "smoothing. With it, pass distributions as labels, times w, or the logits to losses.cross_entropy(class_weights=w)",
+    "class_weights": "Multiply each loss by the weight of its label: jnp.asarray(w)[labels] * loss. "
+    "heads.linear_cross_entropy_sum takes these as token_weights=jnp.asarray(w)[labels]. With label_smoothing=, "
+    "PyTorch also weights the other classes: losses.cross_entropy(class_weights=w) does that",
     "token_weights": "Results have one number for each token or row: write w * loss, or for a sum "
     "heads.linear_cross_entropy_sum(…, token_weights=w)",
 }
@@ -59,12 +61,13 @@ def _way_out(name: str, parameters: tuple[str, ...]) -> str:
             return _WRITTEN_ELSEWHERE[ours]
         if ours in _OF_LABELS:
             return _OF_LABELS[ours] if "labels" in parameters else "Only losses of labels have such weights"
-    return f"This function has no {'= and no '.join(names)}= either"
+    return f"Functions that have this argument call it {'= or '.join(names)}=; this one does not have it"
 
 
-def reject_keywords(function: str, parameters: tuple[str, ...], keywords: Iterable[str], positional: int) -> NoReturn:
-    """Raises for the first keyword that is not an argument, or that is given by its place, too."""
-    given = parameters[:positional]
+def reject_keywords(
+    function: str, parameters: tuple[str, ...], keywords: Iterable[str], given: tuple[str, ...]
+) -> NoReturn:
+    """Raises for the first keyword that is not an argument, or whose argument is also given by position."""
     name = next(name for name in keywords if name in given or (name in FOREIGN and name not in parameters))
     if name not in given:
         raise TypeError(

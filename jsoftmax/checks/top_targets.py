@@ -34,7 +34,10 @@ class TopTargets:
         `cross_entropy` takes them as they are, and `kl_to_target` gives NaN.
       tail: what becomes of the rest of the mass; part of the compiled program. There is no rest if S ≥ 1, and the rest
         counts as 0 if the mask leaves no other class. If all other classes are impossible (scores or log-weights of
-        −inf), the loss is +inf, unless the rest is at most (k + 8) roundings of 1, which counts as 0.
+        −inf), the loss is +inf, unless the rest is so small that rounding explains it: at most (k + 8) ε of the loss's
+        dtype plus one ε of the probabilities' dtype. So pass probabilities in the dtype to which they were rounded. If
+        the other classes are possible, the rounding of bfloat16 probabilities counts as their mass, up to 0.004 times
+        −log p_rest: tail="renormalise" avoids this.
     Source: Anshumann et al. 2025 (the k largest classes of a teacher, and the bias if the rest is left out).
 
     >>> from jsoftmax.losses import cross_entropy
@@ -55,7 +58,8 @@ def mass_is_in_range(top: TopTargets, valid: Array) -> Array:
 
 def check_top_targets(function: str, argument: str, top: TopTargets, batch: tuple[int, ...], dtype: Any) -> TopTargets:
     """`TopTargets` whose arrays are checked to have the shape `[*batch, k]`, with indices of at least 32 bits, and
-    probabilities in the given dtype or in their own narrower one, of which `combine` must know the rounding."""
+    probabilities in the given dtype, or in their own if it is narrower: `combine` needs to know how they were
+    rounded."""
     if top.tail not in TAILS:
         wanted = ", ".join(map(repr, TAILS))
         raise ValueError(

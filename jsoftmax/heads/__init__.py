@@ -1,4 +1,5 @@
-"""A linear layer and its softmax over a huge vocabulary, without an array of tokens × classes (MATH 11, 12).
+"""A linear layer and its softmax over a huge vocabulary, for the most part without an array of tokens × classes
+(MATH 11, 12).
 
 - `linear_cross_entropy`: the loss of each token.
 - `linear_cross_entropy_sum`: their weighted sum; on CPU its gradient is faster.

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.checks.arguments import check_option, public
-from jsoftmax.divergence import excess, log_ratio, log_ratios_to_mean, terms_to_mean
+from jsoftmax.divergence import divergence_terms, excess, log_ratio, log_ratios_to_mean
 from jsoftmax.heads import _check
 from jsoftmax.heads._head import Head, Heads, Plan, block_scores, map_shards, scan_classes
 from jsoftmax.heads._statistics import Extras, statistics
@@ -114,8 +114,8 @@ def _means(p: Head, q: Head, beta: Array, plan: Plan) -> tuple[Array, Array]:
         x_p, x_q = (block_scores(block, start, plan) for block in blocks)
         log_p, log_q = known.log_probs(x_p, x_q)
         p, q, beta = jnp.exp(log_p), jnp.exp(log_q), known.beta[:, None]
-        made = [jnp.sum(a, 1) for a in terms_to_mean(p, q, beta, log_p, log_q)]
-        return jax.tree.map(jnp.add, state, tuple(made))
+        made = tuple(jnp.sum(a, 1) for a in divergence_terms(p, q, beta, log_p, log_q))
+        return jax.tree.map(jnp.add, state, made)
 
     own = match_varying_axes(_token_constants(p, q, plan, beta), p.weight, plan.axis_name)
     zero = jnp.zeros_like(own.peak_p)

@@ -28,7 +28,7 @@ def _plackett_luce(x: Array, order: Array) -> Array:
     index = jnp.where(inside, order, 0)
     ordered = jnp.sort(order, -1)
     valid = jnp.all(inside, -1) & jnp.all(ordered[..., 1:] != ordered[..., :-1], -1)
-    bad = ~jnp.all(x < jnp.inf, -1)  # +inf or NaN
+    bad = ~jnp.all(x < jnp.inf, -1)  # a score of +inf or NaN
     chosen = jnp.put_along_axis(jnp.zeros(x.shape, bool), index, True, -1, inplace=False)
     never = maps.log_sum(jnp.where(chosen, -jnp.inf, x), (x.ndim - 1,))
     y = jnp.take_along_axis(x, index, -1)

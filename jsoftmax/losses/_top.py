@@ -42,8 +42,8 @@ def combine(top: TopTargets, x: Array, kept: Array, rest: Array, count: Any) -> 
     given = top.probabilities.astype(x.dtype)
     total = class_sum(given, (given.ndim - 1,))
     any_other = count > jnp.sum(kept, -1, keepdims=True, dtype=jnp.int32)
-    of_sum, of_each = (float(jnp.finfo(a.dtype).eps) for a in (total, top.probabilities))
-    by_rounding = jnp.isneginf(rest) & (1 - total <= (given.shape[-1] + 8) * of_sum + of_each)
+    eps, given_eps = (float(jnp.finfo(a.dtype).eps) for a in (total, top.probabilities))
+    by_rounding = jnp.isneginf(rest) & (1 - total <= (given.shape[-1] + 8) * eps + given_eps)
     any_mass = any_other & (total < 1) & ~by_rounding
     left = jnp.where(any_mass, 1 - total, 0) if top.tail == "class" else jnp.zeros_like(total)
     if top.tail == "renormalise":

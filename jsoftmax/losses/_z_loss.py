@@ -55,7 +55,7 @@ def _z_loss(given: Labelled, scale: Array, shift: Array) -> Array:
     t, _ = _standardized(z, kept)
     loss = log1p_exp(scale * (shift - pick(t, label))) / scale
     loss = jnp.where(pick(kept, label), loss, jnp.inf)
-    loss = jnp.where(jnp.all(z < jnp.inf, -1, keepdims=True), loss, jnp.nan)  # +inf or NaN
+    loss = jnp.where(jnp.all(z < jnp.inf, -1, keepdims=True), loss, jnp.nan)  # a score of +inf or NaN
     if given.where is not None:
         loss = jnp.where(given.keeps(label), loss, 0)
     return given.finish(loss, valid)

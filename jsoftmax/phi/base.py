@@ -1,7 +1,7 @@
 """φ, the positive map of one score, and ψ = log φ with its one derivative rule.
 
-A function that takes a φ is one of x = ψ(z) = log φ(z) (MATH 1), so a φ is known by ψ, its slope
-s = ψ' and its curvature t = ψ''. A new φ is one class, one factory and one entry in `PHIS` (CONTRIBUTING.md).
+Every function that takes a φ depends on the scores only through x = ψ(z) = log φ(z) (MATH 1), so a φ is known by ψ, its
+slope s = ψ' and its curvature t = ψ''. A new φ is one class, one factory and one entry in `PHIS` (CONTRIBUTING.md).
 """
 
 import abc
@@ -78,8 +78,8 @@ class Phi(abc.ABC):
         """
         if z is None:
             raise TypeError(
-                f"{self}: z must be an array of scores; got none. {self} is a φ already: pass phi=jsoftmax.{self}, or "
-                "call it with scores to get φ(z)."
+                f"{self}: z must be an array of scores; got none. {self} is a φ already: pass it as phi=…, or call it "
+                "with scores to get φ(z)."
             )
         z = as_scores(str(self), "z", z)
         return jnp.exp(log_phi(self, z.astype(accumulation_dtype(z.dtype)))).astype(z.dtype)

@@ -114,11 +114,11 @@ def _closes_over_tracers(f: Any) -> bool:
     try:
         program = jax.make_jaxpr(lambda leaves, z: jax.tree.unflatten(structure, leaves)(z))(leaves, z)
     except Exception as error:  # the user's function may raise anything
-        said = str(error).partition("\n")[0].rstrip(".")
+        said = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".: ")
         raise TypeError(
             "from_callable: the functions must map an array of scores elementwise, in jax.numpy; got one that raised "
-            f"{type(error).__name__}: {said}. Use jnp.log, not math.log or np.log. The function is called as f(z), a "
-            "jax.tree_util.Partial(f, parameters) as f(parameters, z)."
+            f"{said}. Use the functions of jax.numpy, such as jnp.log, not those of math or numpy. The function is "
+            "called as f(z), a jax.tree_util.Partial(f, parameters) as f(parameters, z)."
         ) from error
     return any(isinstance(value, Tracer) for value in program.consts)
 

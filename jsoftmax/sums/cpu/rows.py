@@ -45,7 +45,7 @@ def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName, want: Want,
     log_p = u - log_total
     if serves_rules(how):  # the derivative is 0 where a class is left out
         log_p = jnp.where(jnp.isneginf(x), lax.stop_gradient(log_p), log_p)
-    # −∞ is added to, because XLA's maximum may give −∞ in a row with a NaN, and the sums are NaN then
+    # log_total is added to −∞, too: in a row with a NaN, XLA's maximum may be −∞, and log_total is NaN
     L = jnp.where(jnp.isposinf(peak), peak, jnp.where(empty, -jnp.inf, peak) + log_total)
     return Normalized(log_p, e / total, L)
 
