@@ -152,7 +152,7 @@ def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
 ) -> Array:
     """ṗ along ẋ."""
     on_cpu = functools.partial(cpu.p_rate, want=want, order=order)
-    with_value = want == "loss" or (want == "p" and order == 0)
+    with_value = want == "p" and order == 0
     # the entropy's rule takes its sums from the reference, too, and XLA then reads a row once for both
     of_long_rows = None if want == "H" else long_rows.p_rate
     return _rate(on_cpu, reference.p_rate, of_long_rows, x, p, x_dot, axis, axis_name, with_value)
