@@ -60,6 +60,11 @@ def divergence_terms(p: Array, q: Array, beta: Array, log_p: Array, log_q: Array
     return excess(p, r_p, m), excess(q, r_q, m)
 
 
+def zero_where_not_nan(left_out: Array, a: Array) -> Array:
+    """a, and 0 where it is left out, unless it is NaN."""
+    return jnp.where(left_out & ~jnp.isnan(a), 0, a)
+
+
 def _far_ratios(p_is_larger: Array, a: Array, beta: Array) -> tuple[Array, Array]:
     """log (larger/m) and log (smaller/m), a = |δ|, with log1p where they may be small  (MATH 6.8)."""
     of_p, of_q = jnp.broadcast_arrays(beta, 1 - beta)
@@ -103,7 +108,7 @@ def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: 
     # where both are above ½, r has the digits of q − p; elsewhere e^−r may overflow, and 0 · ∞ is NaN backwards
     near = (p > 0.5) & (q > 0.5)
     q_minus_p = jnp.where(near, p * expm1(-jnp.where(near, r, 0)), q - p)
-    by_q = jnp.where((impossible | jnp.isneginf(L_p)) & ~jnp.isnan(q_minus_p), 0, q_minus_p)
+    by_q = zero_where_not_nan(impossible | jnp.isneginf(L_p), q_minus_p)
     rate = by_p * x_p_dot + by_q * x_q_dot
     return _kl(x_p, x_q, axis, axis_name), class_sum(rate, axis, axis_name)
 
@@ -151,7 +156,7 @@ def _divergences_from_mean(
     (log_p, p, L_p), (log_q, q, L_q) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     of_p, of_q = (class_sum(a, axis, axis_name) for a in divergence_terms(p, q, beta, log_p, log_q))
     empty = jnp.isneginf(L_p) | jnp.isneginf(L_q)
-    return jnp.where(empty & ~jnp.isnan(of_p), 0, of_p), jnp.where(empty & ~jnp.isnan(of_q), 0, of_q)
+    return zero_where_not_nan(empty, of_p), zero_where_not_nan(empty, of_q)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))

@@ -17,7 +17,7 @@ from jsoftmax.checks.arguments import Axis, all_known, canonical_axis, is_concre
 from jsoftmax.checks.labels import Labelled, check_labelled
 from jsoftmax.checks.top_targets import reject_top_targets
 from jsoftmax.sharding import is_label, reshard_rows
-from jsoftmax.sums import difference, weighted_deviations
+from jsoftmax.sums import difference, has_bad_score, weighted_deviations
 
 # --- p = P [1 + (α − 1) v]_+^{1/(α−1)}, v = P^{1−α} u, u = z − max z, for the largest p, P ----------------------
 
@@ -108,8 +108,7 @@ def _solve(z: Array, alpha: Array, power: int) -> tuple[Array, Array]:
     if not power:  # for α > 2 the last bit of P can change a small p by much, so p is divided by its sum
         p = jnp.where(alpha > 2, p / jnp.where(empty, 1, jnp.sum(p, -1, keepdims=True)), p)
     v = jnp.where(jnp.isneginf(z), -jnp.inf, u - t)
-    # A +inf or NaN makes the whole row NaN. The scores are tested, not `peak`, from which XLA on CPU may drop a NaN.
-    return jnp.where(jnp.all(z < jnp.inf, -1, keepdims=True), p, jnp.nan), v
+    return jnp.where(has_bad_score(z, (z.ndim - 1,)), jnp.nan, p), v
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -15,7 +15,7 @@ from jsoftmax.checks import arguments
 from jsoftmax.checks.arguments import Axis, public
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sharding import reshard_rows
-from jsoftmax.sums import class_sum, difference
+from jsoftmax.sums import class_sum, difference, has_bad_score
 
 
 def _ordered_bits(x: Array) -> Array:
@@ -82,8 +82,7 @@ def _is_kept(x: Array, axis: tuple[int, ...], top_k: Array | None, top_p: Array 
         kept &= (bits >= least) | (top_p >= 1)
     if min_p is not None:
         kept &= u >= jnp.minimum(jnp.log(min_p), 0)  # the mode stays
-    bad = jnp.any(~(x < jnp.inf), axis, keepdims=True)
-    return kept | bad | (x == peak)
+    return kept | has_bad_score(x, axis) | (x == peak)
 
 
 @public

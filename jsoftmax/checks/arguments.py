@@ -121,21 +121,18 @@ def _written_unions() -> dict[str, str]:
     """Python's text for annotations that are unions, mapped to the text of the source."""
     from jsoftmax.checks.top_targets import TopTargets  # noqa: PLC0415  (it imports this module)
 
-    def f(  # noqa: PLR0917  (one for each union)
-        a: ArrayLike,
-        b: ArrayLike | None,
-        c: Bool[ArrayLike, "..."] | None,
-        d: Integer[ArrayLike, "..."],
-        e: Integer[ArrayLike, "..."] | None,
-        f: PRNGKeyArray | ArrayLike,
-        g: ArrayLike | TopTargets,
-    ) -> None: ...
-
-    integers = "Integer[ArrayLike, '...']"
-    words = ("ArrayLike", "ArrayLike | None", "Bool[ArrayLike, '...'] | None", integers, f"{integers} | None")
-    words = (*words, "PRNGKeyArray | ArrayLike", "ArrayLike | TopTargets")
-    written = (inspect.formatannotation(p.annotation) for p in inspect.signature(f).parameters.values())
-    return dict(zip(written, words, strict=True))
+    integers: Any = Integer[ArrayLike, "..."]
+    mask: Any = Bool[ArrayLike, "..."]
+    unions: dict[str, Any] = {
+        "ArrayLike": ArrayLike,
+        "ArrayLike | None": ArrayLike | None,
+        "Bool[ArrayLike, '...'] | None": mask | None,
+        "Integer[ArrayLike, '...']": integers,
+        "Integer[ArrayLike, '...'] | None": integers | None,
+        "PRNGKeyArray | ArrayLike": PRNGKeyArray | ArrayLike,
+        "ArrayLike | TopTargets": ArrayLike | TopTargets,
+    }
+    return {inspect.formatannotation(union): written for written, union in unions.items()}
 
 
 def as_scores(function: str, argument: str, z: Any) -> jax.Array:

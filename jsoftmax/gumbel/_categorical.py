@@ -26,6 +26,7 @@ from jsoftmax.sharding import (
     shard_count,
     shard_index,
 )
+from jsoftmax.sums import has_bad_score
 
 _TOTAL = float(2**31 - 2**7)  # the largest float32 that int32 holds
 _GROUPS = 16
@@ -129,7 +130,7 @@ def _search(F: Array, r: Array) -> Array:
 
 def _keep_possible(drawn: Array, x: Array, axis_name: AxisName) -> Array:
     """The draws `[..., n]`, with −1 where the class is left out or the row has a NaN or +inf."""
-    bad = jnp.any(~(x < jnp.inf), -1, keepdims=True)  # a maximum over devices may lose a NaN
+    bad = has_bad_score(x, (x.ndim - 1,))
 
     def left_out(own: Array) -> Array:
         return (~(pick(x, own) > -jnp.inf)).astype(jnp.int32)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.checks.arguments import check_option, public
-from jsoftmax.divergence import divergence_terms, excess, log_ratio, log_ratios_to_mean
+from jsoftmax.divergence import divergence_terms, excess, log_ratio, log_ratios_to_mean, zero_where_not_nan
 from jsoftmax.heads import _check
 from jsoftmax.heads._head import Head, Heads, Plan, block_scores, map_shards, scan_classes
 from jsoftmax.heads._statistics import Extras, statistics
@@ -92,8 +92,7 @@ def _divergence_jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
         p, q = jnp.exp(log_p), jnp.exp(log_q)
         r = log_ratio(log_p, log_q, jnp.isneginf(log_q))
         c = r - known.mean[:, None]
-        q_minus_p = q - p
-        by_q = jnp.where((jnp.isneginf(x_q) | known.empty[:, None]) & ~jnp.isnan(q_minus_p), 0, q_minus_p)
+        by_q = zero_where_not_nan(jnp.isneginf(x_q) | known.empty[:, None], q - p)
         return state + jnp.sum(p * c * x_p_dot + by_q * x_q_dot, 1)
 
     own = match_varying_axes(_token_constants(p, q, plan)._replace(mean=mean), p.weight, plan.axis_name)
@@ -120,7 +119,7 @@ def _means(p: Head, q: Head, beta: Array, plan: Plan) -> tuple[Array, Array]:
     own = match_varying_axes(_token_constants(p, q, plan, beta), p.weight, plan.axis_name)
     zero = jnp.zeros_like(own.peak_p)
     sums = psum(scan_classes(step, (p, q), (Head(), Head()), own, (zero, zero), plan), plan.axis_name)
-    of_p, of_q = (jnp.where(own.empty & ~jnp.isnan(D), 0, D) for D in sums)
+    of_p, of_q = (zero_where_not_nan(own.empty, D) for D in sums)
     return of_p, of_q
 
 

@@ -11,6 +11,7 @@ from jsoftmax._series import log1p_exp
 from jsoftmax.checks.arguments import as_array, one_axis, public, wide_integers
 from jsoftmax.checks.labels import check_logits, check_mask
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sums import has_bad_score
 
 
 def _log_add(a: Array, b: Array) -> Array:
@@ -28,7 +29,7 @@ def _plackett_luce(x: Array, order: Array) -> Array:
     index = jnp.where(inside, order, 0)
     ordered = jnp.sort(order, -1)
     valid = jnp.all(inside, -1) & jnp.all(ordered[..., 1:] != ordered[..., :-1], -1)
-    bad = ~jnp.all(x < jnp.inf, -1)  # a score of +inf or NaN
+    bad = has_bad_score(x, (x.ndim - 1,))[..., 0]
     chosen = jnp.put_along_axis(jnp.zeros(x.shape, bool), index, True, -1, inplace=False)
     never = maps.log_sum(jnp.where(chosen, -jnp.inf, x), (x.ndim - 1,))
     y = jnp.take_along_axis(x, index, -1)

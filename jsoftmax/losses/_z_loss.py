@@ -14,7 +14,7 @@ from jsoftmax.checks.arguments import Axis, check_option, public, read
 from jsoftmax.checks.labels import Labelled, check_labelled
 from jsoftmax.checks.top_targets import reject_top_targets
 from jsoftmax.sharding import pick
-from jsoftmax.sums import difference
+from jsoftmax.sums import difference, has_bad_score
 
 
 @jax.custom_jvp
@@ -55,7 +55,7 @@ def _z_loss(given: Labelled, scale: Array, shift: Array) -> Array:
     t, _ = _standardized(z, kept)
     loss = log1p_exp(scale * (shift - pick(t, label))) / scale
     loss = jnp.where(pick(kept, label), loss, jnp.inf)
-    loss = jnp.where(jnp.all(z < jnp.inf, -1, keepdims=True), loss, jnp.nan)  # a score of +inf or NaN
+    loss = jnp.where(has_bad_score(z, (z.ndim - 1,)), jnp.nan, loss)
     if given.where is not None:
         loss = jnp.where(given.keeps(label), loss, 0)
     return given.finish(loss, valid)

@@ -110,6 +110,11 @@ def is_empty(rest: Array) -> Array:
     return rest == float(jnp.finfo(rest.dtype).eps) - 1
 
 
+def has_bad_score(x: Array, axis: tuple[int, ...]) -> Array:
+    """Whether a row has a score of +∞ or NaN. Its maximum does not tell, since XLA may drop a NaN from it."""
+    return jnp.any(~(x < jnp.inf), axis, keepdims=True)
+
+
 def is_sure(rest: Array) -> Array:
     """Whether a row has a class with p > ¾, by its `rest`."""
     return rest < 1 / SURE - 1

@@ -32,6 +32,7 @@ from jsoftmax.heads.adaptive._rows import (
 )
 from jsoftmax.heads.selection import LinearTopK
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sums import has_bad_score
 
 
 def _keys(key: Any, number: Array) -> Array:
@@ -152,7 +153,7 @@ _NONE, _BAD = -1, -2
 
 def _draws(key: Any, number: Array, x: Array, count: int) -> Array:
     """`[rows, count]` classes; _NONE for a row without classes, _BAD for one with NaN or +inf."""
-    bad = jnp.any(~(x < jnp.inf), -1, keepdims=True)
+    bad = has_bad_score(x, class_axis(x))
     drawn = jax.vmap(lambda key, x: draw_of_scores(key, x, shape=(count,)))(_keys(key, number), x)
     return jnp.where(bad, _BAD, drawn)
 
