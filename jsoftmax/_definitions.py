@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jsoftmax import (
@@ -123,6 +124,11 @@ class Function:
 
     def __str__(self) -> str:
         return self.name
+
+    def with_rows(self, *rows: int) -> "Function":
+        """The same for scores `[*rows, K]`: each row has the labels that a single one has here."""
+        given = (jnp.broadcast_to(a, (*rows, *a.shape)) if isinstance(a, jax.Array) else a for a in self.arguments)
+        return dataclasses.replace(self, arguments=tuple(given))
 
     def ours(self, *scores: Any, **options: Any) -> Any:
         """The function at these scores."""

@@ -42,8 +42,7 @@ def test_fenchel_young_of_a_one_hot_solution():
 
 
 def of_rows(function, z):
-    arguments = [jnp.broadcast_to(a, (len(z), *a.shape)) if isinstance(a, jax.Array) else a for a in function.arguments]
-    return function.function(z, *[z[:, ::-1]] * (function.scores - 1), *arguments, phi=js.exp)
+    return function.with_rows(len(z)).ours(z, *[z[:, ::-1]] * (function.scores - 1), phi=js.exp)
 
 
 OF_ROWS = [*FUNCTIONS, *LOSSES, *SPARSE_MAPS, *OTHERS]

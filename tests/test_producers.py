@@ -129,10 +129,8 @@ dtypes in test_oracle.py, forms in test_sums.py. In the gate every one meets eve
 
 def ours(function, x):
     """The function of rows of scores; the second argument of two is made of the first."""
-    rows = x.shape[:-1]
-    arguments = [jnp.broadcast_to(a, (*rows, *a.shape)) if isinstance(a, jax.Array) else a for a in function.arguments]
     others = [x[..., ::-1] / (2 + i) for i in range(function.scores - 1)]
-    return function.function(x, *others, *arguments, phi=js.exp)
+    return function.with_rows(*x.shape[:-1]).ours(x, *others, phi=js.exp)
 
 
 def result(f, mode, z, c, v):
@@ -280,9 +278,7 @@ def test_parts_of_scores_made_on_each_device(function, shape):
 
     def of_scores(x, **options):
         options |= {"phi": js.exp}
-        rows = x.shape[:1]
-        given = [jnp.broadcast_to(a, rows + a.shape) if isinstance(a, jax.Array) else a for a in function.arguments]
-        return function.function(x, *[x / 2] * (function.scores - 1), *given, **options)
+        return function.with_rows(len(x)).ours(x, *[x / 2] * (function.scores - 1), **options)
 
     z, c, _ = arguments(shape, "float32", False)
     keeps = of_scores(z).ndim == 2

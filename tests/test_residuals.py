@@ -32,10 +32,7 @@ def kept(f, *scores):
 @pytest.mark.parametrize("function", [*FUNCTIONS, *LOSSES, *SPARSE_MAPS, *OTHERS], ids=str)
 def test_kept(function, shape):
     scores = [jnp.zeros(shape)] * function.scores
-    arguments = [
-        jnp.broadcast_to(a, (shape[0], *a.shape)) if isinstance(a, jax.Array) else a for a in function.arguments
-    ]
-    floats, flags = kept(lambda *z: function.function(*z, *arguments, phi=js.exp), *scores)
+    floats, flags = kept(functools.partial(function.with_rows(shape[0]).ours, phi=js.exp), *scores)
     few = function.scores if function.keeps is None else function.keeps
     assert floats == (few if shape == SHAPES[0] or function.keeps_of_many is None else function.keeps_of_many)
     assert flags <= 1
