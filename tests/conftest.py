@@ -3,19 +3,10 @@
 import gc
 import os
 import pathlib
-import tempfile
 
-# Workers, and the programs that tests start, share what one of them has compiled, for as long as the tests run.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    PROGRAMS = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    os.environ |= {
-        "JAX_COMPILATION_CACHE_DIR": PROGRAMS.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+import compilation
 
-# One part is compiled faster than several, and to the same numbers. XLA reads this when it is loaded.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1".lstrip()
+os.environ["XLA_FLAGS"] = compilation.flags()
 
 import jax
 import jaxtyping

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import product
+from compilation import jit_as_user
 from jax.sharding import NamedSharding, PartitionSpec
 from sharding import DEVICES, exchanged, mesh
 
@@ -56,7 +57,7 @@ def derivatives(f):
         twice = jax.grad(lambda z: jnp.vdot(gradient(z).astype(jnp.float32), along.astype(jnp.float32)))
         return f(z), gradient(z), jax.jvp(f, (z,), (along,))[1], jax.jvp(gradient, (z,), (along,))[1], twice(z)
 
-    return jax.jit(run)
+    return jit_as_user(run)
 
 
 # functions meet shapes in test_producers.py, in bfloat16 too
@@ -85,7 +86,7 @@ def test_derivatives_of_what_keeps_the_classes(name, classes):
 
     along = jnp.sign(g)
     want = pull(z.astype(jnp.float32), g)
-    assert_as_wide(jax.jit(pull)(z, g), want, scale=np.max(np.abs(want), -1, keepdims=True))
+    assert_as_wide(jit_as_user(pull)(z, g), want, scale=np.max(np.abs(want), -1, keepdims=True))
     found = jax.jvp(lambda z: pull(z, g), (z,), (along,))[1]
     given = (z.astype(jnp.float32),), (along.astype(jnp.float32),)
     want = jax.jvp(lambda z: pull(z, g), *given)[1]
@@ -141,7 +142,7 @@ def test_at_order_two_in_a_scan(name):
         done, _ = jax.lax.scan(lambda z, _: (z * FUNCTIONS[name](z)[:, None].astype(z.dtype), None), z, None, length=1)
         return jnp.sum(done.astype(jnp.float32))
 
-    @jax.jit
+    @jit_as_user
     def product(z):
         return jax.jvp(jax.grad(scanned), (z,), (jnp.ones_like(z),))[1]
 
@@ -157,7 +158,7 @@ def test_no_wide_array(name):
     if name == "focal":  # rows that do not count are written as zeros first, in bfloat16
         candidates = candidates[1:]
     for g in candidates:
-        assert jax.jit(g).lower(z).compile().memory_analysis().temp_size_in_bytes <= z.nbytes / 4
+        assert jit_as_user(g).lower(z).compile().memory_analysis().temp_size_in_bytes <= z.nbytes / 4
 
 
 def test_no_wide_array_in_gradients_of_many_rows():
@@ -165,7 +166,7 @@ def test_no_wide_array_in_gradients_of_many_rows():
     z = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
     for f in (js.log_normalizer, lambda z: losses.cross_entropy(z, jnp.zeros(4096, int))):
         for g in (jax.grad(lambda z, f=f: jnp.sum(f(z))), jax.value_and_grad(lambda z, f=f: jnp.mean(f(z)))):
-            assert jax.jit(g).lower(z).compile().memory_analysis().temp_size_in_bytes <= 4096 * 4096 / 2
+            assert jit_as_user(g).lower(z).compile().memory_analysis().temp_size_in_bytes <= 4096 * 4096 / 2
 
 
 @pytest.mark.parametrize(("name", "classes"), product(list(FUNCTIONS), [DEVICES * 700, 8192], met=[(0, 1)]))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import some
+from compilation import jit_as_user
 
 import jsoftmax as js
 from jsoftmax import gumbel, heads, losses
@@ -61,7 +62,7 @@ def test_a_row_does_not_depend_on_its_neighbours(function):
     z, others = (rng.normal(0, scale, (6, 7)).astype(np.float32) for scale in (1, 9))
     others[0], others[3] = -inf, nan
     others[:, 2] += 30
-    f = jax.jit(functools.partial(of_rows, function))
+    f = jit_as_user(functools.partial(of_rows, function))
     whole = np.asarray(f(z))
     for i in range(6):
         changed = others.copy()
@@ -73,14 +74,14 @@ def test_a_row_does_not_depend_on_its_neighbours(function):
 def test_a_row_of_entmax_does_not_depend_on_its_neighbours(alpha):
     rng = np.random.default_rng(1)
     z, others = (jnp.asarray(rng.normal(0, scale, (5, 9)), jnp.float32) for scale in (1, 20))
-    f = jax.jit(lambda z: js.entmax(z, jnp.full((5, 1), alpha)))
+    f = jit_as_user(lambda z: js.entmax(z, jnp.full((5, 1), alpha)))
     for i in range(5):
         np.testing.assert_array_equal(f(others.at[i].set(z[i]))[i], f(z)[i])
 
 
 def test_a_temperature_does_not_depend_on_its_neighbours():
     z = jnp.asarray(np.random.default_rng(2).normal(0, 1, (4, 6)), jnp.float32)
-    f = jax.jit(lambda z: js.temperature_for_entropy(z, 0.7))
+    f = jit_as_user(lambda z: js.temperature_for_entropy(z, 0.7))
     np.testing.assert_array_equal(f(z.at[1:].multiply(50))[0], f(z)[0])
 
 
@@ -249,7 +250,7 @@ def test_soft_cap_comes_before_what_leaves_classes_out(cap, shift, where):
     def f(h):
         return heads.linear_cross_entropy(h, W, jnp.asarray(y), b, soft_cap=cap, **options)
 
-    for g in (f, jax.jit(f)):
+    for g in (f, jit_as_user(f)):
         np.testing.assert_allclose(g(h), want, atol=1e-4)
     total = heads.linear_cross_entropy_sum(h, W, jnp.asarray(y), b, soft_cap=cap, **options)
     np.testing.assert_allclose(total, want.sum(), rtol=1e-5)
@@ -267,7 +268,7 @@ def test_statistics_at_a_temperature(T):
         W32, b32 = jnp.asarray(W, jnp.float32), jnp.asarray(b, jnp.float32)
         return heads.linear_statistics(h / T, W32, jnp.asarray(y), b32 / T, soft_cap=5 / T)
 
-    for g in (f, jax.jit(f)):
+    for g in (f, jit_as_user(f)):
         found = g(jnp.asarray(h, jnp.float32), T)
         np.testing.assert_allclose(found.log_prob, -loss, atol=1e-5)
         np.testing.assert_allclose(found.entropy, H, atol=1e-5)
@@ -281,7 +282,7 @@ def test_small_results_of_products():
     """
     z = jnp.asarray(np.random.default_rng(0).standard_normal((2000, 9)) * 20, jnp.float32)
     y = z.argmax(1)
-    f = jax.jit(lambda z, c: (js.entropy(z * c), losses.cross_entropy(z * c, y)))
+    f = jit_as_user(lambda z, c: (js.entropy(z * c), losses.cross_entropy(z * c, y)))
     for found, want in zip(f(z, 1.7), (js.entropy(z * 1.7), losses.cross_entropy(z * 1.7, y)), strict=True):
         assert np.min(found) >= 0
         np.testing.assert_allclose(found, want, rtol=1e-4)
@@ -289,7 +290,7 @@ def test_small_results_of_products():
 
 def test_large_scores_of_products():
     z = jnp.asarray(np.random.default_rng(0).normal(size=(4, 12)) * 3e9, jnp.float32)
-    np.testing.assert_allclose(jax.jit(lambda z: js.softmax(z * 0.7))(z).sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(jit_as_user(lambda z: js.softmax(z * 0.7))(z).sum(-1), 1, rtol=1e-6)
 
 
 SURE = {
@@ -332,7 +333,7 @@ def test_gradients_of_a_sure_answer(name, dtype, gap):
     """Both components of the gradient have their digits, and they add up to 0."""
     f, gradient = SURE[name]
     with jax.enable_x64(dtype == jnp.float64):
-        found = jax.jit(jax.grad(f))(jnp.array([gap, 0.0], dtype))
+        found = jit_as_user(jax.grad(f))(jnp.array([gap, 0.0], dtype))
     e = np.exp(-gap) / (1 + np.exp(-gap))
     c = np.log1p(-e), -gap + np.log1p(-e)
     H = -((1 - e) * c[0] + e * c[1])
@@ -347,7 +348,7 @@ OF_ANY_LENGTH = [name for name in SURE if not any(word in name for word in ("lin
 def test_gradients_of_a_sure_answer_in_a_long_row(name, make):
     """A single row, made in the same program, with so many classes that they are summed in another way."""
     z = np.append(np.float32(46.9), np.random.default_rng(0).uniform(-1, 0, 256).astype(np.float32))
-    found = jax.jit(jax.grad(lambda z: SURE[name][0](make(z))))(z)[0]
+    found = jit_as_user(jax.grad(lambda z: SURE[name][0](make(z))))(z)[0]
     with jax.enable_x64(True):
         want = jit_formulas(jax.grad(SURE[name][0]))(make(np.float64(z)))[0] * make(1.0)
     np.testing.assert_allclose(found, want, rtol=2e-4, atol=1e-36)
@@ -360,7 +361,7 @@ def test_scores_in_bfloat16_made_in_the_same_program():
         (losses.cross_entropy, 2.940746e-9, -5.0058e-9),
         (lambda z, y: losses.poly_cross_entropy(z, y, epsilon=1.0), 2 * 2.940746e-9, -2 * 5.0058e-9),
     ):
-        found, of_z = jax.jit(jax.value_and_grad(lambda z, loss=loss: loss(z * factor, 0)))(z)
+        found, of_z = jit_as_user(jax.value_and_grad(lambda z, loss=loss: loss(z * factor, 0)))(z)
         np.testing.assert_allclose(found, value, rtol=1e-6)
         np.testing.assert_allclose(np.float32(of_z[0]), gradient, rtol=1e-2)
 
@@ -389,7 +390,7 @@ def test_log_p_above_0_by_rounding(alpha):
     rng = np.random.default_rng(0)
     z = jnp.asarray(rng.normal(0, 30, (20000, 8)), jnp.float32)
 
-    @jax.jit
+    @jit_as_user
     def found(z, c, w):
         x = z * (3 * c + z * (c - w * z))
         q = jax.nn.one_hot(jnp.argmax(x, -1), 8)
@@ -432,7 +433,7 @@ def test_the_penalty_of_a_label_without_weight():
 
 def test_a_straight_through_sample_is_one_hot_exactly():
     z = jnp.asarray(np.random.default_rng(0).normal(0, 3, (200, 7)), jnp.float32)
-    sample = jax.jit(lambda z, c: gumbel.gumbel_softmax(KEY, c * z, 0.3, hard=True))(z, 1.7)
+    sample = jit_as_user(lambda z, c: gumbel.gumbel_softmax(KEY, c * z, 0.3, hard=True))(z, 1.7)
     assert set(np.unique(sample)) == {0.0, 1.0}
 
 
@@ -463,7 +464,7 @@ def test_second_derivatives_where_p_is_small(name):
     with jax.enable_x64(True):
         want = jit_formulas(product)(jnp.float64(z))
     np.testing.assert_allclose(want[1], -factor * np.exp(-20.0), rtol=1e-6)
-    np.testing.assert_allclose(jax.jit(product)(z)[1], want[1], rtol=1e-5)
+    np.testing.assert_allclose(jit_as_user(product)(z)[1], want[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.25])
@@ -476,7 +477,7 @@ def test_gradients_of_a_sure_fenchel_young_loss(alpha):
         with jax.enable_x64(True):
             want = np.asarray(jit_formulas(jax.grad(f))(jnp.float64(z)))
         assert np.isclose(want[0], -want[1], atol=0)
-        np.testing.assert_allclose(jax.jit(jax.grad(f))(z), want, rtol=1e-4)
+        np.testing.assert_allclose(jit_as_user(jax.grad(f))(z), want, rtol=1e-4)
 
 
 def test_no_class_at_all():
@@ -495,10 +496,10 @@ def test_p_of_products_has_its_digits():
     """x = 30 z up to 90 has a rounding of 4e-6. For few scores, e^u stays within |u| + 4 ulp all the same (MATH
     4.4)."""
     z = jnp.asarray(np.random.default_rng(2).normal(size=(3, 300)), jnp.float32)
-    x = np.float64(jax.jit(lambda z: 30.0 * z)(z))
+    x = np.float64(jit_as_user(lambda z: 30.0 * z)(z))
     e = np.exp(x - x.max(1, keepdims=True))
     want = e / e.sum(1, keepdims=True)
-    found = np.float64(jax.jit(lambda z: js.softmax(30.0 * z))(z))
+    found = np.float64(jit_as_user(lambda z: js.softmax(30.0 * z))(z))
     normal = want > 1e-36
     ulps = np.abs(found - want)[normal] / np.spacing(np.float32(want[normal]))
     assert np.all(ulps <= (x.max(1, keepdims=True) - x + 4)[normal])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import product
+from compilation import jit_as_user
 
 import jsoftmax
 from jsoftmax import verify
@@ -61,8 +62,18 @@ def rows(dtype, exact_differences, lengths=LENGTHS):
         yield np.stack(made).astype(dtype)
 
 
-log_normalizer_gradient = jax.jit(jax.grad(lambda z: jsoftmax.log_normalizer(z).sum()))
-entropy_gradient = jax.jit(jax.grad(lambda z: jsoftmax.entropy(z).sum()))
+softmax, log_softmax, entropy, log_normalizer, named_gradient = map(
+    jit_as_user,
+    (
+        jsoftmax.softmax,
+        jsoftmax.log_softmax,
+        jsoftmax.entropy,
+        jsoftmax.log_normalizer,
+        jsoftmax.entropy_gradient,
+    ),
+)
+log_normalizer_gradient = jit_as_user(jax.grad(lambda z: jsoftmax.log_normalizer(z).sum()))
+entropy_gradient = jit_as_user(jax.grad(lambda z: jsoftmax.entropy(z).sum()))
 
 
 def errors(got, want, dtype, scale=None):
@@ -88,9 +99,8 @@ def test_bounds(length, dtype):
     with jax.enable_x64(dtype == np.float64):
         for exact_differences in (True, False):
             stack = dict(zip(LENGTHS, rows(dtype, exact_differences), strict=True))[length]
-            functions = (jsoftmax.softmax, jsoftmax.log_softmax, jsoftmax.entropy, jsoftmax.log_normalizer)
-            gradients = (entropy_gradient, jsoftmax.entropy_gradient)
-            results = (np.asarray(f(stack)) for f in (*functions, *gradients))
+            functions = (softmax, log_softmax, entropy, log_normalizer, entropy_gradient, named_gradient)
+            results = (np.asarray(f(stack)) for f in functions)
             for z, p, log_p, H, L, gradient, by_name in zip(stack, *results, strict=True):
                 want = exact(z, Digits if dtype == np.float64 else Float64)
                 # what rounding x − max x costs: |u| ulp in e^u, so its mean under e^u in rest, and under e^u |u| in H
@@ -114,7 +124,7 @@ def test_bounds(length, dtype):
 
 def test_very_long_rows():
     """float32 with exact u against float64, whose own error is far below; sums by math.fsum."""
-    functions = (jsoftmax.softmax, jsoftmax.log_softmax, jsoftmax.entropy, jsoftmax.log_normalizer, entropy_gradient)
+    functions = (softmax, log_softmax, entropy, log_normalizer, entropy_gradient)
     for stack in rows(np.float32, True, (32768, 131075)):
         results = (np.float64(f(stack)) for f in functions)
         for z, p, log_p, H, L, gradient in zip(np.float64(stack), *results, strict=True):
@@ -147,7 +157,7 @@ def test_what_a_running_sum_loses_beside_a_one(shape, dtype):
     stack[range(4), rng.integers(classes, size=4)] = 0
     stack = np.resize((np.floor(256 * stack) / 256).astype(dtype), (rows, classes))
     with jax.enable_x64(dtype == np.float64):
-        functions = (jsoftmax.softmax, log_normalizer_gradient, jsoftmax.log_softmax, entropy_gradient)
+        functions = (softmax, log_normalizer_gradient, log_softmax, entropy_gradient)
         results = [np.asarray(f(stack))[:4] for f in functions]
     for z, p, p_of_rule, log_p, gradient in zip(stack[:4], *results, strict=True):
         want = exact(z)
@@ -170,9 +180,9 @@ def test_these_rows_are_hard():
 
 def test_small_answers():
     z = jnp.array([0.0, -20.0])
-    np.testing.assert_allclose(-jsoftmax.log_softmax(z)[0], 2.0611536e-9, rtol=1e-6)
-    np.testing.assert_allclose(jsoftmax.entropy(z), 4.328422807e-8, rtol=1e-6)
-    assert jsoftmax.entropy(jnp.array([5.0])) == 0
+    np.testing.assert_allclose(-log_softmax(z)[0], 2.0611536e-9, rtol=1e-6)
+    np.testing.assert_allclose(entropy(z), 4.328422807e-8, rtol=1e-6)
+    assert entropy(jnp.array([5.0])) == 0
 
 
 DIVERGENCES = [f for f in verify.FUNCTIONS if f.name in ("kl_divergence", "jensen_shannon_divergence")]
@@ -194,16 +204,15 @@ def test_narrow_scores_lose_only_the_last_rounding(dtype, scale):
     z = jnp.asarray(np.random.default_rng(scale).normal(0, scale, (8, 1000)), dtype)
     wide = np.asarray(z, np.float32)
     half = float(jnp.finfo(dtype).eps)
-    p = jsoftmax.softmax(z)
+    p = softmax(z)
     assert p.dtype == dtype
-    np.testing.assert_allclose(np.float32(p), jsoftmax.softmax(wide), rtol=half, atol=1e-7)
-    np.testing.assert_allclose(np.float32(jsoftmax.log_softmax(z)), jsoftmax.log_softmax(wide), rtol=half, atol=1e-7)
-    for f in (jsoftmax.entropy, jsoftmax.varentropy, jsoftmax.log_normalizer):
+    np.testing.assert_allclose(np.float32(p), softmax(wide), rtol=half, atol=1e-7)
+    np.testing.assert_allclose(np.float32(log_softmax(z)), log_softmax(wide), rtol=half, atol=1e-7)
+    for f in (entropy, jsoftmax.varentropy, log_normalizer):
         assert f(z).dtype == jnp.float32
         np.testing.assert_array_equal(f(z), f(wide))
-    gradient = jax.grad(lambda z: jsoftmax.entropy(z).sum())
-    assert gradient(z).dtype == dtype
-    np.testing.assert_allclose(np.float32(gradient(z)), gradient(wide), rtol=half, atol=1e-7)
+    assert entropy_gradient(z).dtype == dtype
+    np.testing.assert_allclose(np.float32(entropy_gradient(z)), entropy_gradient(wide), rtol=half, atol=1e-7)
 
 
 def softmax_products(x, w, v):

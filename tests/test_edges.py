@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import product
+from compilation import jit_as_user
 
 import jsoftmax as js
 from jsoftmax.losses import cross_entropy
@@ -113,7 +114,7 @@ def test_a_bad_score_among_many_rows(f, classes):
     weights = np.arange(1, 1 + classes, dtype=np.float32)
     gradient = jax.grad(lambda z: (f(z) * (weights if f(z).ndim == 2 else 1)).sum())
     for derivative in (gradient, jax.grad(lambda z: (gradient(z) * weights).sum())):
-        result = jax.jit(derivative)(z)
+        result = jit_as_user(derivative)(z)
         assert np.all(np.isnan(result[:3])), f
         assert np.all(np.isfinite(result[3:])), f
 
@@ -125,7 +126,7 @@ def test_nan_in_the_last_class_of_wide_rows(function):
     with jax.enable_x64(True):
         z = np.zeros((4200, 60))
         z[0, -1] = nan
-        value = jax.jit(of_rows)(z)
+        value = jit_as_user(of_rows)(z)
     assert np.all(np.isnan(value[0]))
     assert np.all(np.isfinite(value[1:]))
 
@@ -154,7 +155,7 @@ def test_rows_with_many_classes_left_out(function, classes):
     short = [jnp.asarray(np.stack(column)) for column in zip(*table.values(), strict=True)]
     pads = (-inf, 0, True, 0)
     long = [jnp.pad(a, ((0, 0), (0, classes - 5)), constant_values=b) for a, b in zip(short, pads, strict=True)]
-    f = jax.jit(jax.vmap(functools.partial(value_and_derivatives, function, js.exp)))
+    f = jit_as_user(jax.vmap(functools.partial(value_and_derivatives, function, js.exp)))
     keeps = function.name in ("softmax", "log_softmax")
     for i, (got, want) in enumerate(zip(*(f((z,), where, w) for z, _, where, w in (long, short)), strict=True)):
         cut = got[:, :5] if keeps or i else got
@@ -214,7 +215,7 @@ def test_huge_scores(function):
         [[1.0, 0.0, -200.0], [0.0, 0.0, 1e20]],
     ]
     scores = tuple(jnp.array(rows) for rows in zip(*huge, strict=True))[: function.scores]
-    f = jax.jit(jax.vmap(functools.partial(value_and_derivatives, function, js.exp, where=True, log_weights=0.0)))
+    f = jit_as_user(jax.vmap(functools.partial(value_and_derivatives, function, js.exp, where=True, log_weights=0.0)))
     value, *derivatives = f(scores)
     for part in (value, *derivatives):
         assert not np.any(np.isnan(part))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import product
+from cells import covering
 
 import jsoftmax as js
 from jsoftmax import _series, verify
@@ -85,7 +85,7 @@ def test_rows_where_published_forms_are_nan(phi):
             assert np.all(np.isfinite(derivative)), row
 
 
-@pytest.mark.parametrize(("function", "phi"), product(verify.FUNCTIONS, js.PHIS, met=[(0, 1)]), ids=str)
+@pytest.mark.parametrize(("function", "phi"), covering(verify.FUNCTIONS, js.PHIS, met=[(0, 1)]), ids=str)
 def test_law(function, phi):
     """f(z, phi=φ) == f(φ.log(z)); the expansion is a function of the scores themselves."""
     z = jnp.asarray(verify.scores(function, phi))

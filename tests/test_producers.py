@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import covering, product, short_and_full
+from cells import covering, product
+from compilation import jit_as_user
 from jax.sharding import PartitionSpec
 from sharding import mesh
 
@@ -122,9 +123,25 @@ def scores(shape, narrow=False):
 LISTS = (EVERY, PRODUCERS, SHAPES, list(TOLERANCES), MODES)
 
 
-CELLS = short_and_full(*LISTS, met=[(0, 1), (0, 2), (0, 3), (0, 4), (1, 2)])
-"""By default each function once or twice, and producers and shapes with dtypes and modes; functions meet modes and
-dtypes in test_oracle.py, forms in test_sums.py. In the gate every one meets every other."""
+FEW = ("softmax", "log_softmax", "entropy", "kl_divergence", "cross_entropy", "focal")
+READERS = [f for f in EVERY if f.name in FEW or f in SPARSE_MAPS + OTHERS]
+"""Every way to read scores; the others read them by the same sums (test_sums.py)."""
+
+
+def and_full(short, *more):
+    """Rows that run by default, and the others of these lists of rows marked `full`."""
+    rest = dict.fromkeys(row for rows in more for row in rows if row not in short)
+    return [*short, *(pytest.param(*row, marks=pytest.mark.full) for row in rest)]
+
+
+CELLS = and_full(
+    covering(*LISTS, met=[(0, 1), (0, 2), (0, 3), (0, 4), (1, 2)]),
+    covering(*LISTS, met=[(0, 1), (0, 2), (0, 4)]),
+    covering(READERS, *LISTS[1:], met=[(0, 2)]),
+)
+"""By default each function once or twice, and producers and shapes with dtypes and modes. In the gate each function
+also meets each dtype, each reader each producer and mode, and each producer each shape. Functions meet modes in
+test_oracle.py, forms in test_sums.py."""
 
 
 def ours(function, x):
@@ -152,7 +169,7 @@ def result(f, mode, z, c, v):
 @functools.cache
 def alone(function):
     """The function compiled by itself, so that its scores are an array, whatever made them."""
-    return jax.jit(functools.partial(ours, function))
+    return jit_as_user(functools.partial(ours, function))
 
 
 def arguments(shape, dtype, narrow):
@@ -160,7 +177,7 @@ def arguments(shape, dtype, narrow):
     return z, jnp.asarray(1.5, dtype), jnp.cos(z)
 
 
-def in_one_program(function, producer, mode, given, jit=jax.jit):
+def in_one_program(function, producer, mode, given, jit=jit_as_user):
     return jit(functools.partial(result, lambda z, c: ours(function, producer.make(z, c)), mode))(*given)
 
 
@@ -214,17 +231,17 @@ STEPS = (
 """One step, whose result is rounded once; XLA drops the roundings between the steps of a longer one."""
 
 BROUGHT = [f for f in EVERY if f not in DERIVATIVES]
-FEW = [f for f in BROUGHT if f.name in ("softmax", "log_softmax", "entropy", "kl_divergence", "cross_entropy", "focal")]
-"""Every way to read scores; the others read them by the same sums (test_sums.py), and are above."""
+ALONE = [(0, 1), (0, 2), (0, 3)]
 
 
-def few_and_full(functions, *lists):
-    """A covering array of these functions, and the one of all of them marked `full`."""
-    short = covering(FEW, *lists, met=[(0, i) for i in range(1, 1 + len(lists))])
-    return [*short, *(pytest.param(*row, marks=pytest.mark.full) for row in covering(functions, *lists))]
+def of_few(*lists):
+    """The few functions by default, each once; in the gate every reader with every item, and every function."""
+    few, readers = ([f for f in BROUGHT if f in READERS and (f.name in FEW or every)] for every in (False, True))
+    apart = ALONE[: len(lists)]
+    return and_full(covering(few, *lists, met=apart), covering(readers, *lists), covering(BROUGHT, *lists, met=apart))
 
 
-NARROW = few_and_full(BROUGHT, STEPS, [(6, 17), (6, 300), (64, 2100)])
+NARROW = of_few(STEPS, [(6, 17), (6, 300), (64, 2100)])
 
 
 @pytest.mark.parametrize(("function", "step", "shape"), NARROW, ids=str)
@@ -252,7 +269,7 @@ def by_remat(f, z, c):
     return jax.checkpoint(f)(z, c)
 
 
-WAYS = few_and_full(BROUGHT, [by_scan, by_vmap, by_remat], PRODUCERS[:1] + PRODUCERS[4:6], [(6, 12), (6, 300)])
+WAYS = of_few([by_scan, by_vmap, by_remat], PRODUCERS[:1] + PRODUCERS[4:6], [(6, 12), (6, 300)])
 
 
 @pytest.mark.parametrize(("function", "way", "producer", "shape"), WAYS, ids=lambda a: getattr(a, "__name__", str(a)))
@@ -260,9 +277,8 @@ def test_rows_made_within_transformations(function, way, producer, shape):
     def f(z, c):
         return ours(function, producer.make(z, c))
 
-    found = jax.jit(functools.partial(result, functools.partial(way, f), "gradient"))(
-        *arguments(shape, "float32", False)
-    )
+    of_rows = jit_as_user(functools.partial(result, functools.partial(way, f), "gradient"))
+    found = of_rows(*arguments(shape, "float32", False))
     with jax.enable_x64(True):
         want = np.float64(reference(function, producer, "gradient", arguments(shape, "float64", False)))
     assert np.all(np.abs(found - want) <= allowed(function, producer, shape, "float32", "gradient", want))
@@ -296,7 +312,7 @@ def test_parts_of_scores_made_on_each_device(function, shape):
     with jax.enable_x64(True):
         wanted = jit_formulas(whole)(np.float64(z), 1.5)
     for mode, want in jax.tree.map(np.float64, wanted).items():
-        found = jax.jit(functools.partial(result, lambda z, c: of_parts(z), mode))(z, c, z)
+        found = jit_as_user(functools.partial(result, lambda z, c: of_parts(z), mode))(z, c, z)
         bound = allowed(
             function, PRODUCERS[5], (2**9, 2**9), "float32", mode, want
         )  # MATH 4.5 has that of sharded ones
@@ -371,7 +387,7 @@ def test_what_takes_no_scores(name, mode):
     def found(dtype):
         f = made(lambda a: jnp.asarray(a, dtype))[name]
         given = [jnp.asarray(a, dtype) for a in (z, 1.5, np.cos(z))]
-        jit = jit_formulas if dtype == "float64" else jax.jit
+        jit = jit_formulas if dtype == "float64" else jit_as_user
         return np.float64(jit(functools.partial(result, lambda z, c: f(c * z), mode))(*given))
 
     with jax.enable_x64(True):

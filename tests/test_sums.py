@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import product
+from cells import product, short_and_full
+from compilation import jit_as_user
 from platforms import as_on_accelerators
 
 from jsoftmax import sums
@@ -60,12 +61,12 @@ def test_each_function_equals_the_reference(kind, order, dtype):
         fine = jnp.isfinite(jnp.sum(jnp.exp(x), 1))  # all of a bad row need not be NaN, if one number is
         n = jit_formulas(functools.partial(reference.normalized, axis=axis))(x)
         for want, names in {"all": n._fields, "p": ("p",), "log_p": ("log_p",), "L": ("log_normalizer",)}.items():
-            got = jax.jit(functools.partial(cpu.normalized, axis=axis, axis_name=None, want=want, order=order))(x)
+            got = jit_as_user(functools.partial(cpu.normalized, axis=axis, axis_name=None, want=want, order=order))(x)
             same([getattr(got, name) for name in names], [getattr(n, name) for name in names])
-        c, H = jax.jit(functools.partial(cpu.centred, axis=axis, axis_name=None, want="H", order=order))(x)
+        c, H = jit_as_user(functools.partial(cpu.centred, axis=axis, axis_name=None, want="H", order=order))(x)
         want_c, want_H = jit_formulas(functools.partial(reference.centred, axis=axis))(x)
         same((c[fine], H), (want_c[fine], want_H))
-        got = jax.jit(functools.partial(cpu.exp_sums, row_sums=None, axis=axis, axis_name=None, order=order))(x)
+        got = jit_as_user(functools.partial(cpu.exp_sums, row_sums=None, axis=axis, axis_name=None, order=order))(x)
         want = jit_formulas(functools.partial(reference.exp_sums, row_sums=None, axis=axis))(x)
         same([got.rest, got.peak[fine]], [want.rest, want.peak[fine]])
         same(cpu.gap_sum(x[fine], peak[fine], axis), reference.gap_sum(x[fine], peak[fine], axis))
@@ -103,7 +104,8 @@ def test_long_rows_equal_the_reference(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         x = jnp.asarray(scores((80, 17), dtype))
         got, want = (
-            jax.jit(functools.partial(tangents, getattr(form, name), axis=(1,)))(x) for form in (long_rows, reference)
+            jit_as_user(functools.partial(tangents, getattr(form, name), axis=(1,)))(x)
+            for form in (long_rows, reference)
         )
         same(got, want)
 
@@ -113,7 +115,7 @@ def test_digits_of_long_rows_beside_a_sure_class(name):
     """Rates where a class is 8 to 60 above the others, to some ulp of the row's typical number, not of 1."""
     z = np.random.default_rng(3).normal(0, 1, (14, 9)).astype(np.float32)
     z[:, 4] += np.arange(8, 64, 4, dtype=np.float32)
-    got = jax.jit(functools.partial(tangents, getattr(long_rows, name), axis=(1,)))(jnp.asarray(z))
+    got = jit_as_user(functools.partial(tangents, getattr(long_rows, name), axis=(1,)))(jnp.asarray(z))
     with jax.enable_x64(True):
         wide = jnp.asarray(z, np.float64)
         want = jax.jit(functools.partial(tangents, getattr(reference, name), axis=(1,)))(wide)
@@ -145,7 +147,7 @@ SHAPES = [(6, 5), (6, 17), (6, 300)]
 
 @pytest.mark.parametrize(
     ("function", "dtype", "shape"),
-    product(OF_ORDERS, ["float32", "bfloat16"], SHAPES, met=[(0, 1), (0, 2)]),  # met in test_producers.py
+    short_and_full(OF_ORDERS, ["float32", "bfloat16"], SHAPES, met=[(0, 1), (0, 2)]),
     ids=str,
 )
 def test_every_function_by_every_form(function, dtype, shape, monkeypatch):
@@ -166,7 +168,7 @@ def _by_every_form(function, dtype, shapes, monkeypatch):
             patch.setattr(sums, "_ROW_KERNEL_CLASSES", row_kernel)
             if not on_cpu:
                 as_on_accelerators(patch)
-            jit = jax.jit if large == 0 and on_cpu else jit_formulas  # the others are what it is compared with
+            jit = jit_as_user if large == 0 and on_cpu else jit_formulas  # the others are what it is compared with
             found.append([jit(functools.partial(everything, function))(a) for a in z])
             assert {sums.explain(shape).split(":")[0] for shape in shapes} == {["reference", "cpu"][large == 0]}
     jax.clear_caches()

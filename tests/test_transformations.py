@@ -87,11 +87,10 @@ def plain(function, phi, z, v):
 
 
 TWO = (jsoftmax.exp, jsoftmax.spherical(0.1))
-EVERY = [(f, phi) for f in FUNCTIONS for phi in PHIS]
-EVERY += [(f, phi) for f in DERIVATIVES + LOSSES for phi in TWO]
+EVERY = [(f, phi) for f in FUNCTIONS + DERIVATIVES + LOSSES for phi in TWO]
 EVERY += [(f, jsoftmax.exp) for f in SPARSE_MAPS + OTHERS]
 WAYS = ((SCAN, OVER_PHI), (MAP,))
-SHORT = [  # functions meet φ in test_oracle.py
+SHORT = [  # functions meet φ in test_oracle.py: a transformation sees the rules of a function, and those of log φ
     *covering(FUNCTIONS, PHIS, WAYS, met=[(0, 1)]),
     *covering(DERIVATIVES + LOSSES, TWO, WAYS[:1], met=[(0, 1)]),  # the other way: those above
     *covering(SPARSE_MAPS + OTHERS, [jsoftmax.exp], WAYS),

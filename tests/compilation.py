@@ -1,0 +1,30 @@
+"""How tests compile programs for CPU.
+
+A test spends most of its time in XLA. Most tests compare formulas, and compile without XLA's optimisations of machine
+code, in a third of the time (`conftest.py`). What those may change is rounding: tests of digits, of scores that are
+made in the same program and of bad scores compile by `jit_as_user`.
+
+With `XLA_FLAGS=--xla_backend_optimization_level=3` in the environment every test compiles as for users.
+"""
+
+import importlib.metadata
+import os
+
+LEVEL, EMITTERS = "xla_backend_optimization_level", "xla_cpu_use_fusion_emitters"
+HAS_EMITTERS = importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11."))  # from 0.12 on always used
+AS_FOR_USERS = {LEVEL: 3} | ({EMITTERS: True} if HAS_EMITTERS else {})
+
+
+def flags():
+    """XLA's flags for the programs of tests. XLA reads them when it is loaded."""
+    given = os.environ.get("XLA_FLAGS", "")
+    plain = "" if LEVEL in given else f"--{LEVEL}=0" + (f" --{EMITTERS}=false" if HAS_EMITTERS else "")
+    # one part is compiled faster than several, and to the same numbers
+    return f"{given} --xla_cpu_parallel_codegen_split_count=1 {plain}".strip()
+
+
+def jit_as_user(f):
+    """jax.jit with XLA's defaults, as programs outside the tests are compiled."""
+    import jax  # noqa: PLC0415  # after the flags
+
+    return jax.jit(f, compiler_options=AS_FOR_USERS if jax.default_backend() == "cpu" else None)
