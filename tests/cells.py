@@ -33,11 +33,11 @@ def product(*lists, met=()):
     ]
 
 
-def short_and_full(*lists, met):
-    """A covering array in which the pairs `met` need not meet; and, marked `full`, the other rows of one in which all
-    do."""
-    short = covering(*lists, met=met)
-    return [*short, *(pytest.param(*row, marks=pytest.mark.full) for row in covering(*lists) if row not in short)]
+def and_full(short, *more):
+    """Rows that run by default; and the others of these lists of rows, marked `full`."""
+    rest = [row for rows in more for row in rows if row not in short]
+    rest = [row for i, row in enumerate(rest) if row not in rest[:i]]
+    return [*short, *(pytest.param(*row, marks=pytest.mark.full) for row in rest)]
 
 
 def some(items, kept):

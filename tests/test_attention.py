@@ -113,7 +113,7 @@ def both(given, options):
     return ours, reference
 
 
-FEW_PHIS = (js.exp, js.spherical(0.1), js.softplus, PHIS[-1])
+FEW_PHIS = (js.exp, js.spherical(0.1))
 """Attention takes φ by its logarithm, as everything does: without parameters and with them, a sink, a function."""
 
 

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from cells import covering, product, short_and_full, some
+from cells import and_full, covering, product, some
 
 LISTS = [
     ("abc",),
@@ -41,8 +41,7 @@ def test_a_product_has_every_cell():
     assert [cell.values for cell in cells] == list(itertools.product(*lists))
     assert [cell.values for cell in cells if not cell.marks] == covering(*lists)
     assert [bool(cell.marks) for cell in some("abc", "ac")] == [False, True, False]
-    both = short_and_full(*lists, met=[(0, 1)])
-    full = [row for row in both if hasattr(row, "marks")]
-    short = [row for row in both if not hasattr(row, "marks")]
-    assert short == covering(*lists, met=[(0, 1)])
-    assert {*short, *(cell.values for cell in full)} >= set(covering(*lists))
+    short, *more = [(1, 2), (3, 4)], [(1, 2), (5, 6)], [(5, 6), (7, 8)]
+    found = and_full(short, *more)
+    assert found[:2] == short
+    assert [(cell.values, bool(cell.marks)) for cell in found[2:]] == [((5, 6), True), ((7, 8), True)]

@@ -172,7 +172,7 @@ def in_all_modes(params, h, labels, phi=js.exp, **options):
     return value, jax.jvp(lambda *a: total(*a)[1], (params, h), along)[1], gradient, hvp
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", some(["float32", "bfloat16"], ["bfloat16"]))
 def test_as_on_accelerators(dtype, monkeypatch):
     """Tails of none, few or all rows are what blocks of rows are, in derivatives too: to the digits of the dtype. One
     program takes all labels."""

@@ -2,13 +2,14 @@
 the same draws however they are made; rounding, edges, shards, wrong calls."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sharding
-from cells import product
+from cells import and_full, product, some
 from jax.sharding import PartitionSpec
 from modes import assert_same
 
@@ -92,10 +93,10 @@ def test_draws():
     assert sorted(every.tolist()) == sorted([-1, *np.flatnonzero(KEEP[:9])])
 
 
-ALONE = [(0, 1), (0, 2), (1, 2)]
+LAWS = and_full([("both", "all", False), ("min_p", "plain", True)], itertools.product(CUTS, OPTIONS, [True, False]))
 
 
-@pytest.mark.parametrize(("cuts", "options", "replace"), product(list(CUTS), list(OPTIONS), [True, False], met=ALONE))
+@pytest.mark.parametrize(("cuts", "options", "replace"), LAWS)
 def test_log_prob(cuts, options, replace):
     """That of the law, with its derivatives; the classes are those that are drawn without it."""
     with jax.enable_x64(True):
@@ -123,7 +124,7 @@ def test_log_prob(cuts, options, replace):
         )
 
 
-@pytest.mark.parametrize("cuts", ["min_p", "both"])
+@pytest.mark.parametrize("cuts", some(["min_p", "both"], ["both"]))
 def test_draws_of_a_law_that_is_cut(cuts):
     """Frequencies with and without replacement; what is cut is never drawn."""
     given = hidden, weight, bias = arrays(jnp.float32)
@@ -250,7 +251,10 @@ def test_edges(cuts, replace):
 WAYS = ("shard_map", "shard_map without check_vma", "vmap", "shards")
 
 
-@pytest.mark.parametrize(("cuts", "way", "replace"), product(list(CUTS), WAYS, [True, False], met=ALONE))
+@pytest.mark.parametrize(
+    ("cuts", "way", "replace"),
+    and_full([("both", "shard_map", False), ("none", "shards", True)], itertools.product(CUTS, WAYS, [True, False])),
+)
 def test_shards(cuts, way, replace):
     """Classes, log-probabilities and gradients of shards of whole chunks."""
     keys = jax.random.split(jax.random.key(1), 3)

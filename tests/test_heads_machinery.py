@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sharding
-from cells import covering, product, some
+from cells import and_full, covering, product, some
 from jax.sharding import PartitionSpec
 from platforms import as_on_accelerators
 
@@ -42,7 +42,17 @@ ON_ACCELERATORS = {
 }
 
 
-@pytest.mark.parametrize(("name", "dtype"), product(list(ON_ACCELERATORS), ["float32", "bfloat16"], met=[(0, 1)]))
+RULES = ("linear_cross_entropy", "linear_cross_entropy_sum", "linear_kl", "linear_top_k")
+"""Each has a rule, or a loop, of its own."""
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    and_full(
+        covering(RULES, ["bfloat16", "float32"], met=[(0, 1)]),
+        itertools.product(ON_ACCELERATORS, ["float32", "bfloat16"]),
+    ),
+)
 def test_the_plan_of_accelerators(name, dtype, monkeypatch):
     """All tokens by blocks of classes: as on CPU, and with the digits of the inputs' dtype in derivatives."""
     hidden, weight, labels = head(12, 700, 16, dtype)
@@ -187,10 +197,7 @@ MODES = {
 FEW_MODES = ["gradient", "hvp in a scan", "reverse over reverse", "vmap"]
 """What the others are parts of, or the same scans as."""
 FUNCTIONS = [loss, statistics, summed, kl, jsd, top, several]
-OF_MEMORY = covering(FEW_MODES, FUNCTIONS, met=[(0, 1)])
-OF_MEMORY += [
-    pytest.param(*cell, marks=pytest.mark.full) for cell in itertools.product(MODES, FUNCTIONS) if cell not in OF_MEMORY
-]
+OF_MEMORY = and_full(covering(FEW_MODES, FUNCTIONS, met=[(0, 1)]), itertools.product(MODES, FUNCTIONS))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ row."""
 
 import functools
 import inspect
+import itertools
 import pathlib
 import re
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import product
+from cells import and_full, covering, product
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sharding import DEVICES, assert_close, collectives, exchanged, mesh
 
@@ -97,15 +98,18 @@ def derivatives(f, *, all_modes):
     return jit_formulas(run)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_parts_equal_the_whole(name):
+WAYS = ("shard_map", "shard_map without check_vma", "vmap")
+MAPPED = and_full([(name, WAYS[:1]) for name in NAMES], [(name, WAYS[1:]) for name in CORE])
+
+
+@pytest.mark.parametrize(("name", "by"), MAPPED, ids=lambda a: a[0] if isinstance(a, tuple) else a)
+def test_parts_equal_the_whole(name, by):
     with jax.enable_x64(True):
-        given, all_modes = scores(), name in CORE
-        first, *others = ways(name).values()
-        want = derivatives(of_scores()[name], all_modes=all_modes)(*given)
-        assert_close(derivatives(first, all_modes=all_modes)(*given), want, 1e-11)
-        for f in others if all_modes else ():
-            assert_close(derivatives(f, all_modes=False)(*given), want[:2], 1e-11)
+        given = scores()
+        want = derivatives(of_scores()[name], all_modes=name in CORE)(*given)
+        for way in by:
+            found = derivatives(ways(name)[way], all_modes=name in CORE and way == "shard_map")(*given)
+            assert_close(found, want[: len(found)], 1e-11)
 
 
 @pytest.mark.parametrize("name", [name for name in CORE if name not in KEEP])
@@ -326,7 +330,11 @@ def test_nan_beside_empty_parts():
         assert np.all(np.isnan(jax.jit(f)(jax.device_put(z, NamedSharding(mesh(), PARTS)))))
 
 
-EXPLICIT = [(name, CLASSES) for name in NAMES] + [("entropy", 4500)] + product(list(CORE), [8, 1000], met=[(0, 1)])
+EXPLICIT = and_full(
+    [*covering(CORE, [8, 1000, CLASSES], met=[(0, 1)]), ("entropy", 4500)],
+    [(name, CLASSES) for name in NAMES],
+    itertools.product(CORE, [8, 1000]),
+)
 
 
 @pytest.mark.parametrize(("name", "classes"), EXPLICIT)

@@ -152,7 +152,7 @@ def derivatives(z, v, alpha):
     return f(jnp.maximum(alpha - STEP, 1)), f(alpha), f(alpha + STEP), jax.jacfwd(f)(alpha), products
 
 
-@pytest.mark.parametrize("alpha", some([1.0, 1.0001, 1.2, 1.5, 2.0, 3.0], [1.0, 1.0001, 1.5, 3.0]))
+@pytest.mark.parametrize("alpha", some([1.0, 1.0001, 1.2, 1.5, 2.0, 3.0], [1.0001, 1.5, 3.0]))
 def test_derivatives(alpha):
     """Closed Jacobian; ∂p/∂α by central differences, through α = 1 too; both under a scan at order 2."""
     with jax.enable_x64(True):
@@ -323,7 +323,7 @@ def test_fenchel_young_digits():
             np.testing.assert_allclose(got, want, rtol=2e-6 / (1 if alpha == 1 else edge - gap))
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("alpha", some([1.0, 1.5, 2.0, 3.0], [1.5, 3.0]))
 def test_fenchel_young_edges(alpha):
     nan, inf = jnp.nan, jnp.inf
     z = jnp.array([[0.0, 1.0], [nan, 1.0], [inf, 0.0], [-inf, 0.0], [0.0, 1.0], [0.0, 1.0], [-inf, -inf]])
