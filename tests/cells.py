@@ -1,7 +1,7 @@
 """Which cells of a product of lists run by default: those of a covering array. The others are marked `full`.
 
 A mistake nearly always needs at most two causes: a function and a φ, a transformation and an option. So each pair of
-items of two lists is in a cell that `pytest` runs; `pytest -m "full or not full"` runs the whole product.
+items of two lists is in a cell that `pytest` or `verify` runs; `pytest -m "full or not full"` runs the others, too.
 """
 
 import itertools
