@@ -116,7 +116,7 @@ def wide_dtype() -> Any:
 
 def jit_formulas(f: Callable[..., Any]) -> Callable[..., Any]:
     """jit for float64, where formulas are compared, not the code that XLA makes of them. Without its optimisations for
-    CPU, XLA compiles two to three times as fast. In float32 programs are compiled as for users."""
+    CPU, XLA compiles two to three times as fast."""
     return jax.jit(f, compiler_options=_plain_compilation() if jax.default_backend() == "cpu" else None)
 
 
@@ -145,22 +145,23 @@ def _orders(f: Callable[[Any], Any], count: int, z: Any, v: Any) -> list[Any]:
     return [f(z), jacobian, second, third]
 
 
-def against_digits(function: Function, phis: Sequence[Phi], dtype: Any) -> list[list[float]]:
+def against_digits(
+    function: Function, phis: Sequence[Phi], dtype: Any, jit: Callable[..., Any] = jit_formulas
+) -> list[list[float]]:
     """Errors in this dtype, by φ and by order, against the plain definition in many digits.
 
     Value and Jacobian are compared in full; the second and third order are derivatives of the Jacobian along one
     direction. All φ are in one program, which compiles in half the time of one program for each.
     """
     phis = [rounded(phi) for phi in phis]
-    wide = dtype == np.float64
 
     def of_every_phi(given: Any) -> list[Any]:
         pairs = zip(phis, given, strict=True)
         return [_orders(lambda z, phi=phi: function.ours(*z, phi=phi), function.orders, *zv) for phi, zv in pairs]
 
-    with jax.enable_x64(wide):
+    with jax.enable_x64(dtype == np.float64):
         given = [tuple(jnp.asarray(scores(function, phi, seed), dtype) for seed in (0, 1)) for phi in phis]
-        found = (jit_formulas if wide else jax.jit)(of_every_phi)(given)
+        found = jit(of_every_phi)(given)
     wanted = [_many_digits(function, phi) for phi in phis]
     return [[error(*pair) for pair in zip(*of_phi, strict=True)] for of_phi in zip(found, wanted, strict=True)]
 
@@ -213,7 +214,7 @@ def _many_digits(function: Function, phi: Phi) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Errors of one function for one φ, by order, in float64 and in float32 against many digits. If autodiff is asked
+    """Errors of one function for one φ, by order, in float64 and in float32 against many digits. If everything is asked
     for, the former is the larger of this error and of that of float64 against autodiff."""
 
     function: str
@@ -242,11 +243,13 @@ def up_to(orders: int, function: Function) -> Function:
     return dataclasses.replace(function, orders=min(function.orders, orders - expands))
 
 
-def cells_of(function: Function, phis: Sequence[Phi], autodiff: bool = False) -> list[Cell]:
-    """The comparisons of one function for several φ."""
+def cells_of(function: Function, phis: Sequence[Phi], everything: bool) -> list[Cell]:
+    """The comparisons of one function for several φ, up to second derivatives or with all that `checks` names."""
     wide = wide_dtype()
-    errors64, errors32 = (against_digits(function, phis, dtype) for dtype in (wide, np.float32))
-    if autodiff:
+    function = function if everything else up_to(3, function)
+    errors64 = against_digits(function, phis, wide)
+    errors32 = against_digits(function, phis, np.float32, jax.jit if everything else jit_formulas)
+    if everything:
         both = zip(errors64, (against_autodiff(function, phi) for phi in phis), strict=True)
         errors64 = [[*map(max, zip(*pair, strict=False)), *pair[0][len(pair[1]) :]] for pair in both]
     allowed = [tolerances(function, dtype) for dtype in (wide, np.float32)]
@@ -258,7 +261,7 @@ def cells_of(function: Function, phis: Sequence[Phi], autodiff: bool = False) ->
 
 def cell(function: Function, phi: Phi) -> Cell:
     """All comparisons of one function for one φ."""
-    return cells_of(function, (phi,), autodiff=True)[0]
+    return cells_of(function, (phi,), everything=True)[0]
 
 
 PAIRS = [*itertools.product(EVERY, PHIS), *((function, maps.exp) for function in SPARSE_MAPS + OTHERS)]
@@ -281,21 +284,21 @@ class Sure(NamedTuple):
         return self.error32 <= self.function.tolerance32[1]
 
 
-def _task(index: int, orders: int, autodiff: bool) -> tuple[list[Cell], int | None, float]:
+def _task(index: int, everything: bool) -> tuple[list[Cell], int | None, float]:
     """The cells of a group; or, for later numbers, the error of `sure_gradient` for a function of `SURE`."""
     if index >= len(GROUPS):
         return [], index - len(GROUPS), sure_gradient(SURE[index - len(GROUPS)])
     function, phis = GROUPS[index]
-    return cells_of(up_to(orders, function), phis, autodiff), None, 0.0
+    return cells_of(function, phis, everything), None, 0.0
 
 
-def checks(orders: int = 4, autodiff: bool = True) -> Iterator[Cell | Sure]:
+def checks(everything: bool = True) -> Iterator[Cell | Sure]:
     """Each cell as soon as its group is done, then the gradients of confident rows.
 
-    orders: how many orders are compared; 4 includes third derivatives. autodiff: whether float64 is compared with
-    autodiff, too. On CPU it runs in two processes, because tracing and mpmath are Python.
+    everything: also third derivatives, float64 against autodiff, and float32 with XLA's optimisations of code for CPU.
+    On CPU it runs in two processes, because tracing and mpmath are Python.
     """
-    task, indices = functools.partial(_task, orders=orders, autodiff=autodiff), range(len(GROUPS) + len(SURE))
+    task, indices = functools.partial(_task, everything=everything), range(len(GROUPS) + len(SURE))
     with contextlib.ExitStack() as stack:
         run: Any = map
         if jax.default_backend() == "cpu":

@@ -390,7 +390,7 @@ def test_impossible_classes_of_top_k_and_draws():
         b = adaptive.categorical(KEY, params, h, phi=phi, return_log_prob=True)[1]
         return jnp.sum(jnp.where(a > -jnp.inf, a, 0)) + jnp.sum(b)
 
-    assert np.isfinite(jax.grad(total)(h)).all()
+    assert np.isfinite(verify.jit_formulas(jax.grad(total))(h)).all()
     nothing = params._replace(head=0 * params.head, bias=jnp.full(10, -9.0))
     none = adaptive.categorical(KEY, nothing, h, phi=phi, return_log_prob=True)
     np.testing.assert_array_equal(none, [[-1] * ROWS, [-jnp.inf] * ROWS])
@@ -477,14 +477,18 @@ def test_log_prob_of_draws():
     def of_draws(params, h, replace):
         return adaptive.categorical(KEY, params, h, shape=(3, ROWS), replace=replace, return_log_prob=True)
 
-    for replace in (True, False):
-        drawn, _ = of_draws(params, h, replace)
-        ours = jax.value_and_grad(lambda p, h: weighted(of_draws(p, h, replace)[1]), (0, 1))  # noqa: B023
-        plain = jax.value_and_grad(
-            lambda p, h: weighted(jnp.stack([by_label(defined(p, h, js.exp), y) for y in drawn])),  # noqa: B023
-            (0, 1),
-        )
-        assert_close(ours(params, h), plain(params, h), rtol=1e-4, atol=1e-4)
+    @verify.jit_formulas
+    def ours_and_plain(params, h):
+        def both(replace):
+            drawn, _ = of_draws(params, h, replace)
+            plain = lambda p, h: weighted(jnp.stack([by_label(defined(p, h, js.exp), y) for y in drawn]))  # noqa: E731
+            of = (lambda p, h: weighted(of_draws(p, h, replace)[1])), plain
+            return [jax.value_and_grad(f, (0, 1))(params, h) for f in of]
+
+        return [both(replace) for replace in (True, False)]
+
+    for ours, plain in ours_and_plain(params, h):
+        assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_on_several_devices():

@@ -133,7 +133,7 @@ def test_fewer_orders_are_said(monkeypatch, capsys):
     monkeypatch.setattr(verify, "GROUPS", [(f, (jsoftmax.exp,)) for f in (FUNCTIONS[0], *expansions)])
     monkeypatch.setattr(verify, "SURE", ())
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # in this process
-    found = list(verify.checks(3, autodiff=False))
+    found = list(verify.checks(everything=False))
     assert [len(cell.error64) for cell in found] == [3, 2]
     monkeypatch.setattr(verify, "checks", lambda *_, **__: iter(found))
     for options, said in (([], True), (["--all"], False)):
@@ -142,7 +142,7 @@ def test_fewer_orders_are_said(monkeypatch, capsys):
 
 
 def test_both_processes_cover_every_cell(monkeypatch):
-    monkeypatch.setattr(verify, "_task", lambda index, orders, autodiff: ([index], None, 0.0))
+    monkeypatch.setattr(verify, "_task", lambda index, everything: ([index], None, 0.0))
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert list(verify.checks()) == list(range(len(verify.GROUPS) + len(verify.SURE)))
     assert [(f, phi) for f, phis in verify.GROUPS for phi in phis] == verify.PAIRS
