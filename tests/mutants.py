@@ -176,7 +176,7 @@ MUTANTS = (
     Mutant("maps.py", "jnp.where(jnp.isneginf(log_p), lax.stop_gradient(log_p), log_p)", "log_p", f"{LOSSES} -k log_prob"),
     Mutant("heads/_head.py", " & ~is_label(x.shape, head.mode, start=start)", "", f"{DRAWS} -k mode_stays"),
     Mutant("heads/_draws.py", "jnp.minimum(token.least, jnp.max(x))", "token.least", f"{DRAWS} -k again"),
-    Mutant("heads/_draws.py", "found.peak + jnp.minimum(", "found.peak - jnp.minimum(", f"{DRAWS} -k 'law and min_p'"),
+    Mutant("heads/_draws.py", "found.peak + jnp.minimum(", "found.peak - jnp.minimum(", f"{DRAWS} -k law_that_is_cut"),
     Mutant("heads/_draws.py", "of_chunk + within", "of_chunk - within", f"{DRAWS} -k 'log_prob and none'"),
     Mutant("heads/_draws.py", "jnp.where(log_prob > -jnp.inf, -rate.T, 0)", "jnp.where(log_prob > -jnp.inf, rate.T, 0)", f"{DRAWS} -k 'log_prob and none'"),
     Mutant("heads/_draws.py", "_head.block_scores(whole, first + number * CHUNK, plan)", "_head.block_scores(whole, number * CHUNK, plan)", f"{DRAWS} -k 'shards and none'"),

@@ -93,7 +93,7 @@ def test_draws():
     assert sorted(every.tolist()) == sorted([-1, *np.flatnonzero(KEEP[:9])])
 
 
-LAWS = and_full([("both", "all", False), ("min_p", "plain", True)], itertools.product(CUTS, OPTIONS, [True, False]))
+LAWS = and_full([("both", "all", False), ("none", "plain", True)], itertools.product(CUTS, OPTIONS, [True, False]))
 
 
 @pytest.mark.parametrize(("cuts", "options", "replace"), LAWS)
