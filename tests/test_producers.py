@@ -202,6 +202,8 @@ def test_every_function_after_every_producer(function, producer, shape, dtype, m
     """As in float64; and float64 as in two programs, of which the second has the scores as an array."""
     if function.orders == 1:  # dense
         shape = (min(shape[0], 5), min(shape[1], 12))
+    if function in SPARSE_MAPS and dtype == "bfloat16" and mode != "value":
+        producer = PRODUCERS[0]  # it makes exact scores; a rounded one may leave the support, where derivatives jump
     narrow = dtype == "bfloat16" or producer.coarse
     with jax.enable_x64(dtype == "float64"):
         found = np.float64(in_one_program(function, producer, mode, arguments(shape, dtype, narrow)))
