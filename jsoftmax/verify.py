@@ -115,7 +115,7 @@ def wide_dtype() -> Any:
 
 
 def jit_formulas(f: Callable[..., Any]) -> Callable[..., Any]:
-    """jit for float64, where formulas are compared, not the code that XLA makes of them. Without its optimisations for
+    """jit where formulas are compared, not the code that XLA makes of them. Without its optimisations for
     CPU, XLA compiles two to three times as fast."""
     return jax.jit(f, compiler_options=_plain_compilation() if jax.default_backend() == "cpu" else None)
 

@@ -35,8 +35,10 @@ def product(*lists, met=()):
 
 def and_full(short, *more):
     """Rows that run by default; and the others of these lists of rows, marked `full`."""
-    rest = [row for rows in more for row in rows if row not in short]
-    rest = [row for i, row in enumerate(rest) if row not in rest[:i]]
+    rest = []
+    for row in itertools.chain(*more):
+        if row not in short and row not in rest:
+            rest.append(row)
     return [*short, *(pytest.param(*row, marks=pytest.mark.full) for row in rest)]
 
 

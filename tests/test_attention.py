@@ -114,7 +114,7 @@ def both(given, options):
 
 
 FEW_PHIS = (js.exp, js.spherical(0.1))
-"""Attention takes φ by its logarithm, as everything does: without parameters and with them, a sink, a function."""
+"""Attention takes φ by its logarithm, as everything does: without parameters and with them."""
 
 
 @pytest.mark.parametrize("phi", some(PHIS, FEW_PHIS), ids=str)

@@ -60,7 +60,7 @@ def derivatives(f):
     return jit_as_user(run)
 
 
-# functions meet shapes in test_producers.py, in bfloat16 too
+# functions meet shapes in test_sums.py, in bfloat16 too
 @pytest.mark.parametrize(("name", "classes"), product(list(FUNCTIONS), LENGTHS, met=[(0, 1)]))
 def test_as_in_float32(name, classes):
     z, f = scores(classes), derivatives(FUNCTIONS[name])

@@ -68,7 +68,7 @@ def value_and_derivatives(function, phi, z, where, log_weights):
     return value, *gradient, *product
 
 
-# here and below functions meet φ, and numbers of classes, in test_oracle.py and test_producers.py
+# here and below functions meet φ in `verify`, and numbers of classes in test_sums.py
 @pytest.mark.parametrize(("function", "phi"), product(FUNCTIONS, PHIS, met=[(0, 1)]), ids=str)
 def test_rows(function, phi):
     table = rows(function)

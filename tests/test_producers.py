@@ -227,14 +227,12 @@ STEPS = (
 """One step, whose result is rounded once; XLA drops the roundings between the steps of a longer one."""
 
 BROUGHT = [f for f in EVERY if f not in DERIVATIVES]
-ALONE = [(0, 1), (0, 2), (0, 3)]
 
 
 def of_few(*lists):
     """The few functions by default, each once; in the gate every reader with every item, and every function."""
-    few, readers = ([f for f in BROUGHT if f in READERS and (f.name in FEW or every)] for every in (False, True))
-    apart = ALONE[: len(lists)]
-    return and_full(covering(few, *lists, met=apart), covering(readers, *lists), covering(BROUGHT, *lists, met=apart))
+    few, apart = [f for f in READERS if f.name in FEW], [(0, i) for i in range(1, 1 + len(lists))]
+    return and_full(covering(few, *lists, met=apart), covering(READERS, *lists), covering(BROUGHT, *lists, met=apart))
 
 
 NARROW = of_few(STEPS, [(6, 17), (6, 300), (64, 2100)])

@@ -58,7 +58,7 @@ def everything(f, z, v):
 
 
 FEW_PHIS = (js.exp, js.relu_power(2, 0.1))
-"""A row takes φ by its logarithm, as the dense functions do: without parameters and with them, a domain, a function."""
+"""A row takes φ by its logarithm, as the dense functions do: without parameters and with them, zeros."""
 
 
 @pytest.mark.parametrize("phi", some(js.PHIS, FEW_PHIS), ids=str)
