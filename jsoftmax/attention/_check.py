@@ -249,7 +249,7 @@ def _check_sink(function: str, sink: Any, key_heads: int, groups: int, wide: Any
 
 # --- blocks --------------------------------------------------------------------------------------------------
 
-_KEYS = {"cpu": 512, "elsewhere": 1024}
+_KEYS = {"cpu": 256, "elsewhere": 1024}
 _SCORES = 2**23
 """The number of scores of a block: 32 MiB of float32."""
 _FEWEST, _MOST = 64, 512
