@@ -7,6 +7,7 @@
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +20,8 @@ from jaxtyping import Array, Bool, Float
 
 from jsoftmax import maps
 from jsoftmax._rules import compiled_rule
-from jsoftmax._series import expm1
 from jsoftmax.checks import arguments
 from jsoftmax.checks.arguments import public
-from jsoftmax.maps import Normalized
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sums import FAR, SURE, not_below, not_negative
 from jsoftmax.sums.reference import exponential, rest_of
@@ -42,19 +41,40 @@ class Layout(NamedTuple):
 
 
 def row_sums(layout: Layout, ids: Array, *arrays: Array) -> list[Array]:
-    """Σ over each row, for several arrays `[N, …]` at once. Elements of no row are dropped."""
+    """Σ over each row, for several arrays `[N, …]`. Elements of no row are dropped."""
     if not layout.rows:  # gathering from an axis of length 0 raises: here backwards, and in `spread`
         return [jnp.zeros_like(a, shape=(0, *a.shape[1:])) for a in arrays]
-    stacked = jnp.stack(arrays, -1)
-    summed = jax.ops.segment_sum(stacked, ids, layout.rows, indices_are_sorted=layout.is_sorted)
-    return [summed[..., i] for i in range(len(arrays))]
+    sums = functools.partial(
+        jax.ops.segment_sum, segment_ids=ids, num_segments=layout.rows, indices_are_sorted=layout.is_sorted
+    )
+    return _of_each(sums, arrays)
 
 
-def spread(layout: Layout, ids: Array, of_rows: Array) -> Array:
-    """The number of its row for each element; 0 for elements of no row."""
+def spread(layout: Layout, ids: Array, *of_rows: Array) -> list[Array]:
+    """The numbers of its row for each element; 0 for elements of no row."""
     if not layout.rows:
-        return jnp.zeros_like(of_rows, shape=(*ids.shape, *of_rows.shape[1:]))
-    return of_rows.at[ids].get(mode="fill", fill_value=0, indices_are_sorted=layout.is_sorted)
+        return [jnp.zeros_like(a, shape=(*ids.shape, *a.shape[1:])) for a in of_rows]
+    options: Any = {"mode": "fill", "fill_value": 0, "wrap_negative_indices": False}
+    return _of_each(lambda a: a.at[ids].get(**options, indices_are_sorted=layout.is_sorted), of_rows)
+
+
+def _of_each(f: Callable[[Array], Array], arrays: tuple[Array, ...]) -> list[Array]:
+    """f of each array. On GPUs and TPUs f is applied once, to all of them side by side, because it takes as long as its
+    indices; on CPU that would be slower than f of each."""
+
+    def of_all(*arrays: Array) -> list[Array]:
+        done = f(jnp.stack(arrays, -1))
+        return [done[..., i] for i in range(len(arrays))]
+
+    def apart(*arrays: Array) -> list[Array]:
+        return [f(a) for a in arrays]
+
+    return apart(*arrays) if len(arrays) == 1 else lax.platform_dependent(*arrays, cpu=apart, default=of_all)
+
+
+def has_row(layout: Layout, ids: Array, like: Array) -> Array:
+    """Whether each element is in a row, in a shape that broadcasts to that of `like`. Sums leave the others out."""
+    return ((ids >= 0) & (ids < layout.rows)).reshape(-1, *[1] * (like.ndim - 1))
 
 
 class _Shifted(NamedTuple):
@@ -69,25 +89,33 @@ class _Shifted(NamedTuple):
 def _shifted(x: Array, ids: Array, layout: Layout) -> _Shifted:
     """u = x − max x, e^u, Σ e^u − 1 and max x of each row  (MATH 4.1)."""
     peak = jax.ops.segment_max(lax.stop_gradient(x), ids, layout.rows, indices_are_sorted=layout.is_sorted)
-    u = not_below(x) - spread(layout, ids, not_below(peak))
-    e = exponential(x, u)
+    u = not_below(x) - spread(layout, ids, not_below(peak))[0]
+    e = jnp.where(has_row(layout, ids, x), exponential(x, u), 0)
     whole = jnp.round(e)
-    return _Shifted(u, e, rest_of(*row_sums(layout, ids, e - whole, whole)), peak)
+    minus_small, ones = row_sums(layout, ids, whole - e, whole)  # with e − whole, XLA on CPU adds them up in turn
+    return _Shifted(u, e, rest_of(-minus_small, ones), peak)
+
+
+class Normalized(NamedTuple):
+    """log p and p of the elements, L and 1 − max p of the rows."""
+
+    log_p: Array
+    p: Array
+    log_normalizer: Array
+    complement: Array
+    """1 − max p with its digits. Its derivative is right in rows with a class of p > ¾, which alone need it."""
 
 
 @compiled_rule("layout")
 def normalize(x: Array, ids: Array, layout: Layout) -> Normalized:
-    """log p and p of the elements, and L of the rows.
-
-    l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest)  (MATH 4.2).
-    """
+    """l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest), 1 − max p = rest / (1 + rest)  (MATH 4.2)."""
     u, e, rest, peak = _shifted(x, ids, layout)
-    log_total, rest_beside = jnp.log1p(rest), spread(layout, ids, rest)
-    log_total_beside = jnp.log1p(rest_beside)
+    log_total = jnp.log1p(rest)
+    rest_beside, log_total_beside = spread(layout, ids, rest, log_total)
     left_out = -jnp.inf - lax.stop_gradient(log_total_beside)  # NaN in a row that is NaN
-    log_p = jnp.where(x > -jnp.inf, u - log_total_beside, left_out)
+    log_p = jnp.where((x > -jnp.inf) & has_row(layout, ids, x), u - log_total_beside, left_out)
     L = jnp.where(peak == jnp.inf, peak, peak + log_total)
-    return Normalized(log_p, e / (1 + rest_beside), L)
+    return Normalized(log_p, e / (1 + rest_beside), L, rest / (1 + rest))
 
 
 @normalize.defjvp
@@ -95,8 +123,16 @@ def _normalize_jvp(layout: Layout, primals: Any, tangents: Any) -> tuple[Normali
     """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ  (MATH 1.2 to 1.4)."""
     (x, ids), (x_dot, _) = primals, tangents
     out = normalize(x, ids, layout)
-    difference, mean = _minus_mean(out, ids, x_dot, layout)
-    return out, Normalized(jnp.where(jnp.isneginf(x), 0, difference), out.p * difference, mean)
+    difference, mean = _minus_mean(out, ids, _of_rows(x_dot, ids, layout), layout)
+    left_out = jnp.isneginf(x) | ~has_row(layout, ids, x)
+    p_dot = out.p * difference
+    (of_others,) = row_sums(layout, ids, jnp.where(out.p > SURE, 0, p_dot))
+    return out, Normalized(jnp.where(left_out, 0, difference), p_dot, mean, of_others)
+
+
+def _of_rows(x_dot: Array, ids: Array, layout: Layout) -> Array:
+    """ẋ, and 0 for elements of no row, whose ẋ may be NaN."""
+    return jnp.where(has_row(layout, ids, x_dot), x_dot, 0)
 
 
 @functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
@@ -105,8 +141,9 @@ def _minus_mean(out: Normalized, ids: Array, x_dot: Array, layout: Layout) -> tu
     top, p_x_dot = out.p > SURE, out.p * x_dot
     of_others, of_top = row_sums(layout, ids, jnp.where(top, 0, p_x_dot), jnp.where(top, p_x_dot, 0))
     mean = of_others + of_top
-    beside = spread(layout, ids, jnp.stack([of_others, mean], -1))
-    return jnp.where(top, -expm1(out.log_p) * x_dot - beside[..., 0], x_dot - beside[..., 1]), mean
+    of_others, beside = spread(layout, ids, of_others, mean)
+    (complement,) = spread(layout, ids, out.complement)
+    return jnp.where(top, complement * x_dot - of_others, x_dot - beside), mean
 
 
 @compiled_rule("layout")
@@ -118,7 +155,7 @@ def centred_log_p(x: Array, ids: Array, layout: Layout) -> tuple[Array, Array]:
     u, e, rest, _ = _shifted(x, ids, layout)
     (gap,) = row_sums(layout, ids, e * -jnp.maximum(u, -FAR))
     m = gap / (1 + rest)
-    return jnp.where(e == 0, 0, u + spread(layout, ids, m)), not_negative(jnp.log1p(rest) + m)
+    return jnp.where(e == 0, 0, u + spread(layout, ids, m)[0]), not_negative(jnp.log1p(rest) + m)
 
 
 @centred_log_p.defjvp
@@ -127,19 +164,20 @@ def _centred_log_p_jvp(layout: Layout, primals: Any, tangents: Any) -> tuple[Any
     (x, ids), (x_dot, _) = primals, tangents
     c, H = centred_log_p(x, ids, layout)
     out = normalize(x, ids, layout)
+    x_dot = _of_rows(x_dot, ids, layout)
     (total,) = row_sums(layout, ids, out.p * c * x_dot)
-    return (c, H), (_minus_mean(out, ids, x_dot, layout)[0] - spread(layout, ids, total), -total)
+    return (c, H), (_minus_mean(out, ids, x_dot, layout)[0] - spread(layout, ids, total)[0], -total)
 
 
 # --- the public functions ------------------------------------------------------------------------------------
 
 
 class Segments(NamedTuple):
-    """Checked arguments: x = ψ(z) + log w `[N, …]`, −∞ where a class is left out or in no row."""
+    """Checked arguments: x = ψ(z) + log w `[N, …]`, −∞ where a class is left out."""
 
     x: Array
     ids: Array
-    """The row of each element; for an element of no row, the number of rows."""
+    """The row of each element; of an element of no row, a number outside [0, rows)."""
     layout: Layout
     dtype: Any
 
@@ -165,10 +203,7 @@ def check(  # noqa: PLR0917  (as the public functions have them)
         _row_count(function, ids, num_segments), arguments.check_flag(function, "indices_are_sorted", is_sorted)
     )
     ids = arguments.wide_integers(ids)
-    inside = (ids >= 0) & (ids < layout.rows)
-    x = maps.weighted_scores(phi, scores, given.where, given.log_weights)
-    x = jnp.where(inside.reshape(-1, *[1] * (x.ndim - 1)), x, -jnp.inf)
-    return Segments(x, jnp.where(inside, ids, layout.rows), layout, given.dtype)
+    return Segments(maps.weighted_scores(phi, scores, given.where, given.log_weights), ids, layout, given.dtype)
 
 
 def _row_count(function: str, ids: Array, rows: Any) -> int:

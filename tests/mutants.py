@@ -189,8 +189,10 @@ MUTANTS = (
     Mutant("optim.py", "_along(residual, new_size / size, direction)", "_along(residual, 0 * size, direction)", OPTIM),
     Mutant("optim.py", "_along(product(v), strength, v)", "_along(product(v), -strength, v)", OPTIM),
     # ragged rows, truncated laws, attention
-    Mutant("segments.py", "x_dot, layout)[0] - spread(layout, ids, total)", "x_dot, layout)[0] + spread(layout, ids, total)", f"{SEGMENTS} -k padded_rows"),
-    Mutant("segments.py", "-expm1(out.log_p) * x_dot - beside", "-expm1(out.log_p) * x_dot + beside", f"{SEGMENTS} -k near_1"),
+    Mutant("segments.py", "x_dot, layout)[0] - spread(layout, ids, total)[0]", "x_dot, layout)[0] + spread(layout, ids, total)[0]", f"{SEGMENTS} -k padded_rows"),
+    Mutant("segments.py", "complement * x_dot - of_others", "complement * x_dot + of_others", f"{SEGMENTS} -k near_1"),
+    Mutant("segments.py", "p_dot, mean, of_others)", "p_dot, mean, -of_others)", f"{SEGMENTS} -k near_1"),
+    Mutant("segments.py", "jnp.where(has_row(layout, ids, x_dot), x_dot, 0)", "x_dot", f"{SEGMENTS} -k no_row"),
     Mutant("segments.py", "jnp.where(peak == jnp.inf, peak, peak + log_total)", "peak + log_total", f"{SEGMENTS} -k edges"),
     Mutant("truncation.py", "above < limit, 0, 1)", "above <= limit, 0, 1)", f"{TRUNCATION} -k sorted_reference"),
     Mutant("truncation.py", "kept &= (bits >= least) | (top_p >= 1)", "kept &= (bits > least) | (top_p >= 1)", f"{TRUNCATION} -k sorted_reference"),

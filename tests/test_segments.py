@@ -90,15 +90,19 @@ def test_digits_beside_a_probability_near_1(gap):
     @jax.jit
     def f(z, scale):
         z = z * scale
-        total, pull = jax.vjp(lambda z: segments.segment_log_softmax(z, ids, 2), z)
-        return total, segments.segment_entropy(z, ids, 2), pull(jnp.array([1.0, 0.0, 0.0, 0.0]))[0]
+        log_p = segments.segment_log_softmax(z, ids, 2)
+        gradient, second = jax.jvp(
+            jax.grad(lambda z: segments.segment_log_softmax(z, ids, 2)[0]), (z,), (jnp.array([1.0, 0.0, 0.0, 0.0]),)
+        )
+        return log_p, segments.segment_entropy(z, ids, 2), gradient, second
 
     z = jnp.array([0.0, 5.0, -gap / 3, 5.0])
-    log_p, H, gradient = f(z, 3.0)
+    log_p, H, gradient, second = f(z, 3.0)
     q = np.exp(-gap)
     np.testing.assert_allclose(log_p[0], -np.log1p(q), 1e-5)
     np.testing.assert_allclose(H, [(gap + 1) * q, np.log(2)], 1e-5)
     np.testing.assert_allclose(gradient[jnp.array([0, 2])], [q, -q], 1e-5)
+    np.testing.assert_allclose(second[jnp.array([0, 2])], [-q, q], 1e-5)
 
 
 def test_edges():
@@ -120,6 +124,15 @@ def test_edges():
     np.testing.assert_array_equal(entropy, [nan, nan, 0, 0, 0, 0])
     for gradient in gradients:
         np.testing.assert_array_equal(np.isfinite(gradient[4:]), True)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_tangent_of_an_element_of_no_row_is_ignored(name):
+    """It may be NaN, as those of padding are."""
+    ids, z, v = jnp.array([0, 2, 0, -1]), jnp.array([1.0, 0.0, 2.0, 3.0]), jnp.array([1.0, np.nan, 0.0, np.nan])
+    f = functools.partial(getattr(segments, name), segment_ids=ids, num_segments=1)
+    found, want = (jax.jvp(f, (z,), (v,))[1] for v in (v, jnp.nan_to_num(v)))
+    np.testing.assert_array_equal(found, want)
 
 
 def test_other_shapes():
