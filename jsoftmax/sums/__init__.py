@@ -67,11 +67,11 @@ __all__ = [
 ]
 
 
-def has_form_for_cpu(shape: tuple[int, ...], axis: tuple[int, ...]) -> bool:
-    """Whether scores of this shape are summed in a form of their own on CPU: if there are many scores, or so many
-    classes that XLA on CPU would lose digits by adding them up one after the other."""
+def has_form_for_cpu(shape: tuple[int, ...]) -> bool:
+    """Whether scores of this shape are summed in a form of their own on CPU: if there are many, or if they are a single
+    long row, which may be one of many under `jax.vmap`."""
     size = math.prod(shape)
-    return size > 0 and (size >= paths.LARGE or math.prod(shape[i] for i in axis) > paths.SHORT)
+    return size >= paths.LARGE or (len(shape) == 1 and size > paths.SHORT)
 
 
 def _by_platform(on_cpu: Callable[..., Any], otherwise: Callable[..., Any], apart: bool, *arrays: Any) -> Any:
@@ -83,7 +83,7 @@ def normalized(
     x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
 ) -> Normalized:
     """log p, p and L. order: the order of the derivative that needs them; 0 is the value."""
-    apart = has_form_for_cpu(x.shape, axis)
+    apart = has_form_for_cpu(x.shape)
     otherwise = _p_of_log_p if want == "all" and apart else reference.normalized
     return _by_platform(
         functools.partial(cpu.normalized, axis=axis, axis_name=axis_name, want=want, order=order),
@@ -109,7 +109,7 @@ def centred(
     return _by_platform(
         functools.partial(cpu.centred, axis=axis, axis_name=axis_name, want=want, order=order),
         functools.partial(reference.centred, axis=axis, axis_name=axis_name),
-        has_form_for_cpu(x.shape, axis),
+        has_form_for_cpu(x.shape),
         x,
     )
 
@@ -126,7 +126,7 @@ def exp_sums(
     return _by_platform(
         functools.partial(cpu.exp_sums, axis=axis, axis_name=axis_name, order=order),
         functools.partial(reference.exp_sums, axis=axis, axis_name=axis_name),
-        has_form_for_cpu(x.shape, axis),
+        has_form_for_cpu(x.shape),
         x,
         row_sums,
     )
@@ -135,7 +135,7 @@ def exp_sums(
 def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
     """Σ e^u (−u), u = x − peak."""
     on_cpu, otherwise = (functools.partial(form.gap_sum, axis=axis) for form in (cpu, reference))
-    return _by_platform(on_cpu, otherwise, has_form_for_cpu(x.shape, axis), x, peak)
+    return _by_platform(on_cpu, otherwise, has_form_for_cpu(x.shape), x, peak)
 
 
 def centred_rate(x: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
@@ -267,13 +267,13 @@ def explain(shape: tuple[int, ...], axis: Axis = -1, platform: str | None = None
     """Which form sums scores of this shape, and why.
 
     >>> explain((64, 100))
-    'reference: few scores, few classes'
+    'reference: few scores'
     >>> explain((1024, 1024), platform="cuda")
     'reference: compiled for cuda'
     """
     axes = canonical_axis("explain", axis, len(shape))
-    if not has_form_for_cpu(shape, axes):
-        return "reference: few scores, few classes"
+    if not has_form_for_cpu(shape):
+        return "reference: few scores"
     platform = jax.default_backend() if platform is None else platform
     if platform in _GPUS and math.prod(shape) >= paths.LARGE and _is_long(shape, axes):
         return f"reference: compiled for {platform}; the derivative rules by long_rows: many classes"
@@ -281,4 +281,4 @@ def explain(shape: tuple[int, ...], axis: Axis = -1, platform: str | None = None
         return f"reference: compiled for {platform}"
     if math.prod(shape) >= paths.LARGE:
         return "cpu: many scores, compiled for cpu"
-    return "cpu: many classes, compiled for cpu; the derivative rules by the reference: few scores"
+    return "cpu: a single long row, compiled for cpu; the derivative rules by the reference: few scores"

@@ -19,8 +19,7 @@ made in the same program"), and XLA would take two to three times as long to com
 
 SHORT = 256
 """A row with more classes than this does not count the ones among the e^u in a sum of their own, because XLA would
-write ⌊e^u⌋ to memory for it: without it, softmax at (1024, 1024) went from 1.9 to 1.2 of jax.nn ("One kernel"). Where
-there are few scores but more classes than this, they are summed in parts of 8, for their digits (MATH 4.4)."""
+write ⌊e^u⌋ to memory for it: without it, softmax at (1024, 1024) went from 1.9 to 1.2 of jax.nn ("One kernel")."""
 
 LONG = 4096
 """From this many classes on, e^u is computed again instead of stored: softmax at (256, 32768) went from 19 to 12.4 ms
@@ -72,15 +71,10 @@ def is_large(x: Array) -> bool:
     return x.size >= LARGE
 
 
-def may_be_large(x: Array) -> bool:
-    """Whether an array has many scores, or is a single row: under `jax.vmap` it may be one of many."""
-    return is_large(x) or x.ndim == 1
-
-
 def choose_form(x: Array, want: Want, order: int) -> Form:
     """The form for an x as it is given, before it is widened."""
-    # in rules a single row is guarded, because 1 − p may be small there
-    large = is_large(x) if order else may_be_large(x)
+    # a single row may be one of many under `jax.vmap`; in rules it is guarded, because 1 − p may be small there
+    large = not order or is_large(x)
     return Form(want, min(order, 2), large, x.dtype == jnp.bfloat16 and want in ("p", "log_p", "L", "loss"))
 
 
@@ -92,7 +86,7 @@ def adds_slices(x: Array, axis: tuple[int, ...], form: Form) -> bool:
     (10⁶, 8) slices brought log_normalizer from 12 to 7.0 ms and entropy from 17 to 3.2 ms ("Few classes"). Rules of
     higher order are faster without slices.
     """
-    if len(axis) != 1 or x.shape[axis[0]] < 2 or has_explicit_sharding(x) or not may_be_large(x):
+    if len(axis) != 1 or x.shape[axis[0]] < 2 or has_explicit_sharding(x):
         return False
     if axis[0] < x.ndim - 1:
         return axis[0] == 0 and x.shape[0] <= 16

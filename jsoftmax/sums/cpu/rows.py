@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax.checks.arguments import read
-from jsoftmax.sharding import AxisName, apply_to_rows, has_explicit_sharding, pmax, psum
+from jsoftmax.sharding import AxisName, apply_to_rows, pmax, psum
 from jsoftmax.sums.cpu.paths import (
     MANY_SCORES,
     SHORT,
@@ -19,7 +19,6 @@ from jsoftmax.sums.cpu.paths import (
     Want,
     adds_slices,
     choose_form,
-    may_be_large,
     row_block_length,
     serves_rules,
 )
@@ -134,7 +133,7 @@ def _shifted_sums(given: Array, axis: tuple[int, ...], axis_name: AxisName, form
     # rules of L and log p divide by Σ e^u itself, which saves a sum where the value is not needed
     by_one_sum = form.in_rule_of_sum and x.size >= MANY_SCORES
     counted = short and not by_one_sum  # else two sums would read the ones, and XLA would write them
-    small, summed = _sum_in_parts(e - ones, axis), _sum_in_parts(ones if counted else e, axis)
+    small, summed = class_sum(e - ones, axis), class_sum(ones if counted else e, axis)
     small, summed = psum((small, summed), axis_name)
     rest = _rest(small, summed if counted else jnp.round(summed - small), peak, form)
     # a little is added so that an empty row does not divide by zero; it leaves sums of at least 1 unchanged, and unlike
@@ -214,10 +213,8 @@ def _careful_sum(  # noqa: PLR0917  (as `_shifted_sums` has them)
     length = row_block_length(x, axis, form)
     if not length:
         if not form.order:
-            return psum(_sum_in_parts(f(_difference(x, peak, form, True)), axis), axis_name)
-        return _fusion_barrier(
-            psum(_sum_in_parts(f(_difference(x, _distinct_copy(peak, 2), form, True)), axis), axis_name)
-        )
+            return class_sum(f(_difference(x, peak, form, True)), axis, axis_name)
+        return _fusion_barrier(class_sum(f(_difference(x, _distinct_copy(peak, 2), form, True)), axis, axis_name))
 
     def of_rows(x: Array, peak: Array) -> Array:
         cut, tail = _split(x, length)
@@ -284,21 +281,6 @@ def _fusion_barrier(a: Array) -> Array:
     vectorised."""
     # −a, because jax_debug_nans would stop at a constant NaN
     return jnp.where(jnp.isnan(a), -lax.stop_gradient(a), a)
-
-
-def _sum_in_parts(a: Array, axis: tuple[int, ...]) -> Array:
-    """Σ over the classes. Many classes of few rows are summed in parts of 8: XLA on CPU would add them up one by one,
-    and lose digits.
-
-    The classes are cut into up to 16 equal parts first, so that under plain `jit` each device adds up its own.
-    """
-    classes = a.shape[-1]
-    if axis != (a.ndim - 1,) or classes <= SHORT or may_be_large(a) or has_explicit_sharding(a):
-        return class_sum(a, axis)
-    a = a.reshape(*a.shape[:-1], math.gcd(classes, 16), -1)
-    a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -a.shape[-1] % 8)])
-    parts = _fusion_barrier(jnp.sum(a.reshape(*a.shape[:-1], -1, 8), -1))  # else XLA merges both sums into one
-    return jnp.sum(_pairwise_sum(parts), -2)
 
 
 def _class_slices(a: Array, axis: int) -> list[Array]:
