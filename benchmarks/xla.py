@@ -1,7 +1,9 @@
-"""The smallest programs that show where XLA on CPU is the limit (benchmarks/NOTES.md): plain jax.numpy."""
+"""The smallest programs in plain jax.numpy that show where XLA on CPU is the limit, and the errors of its sums
+(benchmarks/NOTES.md)."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from benchmarks import measure
@@ -23,7 +25,21 @@ def scatter(z: jax.Array, y: jax.Array, g: jax.Array) -> jax.Array:
     return (jnp.exp(z - g) * g).at[jnp.arange(z.shape[0]), y].add(-g[:, 0])
 
 
+def errors_of_sums(dtype: str) -> None:
+    """Prints the worst relative error, in epsilons of the dtype, of sums along each axis and of a running sum."""
+    rng, epsilon = np.random.default_rng(0), np.finfo(dtype).eps
+    with jax.enable_x64(dtype == "float64"):
+        for count in (64, 257, 1000, 4096, 65536, 10**6):
+            a = rng.uniform(0, 1, (8, count)).astype(dtype)
+            found = {"last axis": jnp.sum(a, -1), "first axis": jnp.sum(a.T, 0), "running": np.cumsum(a, 1)[:, -1]}
+            want = np.sum(a, 1, dtype=np.longdouble)
+            worst = {k: float(np.max(np.abs(np.asarray(v) - want) / want) / epsilon) for k, v in found.items()}
+            print(f"sum of {count} in {dtype:8}", ", ".join(f"{k} {e:.1f}" for k, e in worst.items()), flush=True)
+
+
 def run() -> None:
+    for dtype in ("float32", "float64"):
+        errors_of_sums(dtype)
     key = jax.random.key(0)
     leading, short = (jax.random.normal(key, shape) for shape in ((8, 1_000_000), (1_000_000, 8)))
     cases = (
