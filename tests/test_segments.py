@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import platforms
 import pytest
 from cells import some
 
@@ -80,6 +81,13 @@ def test_equals_the_dense_functions_on_padded_rows(phi, x64):
     found, wanted = (jit_formulas(functools.partial(everything, f))(z, v) for f in (ours, dense))
     for mode, got, want in zip(("value", "jvp", "gradient", "HVP"), found, wanted, strict=True):
         np.testing.assert_allclose(got, want, 1e-11, 1e-12, err_msg=mode)
+
+
+def test_sums_side_by_side_as_on_accelerators(monkeypatch, x64):
+    platforms.as_on_accelerators(monkeypatch)
+    jax.clear_caches()
+    test_equals_the_dense_functions_on_padded_rows(js.exp, None)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("gap", [20.0, 60.0])
