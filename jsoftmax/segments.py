@@ -123,21 +123,17 @@ def _normalize_jvp(layout: Layout, primals: Any, tangents: Any) -> tuple[Normali
     """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ  (MATH 1.2 to 1.4)."""
     (x, ids), (x_dot, _) = primals, tangents
     out = normalize(x, ids, layout)
-    difference, mean = _minus_mean(out, ids, _of_rows(x_dot, ids, layout), layout)
+    difference, mean = _minus_mean(out, ids, x_dot, layout)
     left_out = jnp.isneginf(x) | ~has_row(layout, ids, x)
     p_dot = out.p * difference
     (of_others,) = row_sums(layout, ids, jnp.where(out.p > SURE, 0, p_dot))
     return out, Normalized(jnp.where(left_out, 0, difference), p_dot, mean, of_others)
 
 
-def _of_rows(x_dot: Array, ids: Array, layout: Layout) -> Array:
-    """ẋ, and 0 for elements of no row, whose ẋ may be NaN."""
-    return jnp.where(has_row(layout, ids, x_dot), x_dot, 0)
-
-
 @functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
 def _minus_mean(out: Normalized, ids: Array, x_dot: Array, layout: Layout) -> tuple[Array, Array]:
     """ẋ − Σ p ẋ, and Σ p ẋ. For a class with p > ¾ the former is (1 − p) ẋ minus Σ p ẋ over the others  (MATH 4.5)."""
+    x_dot = jnp.where(has_row(layout, ids, x_dot), x_dot, 0)  # it may be NaN for elements of no row
     top, p_x_dot = out.p > SURE, out.p * x_dot
     of_others, of_top = row_sums(layout, ids, jnp.where(top, 0, p_x_dot), jnp.where(top, p_x_dot, 0))
     mean = of_others + of_top
@@ -164,7 +160,6 @@ def _centred_log_p_jvp(layout: Layout, primals: Any, tangents: Any) -> tuple[Any
     (x, ids), (x_dot, _) = primals, tangents
     c, H = centred_log_p(x, ids, layout)
     out = normalize(x, ids, layout)
-    x_dot = _of_rows(x_dot, ids, layout)
     (total,) = row_sums(layout, ids, out.p * c * x_dot)
     return (c, H), (_minus_mean(out, ids, x_dot, layout)[0] - spread(layout, ids, total)[0], -total)
 
