@@ -254,6 +254,11 @@ def match_varying_axes(tree: Any, like: Array, axis_name: AxisName = None) -> An
     return jax.tree.map(typed, tree)
 
 
+def shape_like(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
+    """A shape that differs along the mesh axes along which `like` does."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=getattr(jax.typeof(like), "mat", None))
+
+
 def first_shard_share(a: Array, axis_name: AxisName) -> Array:
     """An array that is the same on all shards: on the first shard as it is, on the others 0.
 

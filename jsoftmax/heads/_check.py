@@ -27,6 +27,7 @@ from jsoftmax.checks.arguments import (
 from jsoftmax.checks.labels import NO_LABELS, in_range
 from jsoftmax.checks.top_targets import TopTargets, mass_is_in_range, reject_per_class_options
 from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
+from jsoftmax.heads._implementation import is_kernel
 from jsoftmax.heads._labels import add_labels, check_banned
 from jsoftmax.sharding import (
     AxisName,
@@ -105,6 +106,7 @@ def check(
     token_weights: Any = None,
     per_token: Any = (),
     chunk: int = 1,
+    implementation: Any = "xla",
     names: tuple[str, str, str] = ("hidden", "weight", "bias"),
 ) -> CheckedHead:
     """All arguments as a `Head`, in the accumulation dtype except for arrays of the vocabulary.
@@ -164,6 +166,8 @@ def check(
         check_not_explicit(function, names[0], head.hidden)
     given = _in_order(head, plan, batch, rows, token_weights)
     given = given._replace(top=top, several=several, counted=counted)
+    if is_kernel(function, implementation, head, plan, top):
+        given = given._replace(plan=plan._replace(kernel=True))
     return given if block_size is not None else _with_accelerator_block(given, -(-of_shard // chunk), chunk)
 
 

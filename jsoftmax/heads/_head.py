@@ -76,6 +76,8 @@ class Plan(NamedTuple):
     """Tokens and classes of a block in programs for GPUs and TPUs. None: those of the plan itself."""
     tangent_precision: Any = None
     """The precision of products of tangents (backwards, of cotangents) where it differs from that of the scores."""
+    kernel: bool = False
+    """Whether the value's pass over the classes is the kernel for TPUs."""
 
     def on_accelerators(self) -> "Plan":
         """The plan for GPUs and TPUs: all tokens at once by blocks of classes, or the caller's blocks. Tangents are
@@ -88,13 +90,14 @@ class Plan(NamedTuple):
 # --- scores of one block -------------------------------------------------------------------------------------
 
 
-def _wide_products(hidden: Array, weight: Array, precision: Any, wide: Any) -> Array:
+def wide_products(hidden: Array, weight: Array, precision: Any, wide: Any) -> Array:
+    """h Wᵀ, with sums in the dtype `wide`."""
     return lax.dot_general(hidden, weight, (((1,), (1,)), ((), ())), precision, preferred_element_type=wide)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _narrow_products(hidden: Array, weight: Array, plan: Plan) -> Array:
-    return _wide_products(hidden.astype(plan.dtype), weight.astype(plan.dtype), plan.precision, hidden.dtype)
+    return wide_products(hidden.astype(plan.dtype), weight.astype(plan.dtype), plan.precision, hidden.dtype)
 
 
 @_narrow_products.defjvp
@@ -102,7 +105,7 @@ def _narrow_products_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array
     """On CPU tangents are not narrowed; neither are, backwards, the sums over blocks."""
     (hidden, weight), (hidden_dot, weight_dot) = primals, tangents
     precision = plan.precision if plan.tangent_precision is None else plan.tangent_precision
-    product = functools.partial(_wide_products, precision=precision, wide=hidden.dtype)
+    product = functools.partial(wide_products, precision=precision, wide=hidden.dtype)
     dot = product(hidden_dot, weight) + product(hidden, weight_dot)
     if plan.tangent_precision is not None:
         dot = dot.astype(plan.dtype).astype(dot.dtype)
@@ -112,7 +115,7 @@ def _narrow_products_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array
 def products(hidden: Array, weight: Array, plan: Plan) -> Array:
     """h Wᵀ, with factors in the plan's dtype and sums in the dtype of `hidden`."""
     if plan.dtype == hidden.dtype:
-        return _wide_products(hidden, weight, plan.precision, plan.dtype)
+        return wide_products(hidden, weight, plan.precision, plan.dtype)
     return _narrow_products(hidden, weight, plan)
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Array
 
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._series import expm1
-from jsoftmax._top_k import top_k, top_k_by_blocks
-from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, scan_classes, without_labels
+from jsoftmax.heads._head import Head, Heads, Plan, block_scores, scan_classes, without_labels
+from jsoftmax.heads._top import top_k_of_block, top_k_of_rows
 from jsoftmax.sharding import (
     is_label,
     local_label,
@@ -107,8 +107,7 @@ def block_statistics(head: Head, wanted: Extras, start: Array, x: Array, plan: P
     axis = (1,)
     made: dict[str, Any] = {}
     if head.labels is not None:
-        label, inside = place_in_block(head.labels, start, x.shape[1])
-        made["label"] = jnp.where(inside, jnp.take_along_axis(x, label, 1), -jnp.inf)
+        made["label"] = _label_scores(head.labels, start, x, plan)
     if wanted.others:
         x = without_labels(x, head.labels, start)
     peak, rest, _ = exp_sums(x, axis)
@@ -132,6 +131,16 @@ def block_statistics(head: Head, wanted: Extras, start: Array, x: Array, plan: P
         made["top"], places = top_k_of_block(x, min(wanted.top, x.shape[1]), plan)
         made["top_class"] = start + places
     return PartialStatistics(top[:, 0], rest[:, 0], **made)
+
+
+def _label_scores(labels: Array, start: Array, x: Array, plan: Plan) -> Array:
+    """x_y of labels `[N, m]` that are in this block; −∞ for the others. The kernel cannot pick, and compares."""
+    if plan.kernel:
+        found = [is_label(x.shape, labels[:, i : i + 1], start=start) for i in range(labels.shape[1])]
+        columns = [jnp.max(jnp.where(here, x, -jnp.inf), 1, keepdims=True) for here in found]
+        return jnp.concatenate(columns, 1)
+    label, inside = place_in_block(labels, start, x.shape[1])
+    return jnp.where(inside, jnp.take_along_axis(x, label, 1), -jnp.inf)
 
 
 def merge(a: PartialStatistics, b: PartialStatistics, plan: Plan | None = None) -> PartialStatistics:
@@ -158,9 +167,12 @@ def merge(a: PartialStatistics, b: PartialStatistics, plan: Plan | None = None) 
     if a.spread is not None:
         made["spread"] = total(lambda part, fall: _moved_sum(part.spread, part.kept_count, fall))
         made["kept_count"] = total(lambda part, _: part.kept_count)
-    if a.top is not None:
+    if a.top is not None and a.top.shape[1] == 1:
+        new = (b.top > a.top) | jnp.isnan(b.top)  # the first of equals; NaN before all
+        made |= {"top": jnp.where(new, b.top, a.top), "top_class": jnp.where(new, b.top_class, a.top_class)}
+    elif a.top is not None:
         x, classes = (jnp.concatenate(pair, 1) for pair in ((a.top, b.top), (a.top_class, b.top_class)))
-        made["top"], places = _top_k(x, a.top.shape[1], plan)
+        made["top"], places = top_k_of_rows(x, a.top.shape[1], plan)
         made["top_class"] = jnp.take_along_axis(classes, places, 1)
     return PartialStatistics(peak, rest, **made)
 
@@ -200,36 +212,11 @@ def merge_shards(part: PartialStatistics, head: Head, plan: Plan) -> PartialStat
         )
     made = psum(made, plan.axis_name)
     if part.top is not None:
-        made["top"], places = _top_k(made["top"], part.top.shape[1], plan)
+        made["top"], places = top_k_of_rows(made["top"], part.top.shape[1], plan)
         made["top_class"] = jnp.take_along_axis(made["top_class"], places, 1)
     made["rest"] = made["rest"] + (made.pop("ones") - 1)
     # the maximum over devices may have dropped a NaN
     return PartialStatistics(jnp.where(jnp.isnan(made["rest"]) & ~jnp.isposinf(peak), jnp.nan, peak), **made)
-
-
-def _top_k(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:
-    """The k largest, the first of equals first, and their places. For k = 1, argmax costs less than a sort.
-
-    For shards of one array all numbers are sorted, because XLA would gather the argument of `lax.top_k`.
-    """
-    if k == 1:
-        places = jnp.argmax(x, 1, keepdims=True)
-    elif plan is None or plan.axis_name != SHARDS:
-        return top_k(x, k)
-    else:
-        descending = jnp.where(jnp.isnan(x), -jnp.inf, -lax.stop_gradient(x))
-        places = lax.sort_key_val(descending, lax.broadcasted_iota(jnp.int32, x.shape, 1), 1)[1][:, :k]
-    return jnp.take_along_axis(x, places, 1), places.astype(jnp.int32)
-
-
-def top_k_of_block(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:
-    """The same for a block of classes."""
-    if k * _TOP_K_LENGTH >= x.shape[1]:
-        return _top_k(x, k, plan)
-    return top_k_by_blocks(x, k, _TOP_K_LENGTH, functools.partial(_top_k, plan=plan))
-
-
-_TOP_K_LENGTH = 64
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -242,7 +229,12 @@ def statistics(head: Head, wanted: Extras, plan: Plan) -> Statistics:
         (block,) = blocks
         return merge(state, block_statistics(block, wanted, start, block_scores(block, start, plan), plan), plan)
 
-    running = scan_classes(step, (head,), (Head(),), None, initial(head, wanted), plan)
+    if plan.kernel:
+        from jsoftmax.heads import _kernel  # noqa: PLC0415  (Pallas takes half a second to import)
+
+        running = _kernel.partial_statistics(head, wanted, plan)
+    else:
+        running = scan_classes(step, (head,), (Head(),), None, initial(head, wanted), plan)
     return finish(merge_shards(running, head, plan), wanted)
 
 

@@ -1,6 +1,6 @@
 """Streaming heads: a linear layer and its softmax over a huge vocabulary, block by block (MATH 11)."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -52,6 +52,7 @@ def linear_cross_entropy(
     precision: Any = None,
     axis_name: AxisName = None,
     shards: int = 1,
+    implementation: Literal["xla", "pallas"] = "xla",
 ) -> Float[Array, "..."]:
     """Cross-entropy of labels under the softmax of a linear layer, in nats, not reduced; the logits never exist.
 
@@ -102,6 +103,9 @@ def linear_cross_entropy(
         divide V. Without it XLA gathers the whole weight on every device. It gathers hidden where blocks cut tokens
         that are sharded too: for these use axis_name. Axes of type `AxisType.Explicit` are an error outside
         `jax.shard_map` and `jax.sharding.auto_axes`.
+      implementation: "xla", which runs everywhere; or "pallas", an experiment: the value is computed by one kernel for
+        TPUs, which never writes scores to memory. On CPU it is interpreted, slowly. Derivatives are those of "xla". It
+        takes φ = exp and integer labels, and no `banned` and `shards`; `block_size` is for derivatives then.
     Returns: `[...]`, of several labels `[k, ...]`, float32 at least. Factors of narrower dtypes are multiplied as they
       are, and their products are summed in float32. In derivatives, GPUs and TPUs round the tangents and cotangents of
       these factors and of the scores to the same narrow dtype before they multiply them; CPUs do not. The weight's
@@ -136,6 +140,7 @@ def linear_cross_entropy(
         precision=precision,
         axis_name=axis_name,
         shards=shards,
+        implementation=implementation,
         per_token=(_labels.SEVERAL, _labels.TOP),
     )
     smoothing, z = _check.loss_options(function, given, label_smoothing, z_loss)
@@ -250,6 +255,7 @@ def linear_statistics(
     precision: Any = None,
     axis_name: AxisName = None,
     shards: int = 1,
+    implementation: Literal["xla", "pallas"] = "xla",
 ) -> LinearStatistics:
     """Log-probability of the label, entropy, log-normaliser and mode of each token in one pass; the logits never exist.
 
@@ -262,7 +268,7 @@ def linear_statistics(
 
     Args:
       hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, banned, block_size, precision, axis_name,
-        shards: as in `linear_cross_entropy`.
+        shards, implementation: as in `linear_cross_entropy`.
       labels: integers `[...]`, or several of each token, `[k, ...]`; or distributions q `[..., V]`: then log_prob is
         Σ q l.
       ignore_label: labels of that number have log_prob 0. A token whose labels all have it gets 0 for the other numbers
@@ -296,6 +302,7 @@ def linear_statistics(
         precision=precision,
         axis_name=axis_name,
         shards=shards,
+        implementation=implementation,
         per_token=(_labels.SEVERAL,),
     )
     found: Any = map_shards(statistics, given.head, given.plan, Extras(entropy=True, top=1))
@@ -323,6 +330,7 @@ def linear_log_normalizer(
     precision: Any = None,
     axis_name: AxisName = None,
     shards: int = 1,
+    implementation: Literal["xla", "pallas"] = "xla",
 ) -> Float[Array, "..."]:
     """Log-normaliser of a linear layer's scores, without the scores.
 
@@ -333,7 +341,7 @@ def linear_log_normalizer(
 
     Args:
       hidden, weight, bias, phi, soft_cap, temperature, where, log_weights, banned, block_size, precision, axis_name,
-        shards: as in `linear_cross_entropy`.
+        shards, implementation: as in `linear_cross_entropy`.
     Returns: `[...]`, float32 at least; edges as in `log_normalizer`.
     Raises: as `linear_cross_entropy`.
     Source: Milakov and Gimelshein 2018.
@@ -357,5 +365,6 @@ def linear_log_normalizer(
         precision=precision,
         axis_name=axis_name,
         shards=shards,
+        implementation=implementation,
     )
     return given.restore(map_shards(statistics, given.head, given.plan, Extras()).log_normalizer)
