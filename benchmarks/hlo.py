@@ -2,7 +2,8 @@
 
 These are counts, not times, and the same on every machine. A kernel is an instruction that computes something, in the
 program's entry or, counted once for each trip, in a loop's body. Its traffic is what it reads from memory and writes to
-it. If a kernel reads only slices of an operand, the slices count; if a buffer is updated in place, the update counts.
+it. If a kernel reads only slices of an operand, the slices count; if a buffer is updated in place, the update counts. A
+kernel that is no work of XLA's, and may read an operand several times, counts by what it says of itself.
 """
 
 import dataclasses
@@ -156,6 +157,8 @@ def trips(computations: Computations, instruction: Instruction) -> int:
 
 def moved(computations: Computations, name: str, instruction: Instruction) -> int:
     """The bytes that one kernel of the computation reads and writes."""
+    if said := re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', instruction.attributes):
+        return int(said[1])
     operands = [computations[name][o] for o in instruction.operands if o in computations[name]]
     if instruction.operation in ("dynamic-slice", "gather"):
         return 2 * size(instruction.shape)

@@ -47,6 +47,7 @@ gpu_device_info {
 """What XLA asks of a GPU before it compiles for it."""
 
 NEEDS = {"h100": "jsoftmax[programs-h100]", "v5e": "jsoftmax[programs-tpu]"}
+TPUS = ("v5e",)
 SHAPES = ((1024, 1024), (256, 32768), (1_000_000, 8), (4096, 1000))
 DTYPES = ("float32", "bfloat16")
 
@@ -290,11 +291,32 @@ def other_heads() -> dict[str, tuple[F, tuple[Any, ...]]]:
     }
 
 
-def heads_rows(where: Any) -> list[dict[str, Any]]:
+def values(kind: str) -> dict[str, tuple[F, tuple[Any, ...]]]:
+    """Values alone, and where the device can run it the kernel; its gradients are those of the loop from its value."""
+    loss, statistics = heads.linear_cross_entropy, heads.linear_statistics
+    given = (HIDDEN, WEIGHT, LABELS)
+    found: dict[str, tuple[F, tuple[Any, ...]]] = {
+        "linear_cross_entropy, value": (loss, given),
+        "linear_statistics, value": (statistics, given),
+    }
+    if kind in TPUS:
+        kernel = functools.partial(loss, implementation="pallas")
+        found |= {
+            'linear_cross_entropy, value, implementation="pallas"': (kernel, given),
+            'linear_statistics, value, implementation="pallas"': (
+                functools.partial(statistics, implementation="pallas"),
+                given,
+            ),
+            'linear_cross_entropy, implementation="pallas"': (value_and_gradients(kernel), given),
+        }
+    return found
+
+
+def heads_rows(kind: str, where: Any) -> list[dict[str, Any]]:
     """The counts of the heads."""
     of_losses = {name: (value_and_gradients(f), (HIDDEN, WEIGHT, LABELS)) for name, f in HEADS.items()}
     rows = []
-    for name, (f, given) in (of_losses | other_heads()).items():
+    for name, (f, given) in (of_losses | other_heads() | values(kind)).items():
         counts = dataclasses.asdict(compiled(where, f, given))
         rows.append({"name": name, "sizes": [TOKENS, FEATURES, CLASSES], **counts})
         print(f"{name}: {counts['kernels']} kernels, {counts['traffic'] / 2**30:.1f} GiB", flush=True)
@@ -319,7 +341,7 @@ def attention_rows(where: Any) -> list[dict[str, Any]]:
 def run(kind: str, output: pathlib.Path, only_heads: bool = False) -> None:
     """Compiles every cell for the device and writes the counts; or only the heads, and keeps the rest of the file."""
     where = device(kind)
-    of_heads = heads_rows(where)
+    of_heads = heads_rows(kind, where)
     versions = {"device": kind, "jax": jax.__version__, "optax": optax.__version__, "jsoftmax": js.__version__}
     kept = json.loads(output.read_text())["rows"] if only_heads and output.exists() else []
     rows = kept if only_heads else cells_rows(where)

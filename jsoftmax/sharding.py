@@ -124,7 +124,7 @@ def check_sharded(function: str, argument: str, a: Array, axis_name: AxisName) -
     """Rejects an array that `jax.shard_map` knows to be the same on every device: every device would count it again."""
     if axis_name is None:
         return
-    missing = _varying(lax.axis_index(axis_name)) - _varying(a)  # empty where JAX does not keep account
+    missing = varying_axes(lax.axis_index(axis_name)) - varying_axes(a)  # empty where JAX does not keep account
     if missing:
         raise ValueError(
             f"{function}: {argument} must be sharded over axis_name={axis_name!r}, each device with its own classes; "
@@ -156,7 +156,7 @@ def check_same(function: str, argument: str, a: Any, axis_name: AxisName) -> Non
     """Rejects an array that `jax.shard_map` knows to differ between devices, where all must have the same."""
     if axis_name is None:
         return
-    different = _varying(lax.axis_index(axis_name)) & _varying(a)
+    different = varying_axes(lax.axis_index(axis_name)) & varying_axes(a)
     if different:
         raise ValueError(
             f"{function}: {argument} must be the same on all devices along axis_name={axis_name!r}; got one that "
@@ -230,7 +230,7 @@ def pick(a: Array, index: Array) -> Array:
     return apply_to_rows(lambda a, index: jnp.take_along_axis(a, index, -1), a, index)
 
 
-def _varying(a: Any) -> frozenset[str]:
+def varying_axes(a: Any) -> frozenset[str]:
     """The names of the mesh axes along which `jax.shard_map(check_vma=True)` regards an array as differing."""
     return getattr(getattr(jax.typeof(a), "mat", None), "varying", frozenset())
 
@@ -246,7 +246,7 @@ def match_varying_axes(tree: Any, like: Array, axis_name: AxisName = None) -> An
     def typed(a: Any) -> Any:
         if not isinstance(a, jax.Array) or not jnp.issubdtype(a.dtype, jnp.floating):
             return a
-        if axis_name is None and _varying(like) <= _varying(a):
+        if axis_name is None and varying_axes(like) <= varying_axes(a):
             return a
         dtype = like.dtype if a.weak_type else a.dtype
         return jnp.where(True, a, jnp.zeros_like(like, dtype, shape=()))

@@ -54,6 +54,7 @@ SUMS, TRANSFORMATIONS, SAMPLED = (f"tests/test_{name}.py" for name in ("sums", "
 QUADRATIC, FACTORED, ADAPTIVE = (f"tests/test_heads_{name}.py" for name in ("quadratic", "factored", "adaptive"))
 TOP, DIVERGENCE = "tests/test_top_targets.py", "tests/test_divergence.py"
 DRAWS, BANNED = "tests/test_heads_draws.py", "tests/test_heads_banned.py"
+KERNEL = "tests/test_heads_kernel.py"
 SEGMENTS, TRUNCATION, ATTENTION = (f"tests/test_{name}.py" for name in ("segments", "truncation", "attention"))
 
 MUTANTS = (
@@ -162,6 +163,11 @@ MUTANTS = (
     Mutant("heads/_statistics.py", "total((excess + (known.mass", "total((excess - (known.mass", f"{HEADS} -k distributions"),
     Mutant("heads/_statistics.py", "at_label = expm1(-known.loss)", "at_label = jnp.exp(-known.loss)", f"{HEADS} -k options"),
     Mutant("heads/_statistics.py", "total(jnp.where(sure, 0, p * x_dot))", "total(p * x_dot)", f"{HEADS} -k sure"),
+    Mutant("heads/_kernel.py", "(1, of_classes), 1) < classes", "(1, of_classes), 1) <= classes", f"{KERNEL} -k equals"),
+    Mutant("heads/_kernel.py", "first + done.top_class", "done.top_class", f"{KERNEL} -k sharded"),
+    Mutant("heads/_kernel.py", "@pl.when(number == 0)", "@pl.when(number == 1)", f"{KERNEL} -k digits"),
+    Mutant("heads/_top.py", "jnp.where(x == best, places", "jnp.where(x <= best, places", f"{KERNEL} -k digits"),
+    Mutant("heads/_statistics.py", "(b.top > a.top) | jnp.isnan(b.top)", "(b.top >= a.top) | jnp.isnan(b.top)", f"{KERNEL} -k edges"),
     Mutant("heads/divergence.py", "q * (r_q - of_q) * x_q_dot", "q * (r_q + of_q) * x_q_dot", f"{HEADS} -k jensen"),
     Mutant("heads/adaptive/_selection.py", "bound[:, i] > best[:, -1]", "bound[:, i] > best[:, 0]", f"{ADAPTIVE} -k of_log_probs"),
     Mutant("heads/adaptive/_selection.py", "jnp.where(wanted[:, None], found, -jnp.inf)", "found", f"{ADAPTIVE} -k of_log_probs"),

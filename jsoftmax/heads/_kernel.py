@@ -6,6 +6,7 @@ VMEM. This module is imported only where the kernel is asked for, because Pallas
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,9 @@ from jaxtyping import Array
 
 from jsoftmax.heads._head import PER_CLASS, PER_TOKEN, Head, Plan, first_class, scores_from_products, wide_products
 from jsoftmax.heads._statistics import Extras, PartialStatistics, block_statistics, initial, merge
-from jsoftmax.sharding import shape_like
+from jsoftmax.sharding import shape_like, varying_axes
+
+Loop = Callable[[Head], PartialStatistics]
 
 VMEM = 64 * 2**20
 """What the kernel may take of the chip's memory. A v5e has 128 MiB, a v7x 64."""
@@ -27,25 +30,34 @@ TOKENS, CLASSES, WEIGHT = 2048, 512, 2**21
 times as many."""
 
 
-def partial_statistics(head: Head, wanted: Extras, plan: Plan) -> PartialStatistics:
-    """What the loop over blocks gives. Programs for CPUs interpret the kernel, slowly; those for GPUs cannot have
-    it."""
-    forms = {name: functools.partial(_call, wanted, plan, name == "cpu") for name in ("tpu", "cpu")}
-    first = first_class(head, plan)
-    labels = None if head.labels is None else (head.labels - first).astype(jnp.int32)
-    found = lax.platform_dependent(head._replace(counted=None, labels=labels), **forms)
-    return found if found.top_class is None else found._replace(top_class=first + found.top_class)
+def partial_statistics(head: Head, wanted: Extras, plan: Plan, loop: Loop) -> PartialStatistics:
+    """What the loop over blocks gives.
+
+    Programs for CPUs interpret the kernel, slowly; but where `jax.shard_map` checks along which axes arrays differ,
+    JAX cannot interpret it, and the loop runs. Programs for GPUs cannot be lowered.
+    """
+    if not head.hidden.shape[0]:
+        return initial(head, wanted)
+    on_tpu, interpreted = (functools.partial(_call, wanted, plan, on_cpu) for on_cpu in (False, True))
+    return lax.platform_dependent(head, tpu=on_tpu, cpu=loop if varying_axes(head.hidden) else interpreted)
 
 
-def block_sizes(features: int, dtype: Any) -> tuple[int, int]:
+def block_sizes(tokens: int, classes: int, features: int, dtype: Any) -> tuple[int, int]:
     """Tokens and classes of a block: whole tiles of 16 × 128 numbers."""
+
+    def whole(tile: int, wanted: int, *limits: int) -> int:
+        return max(tile, min(-(-wanted // tile) * tile, *(limit // tile * tile for limit in limits)))
+
     row = features * jnp.dtype(dtype).itemsize
-    return max(16, min(TOKENS, 4 * WEIGHT // row // 16 * 16)), max(128, min(CLASSES, WEIGHT // row // 128 * 128))
+    return whole(16, tokens, TOKENS, 4 * WEIGHT // row), whole(128, classes, CLASSES, WEIGHT // row)
 
 
 def _call(wanted: Extras, plan: Plan, interpreted: bool, head: Head) -> PartialStatistics:
+    first = first_class(head, plan)
+    labels = None if head.labels is None else (head.labels - first).astype(jnp.int32)
+    head = head._replace(counted=None, labels=labels)
     (tokens, features), classes, wide = head.hidden.shape, head.weight.shape[0], head.hidden.dtype
-    of_tokens, of_classes = block_sizes(features, plan.dtype)
+    of_tokens, of_classes = block_sizes(tokens, classes, features, plan.dtype)
     state = jax.eval_shape(lambda head: initial(head, wanted), head)
     given, kept = _as_matrices(head._replace(hidden=head.hidden.astype(plan.dtype))), _as_columns(state)
 
@@ -97,7 +109,8 @@ def _call(wanted: Extras, plan: Plan, interpreted: bool, head: Head) -> PartialS
         ),
     )(*(a for _, a in given))
     shaped = [a if like.ndim == 2 else a[:, 0] for a, like in zip(found, jax.tree.leaves(state), strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(state), shaped)
+    done = jax.tree.unflatten(jax.tree.structure(state), shaped)
+    return done if done.top_class is None else done._replace(top_class=first + done.top_class)
 
 
 def _as_matrices(head: Head) -> list[tuple[str, Array]]:

@@ -229,12 +229,15 @@ def statistics(head: Head, wanted: Extras, plan: Plan) -> Statistics:
         (block,) = blocks
         return merge(state, block_statistics(block, wanted, start, block_scores(block, start, plan), plan), plan)
 
+    def loop(head: Head) -> PartialStatistics:
+        return scan_classes(step, (head,), (Head(),), None, initial(head, wanted), plan)
+
     if plan.kernel:
         from jsoftmax.heads import _kernel  # noqa: PLC0415  (Pallas takes half a second to import)
 
-        running = _kernel.partial_statistics(head, wanted, plan)
+        running = _kernel.partial_statistics(head, wanted, plan, loop)
     else:
-        running = scan_classes(step, (head,), (Head(),), None, initial(head, wanted), plan)
+        running = loop(head)
     return finish(merge_shards(running, head, plan), wanted)
 
 

@@ -1,6 +1,6 @@
 """Streaming heads: a linear layer and its softmax over a huge vocabulary, block by block (MATH 11)."""
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -52,7 +52,7 @@ def linear_cross_entropy(
     precision: Any = None,
     axis_name: AxisName = None,
     shards: int = 1,
-    implementation: Literal["xla", "pallas"] = "xla",
+    implementation: str = "xla",
 ) -> Float[Array, "..."]:
     """Cross-entropy of labels under the softmax of a linear layer, in nats, not reduced; the logits never exist.
 
@@ -103,9 +103,10 @@ def linear_cross_entropy(
         divide V. Without it XLA gathers the whole weight on every device. It gathers hidden where blocks cut tokens
         that are sharded too: for these use axis_name. Axes of type `AxisType.Explicit` are an error outside
         `jax.shard_map` and `jax.sharding.auto_axes`.
-      implementation: "xla", which runs everywhere; or "pallas", an experiment: the value is computed by one kernel for
-        TPUs, which never writes scores to memory. On CPU it is interpreted, slowly. Derivatives are those of "xla". It
-        takes φ = exp and integer labels, and no `banned` and `shards`; `block_size` is for derivatives then.
+      implementation: "xla", which runs everywhere; or "pallas", an experiment: one kernel for TPUs computes the value,
+        and never writes scores to memory. Derivatives are those of "xla", and `block_size` is theirs. It takes φ = exp
+        and integer labels, without `banned` and `shards`. On CPU the kernel is interpreted, slowly, or, inside
+        `jax.shard_map` with check_vma, the loop of "xla" runs. In jax 0.10 Hessian products through a scan fail.
     Returns: `[...]`, of several labels `[k, ...]`, float32 at least. Factors of narrower dtypes are multiplied as they
       are, and their products are summed in float32. In derivatives, GPUs and TPUs round the tangents and cotangents of
       these factors and of the scores to the same narrow dtype before they multiply them; CPUs do not. The weight's
@@ -255,7 +256,7 @@ def linear_statistics(
     precision: Any = None,
     axis_name: AxisName = None,
     shards: int = 1,
-    implementation: Literal["xla", "pallas"] = "xla",
+    implementation: str = "xla",
 ) -> LinearStatistics:
     """Log-probability of the label, entropy, log-normaliser and mode of each token in one pass; the logits never exist.
 
@@ -330,7 +331,7 @@ def linear_log_normalizer(
     precision: Any = None,
     axis_name: AxisName = None,
     shards: int = 1,
-    implementation: Literal["xla", "pallas"] = "xla",
+    implementation: str = "xla",
 ) -> Float[Array, "..."]:
     """Log-normaliser of a linear layer's scores, without the scores.
 
