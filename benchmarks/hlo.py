@@ -86,14 +86,20 @@ def collectives(text: str) -> dict[str, int]:
     return {kind: kinds.count(kind) for kind in COLLECTIVES if kind in kinds}
 
 
-def size(shape: str) -> int:
-    """Bytes of a shape, or of a tuple of shapes. What a TPU keeps on its chip, in memory space S(1), does not count."""
+def sizes(shape: str) -> list[tuple[int, bool]]:
+    """Bytes of each array of a shape, and whether it is in memory: a TPU keeps some on its chip, in memory space
+    S(1)."""
     parts = re.findall(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?", shape)
-    return sum(
-        math.prod(map(int, filter(None, dimensions.split(",")))) * BITS[dtype] // 8
+    return [
+        (math.prod(map(int, filter(None, dimensions.split(",")))) * BITS[dtype] // 8, "S(1)" not in layout)
         for dtype, dimensions, layout in parts
-        if "S(1)" not in layout and dtype in BITS
-    )
+        if dtype in BITS
+    ]
+
+
+def size(shape: str) -> int:
+    """Bytes in memory of a shape, or of a tuple of shapes."""
+    return sum(count for count, in_memory in sizes(shape) if in_memory)
 
 
 def parse(text: str) -> Computations:
@@ -159,6 +165,9 @@ def moved(computations: Computations, name: str, instruction: Instruction) -> in
     """The bytes that one kernel of the computation reads and writes."""
     if said := re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', instruction.attributes):
         return int(said[1])
+    if instruction.operation in ("copy-start", "slice-start"):  # its tuple begins with where it copies to and from
+        ends = sizes(instruction.shape)[:2]
+        return min(count for count, _ in ends) * sum(in_memory for _, in_memory in ends)
     operands = [computations[name][o] for o in instruction.operands if o in computations[name]]
     if instruction.operation in ("dynamic-slice", "gather"):
         return 2 * size(instruction.shape)

@@ -83,6 +83,22 @@ def test_a_kernel_counts_by_its_own_estimate():
     assert hlo.count(hlo.parse(KERNEL)) == (1, 2 * 2**20 + 2**13)
 
 
+COPIES = """
+ENTRY %main (p0: f32[1024,256]) -> f32[256,256] {
+  %p0 = f32[1024,256]{1,0:T(8,128)} parameter(0)
+  %copy-start = (f32[1024,256]{1,0:T(8,128)S(1)}, f32[1024,256]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p0)
+  %copy-done = f32[1024,256]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %slice-start = ((f32[1024,256]{1,0:T(8,128)}), f32[256,256]{1,0:T(8,128)}, s32[]{:S(2)}) slice-start(%p0)
+  ROOT %slice-done = f32[256,256]{1,0:T(8,128)} slice-done(%slice-start)
+}
+"""
+
+
+def test_copies_count_where_they_touch_memory():
+    """1 MiB is read onto the chip, and a quarter of it is read and written."""
+    assert hlo.count(hlo.parse(COPIES)) == (2, 2**20 + 2 * 2**18)
+
+
 def test_sizes():
     assert hlo.size("f32[1024,256]{1,0}") == 2**20
     assert hlo.size("(bf16[8]{0}, pred[3]{0}, s32[])") == 16 + 3 + 4
