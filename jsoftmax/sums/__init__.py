@@ -20,7 +20,7 @@ from jaxtyping import Array
 from jsoftmax.checks.arguments import Axis, canonical_axis, widened
 from jsoftmax.sharding import AxisName, is_label, local_label
 from jsoftmax.sums import cpu, long_rows, reference
-from jsoftmax.sums.cpu import Want, column_exp_sums, paths
+from jsoftmax.sums.cpu import Want, paths
 from jsoftmax.sums.reference import (
     FAR,
     SURE,
@@ -47,7 +47,6 @@ __all__ = [
     "centred",
     "centred_rate",
     "class_sum",
-    "column_exp_sums",
     "difference",
     "exp_sums",
     "explain",

@@ -19,7 +19,7 @@ from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._series import expm1
 from jsoftmax.heads._statistics import PartialStatistics, merge
 from jsoftmax.phi import Phi, log_phi, slope
-from jsoftmax.sums import column_exp_sums, difference, not_negative
+from jsoftmax.sums import difference, exp_sums, is_empty, not_negative
 
 _CHUNK = 2**19  # numbers in a block of scores or of weights: 2 MB in float32
 
@@ -121,8 +121,9 @@ def _product(weight: Array, a: Array) -> Array:
 
 def _statistics_of_chunk(x: Array) -> PartialStatistics:
     """The statistics of a chunk whose classes are the first axis."""
-    peak, rest = column_exp_sums(x)
-    return PartialStatistics(peak, rest)
+    peak, rest, _ = exp_sums(x, (0,))
+    empty = is_empty(rest)
+    return PartialStatistics(jnp.where(empty, -jnp.inf, peak)[0], jnp.where(empty, -1, rest)[0])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))

@@ -15,13 +15,12 @@ from jsoftmax.sums.cpu.rates import (
     p_rate,
     weighted_deviations,
 )
-from jsoftmax.sums.cpu.rows import centred, column_exp_sums, exp_sums, gap_sum, normalized
+from jsoftmax.sums.cpu.rows import centred, exp_sums, gap_sum, normalized
 
 __all__ = [
     "Want",
     "centred",
     "centred_rate",
-    "column_exp_sums",
     "compares_labels",
     "exp_sums",
     "gap_sum",

@@ -27,7 +27,6 @@ from jsoftmax.sums.reference import (
     ExpSums,
     Normalized,
     class_sum,
-    difference,
     is_empty,
     not_negative,
     rest_of,
@@ -66,29 +65,6 @@ def exp_sums(x: Array, row_sums: Any, axis: tuple[int, ...], axis_name: AxisName
 def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
     """`reference.gap_sum`."""
     return _careful_sum(_gap_terms, x, peak, axis, None, Form("H"))
-
-
-def column_exp_sums(x: Array) -> tuple[Array, Array]:
-    """max x and Σ e^u − 1 over the first axis, for many classes; −∞ and −1 for an empty column  (MATH 4.1).
-
-    `reference.exp_sums` does not serve here, because XLA would add such an axis up one by one. The barriers keep the
-    three reductions apart, and XLA vectorises each of them.
-    """
-    peak = lax.optimization_barrier(jnp.max(x, 0))
-
-    def parts(x: Array) -> tuple[Array, Array]:
-        e = jnp.exp(difference(x, peak))
-        whole = jnp.floor(e + 0.5)
-        return e - whole, whole
-
-    def total(part: int) -> Array:
-        split = x.shape[0] - x.shape[0] % 64  # two steps, because a long running sum accumulates rounding errors
-        blocks = parts(x[:split].reshape(-1, 64, x.shape[1]))[part]
-        return jnp.concatenate([jnp.sum(blocks, 1), parts(x[split:])[part]])
-
-    small, ones = (lax.optimization_barrier(total(part)) for part in (0, 1))
-    rest = jnp.sum(small, 0) + (jnp.sum(ones, 0) - 1)
-    return peak, jnp.where(jnp.isneginf(peak), -1, rest)
 
 
 # --- u = x − max x, e^u and their sums -----------------------------------------------------------------------
