@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import some
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sharding import DEVICES, assert_close, collectives, mesh
 
@@ -72,8 +73,9 @@ def of_all():
         return everything(statistics)(*arrays())
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", some(WAYS, ["shard_map"]))
 def test_parts_equal_the_whole(way, of_all):
+    """The other ways, by default, of functions of scores: test_sharded.py."""
     with jax.enable_x64(True):
         assert_close(everything(WAYS[way]())(*arrays()), of_all, 1e-10)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from cells import product
+from cells import product, some
 from platforms import as_on_accelerators
 
 import jsoftmax as js
@@ -60,7 +60,7 @@ def test_draws(phi, dtype):
         assert_frequencies(jnp.bincount(first, length=6), p)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("dtype", some([jnp.float32, jnp.float64], [jnp.float64]))
 def test_draws_with_64_bits(dtype):
     """With x64, where random bits and sums would be wider, under strict promotion; row by row."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
@@ -74,7 +74,7 @@ def test_draws_with_64_bits(dtype):
         assert np.abs(np.corrcoef(draws.T)[0, 1]) < 5 / 200_000**0.5
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", some([jnp.float32, jnp.bfloat16], [jnp.float32]))  # bfloat16 is widened first
 def test_draws_of_131072_classes(dtype):
     """By groups of classes that follow each other, and by groups of like probability."""
     z = (3 * jax.random.normal(jax.random.key(5), (131_072,))).astype(dtype)
@@ -89,7 +89,7 @@ def test_draws_of_131072_classes(dtype):
     assert_frequencies(np.bincount(rank[one_each], minlength=8), np.bincount(rank, p))
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e6, -3e38])
+@pytest.mark.parametrize("offset", some([0.0, 1e6, -3e38], [1e6]))
 def test_a_single_draw_on_accelerators(offset, monkeypatch):
     """Single draws are made by noise, which an offset of the scores does not round away; also bad rows and empty
     rows."""
@@ -111,11 +111,11 @@ def test_rare_classes_are_drawn_at_their_rate():
     """100,000 classes of probability 1e-7 behind one of 0.99; a float32 cumulative sum draws them unevenly."""
     z = jnp.append(jnp.log(0.99), jnp.full(100_000, jnp.log(1e-7)))
     p = np.append(0.99, np.full(100_000, 1e-7))
-    draws = np.concatenate([np.asarray(gumbel.categorical(k, z, shape=(5_000_000,))) for k in jax.random.split(KEY, 4)])
+    draws = np.concatenate([np.asarray(gumbel.categorical(k, z, shape=(5_000_000,))) for k in jax.random.split(KEY, 2)])
     counts = np.bincount(draws, minlength=100_001)
     groups = np.append(counts[0], counts[1:].reshape(1000, 100).sum(1))
     assert_frequencies(groups, np.append(p[0], p[1:].reshape(1000, 100).sum(1)))
-    assert_frequencies(np.bincount(counts[1:], minlength=12)[:12], scipy.stats.poisson(2).pmf(np.arange(12)))
+    assert_frequencies(np.bincount(counts[1:], minlength=12)[:12], scipy.stats.poisson(1).pmf(np.arange(12)))
     plain = jnp.cumsum(js.softmax(z))
     widths = np.diff(np.asarray(plain))
     assert np.std(widths) > 0.1e-7  # what is avoided

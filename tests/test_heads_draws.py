@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sharding
-from cells import and_full, product, some
+from cells import and_full, some
 from jax.sharding import PartitionSpec
 from modes import assert_same
 
@@ -65,7 +65,7 @@ def assert_frequencies(drawn, p):
 
 
 def test_draws():
-    """Frequencies of draws with and without replacement, the same for every block size."""
+    """Frequencies of draws with and without replacement."""
     keys = jax.random.split(jax.random.key(0))
     hidden, weight = (jax.random.normal(k, (n, FEATURES)) for k, n in zip(keys, (2, 50), strict=True))
     weight = jnp.concatenate([weight * 1.5] * 6)[:290]
@@ -84,16 +84,22 @@ def test_draws():
     second = q * (jnp.sum(q / (1 - q)) - q / (1 - q))
     for drawn, want in ((three[0], q), (three[1], second)):
         assert_frequencies(drawn, want)
-    for replace in (True, False):  # three chunks, of which two make a block or all do
-        few = functools.partial(heads.linear_categorical, jax.random.key(1), rows[:64], weight, shape=(5, 64))
-        drawn = [few(replace=replace, block_size=sizes) for sizes in ((16, 128), (64, 256), (64, 384))]
-        np.testing.assert_array_equal(drawn[0], drawn[1])
-        np.testing.assert_array_equal(drawn[0], drawn[2])
     every = heads.linear_categorical(jax.random.key(2), token[0], weight[:9], shape=(9,), replace=False, where=KEEP[:9])
     assert sorted(every.tolist()) == sorted([-1, *np.flatnonzero(KEEP[:9])])
 
 
-LAWS = and_full([("both", "all", False), ("none", "plain", True)], itertools.product(CUTS, OPTIONS, [True, False]))
+@pytest.mark.parametrize("replace", some([True, False], [False]))
+def test_blocks_do_not_change_draws(replace):
+    """Of three chunks, of which one, two or all make a block. Distinct draws take the way of the others and more."""
+    hidden, weight, _ = arrays(jnp.float32)
+    few = functools.partial(heads.linear_categorical, jax.random.key(1), hidden, weight, shape=(5, TOKENS))
+    drawn = [few(replace=replace, block_size=sizes) for sizes in ((4, 128), (6, 256), (6, 384))]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+
+
+LAWS = and_full([("both", "all", False)], itertools.product(CUTS, OPTIONS, [True, False]))
+"""By default the law with everything, whose draws take all steps."""
 
 
 @pytest.mark.parametrize(("cuts", "options", "replace"), LAWS)
@@ -128,7 +134,7 @@ def test_log_prob(cuts, options, replace):
 def test_draws_of_a_law_that_is_cut(cuts):
     """Frequencies with and without replacement; what is cut is never drawn."""
     given = hidden, weight, bias = arrays(jnp.float32)
-    options, n = OPTIONS["all"] | CUTS[cuts], 10_000
+    options, n = OPTIONS["all"] | CUTS[cuts], 4000
     p = jnp.exp(plain_log_p(given, CUTS[cuts], **OPTIONS["all"]))
     assert jnp.all(jnp.sum(p > 0, 1) > 2)
     assert jnp.all(jnp.max(p, 1) < 0.9)
@@ -144,9 +150,10 @@ def test_draws_of_a_law_that_is_cut(cuts):
     assert_frequencies(second, q * (jnp.sum(q / (1 - q)) - q / (1 - q)))
 
 
-@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("replace", some([True, False], [False]))
 def test_nothing_cut_draws_the_same(replace):
-    """Of one key; min_p may be traced, in a map and a scan. At 1 and above it, the mode stays alone."""
+    """Of one key; min_p may be traced, in a map and a scan. At 1 and above it, the mode stays alone. Distinct draws
+    take the way of the others and more."""
     hidden, weight, bias = arrays(jnp.float32)
 
     def draw(min_p=None, **more):
@@ -178,9 +185,9 @@ def test_ties():
     np.testing.assert_allclose(log_prob, -np.log(3), rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", some(["bfloat16", "float32"], ["bfloat16"]))
 def test_scores_that_are_made_again(dtype):
-    """With another rounding: the class that stays alone is drawn nevertheless."""
+    """With another rounding: the class that stays alone is drawn nevertheless. Narrow scores are rounded most."""
     keys = jax.random.split(jax.random.key(0))
     hidden, weight = (jax.random.normal(k, (n, 500)).astype(dtype) for k, n in zip(keys, (64, 640), strict=True))
 
@@ -219,7 +226,11 @@ def test_small_log_probs_keep_their_digits():
     np.testing.assert_allclose(f(top_k=2)[1], -np.log1p(np.exp(-17.0)), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("cuts", "replace"), product(list(CUTS), [True, False], met=[(0, 1)]))
+OF_EDGES = and_full([("none", True), ("both", False)], itertools.product(CUTS, [True, False]))
+"""By default without a cut and with both."""
+
+
+@pytest.mark.parametrize(("cuts", "replace"), OF_EDGES)
 def test_edges(cuts, replace):
     """NaN, +inf, few classes left, none, all of them banned: in their own rows alone, and with derivatives 0."""
     inf, nan = np.inf, np.nan
