@@ -369,6 +369,7 @@ def test_bad_rows_of_top_k_and_draws():
     np.testing.assert_array_equal(np.isnan(log_p), want >= 30)
 
 
+@pytest.mark.full  # of the log-probabilities by default, in test_edges
 def test_impossible_classes_of_top_k_and_draws():
     """Beyond the classes that are possible: −inf and −1."""
     phi = js.q_exponential(0.5)
@@ -516,7 +517,7 @@ CUT = PartitionSpec("v")
 OVER_ROWS = {"mesh": sharding.mesh(), "in_specs": (PartitionSpec(), CUT)}
 
 
-@pytest.mark.full  # of the loss in test_sharded.py and test_heads_sharded.py; values below
+@pytest.mark.full  # as the next one
 def test_derivatives_of_rows_on_several_devices():
     """Gradient and Hessian product of top k inside shard_map."""
     params, h = make(), jnp.asarray(H, jnp.float32)
@@ -530,9 +531,10 @@ def test_derivatives_of_rows_on_several_devices():
     sharding.assert_close(results(sharded), results(top), 1e-4)
 
 
-@pytest.mark.parametrize("replace", some([True, False], [True]))
+@pytest.mark.full  # rows are independent of each other, as the batches above show
+@pytest.mark.parametrize("replace", [True, False])
 def test_rows_on_several_devices(replace):
-    """Top k and draws of rows that are sharded, inside shard_map and under jit. Distinct draws take the same way."""
+    """Top k and draws of rows that are sharded, inside shard_map and under jit."""
     params, h = make(), jnp.asarray(H, jnp.float32)
     top = verify.jit_formulas(functools.partial(adaptive.top_k, k=4))
     whole = top(params, h)

@@ -98,8 +98,8 @@ def test_blocks_do_not_change_draws(replace):
     np.testing.assert_array_equal(drawn[0], drawn[2])
 
 
-LAWS = and_full([("both", "all", False)], itertools.product(CUTS, OPTIONS, [True, False]))
-"""By default the law with everything, whose draws take all steps."""
+LAWS = and_full([("both", "all", False), ("none", "plain", True)], itertools.product(CUTS, OPTIONS, [True, False]))
+"""By default the law with everything and the one without; each way to draw has a derivative of its own."""
 
 
 @pytest.mark.parametrize(("cuts", "options", "replace"), LAWS)
@@ -308,6 +308,7 @@ def test_shards(cuts, way, replace):
         sharding.assert_close(by, want_by, 1e-9)
 
 
+@pytest.mark.full  # memory of heads: test_heads_machinery.py
 def test_no_array_of_tokens_by_classes():
     """More tokens add a few numbers for each chunk of 128 classes, far less than their scores; lists of banned classes
     and cuts add none."""
