@@ -154,6 +154,7 @@ def saved_and_loaded(tree, path):
         return jax.tree.unflatten(structure, [jnp.asarray(file[name]) for name in file.files])
 
 
+@pytest.mark.full  # numpy saves and loads
 def test_checkpoints_go_on_as_if_nothing_had_been(tmp_path):
     """Adaptive parameters with an optimiser's state, and a factored head's state, saved in the middle of training."""
     hidden, labels = jax.random.normal(jax.random.key(1), (24, WIDTH)), jnp.abs(LABELS.ravel()) % CLASSES

@@ -173,9 +173,10 @@ def test_guide_names_every_function():
     assert sharded - streaming == {name for name in functions - streaming if f"`{name}`" in guide}
 
 
-@pytest.mark.parametrize("name", list(COUNTS))
+@pytest.mark.parametrize("name", some(COUNTS, ["softmax", "log_normalizer", "kl_divergence", "cross_entropy"]))
 def test_collectives(name):
-    """One maximum and one sum, and never a gather: as many as docs/guides/devices.md says."""
+    """One maximum and one sum, and never a gather: as many as docs/guides/devices.md says. By default one of each kind
+    of result and argument."""
     function, *counts = COUNTS[name]
     guide = (pathlib.Path(__file__).parent.parent / "docs/guides/devices.md").read_text()
     listed = " | ".join(map(str, counts))

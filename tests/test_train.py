@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilation import jit_as_user
 from sklearn.linear_model import LogisticRegression
 
 import jsoftmax as js
@@ -27,14 +28,17 @@ def test_linear_model_is_logistic_regression():
         optimiser = optax.lbfgs()
         value_and_grad = optax.value_and_grad_from_state(objective)
 
-        @jax.jit
         def step(carry, _):
             parameters, state = carry
             value, grad = value_and_grad(parameters, state=state)
             updates, state = optimiser.update(grad, state, parameters, value=value, grad=grad, value_fn=objective)
             return (optax.apply_updates(parameters, updates), state), value
 
-        (parameters, _), _ = jax.lax.scan(step, (parameters, optimiser.init(parameters)), length=150)
+        @jit_as_user
+        def trained(parameters):
+            return jax.lax.scan(step, (parameters, optimiser.init(parameters)), length=150)[0][0]
+
+        parameters = trained(parameters)
         ours = np.asarray(js.softmax(train.scores(parameters, test.inputs, js.exp)))
     peer = LogisticRegression(C=1 / (strength * len(data.labels)), tol=1e-8, max_iter=5000)
     peer.fit(np.asarray(data.inputs), np.asarray(data.labels))
