@@ -636,6 +636,7 @@ def everything(params, h, y):
     return [gradient for _, gradient in made], floats, [classes for (_, classes), _ in made]
 
 
+@pytest.mark.full  # dtypes are known when a program is traced: below
 def test_dtypes_under_strict_promotion_and_debug_nans():
     """Narrow inputs give float32, and gradients whose sums over blocks are rounded once."""
     y = jnp.asarray(30 + LABELS % 30, jnp.int8)
@@ -651,12 +652,13 @@ def test_dtypes_under_strict_promotion_and_debug_nans():
         np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
 
 
-@pytest.mark.full  # narrow dtypes need more casts: above
-def test_float64_under_strict_promotion():
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        given = make(jnp.float64), jnp.asarray(H), jnp.asarray(LABELS)
+@pytest.mark.parametrize("dtype", some([jnp.float64, jnp.bfloat16], [jnp.bfloat16]))  # a narrow one needs more casts
+def test_strict_promotion(dtype):
+    with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("strict"):
+        given = make(dtype, cutoffs=(8,)), jnp.asarray(H, dtype), jnp.asarray(LABELS)
         gradient, floats, classes = jax.eval_shape(everything, *given)
-        assert {a.dtype for a in jax.tree.leaves((gradient, floats))} == {jnp.dtype(jnp.float64)}
+        assert {a.dtype for a in jax.tree.leaves(gradient)} == {jnp.dtype(dtype)}
+        assert {a.dtype for a in floats} == {jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)}
         assert {a.dtype for a in classes} == {jnp.dtype(jnp.int32)}
 
 
