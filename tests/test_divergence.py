@@ -30,7 +30,7 @@ def derivatives(divergence):
 
 
 BOTH = pytest.mark.parametrize("divergence", [of_scores, of_heads])
-Z, OUT, EMPTY = jnp.array([0.0, 1.0, -1.0]), jnp.array([0.5, 1.0, -jnp.inf]), jnp.full(3, -jnp.inf)
+Z, OUT, EMPTY = jnp.array([0.0, 1.0, -1.0]), jnp.array([0.5, 1.0, -jnp.inf]), jnp.full(3, -jnp.inf, jnp.float32)
 
 
 def test_of_all_arguments():
@@ -104,7 +104,7 @@ def test_impossible_classes(divergence):
         assert value == 0
         np.testing.assert_array_equal(jnp.hstack(gradients), 0)
     many = jnp.float32(np.random.default_rng(1).normal(0, 2, (30, 3)))
-    of_many = jit_as_user(jax.vmap(jax.grad(divergence, 1), (None, 0, None)))
+    of_many = verify.jit_formulas(jax.vmap(jax.grad(divergence, 1), (None, 0, None)))
     np.testing.assert_array_equal(of_many(EMPTY, many, 0.3), 0)
     far, _ = derivatives(divergence)(jnp.array([0, -300.0, -400.0]), jnp.array([-300.0, 0, -400]), 0.5)
     np.testing.assert_allclose(far, np.log(2))
@@ -134,7 +134,7 @@ def of_kl_heads(z_p, z_q):
 def second_derivatives(divergence):
     """By reverse and by forward mode of the gradient; one program for all rows."""
     gradient = jax.grad(divergence, (0, 1))
-    return jit_as_user(lambda *z: [mode(gradient, (0, 1))(*z) for mode in (jax.jacrev, jax.jacfwd)])
+    return verify.jit_formulas(lambda *z: [mode(gradient, (0, 1))(*z) for mode in (jax.jacrev, jax.jacfwd)])
 
 
 KL = pytest.mark.parametrize("divergence", [js.kl_divergence, of_kl_heads])
@@ -151,11 +151,11 @@ def test_gradient_of_a_gradient_of_kl(divergence, of_p):
 def test_bad_rows_beside_impossible_classes():
     """NaN and +inf make all derivatives NaN, in a row with a class that is left out too; also beside an empty row."""
 
-    @jit_as_user
+    @verify.jit_formulas
     def of_kl(*given):
         return [(jax.grad(f, 1)(*given), jax.jvp(f, given, (Z, Z))[1]) for f in (js.kl_divergence, of_kl_heads)]
 
-    @jit_as_user
+    @verify.jit_formulas
     def of_jsd(*given):
         return [jax.jvp(lambda *z, f=f: f(*z, 0.3), given, (Z, Z))[1] for f in (of_scores, of_heads)]
 
