@@ -79,7 +79,7 @@ MUTANTS = (
     Mutant("_series.py", "return s, s * sigmoid(-z) * z_dot", "return s, s * (1 - s) * z_dot", f"{PHI} -k sigmoid_near_one"),
     Mutant("_series.py", "return expm1(y), jnp.exp(y) * y_dot", "return expm1(y), (expm1(y) + 1) * y_dot", f"{CASES} -k small"),
     Mutant("_series.py", "1 - r / k * total", "1 + r / k * total", f"{ORACLE} -k kl_"),
-    Mutant("_series.py", "1 + y_near / k * total", "1 - y_near / k * total", f"{ORACLE} -k entmax"),
+    Mutant("_series.py", "1 + y_near / k * total", "1 - y_near / k * total", f"{ORACLE} -k tsallis"),
     # sums: digits, differences, classes left out
     Mutant("maps.py", " & ~jnp.isneginf(log_weights) & ~jnp.isneginf(z)", " & ~jnp.isneginf(log_weights)", f"{EDGES} -k 'test_rows and softmax'"),
     Mutant("maps.py", "else x + jnp.where(kept, log_weights, 0)", "else x - jnp.where(kept, log_weights, 0)", f"{LOSSES} -k prior"),

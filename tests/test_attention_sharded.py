@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import some
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sharding import DEVICES, assert_close, collectives, mesh
 
@@ -72,8 +73,9 @@ def of_all():
         return everything(statistics)(*arrays())
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", some(WAYS, ["shard_map"]))
 def test_parts_equal_the_whole(way, of_all):
+    """The other ways, by default, of functions of scores: test_sharded.py."""
     with jax.enable_x64(True):
         assert_close(everything(WAYS[way]())(*arrays()), of_all, 1e-10)
 
@@ -94,6 +96,7 @@ def test_what_devices_exchange():
         assert collectives(g, *given) == (["all-reduce"] * count, count)
 
 
+@pytest.mark.full  # XLA cuts them, as any batch
 def test_heads_and_batches_are_sharded_without_an_argument():
     """Under plain `jit` and in `jax.shard_map` nothing is exchanged, and the gradient is the same."""
     cut = jax.make_mesh((2, 2), ("b", "h"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])

@@ -1,10 +1,12 @@
 """Scores in bfloat16 are read as they are: results are those of float32 for the same numbers, without a wide array."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import product
+from cells import and_full, some
 from compilation import jit_as_user
 from jax.sharding import NamedSharding, PartitionSpec
 from sharding import DEVICES, exchanged, mesh
@@ -60,8 +62,13 @@ def derivatives(f):
     return jit_as_user(run)
 
 
-# functions meet shapes in test_sums.py, in bfloat16 too
-@pytest.mark.parametrize(("name", "classes"), product(list(FUNCTIONS), LENGTHS, met=[(0, 1)]))
+AS_IN_FLOAT32 = and_full(
+    [("softmax", 60), ("log_normalizer", 4500), ("cross_entropy", 8192)], itertools.product(FUNCTIONS, LENGTHS)
+)
+"""Functions meet shapes in test_sums.py, in bfloat16 too."""
+
+
+@pytest.mark.parametrize(("name", "classes"), AS_IN_FLOAT32)
 def test_as_in_float32(name, classes):
     z, f = scores(classes), derivatives(FUNCTIONS[name])
     value, gradient, forward, *second = f(z)
@@ -76,7 +83,9 @@ def test_as_in_float32(name, classes):
             np.testing.assert_allclose(np.float32(found), wanted, rtol=0.02, atol=0.02 * np.max(np.abs(wanted)))
 
 
-@pytest.mark.parametrize(("name", "classes"), product(list(KEEP), [4500, 8192], met=[(0, 1)]))
+@pytest.mark.parametrize(
+    ("name", "classes"), and_full([("softmax", 8192)], itertools.product(KEEP, [4500, 8192]))
+)  # log_softmax is read in the same way
 def test_derivatives_of_what_keeps_the_classes(name, classes):
     z, f = scores(classes, scale=1), FUNCTIONS[name]
     g = jnp.cos(jnp.arange(classes)).astype(jnp.bfloat16) * jnp.ones_like(z)
@@ -84,16 +93,23 @@ def test_derivatives_of_what_keeps_the_classes(name, classes):
     def pull(z, g):
         return jax.vjp(f, z)[1](g.astype(z.dtype))[0]
 
-    along = jnp.sign(g)
-    want = pull(z.astype(jnp.float32), g)
-    assert_as_wide(jit_as_user(pull)(z, g), want, scale=np.max(np.abs(want), -1, keepdims=True))
-    found = jax.jvp(lambda z: pull(z, g), (z,), (along,))[1]
-    given = (z.astype(jnp.float32),), (along.astype(jnp.float32),)
-    want = jax.jvp(lambda z: pull(z, g), *given)[1]
-    np.testing.assert_allclose(np.float32(found), want, atol=0.02 * np.max(np.abs(want)))
+    @jit_as_user
+    def pull_and_product(z, g):
+        return jax.jvp(lambda z: pull(z, g), (z,), (jnp.sign(g).astype(z.dtype),))
+
+    (found, product), (want, of_wide) = pull_and_product(z, g), pull_and_product(z.astype(jnp.float32), g)
+    assert_as_wide(found, want, scale=np.max(np.abs(want), -1, keepdims=True))
+    np.testing.assert_allclose(np.float32(product), of_wide, atol=0.02 * np.max(np.abs(of_wide)))
 
 
-@pytest.mark.parametrize(("name", "classes"), product(list(FUNCTIONS), [300, 4500, 8192], met=[(0, 1)]))
+OF_EDGES = and_full(
+    [("softmax", 300), ("log_normalizer", 8192), ("cross_entropy", 4500)],
+    itertools.product(FUNCTIONS, [300, 4500, 8192]),
+)
+"""One with a result for each class, one for each row, one with labels."""
+
+
+@pytest.mark.parametrize(("name", "classes"), OF_EDGES)
 def test_edges(name, classes):
     """Classes left out, by score and by mask, empty rows, bad scores: as in float32, derivatives too."""
     f = FUNCTIONS[name]
@@ -101,14 +117,16 @@ def test_edges(name, classes):
     z = z.at[5].set(1e-9).at[6].set(-3e38)
     kept = jnp.arange(classes) % 5 > 0
     for g in (f, lambda z: f(z, where=kept)) if name in KEEP or name == "log_normalizer" else (f,):
-        np.testing.assert_allclose(np.float32(g(z)), wide(g, z), rtol=0.01, atol=1e-30)
 
-        def gradient(z, g=g):
-            weights = jnp.sign(jnp.cos(jnp.arange(g(z).size))).reshape(g(z).shape)
-            return jax.grad(lambda z: jnp.sum(g(z).astype(jnp.float32) * weights))(z)
+        @jit_as_user
+        def value_and_gradient(z, g=g):
+            value, pull = jax.vjp(g, z)
+            signs = jnp.sign(jnp.cos(jnp.arange(value.size))).reshape(value.shape)
+            return value, pull(signs.astype(value.dtype))[0]
 
-        found, want = np.float32(gradient(z)), np.asarray(wide(gradient, z))
-        np.testing.assert_allclose(found, want, rtol=0.02, atol=0.01 * np.max(np.abs(want[np.isfinite(want)])))
+        (value, gradient), (of_wide, want) = map(np.float32, value_and_gradient(z)), wide(value_and_gradient, z)
+        np.testing.assert_allclose(value, of_wide, rtol=0.01, atol=1e-30)
+        np.testing.assert_allclose(gradient, want, rtol=0.02, atol=0.01 * np.max(np.abs(want[np.isfinite(want)])))
 
 
 def test_what_bfloat16_does_not_hold():
@@ -119,22 +137,22 @@ def test_what_bfloat16_does_not_hold():
         lambda z: js.log_normalizer(z, phi=js.spherical(0.3)),
         lambda z: losses.cross_entropy(z, LABELS, log_weights=w, margin=0.3, label_smoothing=0.1),
     ):
-        np.testing.assert_allclose(f(z), wide(f, z), rtol=1e-6)
+        run = jit_as_user(f)
+        np.testing.assert_allclose(run(z), wide(run, z), rtol=1e-6)
 
 
 def test_small_losses_keep_their_digits():
     z = jnp.zeros((2, 8192), jnp.bfloat16).at[0, 3].set(40).at[1].set(-30).at[1, 8000].set(0)
     L = float(np.log1p(8191 * np.exp(-40.0)))
-    np.testing.assert_allclose(
-        losses.cross_entropy(z, jnp.array([3, 8000])), [L, np.log1p(8191 * np.exp(-30.0))], rtol=1e-6
-    )
-    np.testing.assert_allclose(js.log_normalizer(z), [40, np.log1p(8191 * np.exp(-30.0))], rtol=1e-6)
+    loss, normalizer = jit_as_user(lambda z: (losses.cross_entropy(z, jnp.array([3, 8000])), js.log_normalizer(z)))(z)
+    np.testing.assert_allclose(loss, [L, np.log1p(8191 * np.exp(-30.0))], rtol=1e-6)
+    np.testing.assert_allclose(normalizer, [40, np.log1p(8191 * np.exp(-30.0))], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["log_normalizer", "cross_entropy"])
+@pytest.mark.parametrize("name", some(["log_normalizer", "cross_entropy"], ["cross_entropy"]))
 def test_at_order_two_in_a_scan(name):
     """In a scan JAX may differentiate the bodies of functions, and integers have no derivative. Along 1 the derivative
-    of Σ e^u is what counts: H 1 = 0."""
+    of Σ e^u is what counts: H 1 = 0. By default of the one that takes labels, too."""
     z = (scores(8192, scale=1) / 8).astype(jnp.bfloat16) + 4
 
     def scanned(z):
@@ -150,9 +168,10 @@ def test_at_order_two_in_a_scan(name):
     np.testing.assert_allclose(np.float32(product(z)), want, atol=0.02 * np.max(np.abs(want)))
 
 
-@pytest.mark.parametrize("name", list(FUNCTIONS))
+@pytest.mark.parametrize("name", some(FUNCTIONS, ["softmax", "cross_entropy"]))
 def test_no_wide_array(name):
-    """The value makes no array of the scores' size beside the result; the gradient of a sum makes none either."""
+    """The value makes no array of the scores' size beside the result; the gradient of a sum makes none either. By
+    default of one that keeps the classes and one that reduces them."""
     f, z = FUNCTIONS[name], jnp.zeros((ROWS, 32768), jnp.bfloat16)
     candidates = [f] if name in KEEP else [f, jax.grad(lambda z: jnp.sum(f(z)))]
     if name == "focal":  # rows that do not count are written as zeros first, in bfloat16
@@ -169,7 +188,13 @@ def test_no_wide_array_in_gradients_of_many_rows():
             assert jit_as_user(g).lower(z).compile().memory_analysis().temp_size_in_bytes <= 4096 * 4096 / 2
 
 
-@pytest.mark.parametrize(("name", "classes"), product(list(FUNCTIONS), [DEVICES * 700, 8192], met=[(0, 1)]))
+OF_SHARDED = and_full(
+    [("softmax", DEVICES * 700), ("cross_entropy", 8192)], itertools.product(FUNCTIONS, [DEVICES * 700, 8192])
+)
+"""One with a result for each class, one with labels; the others, not in bfloat16, in test_sharded.py."""
+
+
+@pytest.mark.parametrize(("name", "classes"), OF_SHARDED)
 def test_sharded_classes(name, classes):
     """By shard_map, by plain jit and on Explicit axes; devices exchange numbers of rows and one block at most."""
     f, z, spec = FUNCTIONS[name], scores(classes), PartitionSpec(None, "v")

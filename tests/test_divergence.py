@@ -1,9 +1,12 @@
 """The Jensen–Shannon divergence in β, at its ends, and where a class has no probability; of scores and of heads."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import jit_as_user
 
 import jsoftmax as js
 from jsoftmax import heads, verify
@@ -20,8 +23,14 @@ def of_heads(z_p, z_q, beta):
     return heads.linear_jsd(NO_SCORES, FLAT, NO_SCORES, FLAT, z_p, z_q, beta=beta)[0]
 
 
+@functools.cache
+def derivatives(divergence):
+    """Value and gradient of all arguments; one program for all rows."""
+    return jit_as_user(jax.value_and_grad(divergence, (0, 1, 2)))
+
+
 BOTH = pytest.mark.parametrize("divergence", [of_scores, of_heads])
-Z, OUT, EMPTY = jnp.array([0.0, 1.0, -1.0]), jnp.array([0.5, 1.0, -jnp.inf]), jnp.full(3, -jnp.inf)
+Z, OUT, EMPTY = jnp.array([0.0, 1.0, -1.0]), jnp.array([0.5, 1.0, -jnp.inf]), jnp.full(3, -jnp.inf, jnp.float32)
 
 
 def test_of_all_arguments():
@@ -60,7 +69,7 @@ def test_of_all_arguments():
 def test_digits_of_far_scores(divergence, beta):
     """What β adds to q where q is large keeps its digits in the gradient, in float32."""
     z_p, z_q = jnp.array([0.0, -3.0, -6.0]), jnp.array([-3.0, 0.0, -30.0])
-    found = jax.grad(divergence, 1)(z_p, z_q, beta)
+    found = derivatives(divergence)(z_p, z_q, beta)[1][1]
     p, q = (np.exp(np.float64(z)) / np.sum(np.exp(np.float64(z))) for z in (z_p, z_q))
     share = np.float64(np.float32(beta))
     r = -np.log1p(share * (p / q - 1))
@@ -72,7 +81,7 @@ def test_digits_of_far_scores(divergence, beta):
 def test_ends(divergence, beta):
     """0, with derivatives 0 in the scores, also where a class is possible for one alone; in β ± a divergence."""
     for z_p, z_q in ((Z, OUT), (OUT, Z), (Z, -Z)):
-        value, (by_p, by_q, by_beta) = jax.value_and_grad(divergence, (0, 1, 2))(z_p, z_q, beta)
+        value, (by_p, by_q, by_beta) = derivatives(divergence)(z_p, z_q, beta)
         assert value == 0
         np.testing.assert_array_equal([by_p, by_q], 0)
         assert np.isfinite(by_beta)
@@ -87,19 +96,21 @@ def test_impossible_classes(divergence):
     m = 0.25 * p + 0.75 * q
     want = 0.25 * np.sum(p * np.log(p / m)) + 0.75 * np.sum(q[:2] * np.log(q[:2] / m[:2]))
     for given in ((Z, OUT, 0.25), (OUT, Z, 0.75)):
-        value, gradients = jax.value_and_grad(divergence, (0, 1))(*given)
+        value, (by_p, by_q, _) = derivatives(divergence)(*given)
         np.testing.assert_allclose(value, want, rtol=1e-6)
-        assert np.all(np.isfinite(gradients))
+        assert np.all(np.isfinite([by_p, by_q]))
     for given in ((EMPTY, Z, 0.25), (Z, EMPTY, 0.25), (EMPTY, EMPTY, 0.25)):
-        value, gradients = jax.value_and_grad(divergence, (0, 1, 2))(*given)
+        value, gradients = derivatives(divergence)(*given)
         assert value == 0
         np.testing.assert_array_equal(jnp.hstack(gradients), 0)
     many = jnp.float32(np.random.default_rng(1).normal(0, 2, (30, 3)))
-    np.testing.assert_array_equal(jax.vmap(jax.grad(divergence, 1), (None, 0, None))(EMPTY, many, 0.3), 0)
-    np.testing.assert_allclose(divergence(jnp.array([0, -300.0, -400.0]), jnp.array([-300.0, 0, -400]), 0.5), np.log(2))
+    of_many = verify.jit_formulas(jax.vmap(jax.grad(divergence, 1), (None, 0, None)))
+    np.testing.assert_array_equal(of_many(EMPTY, many, 0.3), 0)
+    far, _ = derivatives(divergence)(jnp.array([0, -300.0, -400.0]), jnp.array([-300.0, 0, -400]), 0.5)
+    np.testing.assert_allclose(far, np.log(2))
     for bad in (jnp.nan, jnp.inf):
-        assert np.isnan(divergence(Z, Z.at[0].set(bad), 0.25))
-        assert np.isnan(divergence(Z.at[2].set(bad), Z, 0.25))
+        assert np.isnan(derivatives(divergence)(Z, Z.at[0].set(bad), 0.25)[0])
+        assert np.isnan(derivatives(divergence)(Z.at[2].set(bad), Z, 0.25)[0])
 
 
 def test_a_bad_row_stays_alone():
@@ -119,6 +130,13 @@ def of_kl_heads(z_p, z_q):
     return heads.linear_kl(NO_SCORES, FLAT, NO_SCORES, FLAT, z_p, z_q)[0]
 
 
+@functools.cache
+def second_derivatives(divergence):
+    """By reverse and by forward mode of the gradient; one program for all rows."""
+    gradient = jax.grad(divergence, (0, 1))
+    return verify.jit_formulas(lambda *z: [mode(gradient, (0, 1))(*z) for mode in (jax.jacrev, jax.jacfwd)])
+
+
 KL = pytest.mark.parametrize("divergence", [js.kl_divergence, of_kl_heads])
 
 
@@ -126,23 +144,24 @@ KL = pytest.mark.parametrize("divergence", [js.kl_divergence, of_kl_heads])
 @pytest.mark.parametrize("of_p", [OUT, jnp.array([0.0, -100.0, -1.0]), EMPTY])
 def test_gradient_of_a_gradient_of_kl(divergence, of_p):
     """Reverse over reverse is forward over reverse, also where log q − log p is so large that its power overflows."""
-    gradient = jax.grad(divergence, (0, 1))
-    for found, want in zip(
-        jax.tree.leaves(jax.jacrev(gradient, (0, 1))(of_p, Z)),
-        jax.tree.leaves(jax.jacfwd(gradient, (0, 1))(of_p, Z)),
-        strict=True,
-    ):
+    for found, want in zip(*map(jax.tree.leaves, second_derivatives(divergence)(of_p, Z)), strict=True):
         np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_bad_rows_beside_impossible_classes(bad):
+def test_bad_rows_beside_impossible_classes():
     """NaN and +inf make all derivatives NaN, in a row with a class that is left out too; also beside an empty row."""
-    row = jnp.array([bad, 1, -jnp.inf])
-    for divergence in (js.kl_divergence, of_kl_heads):
+
+    @verify.jit_formulas
+    def of_kl(*given):
+        return [(jax.grad(f, 1)(*given), jax.jvp(f, given, (Z, Z))[1]) for f in (js.kl_divergence, of_kl_heads)]
+
+    @verify.jit_formulas
+    def of_jsd(*given):
+        return [jax.jvp(lambda *z, f=f: f(*z, 0.3), given, (Z, Z))[1] for f in (of_scores, of_heads)]
+
+    for bad in (jnp.nan, jnp.inf):
+        row = jnp.array([bad, 1, -jnp.inf])
         for given in ((row, OUT), (OUT, row), (row, row), (EMPTY, row)):
-            np.testing.assert_array_equal(jax.grad(divergence, 1)(*given), jnp.nan)
-            assert np.isnan(jax.jvp(divergence, given, (Z, Z))[1])
-    for divergence in (of_scores, of_heads):
+            assert all(np.all(np.isnan(a)) for a in jax.tree.leaves(of_kl(*given)))
         for given in ((EMPTY, row), (row, EMPTY)):
-            assert np.isnan(jax.jvp(lambda *z, D=divergence: D(*z, 0.3), given, (Z, Z))[1])
+            assert np.all(np.isnan(of_jsd(*given)))

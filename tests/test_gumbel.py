@@ -1,12 +1,13 @@
 """The Gumbel route: values, derivatives, edges. What is random is in test_gumbel_statistics.py."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import covering, product, some
+from cells import and_full, covering, some
 from jax.scipy.special import gammaln
 
 import jsoftmax as js
@@ -207,7 +208,13 @@ def test_modes_are_those_of_jax():
         np.testing.assert_array_equal(gumbel.categorical(KEY, Z, shape=(3, 2), mode=mode), want)
 
 
-@pytest.mark.parametrize(("classes", "draws"), product([1, 7, 47, 48, 1009, 4096], [20, 1, 2, 3, 5000], met=[(0, 1)]))
+OF_WHOLE_NUMBERS = and_full(
+    [(1, 20), (48, 3), (1009, 5000)], itertools.product([1, 7, 47, 48, 1009, 4096], [20, 1, 2, 3, 5000])
+)
+"""By default one class, groups without blocks, and groups of blocks."""
+
+
+@pytest.mark.parametrize(("classes", "draws"), OF_WHOLE_NUMBERS)
 def test_draws_are_those_of_whole_numbers_added_up_one_by_one(classes, draws):
     """A draw is found through its group and its block of classes. Its class is the one that MATH 10.2 defines."""
     x = 4 * jax.random.normal(KEY, (3, classes))
@@ -378,6 +385,7 @@ def test_reinmax_has_heuns_jacobian():
     np.testing.assert_allclose(jax.jacrev(lambda z: gumbel.reinmax(KEY, z, 2.0))(Z[0]), want, atol=1e-6)
 
 
+@pytest.mark.full  # of optax
 def test_with_optax_perturbed_functions():
     """The perturbed Fenchel–Young loss of a label has the perturbed argmax less the label for its gradient: with Gumbel
     noise that of cross-entropy, within five standard errors."""

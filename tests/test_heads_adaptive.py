@@ -130,6 +130,7 @@ def test_log_probs_and_entropy(phi):
         assert_same(ours, plain, make(jnp.float64, bias=False), jnp.asarray(H))
 
 
+@pytest.mark.full  # the rules are those of a scan, above, and exp's gradient is below
 def test_reverse_over_reverse_and_forward():
     """The derivative of a gradient by reverse mode, and the value's by forward mode."""
     with jax.enable_x64(True):
@@ -172,7 +173,8 @@ def in_all_modes(params, h, labels, phi=js.exp, **options):
     return value, jax.jvp(lambda *a: total(*a)[1], (params, h), along)[1], gradient, hvp
 
 
-@pytest.mark.parametrize("dtype", some(["float32", "bfloat16"], ["bfloat16"]))
+@pytest.mark.full  # a form that no CPU runs
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_as_on_accelerators(dtype, monkeypatch):
     """Tails of none, few or all rows are what blocks of rows are, in derivatives too: to the digits of the dtype. One
     program takes all labels."""
@@ -367,23 +369,37 @@ def test_bad_rows_of_top_k_and_draws():
     np.testing.assert_array_equal(np.isnan(log_p), want >= 30)
 
 
+@pytest.mark.full  # of the log-probabilities by default, in test_edges
 def test_impossible_classes_of_top_k_and_draws():
-    """Beyond the classes that are possible: −inf and −1, and derivatives that are 0 there."""
+    """Beyond the classes that are possible: −inf and −1."""
     phi = js.q_exponential(0.5)
     params, h = make(), 9 * jnp.asarray(H, jnp.float32)
-    log_p = adaptive.log_probs(params, h, phi=phi)
-    possible = jnp.sum(log_p > -jnp.inf, 1)
+
+    @verify.jit_formulas
+    def results(params, h):
+        distinct = {"shape": (CLASSES, ROWS), "replace": False, "phi": phi, "return_log_prob": True}
+        best, index = jax.lax.top_k(adaptive.log_probs(params, h, phi=phi), CLASSES)
+        found = adaptive.top_k(params, h, CLASSES, phi=phi)
+        return best, index, found, adaptive.categorical(KEY, params, h, **distinct)
+
+    best, index, found, (every, every_log_p) = results(params, h)
+    possible = jnp.sum(best > -jnp.inf, 1)
     assert np.min(possible) < CLASSES
-    best, index = jax.lax.top_k(log_p, CLASSES)
-    found = adaptive.top_k(params, h, CLASSES, phi=phi)
     np.testing.assert_allclose(found.log_prob, best, rtol=1e-5)
     np.testing.assert_array_equal(found.indices, jnp.where(best > -jnp.inf, index, -1))
-    every, every_log_p = adaptive.categorical(
-        KEY, params, h, shape=(CLASSES, ROWS), replace=False, phi=phi, return_log_prob=True
-    )
     np.testing.assert_array_equal(jnp.sum(every >= 0, 0), possible)
     np.testing.assert_array_equal(jnp.sort(every, 0).T, jnp.sort(found.indices, 1))
     np.testing.assert_array_equal(every_log_p == -jnp.inf, every == -1)
+    nothing = params._replace(head=0 * params.head, bias=jnp.full(10, -9.0))
+    none = adaptive.categorical(KEY, nothing, h, phi=phi, return_log_prob=True)
+    np.testing.assert_array_equal(none, [[-1] * ROWS, [-jnp.inf] * ROWS])
+    np.testing.assert_array_equal(adaptive.predict(nothing, h, phi=phi), -1)
+
+
+@pytest.mark.full  # derivatives where φ is 0 are those of maps.py: test_edges.py
+def test_derivatives_beside_impossible_classes_of_top_k_and_draws():
+    """They are finite."""
+    phi, params, h = js.q_exponential(0.5), make(), 9 * jnp.asarray(H, jnp.float32)
 
     def total(h):
         a = adaptive.top_k(params, h, CLASSES, phi=phi).log_prob
@@ -391,10 +407,6 @@ def test_impossible_classes_of_top_k_and_draws():
         return jnp.sum(jnp.where(a > -jnp.inf, a, 0)) + jnp.sum(b)
 
     assert np.isfinite(verify.jit_formulas(jax.grad(total))(h)).all()
-    nothing = params._replace(head=0 * params.head, bias=jnp.full(10, -9.0))
-    none = adaptive.categorical(KEY, nothing, h, phi=phi, return_log_prob=True)
-    np.testing.assert_array_equal(none, [[-1] * ROWS, [-jnp.inf] * ROWS])
-    np.testing.assert_array_equal(adaptive.predict(nothing, h, phi=phi), -1)
 
 
 def chi_square(drawn, p):
@@ -443,6 +455,7 @@ def test_one_draw_as_on_accelerators(monkeypatch):
     assert chi_square(drawn, p) < 4
 
 
+@pytest.mark.full  # batches by default, below
 def test_shapes_of_top_k_and_draws():
     params, h = make(), jnp.asarray(H, jnp.float32)
     for rows in (0, 1, 17):
@@ -451,81 +464,94 @@ def test_shapes_of_top_k_and_draws():
         assert adaptive.top_k(params, h[:rows], 3).indices.shape == (rows, 3)
     for replace in (True, False):
         assert adaptive.categorical(KEY, params, h, shape=(0, ROWS), replace=replace).shape == (0, ROWS)
-    batches = h.reshape(5, 8, D)
-    whole = adaptive.top_k(params, h, 3)
-    for found in (
-        adaptive.top_k(params, batches, 3),
-        jax.vmap(lambda h: adaptive.top_k(params, h, 3))(batches),
-        jax.lax.map(lambda h: adaptive.top_k(params, h, 3), batches),
-    ):
-        np.testing.assert_array_equal(found.indices.reshape(ROWS, 3), whole.indices)
-        np.testing.assert_allclose(found.log_prob.reshape(ROWS, 3), whole.log_prob, rtol=1e-6)
-    drawn = adaptive.categorical(KEY, params, batches, shape=(4, 5, 8))
-    np.testing.assert_array_equal(drawn.reshape(4, ROWS), adaptive.categorical(KEY, params, h, shape=(4, ROWS)))
-    one = [adaptive.categorical(KEY, params, h) for h in batches]
-    mapped = jax.vmap(adaptive.categorical, (None, None, 0))(KEY, params, batches)
-    np.testing.assert_array_equal(mapped, one)
     plain = make(cutoffs=())
     assert set(adaptive.categorical(KEY, plain, h[0], shape=(500,)).tolist()) <= set(range(CLASSES))
     assert adaptive.categorical(jax.random.PRNGKey(0), params, h[0]).shape == ()
 
 
-def test_log_prob_of_draws():
-    """What `log_prob` says of them, derivatives too."""
+def test_batches_of_top_k_and_draws():
+    """As of rows, mapped over and in a loop, too."""
+
+    @verify.jit_formulas
+    def results(params, h):
+        top, batches = functools.partial(adaptive.top_k, params, k=3), h.reshape(5, 8, D)
+        tops = [f(batches) for f in (top, jax.vmap(top), functools.partial(jax.lax.map, top))]
+        draws = [adaptive.categorical(KEY, params, a, shape=(4, *a.shape[:-1])) for a in (h, batches)]
+        mapped = jax.vmap(adaptive.categorical, (None, None, 0))(KEY, params, batches)
+        return top(h), tops, draws, mapped, adaptive.categorical(KEY, params, batches[0])
+
+    whole, tops, (drawn, of_batches), mapped, of_one = results(make(), jnp.asarray(H, jnp.float32))
+    for found in tops:
+        np.testing.assert_array_equal(found.indices.reshape(ROWS, 3), whole.indices)
+        np.testing.assert_allclose(found.log_prob.reshape(ROWS, 3), whole.log_prob, rtol=1e-6)
+    np.testing.assert_array_equal(of_batches.reshape(4, ROWS), drawn)
+    assert mapped.shape == (5, 8)
+    np.testing.assert_array_equal(mapped[0], of_one)
+
+
+@pytest.mark.parametrize("replace", some([True, False], [False]))
+def test_log_prob_of_draws(replace):
+    """What `log_prob` says of them, derivatives too. By default of distinct ones, which take the same way and a longer
+    one."""
     params, h = make(), jnp.asarray(H, jnp.float32)
 
-    def of_draws(params, h, replace):
+    def of_draws(params, h):
         return adaptive.categorical(KEY, params, h, shape=(3, ROWS), replace=replace, return_log_prob=True)
 
     @verify.jit_formulas
     def ours_and_plain(params, h):
-        def both(replace):
-            drawn, _ = of_draws(params, h, replace)
-            plain = lambda p, h: weighted(jnp.stack([by_label(defined(p, h, js.exp), y) for y in drawn]))  # noqa: E731
-            of = (lambda p, h: weighted(of_draws(p, h, replace)[1])), plain
-            return [jax.value_and_grad(f, (0, 1))(params, h) for f in of]
+        drawn, _ = of_draws(params, h)
 
-        return [both(replace) for replace in (True, False)]
+        def ours(params, h):
+            return weighted(of_draws(params, h)[1])
 
-    for ours, plain in ours_and_plain(params, h):
-        assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+        def plain(params, h):
+            return weighted(jnp.stack([by_label(defined(params, h, js.exp), y) for y in drawn]))
+
+        return [jax.value_and_grad(f, (0, 1))(params, h) for f in (ours, plain)]
+
+    assert_close(*ours_and_plain(params, h), rtol=1e-4, atol=1e-4)
 
 
-def test_rows_on_several_devices():
-    """Top k, its gradient and Hessian product, and draws of rows that are sharded, inside shard_map and under jit."""
+CUT = PartitionSpec("v")
+OVER_ROWS = {"mesh": sharding.mesh(), "in_specs": (PartitionSpec(), CUT)}
+
+
+@pytest.mark.full  # as the next one
+def test_derivatives_of_rows_on_several_devices():
+    """Gradient and Hessian product of top k inside shard_map."""
     params, h = make(), jnp.asarray(H, jnp.float32)
+    top = functools.partial(adaptive.top_k, k=4)
+    sharded = jax.shard_map(top, out_specs=CUT, **OVER_ROWS)
 
-    def total(params, h):
-        return weighted(jnp.exp(adaptive.top_k(params, h, 4).log_prob))
+    def results(f):
+        gradient = jax.grad(lambda params, h: weighted(jnp.exp(f(params, h).log_prob)), (0, 1))
+        return verify.jit_formulas(lambda *given: jax.jvp(gradient, given, given))(params, h)
 
-    def results(params, h):
-        return jax.jvp(jax.grad(total, (0, 1)), (params, h), (params, h))
-
-    cut = PartitionSpec("v")
-    both = {"mesh": sharding.mesh(), "in_specs": (PartitionSpec(), cut)}
-    top = jax.shard_map(lambda p, h: adaptive.top_k(p, h, 4), out_specs=cut, **both)
-
-    def sharded_total(params, h):
-        return weighted(jnp.exp(top(params, h).log_prob))
-
-    found = verify.jit_formulas(lambda params, h: jax.jvp(jax.grad(sharded_total, (0, 1)), (params, h), (params, h)))(
-        params, h
-    )
-    sharding.assert_close(found, verify.jit_formulas(results)(params, h), 1e-4)
-    for replace in (True, False):
-        draw = functools.partial(adaptive.categorical, KEY, replace=replace)
-        drawn = jax.jit(
-            jax.shard_map(functools.partial(draw, shape=(6, 10)), out_specs=PartitionSpec(None, "v"), **both)
-        )(params, h)
-        for i in range(sharding.DEVICES):
-            part = draw(params, h[10 * i :][:10], shape=(6, 10))
-            assert np.mean(drawn[:, 10 * i :][:, :10] == part) > 0.95  # a rounding may move a draw
-    placed = jax.device_put(h, jax.NamedSharding(both["mesh"], cut))
-    np.testing.assert_array_equal(
-        jax.jit(adaptive.top_k, static_argnums=2)(params, placed, 4).indices, adaptive.top_k(params, h, 4).indices
-    )
+    sharding.assert_close(results(sharded), results(top), 1e-4)
 
 
+@pytest.mark.full  # rows are independent of each other, as the batches above show
+@pytest.mark.parametrize("replace", [True, False])
+def test_rows_on_several_devices(replace):
+    """Top k and draws of rows that are sharded, inside shard_map and under jit."""
+    params, h = make(), jnp.asarray(H, jnp.float32)
+    top = verify.jit_formulas(functools.partial(adaptive.top_k, k=4))
+    whole = top(params, h)
+    placed = jax.device_put(h, jax.NamedSharding(OVER_ROWS["mesh"], CUT))
+    inside = verify.jit_formulas(jax.shard_map(functools.partial(adaptive.top_k, k=4), out_specs=CUT, **OVER_ROWS))
+    for found in (top(params, placed), inside(params, h)):
+        np.testing.assert_array_equal(found.indices, whole.indices)
+        np.testing.assert_allclose(found.log_prob, whole.log_prob, rtol=1e-5)
+    draw = functools.partial(adaptive.categorical, KEY, replace=replace, shape=(6, 10))
+    drawn = verify.jit_formulas(jax.shard_map(draw, out_specs=PartitionSpec(None, "v"), **OVER_ROWS))(params, h)
+    of_part = verify.jit_formulas(draw)
+    for i in range(sharding.DEVICES):
+        part = of_part(params, h[10 * i :][:10])
+        assert np.mean(drawn[:, 10 * i :][:, :10] == part) > 0.95  # a rounding may move a draw
+
+
+@pytest.mark.full  # memory of heads: test_heads_machinery.py
 def test_memory_of_top_k_and_draws():
     """No array of rows × classes."""
     rows, classes = 16384, 4000
@@ -610,12 +636,13 @@ def everything(params, h, y):
     return [gradient for _, gradient in made], floats, [classes for (_, classes), _ in made]
 
 
+@pytest.mark.full  # dtypes are known when a program is traced: below
 def test_dtypes_under_strict_promotion_and_debug_nans():
     """Narrow inputs give float32, and gradients whose sums over blocks are rounded once."""
     y = jnp.asarray(30 + LABELS % 30, jnp.int8)
     with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
         f = verify.jit_formulas(everything)
-        narrow = make(jnp.bfloat16), jnp.asarray(H, jnp.bfloat16)
+        narrow = make(jnp.bfloat16, cutoffs=(8,)), jnp.asarray(H, jnp.bfloat16)
         gradient, floats, classes = f(*narrow, y)
         by_float32, *_ = f(*jax.tree.map(lambda a: a.astype(jnp.float32), narrow), y)
     assert {a.dtype for a in floats} == {jnp.dtype(jnp.float32)}
@@ -625,11 +652,13 @@ def test_dtypes_under_strict_promotion_and_debug_nans():
         np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
 
 
-def test_float64_under_strict_promotion():
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        given = make(jnp.float64), jnp.asarray(H), jnp.asarray(LABELS)
+@pytest.mark.parametrize("dtype", some([jnp.float64, jnp.bfloat16], [jnp.bfloat16]))  # a narrow one needs more casts
+def test_strict_promotion(dtype):
+    with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("strict"):
+        given = make(dtype, cutoffs=(8,)), jnp.asarray(H, dtype), jnp.asarray(LABELS)
         gradient, floats, classes = jax.eval_shape(everything, *given)
-        assert {a.dtype for a in jax.tree.leaves((gradient, floats))} == {jnp.dtype(jnp.float64)}
+        assert {a.dtype for a in jax.tree.leaves(gradient)} == {jnp.dtype(dtype)}
+        assert {a.dtype for a in floats} == {jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)}
         assert {a.dtype for a in classes} == {jnp.dtype(jnp.int32)}
 
 
@@ -694,10 +723,10 @@ def test_plan_equals_brute_force(classes, model):
 
 
 def test_plan_of_many_classes():
-    """On the grid: near the plan of all edges for some thousand classes, fast for more, and what `init` takes."""
+    """On the grid: near the plan of all edges for 1,500 classes, fast for more, and what `init` takes."""
     model = CostModel(1e-4, 2e-11, 5e-10, 1e-10, 1000.0)
-    counts = 1 / np.arange(1.0, 3001)
-    exact = adaptive.plan_clusters(counts, 256, 512, model, candidates=3000)
+    counts = 1 / np.arange(1.0, 1501)
+    exact = adaptive.plan_clusters(counts, 256, 512, model, candidates=1500)
     assert 1 <= adaptive.plan_clusters(counts, 256, 512, model).seconds / exact.seconds < 1.01
     counts = 1 / np.arange(1.0, 1_000_001)
     plan = adaptive.plan_clusters(counts, 256, 512, model)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import some
 from modes import assert_same
 
 import jsoftmax as js
@@ -86,7 +87,11 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
+FEW = ("linear_cross_entropy", "of distributions", "linear_top_k")
+"""By label, by distribution, and what has no labels. All heads take the scores of banned classes away at one place."""
+
+
+@pytest.mark.parametrize("name", some(HEADS, FEW))
 def test_as_of_masked_scores(name):
     """Tokens in blocks with one over, classes named twice, none, and out of range; labels that are banned."""
     with jax.enable_x64(True):

@@ -2,13 +2,14 @@
 
 import functools
 import inspect
+import itertools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import product, some
+from cells import and_full, some
 
 import jsoftmax as js
 from jsoftmax import losses, verify
@@ -57,7 +58,11 @@ def train_dense(of_scores, weight, batch, weight_decay=0.0):
     return jax.lax.scan(body, weight, batch)
 
 
-@pytest.mark.parametrize(("name", "rows"), product(list(LOSSES), [4, 9], met=[(0, 1)]))
+OF_SGD = and_full([("taylor", 4), ("z_loss", 9)], itertools.product(LOSSES, [4, 9]))
+"""By default a log-loss and the other loss, fewer rows than features and more."""
+
+
+@pytest.mark.parametrize(("name", "rows"), OF_SGD)
 def test_equals_dense_sgd(name, rows):
     """To 1e-10 in float64 over 320 steps with a schedule and weight decay, through folds and labels that meet; of fewer
     rows than features and of more."""
@@ -138,7 +143,7 @@ def test_a_step_that_makes_u_singular(times, beyond):
         assert np.all(np.isfinite(wiped.rows))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", some(LOSSES, ["taylor", "z_loss"]))
 def test_loss_is_that_of_the_scores(name):
     loss, of_scores = LOSSES[name]
     with jax.enable_x64(True):
@@ -174,7 +179,7 @@ def test_equal_scores_have_no_z_loss_slope():
         np.testing.assert_array_equal(slope, 0)
 
 
-@pytest.mark.parametrize("rows", some([3000, 2048, 100], [3000, 100]))
+@pytest.mark.parametrize("rows", some([3000, 2048, 100], [3000]))
 def test_in_place(rows):
     """With the state donated nothing of the size of V̂ is copied, alone or in a scan; the caller's weight survives."""
     weight = jnp.asarray(np.resize(WEIGHT, (rows, 64)), jnp.float32)

@@ -1,12 +1,13 @@
 """The Gram trick against the dense loss in float64; digits, memory, edges, wrong calls; the φ `quadratic`."""
 
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import product, some
+from cells import and_full, some
 
 import jsoftmax as js
 from jsoftmax import losses, verify
@@ -27,7 +28,11 @@ def dense(hidden, weight, labels, bias=None, *, where=None, phi):
     return jnp.log(total) - jnp.log(jnp.take_along_axis(weights, labels[..., None], -1)[..., 0])
 
 
-@pytest.mark.parametrize(("phi", "rows"), product(PHIS, [V, 6000], met=[(0, 1)]), ids=str)
+OF_DENSE = and_full([(PHIS[0], V), (PHIS[2], 6000)], itertools.product(PHIS, [V, 6000]))
+"""By default no block and several; all three numbers of φ, and those of taylor(2)."""
+
+
+@pytest.mark.parametrize(("phi", "rows"), OF_DENSE, ids=str)
 def test_equals_the_dense_loss(phi, rows):
     """Value, gradients in all that is floating, and a Hessian product inside a scan; with and without options."""
     weight, bias = np.resize(W, (rows, D)) + 0.01 * np.arange(rows)[:, None] % 0.7, np.resize(B, rows)

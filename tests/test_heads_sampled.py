@@ -4,11 +4,13 @@ Each mean is within five standard errors, as in test_gumbel_statistics.py."""
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import and_full, some
 
 import jsoftmax as js
 from jsoftmax import losses, verify
@@ -36,10 +38,16 @@ def plain(name, draws, h, w, b, phi):  # noqa: PLR0917
     return -jnp.log(own / (own + jnp.sum(jnp.where(draws == LABELS[:, None], 0, weights), -1)))
 
 
-@pytest.mark.parametrize("phi", [js.exp, js.spherical(0.3)], ids=str)
-@pytest.mark.parametrize("name", LOSSES)
+OF_DEFINITION = and_full(
+    [("sampled_cross_entropy", js.spherical(0.3)), ("nce_loss", js.exp)],
+    itertools.product(LOSSES, [js.exp, js.spherical(0.3)]),
+)
+
+
+@pytest.mark.parametrize(("name", "phi"), OF_DEFINITION, ids=str)
 def test_definition(name, phi):
-    """Values, gradients and a Hessian product in a scan, in hidden vectors, weights, bias and φ."""
+    """Values, gradients and a Hessian product in a scan, in hidden vectors, weights, bias and φ. By default each loss
+    and each φ once."""
     with jax.enable_x64(True):
         draws = np.asarray(categorical(KEY, jnp.asarray(LOG_Q), shape=(N,)))
         assert np.any(draws == LABELS[:, None])  # accidental hits are among them
@@ -161,7 +169,7 @@ def test_log_uniform_proposal():
         np.testing.assert_allclose(np.exp(np.float64(log_q)).sum(), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", some(LOSSES, ["sampled_cross_entropy"]))  # both check rows and draws at one place
 def test_edges(name):
     f = jax.jit(functools.partial(LOSSES[name], num_samples=N, log_proposal=LOG_Q))
     h, w, b = float32(H, W, B)

@@ -124,14 +124,11 @@ def total_and_derivatives(name, *, psum=lambda a: a, **options):
     return run
 
 
-FEW = ("linear_cross_entropy", "linear_cross_entropy_sum", "linear_kl")
-"""Each with a rule of its own; what the others' devices exchange is below, their values in parts above."""
-
-
-@pytest.mark.parametrize("name", some(NAMES, FEW))
+@pytest.mark.parametrize("name", some(NAMES, ["linear_cross_entropy_sum"]))
 def test_derivatives_inside_a_mesh_of_tokens_and_classes(name):
     """A train step's: those by what is the same along an axis are summed over it. Half of the devices ignore all of
-    their tokens."""
+    their tokens. By default of the sum, which adds up over tokens itself; gradients of the loss are in the steps of
+    training, values of the others in parts above."""
     with jax.enable_x64(True):
         given, labels = arrays()
         given = (*given, labels.at[: TOKENS // 2].set(3), WEIGHTS)
@@ -168,7 +165,8 @@ def test_tokens_and_classes_over_one_axis():
         assert_close(found, want, 1e-10)
 
 
-@pytest.mark.parametrize("name", some(["linear_cross_entropy", "linear_cross_entropy_sum"], ["linear_cross_entropy"]))
+@pytest.mark.full  # the same of functions of scores: test_sharded.py
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_cross_entropy_sum"])
 def test_derivatives_inside_without_check_vma(name):
     """Too large by the number of devices, as the docstring of `linear_cross_entropy` says; and its remedy."""
     with jax.enable_x64(True):
@@ -194,6 +192,7 @@ def test_derivatives_inside_without_check_vma(name):
             assert_close(found, want, 1e-10)
 
 
+@pytest.mark.full  # draws of shards with more options: test_heads_draws.py
 @pytest.mark.parametrize("replace", [True, False])
 def test_the_same_draws(replace):
     """In shards of whole chunks of 128 classes; one shard has no class."""
@@ -222,9 +221,11 @@ COUNTS = {
     "linear_jsd": (3, 4, 5),
 }
 EXCHANGES = and_full(
-    [("shard_map", name) for name in FEW] + [("shards", "linear_cross_entropy")],
-    [("shard_map", name) for name in COUNTS] + [("shards", "linear_cross_entropy_sum")],
+    [("shard_map", "linear_cross_entropy"), ("shard_map", "linear_cross_entropy_sum")],
+    [("shard_map", name) for name in COUNTS],
+    [("shards", "linear_cross_entropy"), ("shards", "linear_cross_entropy_sum")],
 )
+"""By default the two of training. What the others exchange follows from the same merges, with two heads twice."""
 
 
 @pytest.mark.parametrize(("way", "name"), EXCHANGES)
@@ -250,7 +251,9 @@ def test_collectives(way, name):
         assert outside == (1 if merges_by_block else count)
 
 
-@pytest.mark.parametrize(("name", "count"), [("linear_cross_entropy", 4), ("linear_statistics", 5)])
+@pytest.mark.parametrize(
+    ("name", "count"), and_full([("linear_cross_entropy", 4)], [("linear_statistics", 5)])
+)  # the mode is one number more
 def test_one_sum_over_tokens(name, count):
     """The weight's gradient and the loss, together; over classes one maximum, two sums and, for the mode, one of
     class numbers: none of them in a loop."""
@@ -287,7 +290,9 @@ def stepper(optimizer, head, gradient=lambda f: f, mean=lambda a: a, **options):
     return jit_formulas(step)
 
 
-@pytest.mark.parametrize("head", [heads.linear_cross_entropy, heads.linear_statistics])
+@pytest.mark.parametrize(
+    "head", some([heads.linear_cross_entropy, heads.linear_statistics], [heads.linear_cross_entropy])
+)
 def test_steps_of_training(head):
     """Gradients inside, the optimiser outside, where a norm is that of the whole gradient."""
     with jax.enable_x64(True):
@@ -313,9 +318,9 @@ def test_steps_of_training(head):
             np.testing.assert_allclose(a, b, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_kl"])
+@pytest.mark.parametrize("name", some(["linear_cross_entropy", "linear_kl"], ["linear_cross_entropy"]))
 def test_explicit_axes(name):
-    """Inside shard_map, and by auto_axes; elsewhere an error that names both."""
+    """Inside shard_map, and by auto_axes; elsewhere an error that names both. One check for all heads."""
     with jax.enable_x64(True):
         given, labels = arrays()
         want = functions(labels, WEIGHTS)[name](*given)

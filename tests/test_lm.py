@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import some
 
 import jsoftmax as js
 from jsoftmax import cli
@@ -160,7 +159,8 @@ def plain_log_prob(head, above, hidden, phi):
     return np.log(w / w.sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("head", some(_lm_heads.HEADS, ["streaming", "factored"]))
+@pytest.mark.full  # the experiment
+@pytest.mark.parametrize("head", _lm_heads.HEADS)
 def test_each_head_learns_and_its_perplexity_is_the_definition(head, corpus):
     phi, end = _lm_heads.choose_phi(head, None), corpus.words.index(END)
     job = lm.Job(head, None, (_lm_heads.HEADS[head].rate, _lm_heads.HEADS[head].sgd_rate), corpus)
@@ -191,6 +191,7 @@ def test_every_head_begins_alike(corpus):
     assert isinstance(steps["adaptive"][1], adaptive.AdaptiveParams)
 
 
+@pytest.mark.full  # the experiment from end to end
 def test_command(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "text.txt").write_text(text)

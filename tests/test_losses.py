@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cells import product, some
+from cells import and_full, product, some
 
 import jsoftmax as js
 from jsoftmax import losses, verify
@@ -79,9 +79,14 @@ def assert_same(f, g, z, rtol=1e-11):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    ("name", "phi"), product(list(OPTIONS), [js.exp, js.spherical(0.1), js.softplus], met=[(0, 1)]), ids=str
+OF_OPTIONS = and_full(
+    [("prior", js.softplus), ("rows", js.spherical(0.1)), ("all", js.exp)],
+    itertools.product(OPTIONS, [js.exp, js.spherical(0.1), js.softplus]),
 )
+"""By default each option in some row. One option alone is met in the gate."""
+
+
+@pytest.mark.parametrize(("name", "phi"), OF_OPTIONS, ids=str)
 def test_options(name, phi):
     options = OPTIONS[name]
     with jax.enable_x64(True):
@@ -91,7 +96,7 @@ def test_options(name, phi):
         )
 
 
-@pytest.mark.parametrize("phi", some(PHIS, [js.exp, js.taylor(2), js.softplus]), ids=str)
+@pytest.mark.parametrize("phi", some(PHIS, [js.taylor(2)]), ids=str)
 def test_every_phi(phi):
     """All of them in test_oracle.py, too."""
     with jax.enable_x64(True):
@@ -99,8 +104,12 @@ def test_every_phi(phi):
         assert_same(lambda z: cross_entropy(z, labels, phi=phi), lambda z: defined(phi, z, labels), z)
 
 
-@pytest.mark.parametrize("name", ["plain", "smoothing", "z_loss", "prior", "weights", "classes", "rows"])
+OF_DISTRIBUTIONS = ["plain", "smoothing", "z_loss", "prior", "weights", "classes", "rows"]
+
+
+@pytest.mark.parametrize("name", some(OF_DISTRIBUTIONS, ["smoothing", "weights", "classes"]))
 def test_distributions(name):
+    """By default the options that change what a distribution counts."""
     with jax.enable_x64(True):
         z, options = jnp.asarray(Z), OPTIONS[name]
         q = np.exp(np.sin(3 * Z))
@@ -109,7 +118,7 @@ def test_distributions(name):
         assert_same(lambda q: cross_entropy(z, q, **options), lambda q: defined(js.exp, z, q, **options), q)
 
 
-@pytest.mark.parametrize("phi", some(PHIS, [js.exp, js.taylor(2)]), ids=str)
+@pytest.mark.parametrize("phi", some(PHIS, [js.exp]), ids=str)
 def test_log_prob(phi):
     """Of one label of each row and of several: that of log_softmax, and the negative of cross_entropy."""
     with jax.enable_x64(True):
@@ -185,7 +194,7 @@ def summed(z, f, labels, options, counts):
     return jnp.where(counts, f(z, labels, **options), 0).sum()
 
 
-@pytest.mark.parametrize("axis", some([-1, 0, (0, 2), (2, 0), (1, -3), (2, 1, 0)], [-1, (0, 2), (1, -3)]), ids=str)
+@pytest.mark.parametrize("axis", some([-1, 0, (0, 2), (2, 0), (1, -3), (2, 1, 0)], [-1, (1, -3)]), ids=str)
 def test_axes_and_masks_as_in_optax(axis):
     """A flat label follows the order of the axes; a class that the mask leaves out counts nothing, in labels either."""
     image = jnp.sin(jnp.arange(24.0)).reshape(2, 3, 4)
@@ -276,9 +285,9 @@ def test_float64_under_strict_promotion():
             assert cross_entropy(jnp.asarray(Z), labels, label_smoothing=0.1).dtype == jnp.float64
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint32])
+@pytest.mark.parametrize("dtype", some([jnp.int8, jnp.uint8, jnp.int16, jnp.uint32], [jnp.int8]))
 def test_labels_of_any_width(dtype):
-    """More classes than the labels' dtype can count."""
+    """More classes than the labels' dtype can count, which the narrowest shows."""
     z = jnp.cos(jnp.arange(900.0)).reshape(3, 300)
     labels = jnp.array([127, 3, 100])
     functions = (cross_entropy, losses.focal_cross_entropy, losses.spherical_z_loss, js.fenchel_young_loss)
@@ -310,11 +319,15 @@ TERMS = {  # the loss of one class, of n = −log p
 }
 
 
-@pytest.mark.parametrize(
-    ("terms", "name"), product(list(TERMS), ["plain", "prior", "weights", "classes", "rows", "ignored"], met=[(0, 1)])
+OF_FACTORS = and_full(
+    [("focal", "weights"), ("focal, gamma", "prior"), ("poly, epsilon", "rows")],
+    itertools.product(TERMS, ["plain", "prior", "weights", "classes", "rows", "ignored"]),
 )
+
+
+@pytest.mark.parametrize(("terms", "name"), OF_FACTORS)
 def test_factors(terms, name):
-    """The factors know of the prior, not of the class weights."""
+    """The factors know of the prior, not of the class weights. By default both losses and parameters of both."""
     f, term, parameters = TERMS[terms]
     options = OPTIONS[name]
     with jax.enable_x64(True):

@@ -18,7 +18,7 @@ def scores(*shape, seed=0, scale=3):
     return jnp.asarray(np.random.default_rng(seed).normal(0, scale, shape), jnp.float32)
 
 
-@pytest.mark.parametrize("length", some(LENGTHS, [1, 256, 257, 4097]))
+@pytest.mark.parametrize("length", some(LENGTHS, [257, 4097]))
 def test_equal_to_jax_nn(length):
     z = scores(3, length)
     pairs = (

@@ -80,7 +80,7 @@ def test_sink_edges():
     np.testing.assert_array_equal(js.sink_softmax(z, 0.0)[2], 0)
 
 
-FEW_PHIS = (js.exp, js.spherical(0.1), js.relu_power(2, 0.1), js.softplus)
+FEW_PHIS = (js.exp, js.spherical(0.1))
 """φ enters by the entropy and its derivative, which test_oracle.py has of every φ."""
 
 
@@ -125,8 +125,12 @@ def test_temperature_in_a_scan_at_order_two():
         def scanned(z):
             return jax.lax.scan(lambda c, row: (c + total(row), None), 0.0, z)[0]
 
-        got = jax.jvp(jax.grad(scanned), (z,), (jnp.cos(z),))[1]
-        want = jnp.stack([jax.jvp(jax.grad(total), (row,), (jnp.cos(row),))[1] for row in z])
+        @verify.jit_formulas
+        def results(z):
+            got = jax.jvp(jax.grad(scanned), (z,), (jnp.cos(z),))[1]
+            return got, jnp.stack([jax.jvp(jax.grad(total), (row,), (jnp.cos(row),))[1] for row in z])
+
+        got, want = results(z)
         np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
 
 

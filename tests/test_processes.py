@@ -16,6 +16,8 @@ from processes import CLASSES, HEARTBEAT, SHUTDOWN
 
 from jsoftmax import heads
 
+pytestmark = pytest.mark.full  # each starts two processes
+
 SLACK = 60
 """Seconds for a busy machine."""
 

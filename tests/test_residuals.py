@@ -6,10 +6,12 @@ elsewhere.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import pytest
+from cells import and_full
 
 import jsoftmax as js
 from jsoftmax import losses
@@ -28,8 +30,13 @@ def kept(f, *scores):
     return floats, large.count(bool)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("function", [*FUNCTIONS, *LOSSES, *SPARSE_MAPS, *OTHERS], ids=str)
+EVERY = [*FUNCTIONS, *LOSSES, *SPARSE_MAPS, *OTHERS]
+OWN = [f for f in EVERY if f.keeps is not None or f.keeps_of_many is not None]
+OF_KEPT = and_full([(f, shape) for f in OWN for shape in SHAPES], itertools.product(EVERY, SHAPES))
+"""By default those that keep another number of arrays than they have scores."""
+
+
+@pytest.mark.parametrize(("function", "shape"), OF_KEPT, ids=str)
 def test_kept(function, shape):
     scores = [jnp.zeros(shape)] * function.scores
     floats, flags = kept(functools.partial(function.with_rows(shape[0]).ours, phi=js.exp), *scores)

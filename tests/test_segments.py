@@ -58,8 +58,8 @@ def everything(f, z, v):
     return f(z), jax.jvp(f, (z,), (v,))[1], jax.grad(total)(z), jax.jvp(jax.grad(total), (z,), (v,))[1]
 
 
-FEW_PHIS = (js.exp, js.relu_power(2, 0.1))
-"""A row takes φ by its logarithm, as the dense functions do: without parameters and with them, zeros."""
+FEW_PHIS = (js.exp,)
+"""A row takes φ by its logarithm, as the dense functions do."""
 
 
 @pytest.mark.parametrize("phi", some(js.PHIS, FEW_PHIS), ids=str)

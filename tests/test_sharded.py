@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import and_full, covering, product
+from cells import and_full, some
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sharding import DEVICES, assert_close, collectives, exchanged, mesh
 
@@ -99,7 +99,12 @@ def derivatives(f, *, all_modes):
 
 
 WAYS = ("shard_map", "shard_map without check_vma", "vmap")
-MAPPED = and_full([(name, WAYS[:1]) for name in NAMES], [(name, WAYS[1:]) for name in CORE])
+MAPPED = and_full(
+    [(name, WAYS[:1]) for name in (*CORE, "jensen_shannon_divergence")],
+    [(name, WAYS[:1]) for name in NAMES],
+    [(name, WAYS[1:]) for name in CORE],
+)
+"""By default the functions that ask the other devices themselves: the others call these."""
 
 
 @pytest.mark.parametrize(("name", "by"), MAPPED, ids=lambda a: a[0] if isinstance(a, tuple) else a)
@@ -112,7 +117,7 @@ def test_parts_equal_the_whole(name, by):
             assert_close(found, want[: len(found)], 1e-11)
 
 
-@pytest.mark.parametrize("name", [name for name in CORE if name not in KEEP])
+@pytest.mark.parametrize("name", some([name for name in CORE if name not in KEEP], ["entropy", "cross_entropy"]))
 def test_differentiated_inside(name):
     """Gradients and Hessian products taken inside, by each device: right with check_vma; without it, those of the sum
     of the devices' losses."""
@@ -168,9 +173,10 @@ def test_guide_names_every_function():
     assert sharded - streaming == {name for name in functions - streaming if f"`{name}`" in guide}
 
 
-@pytest.mark.parametrize("name", list(COUNTS))
+@pytest.mark.parametrize("name", some(COUNTS, ["softmax", "log_normalizer", "kl_divergence", "cross_entropy"]))
 def test_collectives(name):
-    """One maximum and one sum, and never a gather: as many as docs/guides/devices.md says."""
+    """One maximum and one sum, and never a gather: as many as docs/guides/devices.md says. By default one of each kind
+    of result and argument."""
     function, *counts = COUNTS[name]
     guide = (pathlib.Path(__file__).parent.parent / "docs/guides/devices.md").read_text()
     listed = " | ".join(map(str, counts))
@@ -180,7 +186,14 @@ def test_collectives(name):
         assert collectives(g, sharded_scores())[0] == ["all-reduce"] * count
 
 
-@pytest.mark.parametrize(("name", "classes"), product(list(COUNTS), [CLASSES, 1000], met=[(0, 1)]))
+PLAIN = and_full(
+    [("softmax", 1000), ("kl_divergence", CLASSES), ("cross_entropy", CLASSES)],
+    itertools.product(COUNTS, [CLASSES, 1000]),
+)
+"""By default one with a result of many numbers, one of two arrays and one of labels."""
+
+
+@pytest.mark.parametrize(("name", "classes"), PLAIN)
 def test_plain_jit(name, classes):
     """Numbers of rows are summed, and at most one block of each; never a gather."""
     length = block_length(classes)
@@ -207,7 +220,13 @@ DRAWS = {  # and at most how many numbers a row are exchanged at once, of 8 · 1
 }
 
 
-@pytest.mark.parametrize(("name", "classes"), product(list(DRAWS), [15992, 32768], met=[(0, 1)]))
+OF_DRAWS = and_full(
+    [("few", 15992), ("distinct", 15992), ("gradient", 32768)], itertools.product(DRAWS, [15992, 32768])
+)
+"""By default the draws by numbers of classes, those by noise, and a derivative."""
+
+
+@pytest.mark.parametrize(("name", "classes"), OF_DRAWS)
 def test_draws_by_plain_jit(name, classes):
     """Draws are those of one device, except for the rounding of p. A number a draw, or a few blocks, are exchanged; no
     rows."""
@@ -295,7 +314,7 @@ def test_draws():
     np.testing.assert_array_equal(distinct[:, 2:4], -1)
 
 
-@pytest.mark.parametrize("k", [3, 16])
+@pytest.mark.parametrize("k", some([3, 16], [16]))
 def test_top_k(k):
     """The k largest of log p + g, g of each shard's own; also more than a shard has. Values and derivatives."""
     key, z = jax.random.key(2), jax.random.normal(jax.random.key(3), (ROWS, 16))
@@ -331,7 +350,7 @@ def test_nan_beside_empty_parts():
 
 
 EXPLICIT = and_full(
-    [*covering(CORE, [8, 1000, CLASSES], met=[(0, 1)]), ("entropy", 4500)],
+    [("cross_entropy", 8), ("softmax", 1000), ("entropy", 4500)],
     [(name, CLASSES) for name in NAMES],
     itertools.product(CORE, [8, 1000]),
 )
@@ -348,9 +367,11 @@ def test_explicit_mode(name, classes):
         np.testing.assert_allclose(gradient(*given), want, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("cut", "classes"), product(["classes", "rows"], [CLASSES, 1000], met=[(0, 1)])
-)  # gradients of both in `test_explicit_mode`
+OF_ROWS = and_full([("classes", CLASSES)], itertools.product(["classes", "rows"], [CLASSES, 1000]))
+"""By default classes, in which sums are made; gradients in `test_explicit_mode`. Rows that are cut are below."""
+
+
+@pytest.mark.parametrize(("cut", "classes"), OF_ROWS)
 def test_rows_in_explicit_mode(cut, classes):
     """Results are sharded as their rows are; draws are those of one device, with the key from outside."""
     spec = {"classes": PARTS, "rows": PartitionSpec("v")}[cut]
@@ -383,7 +404,7 @@ def test_sparse_maps_and_truncation_of_rows_in_explicit_mode():
         cut = js.truncate(z, top_k=3, top_p=0.9, min_p=0.01)
         return js.entmax(z, 1.7, sink=0.5), js.sparsemax(z, sink=jnp.ones((DEVICES, 1))), gradient, cut
 
-    want = found(z, labels)
+    want = jit_formulas(found)(z, labels)
     rows = NamedSharding(explicit, PartitionSpec("v"))
     with jax.set_mesh(explicit):
         got = jit_formulas(found)(jax.device_put(z, rows), jax.device_put(labels, rows))

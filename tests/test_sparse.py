@@ -2,20 +2,22 @@
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import product, some
+from cells import and_full, some
 
 import jsoftmax as js
 from jsoftmax import losses
 from jsoftmax.verify import jit_formulas
 
 ALPHAS = (1.0, 1.001, 1.1, 1.25, 4 / 3, 1.5, 1.7, 2.0, 2.5, 3.0, 5.0)
-FEW_ALPHAS = (1.0, 1.001, 1.5, 1.7, 3.0)
-"""With a way of their own: the limit, its neighbourhood, an integer power, none, beyond 2."""
+FEW_ALPHAS = (1.001, 1.5, 3.0)
+"""With a way of their own: near the limit, an integer power, beyond 2. α = 1 is softmax. Arrays of α have no integer
+power."""
 
 
 def scores(*shape, seed=0, scale=1.0):
@@ -87,7 +89,7 @@ def test_small_probabilities_of_ties_keep_their_digits(alpha):
         np.testing.assert_allclose(p, want, rtol=2e-5)
 
 
-@pytest.mark.parametrize("alpha", some([1.3, 1.5, 1.7, 2.0], [1.5, 1.7]))
+@pytest.mark.parametrize("alpha", some([1.3, 1.5, 1.7, 2.0], [1.7]))
 def test_sums_are_1_where_the_support_shrinks_slowly(alpha):
     """One class about 1/(α − 1) above many that are nearly equal: Newton's steps leave them group after group."""
     others = np.random.default_rng(2).normal(0, 1e-4, 5000)
@@ -236,11 +238,12 @@ def test_edges_and_axes(name):
 
 
 DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32]
+OF_DTYPES = and_full([("sparsemax", jnp.bfloat16), ("3", jnp.int32)], itertools.product(MAPS, DTYPES))
+"""By default a narrow dtype and integers: no code asks for others, or for a map and a dtype."""
 
 
-@pytest.mark.parametrize(("name", "dtype"), product(list(MAPS), DTYPES, met=[(0, 1)]))
+@pytest.mark.parametrize(("name", "dtype"), OF_DTYPES)
 def test_dtypes(name, dtype):
-    """No code asks for both."""
     f = MAPS[name]
     with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
         narrow = jnp.asarray([[1, 2, -1]], dtype)
@@ -262,7 +265,7 @@ def defined(z, q, alpha):
     return jnp.sum(p * z, -1) - omega(p) + omega(q) - jnp.sum(z * q, -1)
 
 
-@pytest.mark.parametrize("alpha", some([1.0, 1.1, 1.5, 2.0, 3.0], [1.0, 1.5, 3.0]))
+@pytest.mark.parametrize("alpha", some([1.0, 1.1, 1.5, 2.0, 3.0], [1.0, 1.5]))
 def test_fenchel_young_loss(alpha):
     with jax.enable_x64(True):
         z, labels = scores(6, 5, seed=4), jnp.array([0, 4, 2, 1, 3, 0])
@@ -294,7 +297,7 @@ def test_fenchel_young_loss(alpha):
             assert loss(sure, jnp.array(1)) == 0
 
 
-@pytest.mark.parametrize("alpha", some([1.0, 1.3, 1.5, 2.0], [1.0, 1.3, 1.5]))
+@pytest.mark.parametrize("alpha", some([1.0, 1.3, 1.5, 2.0], [1.3]))
 def test_fenchel_young_loss_of_distributions_is_not_negative(alpha):
     """In float32, far from 0 too: a shift of the scores changes nothing, but their own rounding."""
     loss = jax.jit(functools.partial(js.fenchel_young_loss, alpha=alpha))
@@ -306,24 +309,24 @@ def test_fenchel_young_loss_of_distributions_is_not_negative(alpha):
         np.testing.assert_allclose(loss(z, p[::-1]), loss(z - np.float32(shift), p[::-1]), rtol=1e-5, atol=1e-6)
 
 
-def test_fenchel_young_digits():
-    """Small losses of right answers keep their digits: against float64 of the definition's terms."""
-    for alpha in (1.0, 1.5, 2.0):
-        edge = 8.0 if alpha == 1 else 1 / (alpha - 1)
-        loss, one = functools.partial(js.fenchel_young_loss, labels=jnp.array(0), alpha=alpha), np.eye(3)[0]
-        narrow = jax.jit(loss)
-        wide = jit_formulas(lambda z, loss=loss, one=one, alpha=alpha: (loss(z), defined(z, one, alpha)))
-        for gap in (edge - 0.5, edge - 0.01, edge - 1e-3):
-            z = np.float32([gap, 0.0, -0.125])
-            got = narrow(z)
-            with jax.enable_x64(True):
-                want, plain = wide(np.float64(z))
-            np.testing.assert_allclose(want, plain, rtol=1e-6)
-            # t is as uncertain as the rounding of the largest p, and the loss is of second order in the gap to the edge
-            np.testing.assert_allclose(got, want, rtol=2e-6 / (1 if alpha == 1 else edge - gap))
+@pytest.mark.parametrize("alpha", some([1.0, 1.5, 2.0], [1.5]))
+def test_fenchel_young_digits(alpha):
+    """Small losses of right answers keep their digits: against float64 of the definition's terms. By default of one α
+    with an edge; α = 1 is the cross-entropy."""
+    edge = 8.0 if alpha == 1 else 1 / (alpha - 1)
+    loss, one = functools.partial(js.fenchel_young_loss, labels=jnp.array(0), alpha=alpha), np.eye(3)[0]
+    narrow, wide = jax.jit(loss), jit_formulas(lambda z: (loss(z), defined(z, one, alpha)))
+    for gap in (edge - 0.5, edge - 0.01, edge - 1e-3):
+        z = np.float32([gap, 0.0, -0.125])
+        got = narrow(z)
+        with jax.enable_x64(True):
+            want, plain = wide(np.float64(z))
+        np.testing.assert_allclose(want, plain, rtol=1e-6)
+        # t is as uncertain as the rounding of the largest p, and the loss is of second order in the gap to the edge
+        np.testing.assert_allclose(got, want, rtol=2e-6 / (1 if alpha == 1 else edge - gap))
 
 
-@pytest.mark.parametrize("alpha", some([1.0, 1.5, 2.0, 3.0], [1.5, 3.0]))
+@pytest.mark.parametrize("alpha", some([1.0, 1.5, 2.0, 3.0], [1.5]))
 def test_fenchel_young_edges(alpha):
     nan, inf = jnp.nan, jnp.inf
     z = jnp.array([[0.0, 1.0], [nan, 1.0], [inf, 0.0], [-inf, 0.0], [0.0, 1.0], [0.0, 1.0], [-inf, -inf]])
@@ -398,13 +401,23 @@ def test_a_sink_is_one_more_class():
                 np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 
         both(lambda z, s: js.entmax(z, 1.7, sink=s), lambda z, s: joined(z, s, 1.7), z, sink)
-        np.testing.assert_allclose(js.entmax(z, 1.0, sink=sink), js.sink_softmax(z, sink), rtol=1e-13)
-        moved = js.sparsemax(jnp.moveaxis(z, -1, 0), 0, sink=0.3)
-        np.testing.assert_allclose(jnp.moveaxis(moved, 0, -1), joined(z, 0.3, 2.0), rtol=1e-13)
-        several = js.entmax15(z, (1, 2), sink=0.1)
-        np.testing.assert_allclose(several.reshape(2, 12), js.entmax15(z.reshape(2, 12), sink=0.1), rtol=1e-13)
-        np.testing.assert_array_equal(js.sparsemax(z, where=jnp.zeros(4, bool), sink=0.0), 0)
-        np.testing.assert_array_equal(js.entmax15(z, sink=-jnp.inf), js.entmax15(z))
+
+        @jit_formulas
+        def results(z, sink):
+            moved = js.sparsemax(jnp.moveaxis(z, -1, 0), 0, sink=0.3)
+            several = js.entmax15(z, (1, 2), sink=0.1).reshape(2, 12), js.entmax15(z.reshape(2, 12), sink=0.1)
+            pairs = (
+                (js.entmax(z, 1.0, sink=sink), js.sink_softmax(z, sink)),
+                (jnp.moveaxis(moved, 0, -1), joined(z, 0.3, 2.0)),
+                several,
+                (js.entmax15(z, sink=-jnp.inf), js.entmax15(z)),
+            )
+            return pairs, js.sparsemax(z, where=jnp.zeros(4, bool), sink=0.0)
+
+        pairs, of_nothing = results(z, sink)
+        for one, other in pairs:
+            np.testing.assert_allclose(one, other, rtol=1e-13)
+        np.testing.assert_array_equal(of_nothing, 0)
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong[2])

@@ -67,7 +67,8 @@ def assert_same(f, g, given, rtol=1e-10):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-12)
 
 
-SHORT = [("class", js.exp), ("renormalise", js.taylor(2)), ("ignore", js.softplus), ("class", js.relu_power(2, 0.1))]
+SHORT = [("class", js.relu_power(2, 0.1)), ("renormalise", js.taylor(2)), ("ignore", js.softplus)]
+"""By default each tail. φ = exp is met below."""
 
 
 @pytest.mark.parametrize("case", some(list(itertools.product(TAILS, PHIS)), SHORT), ids=str)
@@ -89,9 +90,10 @@ def test_losses(case):
         assert_same(f, g, (jnp.asarray(Z), jnp.asarray(Q)), 1e-9)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", some(TAILS, ["class"]))
 def test_head(tail):
-    """As of its scores, with every option, whatever the blocks are."""
+    """As of its scores, with every option, whatever the blocks are. What a head does with another tail is what the loss
+    above does."""
     with jax.enable_x64(True):
         bias, prior = jnp.sin(jnp.arange(CLASSES)), jnp.cos(jnp.arange(CLASSES))
         options = {"log_weights": prior, "phi": js.softplus, "z_loss": 0.1}
@@ -118,7 +120,8 @@ def test_sum_of_head():
             return jnp.broadcast_to(heads.linear_cross_entropy_sum(h, W, top, token_weights=w, **options), ROWS)
 
         def plain(h, W, q, w):
-            loss = heads.linear_cross_entropy(h, W, TopTargets(INDICES, q), **options)
+            top = TopTargets(INDICES, q)
+            loss = losses.cross_entropy(h @ W.T, top, phi=js.softplus, z_loss=0.1, where=KEEP[None])
             return jnp.broadcast_to(jnp.sum(w * loss), ROWS)
 
         assert_same(ours, plain, (*map(jnp.asarray, (HIDDEN, WEIGHT, Q)), weights))
@@ -130,18 +133,20 @@ def test_sum_of_head_without_the_tokens_that_have_no_weight():
     indices[0, 1] = CLASSES
     indices[1:, 2] = INDICES[1, 2]
     top, given = TopTargets(indices, jnp.float32(Q)), (jnp.float32(HIDDEN), jnp.float32(WEIGHT))
-    weights = jnp.zeros(ROWS)
+    weights = np.zeros(ROWS, np.float32)
 
-    def total(h, W, weights, top=top, bias=impossible):
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def total(h, W, weights, bias):
         return heads.linear_cross_entropy_sum(h, W, top, bias, token_weights=weights)
 
-    value, gradient = jax.jit(jax.value_and_grad(total, (0, 1)))(*given, weights)
+    value, gradient = total(*given, weights, impossible)
     assert value == 0
     assert all(np.all(g == 0) for g in gradient)
-    assert np.isnan(total(*given, weights.at[0].set(1)))
-    assert total(*given, weights.at[3].set(1)) == np.inf
-    possible = total(*given, weights.at[2:].set(1), bias=None)
-    each = heads.linear_cross_entropy(*given, top)
+    assert np.isnan(total(*given, np.float32(np.arange(ROWS) == 0), impossible)[0])
+    assert total(*given, np.float32(np.arange(ROWS) == 3), impossible)[0] == np.inf
+    possible, _ = total(*given, np.float32(np.arange(ROWS) >= 2), jnp.zeros(CLASSES))
+    each = jax.jit(heads.linear_cross_entropy)(*given, top)
     np.testing.assert_allclose(possible, jnp.sum(each[2:]), rtol=1e-6)
     assert np.isnan(each[0])
 
@@ -256,10 +261,14 @@ def test_narrow_scores_axes_and_vmap():
         np.testing.assert_allclose(f(*narrow, top), heads.linear_cross_entropy(*wide, top), rtol=1e-5)
 
 
-def test_classes_on_several_devices():
-    """Of scores and of a head, in shard_map and, of a head, by shards: value, gradient, Hessian product."""
+OF_PARTS = ["scores in shard_map", "head in shard_map", "head by shards"]
+
+
+@pytest.mark.parametrize("way", some(OF_PARTS, ["head in shard_map"]))
+def test_classes_on_several_devices(way):
+    """Value, gradient, Hessian product. By default the way that needs both the head's merges and the loss's."""
     with jax.enable_x64(True):
-        q = jnp.asarray(Q)
+        given, q = (jnp.asarray(HIDDEN), jnp.asarray(WEIGHT)), jnp.asarray(Q)
 
         def of_scores(h, W, **o):
             return losses.cross_entropy(h @ W.T, TopTargets(INDICES, q), **o)
@@ -268,16 +277,16 @@ def test_classes_on_several_devices():
             return heads.linear_cross_entropy(h, W, TopTargets(INDICES, q), block_size=(4, 5), **o)
 
         cut = {"mesh": sharding.mesh(), "in_specs": (PartitionSpec(), PartitionSpec("v")), "out_specs": PartitionSpec()}
-        want = verify.jit_formulas(functools.partial(results, of_scores))(jnp.asarray(HIDDEN), jnp.asarray(WEIGHT))
-        for f in (
-            jax.shard_map(functools.partial(of_scores, axis_name="v"), **cut),
-            jax.shard_map(functools.partial(of_head, axis_name="v"), **cut),
-            functools.partial(of_head, shards=sharding.DEVICES),
-        ):
-            found = verify.jit_formulas(functools.partial(results, f))(jnp.asarray(HIDDEN), jnp.asarray(WEIGHT))
-            sharding.assert_close(found, want, 1e-9)
+        f = {
+            "scores in shard_map": jax.shard_map(functools.partial(of_scores, axis_name="v"), **cut),
+            "head in shard_map": jax.shard_map(functools.partial(of_head, axis_name="v"), **cut),
+            "head by shards": functools.partial(of_head, shards=sharding.DEVICES),
+        }[way]
+        found, want = (verify.jit_formulas(functools.partial(results, g))(*given) for g in (f, of_scores))
+        sharding.assert_close(found, want, 1e-9)
 
 
+@pytest.mark.full  # the loss is above, the sum of labels in test_heads_sharded.py
 def test_sum_of_head_over_classes_on_several_devices():
     """Value and gradient, in shard_map and by shards."""
     weights, top = jnp.cos(jnp.arange(ROWS, dtype=jnp.float32)), TopTargets(INDICES, jnp.float32(Q))
@@ -333,7 +342,7 @@ def test_derivatives_of_little_mass_that_is_shared_out():
     np.testing.assert_allclose(jax.grad(loss)(jnp.array([1e-20, 3e-20])), [1.875e19, -6.25e18], rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", some([jnp.bfloat16, jnp.float16], [jnp.bfloat16]))
 def test_narrow_scores_under_strict_promotion(dtype):
     z, target = jnp.array([[0, 1, 2]], dtype), TopTargets(jnp.array([[0]]), jnp.array([[0.5]], dtype))
     wide = TopTargets(target.indices, target.probabilities.astype(jnp.float32))

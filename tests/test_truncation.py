@@ -9,6 +9,7 @@ from platforms import as_on_accelerators
 
 import jsoftmax as js
 from jsoftmax import gumbel
+from jsoftmax.verify import jit_formulas
 
 INF = np.inf
 ROWS = {
@@ -125,6 +126,7 @@ def test_wrong_calls(options, message):
         js.truncate(jnp.zeros((2, 3)), **options)
 
 
+@pytest.mark.full  # a form that no CPU runs
 def test_as_on_accelerators(monkeypatch):
     """Thresholds by digits of three bits."""
     z = 3 * jax.random.normal(jax.random.key(4), (3, 500))
@@ -132,7 +134,8 @@ def test_as_on_accelerators(monkeypatch):
 
     def cut():
         jax.clear_caches()
-        return [js.truncate(row, **cut) for row in rows for cut in ({"top_k": 7}, {"top_k": 499}, {"top_p": 0.6})]
+        ways = ({"top_k": 7}, {"top_k": 499}, {"top_p": 0.6})
+        return jit_formulas(lambda rows: [js.truncate(row, **way) for row in rows for way in ways])(rows)
 
     want = cut()
     as_on_accelerators(monkeypatch)

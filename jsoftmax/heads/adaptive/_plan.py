@@ -63,7 +63,7 @@ def measure_cost_model(
       than two sizes.
     Source: Grave et al. 2017, section 4, for one product of matrices.
 
-    >>> model = measure_cost_model(8, 64, classes=(64, 512), repeats=1)
+    >>> model = measure_cost_model(8, 4, classes=(64, 512), repeats=1)
     >>> bool(model(1000, 1000, 8) > 0)
     True
     """
