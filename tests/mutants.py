@@ -160,7 +160,7 @@ MUTANTS = (
     Mutant("heads/_statistics.py", "(part.gap + (1 + part.rest) *", "(part.gap - (1 + part.rest) *", f"{HEADS} -k cotangent"),
     Mutant("heads/_statistics.py", "-total(p * (1 + c) * x_dot)", "-total(p * c * x_dot)", f"{HEADS} -k cotangent"),
     Mutant("heads/_statistics.py", "total((excess + (known.mass", "total((excess - (known.mass", f"{HEADS} -k distributions"),
-    Mutant("heads/_statistics.py", "at_label = expm1(-known.loss)", "at_label = jnp.exp(-known.loss)", f"{HEADS} -k options"),
+    Mutant("heads/_statistics.py", "else expm1(-found.loss)", "else jnp.exp(-found.loss)", f"{HEADS} -k options"),
     Mutant("heads/_statistics.py", "total(jnp.where(sure, 0, p * x_dot))", "total(p * x_dot)", f"{HEADS} -k sure"),
     Mutant("heads/divergence.py", "q * (r_q - of_q) * x_q_dot", "q * (r_q + of_q) * x_q_dot", f"{HEADS} -k jensen"),
     Mutant("heads/adaptive/_selection.py", "bound[:, i] > best[:, -1]", "bound[:, i] > best[:, 0]", f"{ADAPTIVE} -k of_log_probs"),

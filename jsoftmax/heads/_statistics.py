@@ -11,8 +11,8 @@ from jaxtyping import Array
 
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._series import expm1
-from jsoftmax._top_k import top_k, top_k_by_blocks
-from jsoftmax.heads._head import SHARDS, Head, Heads, Plan, block_scores, scan_classes, without_labels
+from jsoftmax.heads._head import Head, Heads, Plan, block_scores, scan_classes, without_labels
+from jsoftmax.heads._top import largest, largest_of_block
 from jsoftmax.sharding import (
     is_label,
     local_label,
@@ -129,8 +129,7 @@ def block_statistics(head: Head, wanted: Extras, start: Array, x: Array, plan: P
             made["spread"] = jnp.sum(below, 1)
             made["kept_count"] = jnp.sum(kept, 1, dtype=jnp.int32).astype(x.dtype)
     if wanted.top:
-        made["top"], places = top_k_of_block(x, min(wanted.top, x.shape[1]), plan)
-        made["top_class"] = start + places
+        made["top"], made["top_class"] = largest_of_block(x, start, min(wanted.top, x.shape[1]), plan)
     return PartialStatistics(top[:, 0], rest[:, 0], **made)
 
 
@@ -160,8 +159,7 @@ def merge(a: PartialStatistics, b: PartialStatistics, plan: Plan | None = None) 
         made["kept_count"] = total(lambda part, _: part.kept_count)
     if a.top is not None:
         x, classes = (jnp.concatenate(pair, 1) for pair in ((a.top, b.top), (a.top_class, b.top_class)))
-        made["top"], places = _top_k(x, a.top.shape[1], plan)
-        made["top_class"] = jnp.take_along_axis(classes, places, 1)
+        made["top"], made["top_class"] = largest(x, classes, a.top.shape[1], plan)
     return PartialStatistics(peak, rest, **made)
 
 
@@ -200,36 +198,10 @@ def merge_shards(part: PartialStatistics, head: Head, plan: Plan) -> PartialStat
         )
     made = psum(made, plan.axis_name)
     if part.top is not None:
-        made["top"], places = _top_k(made["top"], part.top.shape[1], plan)
-        made["top_class"] = jnp.take_along_axis(made["top_class"], places, 1)
+        made["top"], made["top_class"] = largest(made["top"], made["top_class"], part.top.shape[1], plan)
     made["rest"] = made["rest"] + (made.pop("ones") - 1)
     # the maximum over devices may have dropped a NaN
     return PartialStatistics(jnp.where(jnp.isnan(made["rest"]) & ~jnp.isposinf(peak), jnp.nan, peak), **made)
-
-
-def _top_k(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:
-    """The k largest, the first of equals first, and their places. For k = 1, argmax costs less than a sort.
-
-    For shards of one array all numbers are sorted, because XLA would gather the argument of `lax.top_k`.
-    """
-    if k == 1:
-        places = jnp.argmax(x, 1, keepdims=True)
-    elif plan is None or plan.axis_name != SHARDS:
-        return top_k(x, k)
-    else:
-        descending = jnp.where(jnp.isnan(x), -jnp.inf, -lax.stop_gradient(x))
-        places = lax.sort_key_val(descending, lax.broadcasted_iota(jnp.int32, x.shape, 1), 1)[1][:, :k]
-    return jnp.take_along_axis(x, places, 1), places.astype(jnp.int32)
-
-
-def top_k_of_block(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:
-    """The same for a block of classes."""
-    if k * _TOP_K_LENGTH >= x.shape[1]:
-        return _top_k(x, k, plan)
-    return top_k_by_blocks(x, k, _TOP_K_LENGTH, functools.partial(_top_k, plan=plan))
-
-
-_TOP_K_LENGTH = 64
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -242,7 +214,9 @@ def statistics(head: Head, wanted: Extras, plan: Plan) -> Statistics:
         (block,) = blocks
         return merge(state, block_statistics(block, wanted, start, block_scores(block, start, plan), plan), plan)
 
-    running = scan_classes(step, (head,), (Head(),), None, initial(head, wanted), plan)
+    # with further sums, XLA would make more kernels of a state in one array, not fewer
+    in_one = wanted == Extras()
+    running = scan_classes(step, (head,), (Head(),), None, initial(head, wanted), plan, in_one=in_one)
     return finish(merge_shards(running, head, plan), wanted)
 
 
@@ -285,12 +259,7 @@ def _statistics_jvp(wanted: Extras, plan: Plan, primals: Any, tangents: Any) -> 
     zero = jnp.zeros_like(out.peak)
     zeros = jax.tree.map(jnp.zeros_like, Rates(*[getattr(own, name) for name in Rates._fields]))
 
-    def step(blocks: Heads, dots: Heads, *, start: Array, known: TokenConstants, state: Rates, plan: Plan) -> Rates:
-        (block,), (block_dots,) = blocks, dots
-        x, x_dot = jvp_of_live(lambda block: block_scores(block, start, plan), block, block_dots)
-        return jax.tree.map(jnp.add, state, block_rates(block, block_dots, start, known, state, x, x_dot))
-
-    rates = psum(scan_classes(step, (head,), (dots,), known, zeros, plan), plan.axis_name)
+    rates = psum(rates_along(head, dots, known, zeros, plan), plan.axis_name)
     return out, Statistics(
         zero,
         rates.log_total,
@@ -306,20 +275,33 @@ def _statistics_jvp(wanted: Extras, plan: Plan, primals: Any, tangents: Any) -> 
     )
 
 
+def rates_along(head: Head, dots: Head, known: "TokenConstants", zeros: "Rates", plan: Plan) -> "Rates":
+    """The rates along the tangents, for the fields that `zeros` has, summed over the classes of this shard."""
+
+    def step(blocks: Heads, dots: Heads, *, start: Array, known: TokenConstants, state: Rates, plan: Plan) -> Rates:
+        (block,), (block_dots,) = blocks, dots
+        x, x_dot = jvp_of_live(lambda block: block_scores(block, start, plan), block, block_dots)
+        return jax.tree.map(jnp.add, state, block_rates(block, block_dots, start, known, state, x, x_dot))
+
+    return scan_classes(step, (head,), (dots,), known, zeros, plan)
+
+
 class TokenConstants(NamedTuple):
     """Numbers of each token that the rule takes from the value."""
 
     peak: Array
     log_total: Array
     gap: Any = None
-    loss: Any = None
+    at_label: Any = None
+    """p_y − 1."""
     top_class: Any = None
     mass: Any = None
     """Σ q."""
 
     @staticmethod
     def of(found: Statistics) -> "TokenConstants":
-        return TokenConstants(found.peak, found.log_total, found.gap, found.loss, found.top_class, found.mass)
+        at_label = None if found.loss is None else expm1(-found.loss)
+        return TokenConstants(found.peak, found.log_total, found.gap, at_label, found.top_class, found.mass)
 
 
 class Rates(NamedTuple):
@@ -357,7 +339,7 @@ def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last,
     if like.spread is not None:
         made["spread"] = -total(jnp.where(jnp.isneginf(x), 0, x_dot))
     if like.loss is not None and block.labels is not None:
-        at_label = expm1(-known.loss)  # p_y − 1
+        at_label = known.at_label
         if block.labels.shape[1] == 1:
             rate = total(jnp.where(is_label(x.shape, block.labels, start=start), at_label, p) * x_dot)
             made["loss"] = rate[:, None]
