@@ -18,7 +18,7 @@ def main() -> None:
         help="what to measure",
     )
     parser.add_argument("--device", choices=["h100", "v5e"], default="h100", help="what programs are compiled for")
-    parser.add_argument("--pod", help="programs of sharded heads for v5e:16x16, another TPU slice, or h100:8")
+    parser.add_argument("--pod", help="programs of sharded heads for v5e:16x16, v5p:4x4x4 or h100:8")
     parser.add_argument("--only-heads", action="store_true", help="programs of heads; the rest of the JSON is kept")
     parser.add_argument("--output", type=pathlib.Path, help="the JSON to write, in benchmarks/results by default")
     parser.add_argument(

@@ -1,7 +1,8 @@
 """Steps of a class-sharded head compiled for a whole pod, which need not be there: memory of a chip, collectives.
 
 `python -m benchmarks programs --pod v5e:16x16` writes `benchmarks/results/pod-v5e-16x16.json`, and
-`python -m benchmarks.scaling --render` the table of `benchmarks/scaling.md`; `h100:8` are eight GPUs of one machine.
+`python -m benchmarks.scaling --render` the table of `benchmarks/scaling.md`; `v5p:4x4x4` are 64 chips of a v5p, and
+`h100:8` eight GPUs of one machine.
 The weight's classes are cut over one axis of a mesh, the tokens over both; hidden states are gathered along the
 classes' axis.
 """

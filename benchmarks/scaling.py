@@ -363,10 +363,11 @@ The table has the vocabulary for which both need the same time on the links, lat
 <EVEN>
 ## Pods, compiled
 
-XLA compiled these programs for chips that are not here (`python -m benchmarks programs --pod v5e:16x16`): 8,192 tokens
-for each row of chips, 4,096 features, 2^20 classes, bfloat16. The table has, for each chip, MiB of memory that
-arguments and temporaries take, and MiB of the collectives' arrays, with the number of collectives. The script checks
-that no collective is in a loop, and that no array as large as half of the weight, or of a row's scores, is moved.
+XLA compiled these programs for chips that are not here (`python -m benchmarks programs --pod v5e:16x16`, or `v5p:4x4x4`
+for 64 chips in three dimensions): 8,192 tokens for each row of chips, 4,096 features, 2^20 classes, bfloat16. The table
+has, for each chip, MiB of memory that arguments and temporaries take, and MiB of the collectives' arrays, with the
+number of collectives. The script checks that no collective is in a loop, and that no array as large as half of the
+weight, or of a row's scores, is moved.
 
 <PODS>
 Compared with the model:
@@ -374,9 +375,10 @@ Compared with the model:
 - bfloat16 hidden states, their gradient and the weight's gradient are sent as bfloat16. That is half the bytes of the
   model, which assumes float32. On a mesh, the rows' shares of the weight's gradient are thus rounded before they are
   summed;
-- for a v5e with the classes over all chips, 1 × 16 and 1 × 256, XLA sums the gradient of the hidden states by an
+- for TPUs with the classes over all chips, 1 × 16, 1 × 64 and 1 × 256, XLA sums the gradient of the hidden states by an
   all-reduce, of which each chip keeps its part. This sends twice as much as the model's reduce-scatter. On the other
-  meshes, and on GPUs, it is a reduce-scatter;
+  meshes, and on GPUs, it is a reduce-scatter. For 64 chips of a v5p it makes an all-reduce of the gather of the hidden
+  states, too;
 - the k largest of each chip are summed into an array for all chips of a row: tokens × k × chips numbers, and as many
   indices. On 256 chips this is more than everything else together. A draw sends the log-normalisers of chunks of 128
   classes, 1/128 of the scores, to all chips of a row. The model covers training steps only.

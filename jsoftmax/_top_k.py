@@ -1,5 +1,6 @@
 """The k largest of a row without a sort of the whole row. Of equal numbers the first comes first."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -24,17 +25,23 @@ def top_k(a: Array, k: int) -> tuple[Array, Array]:
     return lax.optimization_barrier(best), lax.optimization_barrier(index)
 
 
-def top_k_by_blocks(a: Array, k: int, length: int, top_k: TopK = top_k) -> tuple[Array, Array]:
-    """The same, for rows without NaN, or of NaN only. The k largest are in the k blocks with the largest maxima."""
+_lookup = functools.partial(jnp.take_along_axis, axis=-1)
+
+
+def top_k_by_blocks(
+    a: Array, k: int, length: int, top_k: TopK = top_k, lookup: Callable[[Array, Array], Array] = _lookup
+) -> tuple[Array, Array]:
+    """The same, for rows without NaN, or of NaN only. The k largest are in the k blocks with the largest maxima.
+    lookup: finds the numbers of rows at places."""
     padding = -a.shape[-1] % length
     if padding:
         a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, padding)], constant_values=-jnp.inf)
     blocks = a.reshape(*a.shape[:-1], a.shape[-1] // length, length)
     _, chosen = top_k(jnp.max(lax.stop_gradient(blocks), -1), k)
     chosen = jnp.sort(chosen, -1)  # in order, so that of equal scores the first comes first
-    candidates = jnp.take_along_axis(blocks, chosen[..., None], -2).reshape(*a.shape[:-1], k * length)
-    best, at = top_k(candidates, k)
-    return best, jnp.take_along_axis(chosen, at // length, -1) * length + at % length
+    candidates = jnp.take_along_axis(blocks, chosen[..., None], -2, mode="promise_in_bounds")
+    best, at = top_k(candidates.reshape(*a.shape[:-1], k * length), k)
+    return best, lookup(chosen, at // length) * length + at % length
 
 
 def top_k_of_many(a: Array, k: int) -> tuple[Array, Array]:

@@ -161,7 +161,7 @@ MUTANTS = (
     Mutant("heads/_statistics.py", "(part.gap + (1 + part.rest) *", "(part.gap - (1 + part.rest) *", f"{HEADS} -k cotangent"),
     Mutant("heads/_statistics.py", "-total(p * (1 + c) * x_dot)", "-total(p * c * x_dot)", f"{HEADS} -k cotangent"),
     Mutant("heads/_statistics.py", "total((excess + (known.mass", "total((excess - (known.mass", f"{HEADS} -k distributions"),
-    Mutant("heads/_statistics.py", "at_label = expm1(-known.loss)", "at_label = jnp.exp(-known.loss)", f"{HEADS} -k options"),
+    Mutant("heads/_statistics.py", "else expm1(-found.loss)", "else jnp.exp(-found.loss)", f"{HEADS} -k options"),
     Mutant("heads/_statistics.py", "total(jnp.where(sure, 0, p * x_dot))", "total(p * x_dot)", f"{HEADS} -k sure"),
     Mutant("heads/_kernel.py", "(1, of_classes), 1) < classes", "(1, of_classes), 1) <= classes", f"{KERNEL} -k equals"),
     Mutant("heads/_kernel.py", "first + done.top_class", "done.top_class", f"{KERNEL} -k sharded"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cells import and_full, some
 from modes import assert_same
+from platforms import as_on_accelerators
 
 import jsoftmax as js
 from jsoftmax import heads, losses, verify
@@ -355,9 +356,15 @@ def test_top_k(k):
         )
 
 
-def test_top_k_of_long_blocks():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_top_k_of_long_blocks(platform, monkeypatch):
+    """With many equals, of which the first comes first."""
+    if platform == "tpu":
+        as_on_accelerators(monkeypatch, platform)
+    jax.clear_caches()
     hidden, weight = jnp.ones((2, 1)), jnp.round(8 * jnp.sin(jnp.arange(3000.0)))[:, None]
     for k, size in ((1, 3000), (7, 517), (60, 1000)):
         f = verify.jit_formulas(functools.partial(heads.linear_top_k, k=k, block_size=size))
         want = np.argsort(-np.asarray(weight[:, 0]), stable=True)[:k]
         np.testing.assert_array_equal(f(hidden, weight).indices, [want] * 2)
+    jax.clear_caches()

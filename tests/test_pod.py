@@ -61,9 +61,10 @@ def test_what_is_refused():
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs XLA's compiler for TPUs, jax[tpu]")
-def test_a_small_pod():
-    of_devices = pod.devices("v5e:2x4")
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
+def test_a_small_pod(topology):
+    of_devices = pod.devices(topology)
     for name in ("loss and gradients", "top 50"):
         row = pod.row_of(of_devices, (2, 4), name, (256, 128, 4096))
         pod.check(row)
-        assert row["arguments"] > 2 * (256 // 4 + 4096 // 4) * 128
+        assert row["arguments"] >= 2 * (256 // 4 + 4096 // 4) * 128  # top 50 takes no labels

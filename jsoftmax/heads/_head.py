@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import maps
-from jsoftmax._loops import checkpointed_scan, cut
+from jsoftmax._loops import checkpointed_scan, cut, in_columns
 from jsoftmax._precision import tangent_precision
 from jsoftmax.sharding import AxisName, has_label, is_label, match_varying_axes, place_in_block, shard_index
 
@@ -45,6 +45,8 @@ class Head(NamedTuple):
     soft_cap: Any = None
     temperature: Any = None
     margin: Any = None
+    rounded: Any = None
+    """`[N, d]`: `hidden` in the dtype of the factors of products, rounded once before a loop. It has no derivative."""
 
     def only(self, *names: str) -> "Head":
         """A head with these fields only."""
@@ -95,15 +97,15 @@ def wide_products(hidden: Array, weight: Array, precision: Any, wide: Any) -> Ar
     return lax.dot_general(hidden, weight, (((1,), (1,)), ((), ())), precision, preferred_element_type=wide)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _narrow_products(hidden: Array, weight: Array, plan: Plan) -> Array:
-    return wide_products(hidden.astype(plan.dtype), weight.astype(plan.dtype), plan.precision, hidden.dtype)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _narrow_products(hidden: Array, rounded: Array, weight: Array, plan: Plan) -> Array:
+    return wide_products(rounded, weight.astype(plan.dtype), plan.precision, hidden.dtype)
 
 
 @_narrow_products.defjvp
 def _narrow_products_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """On CPU tangents are not narrowed; neither are, backwards, the sums over blocks."""
-    (hidden, weight), (hidden_dot, weight_dot) = primals, tangents
+    (hidden, _, weight), (hidden_dot, _, weight_dot) = primals, tangents
     precision = plan.precision if plan.tangent_precision is None else plan.tangent_precision
     product = functools.partial(wide_products, precision=precision, wide=hidden.dtype)
     dot = product(hidden_dot, weight) + product(hidden, weight_dot)
@@ -112,16 +114,18 @@ def _narrow_products_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Array
     return _narrow_products(*primals, plan), dot
 
 
-def products(hidden: Array, weight: Array, plan: Plan) -> Array:
-    """h Wᵀ, with factors in the plan's dtype and sums in the dtype of `hidden`."""
+def products(hidden: Array, weight: Array, plan: Plan, rounded: Array | None = None) -> Array:
+    """h Wᵀ, with factors in the plan's dtype and sums in the dtype of `hidden`. rounded: h in the plan's dtype, if the
+    caller has it."""
     if plan.dtype == hidden.dtype:
         return wide_products(hidden, weight, plan.precision, plan.dtype)
-    return _narrow_products(hidden, weight, plan)
+    rounded = lax.stop_gradient(hidden).astype(plan.dtype) if rounded is None else rounded
+    return _narrow_products(hidden, rounded, weight, plan)
 
 
 def block_scores(head: Head, start: Array, plan: Plan) -> Array:
     """x of a widened block whose first class is `start`  (MATH 11.1)."""
-    return scores_from_products(head, start, products(head.hidden, head.weight, plan))
+    return scores_from_products(head, start, products(head.hidden, head.weight, plan, head.rounded))
 
 
 def scores_from_products(head: Head, start: Array, o: Array) -> Array:
@@ -149,7 +153,7 @@ def without_labels(a: Array, labels: Any, start: Array, value: float = -jnp.inf)
 
 
 PER_CLASS = ("weight", "bias", "log_weights", "where")
-PER_TOKEN = ("hidden", "labels", "targets", "banned", "least", "mode")
+PER_TOKEN = ("hidden", "rounded", "labels", "targets", "banned", "least", "mode")
 
 # --- shards of the classes -----------------------------------------------------------------------------------
 
@@ -233,14 +237,31 @@ Heads = tuple[Head, ...]
 
 
 def scan_classes(  # noqa: PLR0917  (what a loop over blocks takes)
-    step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
+    step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan, *, in_one: bool = False
 ) -> Any:
-    """The state after all classes, by the blocks for the platform that the program is compiled for."""
+    """The state after all classes, by the blocks for the platform that the program is compiled for. in_one: the state's
+    numbers of tokens go through the loop as one array on GPUs and TPUs."""
     other_plan = plan.on_accelerators()
     on_cpu, elsewhere = (functools.partial(_scan_blocks, step, plan=p) for p in (plan, other_plan))
+    if in_one:
+        elsewhere = functools.partial(_scan_in_one, step, plan=other_plan)
     if other_plan == plan:
-        return on_cpu(heads, dots, known, state)
+        return (on_cpu if plan.tangent_precision is None else elsewhere)(heads, dots, known, state)
     return lax.platform_dependent(heads, dots, known, state, cpu=on_cpu, default=elsewhere)
+
+
+def _scan_in_one(  # noqa: PLR0917  (as `scan_classes` has them)
+    step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
+) -> Any:
+    """The same with the state's numbers of tokens in one array. Of fewer than three a GPU makes more kernels so."""
+    packed, undo = in_columns(state)
+    if packed[0].shape[1] < 3:
+        return _scan_blocks(step, heads, dots, known, state, plan)
+
+    def packed_step(*args: Any, state: Any, **options: Any) -> Any:
+        return in_columns(step(*args, state=undo(state), **options))[0]
+
+    return undo(_scan_blocks(packed_step, heads, dots, known, packed, plan))
 
 
 def _scan_blocks(  # noqa: PLR0917  (as `scan_classes` has them)
@@ -255,7 +276,7 @@ def _scan_blocks(  # noqa: PLR0917  (as `scan_classes` has them)
     the classes are sharded, the loop is over those of this shard, and `start` counts the classes of all shards.
     """
     classes, wide = heads[0].weight.shape[0], heads[0].hidden.dtype
-    heads = tuple(with_padding(head, plan) for head in heads)
+    heads = tuple(_with_rounded(with_padding(head, plan), plan) for head in heads)
     blocks = jax.tree.map(lambda a: cut(a, plan.classes), [_select_fields(trees, PER_CLASS) for trees in (heads, dots)])
     padded = [jax.tree.map(lambda q: jnp.pad(q, [(0, 0), (0, -classes % plan.classes)]), h.targets) for h in heads]
     rates = [jax.tree.map(lambda q: cut(q, plan.classes, 1), d.targets) for d in dots]
@@ -304,6 +325,13 @@ def _select_fields(heads: Heads, names: tuple[str, ...]) -> Heads:
 
 def _merge_fields(heads: Heads, parts: Any) -> Heads:
     return tuple(head.merge_fields(part) for head, part in zip(heads, parts, strict=True))
+
+
+def _with_rounded(head: Head, plan: Plan) -> Head:
+    """The head, with hidden states that are rounded once, not again for each block, where tangents are rounded."""
+    if plan.tangent_precision is None:
+        return head
+    return head._replace(rounded=lax.stop_gradient(head.hidden).astype(plan.dtype))
 
 
 def with_padding(head: Head, plan: Plan) -> Head:

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._series import expm1
 from jsoftmax.heads._head import Head, Heads, Plan, block_scores, scan_classes, without_labels
-from jsoftmax.heads._top import top_k_of_block, top_k_of_rows
+from jsoftmax.heads._top import largest, largest_of_block
 from jsoftmax.sharding import (
     is_label,
     local_label,
@@ -128,8 +128,7 @@ def block_statistics(head: Head, wanted: Extras, start: Array, x: Array, plan: P
             made["spread"] = jnp.sum(below, 1)
             made["kept_count"] = jnp.sum(kept, 1, dtype=jnp.int32).astype(x.dtype)
     if wanted.top:
-        made["top"], places = top_k_of_block(x, min(wanted.top, x.shape[1]), plan)
-        made["top_class"] = start + places
+        made["top"], made["top_class"] = largest_of_block(x, start, min(wanted.top, x.shape[1]), plan)
     return PartialStatistics(top[:, 0], rest[:, 0], **made)
 
 
@@ -172,8 +171,7 @@ def merge(a: PartialStatistics, b: PartialStatistics, plan: Plan | None = None) 
         made |= {"top": jnp.where(new, b.top, a.top), "top_class": jnp.where(new, b.top_class, a.top_class)}
     elif a.top is not None:
         x, classes = (jnp.concatenate(pair, 1) for pair in ((a.top, b.top), (a.top_class, b.top_class)))
-        made["top"], places = top_k_of_rows(x, a.top.shape[1], plan)
-        made["top_class"] = jnp.take_along_axis(classes, places, 1)
+        made["top"], made["top_class"] = largest(x, classes, a.top.shape[1], plan)
     return PartialStatistics(peak, rest, **made)
 
 
@@ -212,8 +210,7 @@ def merge_shards(part: PartialStatistics, head: Head, plan: Plan) -> PartialStat
         )
     made = psum(made, plan.axis_name)
     if part.top is not None:
-        made["top"], places = top_k_of_rows(made["top"], part.top.shape[1], plan)
-        made["top_class"] = jnp.take_along_axis(made["top_class"], places, 1)
+        made["top"], made["top_class"] = largest(made["top"], made["top_class"], part.top.shape[1], plan)
     made["rest"] = made["rest"] + (made.pop("ones") - 1)
     # the maximum over devices may have dropped a NaN
     return PartialStatistics(jnp.where(jnp.isnan(made["rest"]) & ~jnp.isposinf(peak), jnp.nan, peak), **made)
@@ -230,7 +227,9 @@ def statistics(head: Head, wanted: Extras, plan: Plan) -> Statistics:
         return merge(state, block_statistics(block, wanted, start, block_scores(block, start, plan), plan), plan)
 
     def loop(head: Head) -> PartialStatistics:
-        return scan_classes(step, (head,), (Head(),), None, initial(head, wanted), plan)
+        # with further sums, XLA would make more kernels of a state in one array, not fewer
+        in_one = wanted == Extras()
+        return scan_classes(step, (head,), (Head(),), None, initial(head, wanted), plan, in_one=in_one)
 
     if plan.kernel:
         from jsoftmax.heads import _kernel  # noqa: PLC0415  (Pallas takes half a second to import)
@@ -280,12 +279,7 @@ def _statistics_jvp(wanted: Extras, plan: Plan, primals: Any, tangents: Any) -> 
     zero = jnp.zeros_like(out.peak)
     zeros = jax.tree.map(jnp.zeros_like, Rates(*[getattr(own, name) for name in Rates._fields]))
 
-    def step(blocks: Heads, dots: Heads, *, start: Array, known: TokenConstants, state: Rates, plan: Plan) -> Rates:
-        (block,), (block_dots,) = blocks, dots
-        x, x_dot = jvp_of_live(lambda block: block_scores(block, start, plan), block, block_dots)
-        return jax.tree.map(jnp.add, state, block_rates(block, block_dots, start, known, state, x, x_dot))
-
-    rates = psum(scan_classes(step, (head,), (dots,), known, zeros, plan), plan.axis_name)
+    rates = psum(rates_along(head, dots, known, zeros, plan), plan.axis_name)
     return out, Statistics(
         zero,
         rates.log_total,
@@ -301,20 +295,33 @@ def _statistics_jvp(wanted: Extras, plan: Plan, primals: Any, tangents: Any) -> 
     )
 
 
+def rates_along(head: Head, dots: Head, known: "TokenConstants", zeros: "Rates", plan: Plan) -> "Rates":
+    """The rates along the tangents, for the fields that `zeros` has, summed over the classes of this shard."""
+
+    def step(blocks: Heads, dots: Heads, *, start: Array, known: TokenConstants, state: Rates, plan: Plan) -> Rates:
+        (block,), (block_dots,) = blocks, dots
+        x, x_dot = jvp_of_live(lambda block: block_scores(block, start, plan), block, block_dots)
+        return jax.tree.map(jnp.add, state, block_rates(block, block_dots, start, known, state, x, x_dot))
+
+    return scan_classes(step, (head,), (dots,), known, zeros, plan)
+
+
 class TokenConstants(NamedTuple):
     """Numbers of each token that the rule takes from the value."""
 
     peak: Array
     log_total: Array
     gap: Any = None
-    loss: Any = None
+    at_label: Any = None
+    """p_y − 1."""
     top_class: Any = None
     mass: Any = None
     """Σ q."""
 
     @staticmethod
     def of(found: Statistics) -> "TokenConstants":
-        return TokenConstants(found.peak, found.log_total, found.gap, found.loss, found.top_class, found.mass)
+        at_label = None if found.loss is None else expm1(-found.loss)
+        return TokenConstants(found.peak, found.log_total, found.gap, at_label, found.top_class, found.mass)
 
 
 class Rates(NamedTuple):
@@ -352,7 +359,7 @@ def block_rates(  # noqa: PLR0917  (a partial function of ẋ, which comes last,
     if like.spread is not None:
         made["spread"] = -total(jnp.where(jnp.isneginf(x), 0, x_dot))
     if like.loss is not None and block.labels is not None:
-        at_label = expm1(-known.loss)  # p_y − 1
+        at_label = known.at_label
         if block.labels.shape[1] == 1:
             rate = total(jnp.where(is_label(x.shape, block.labels, start=start), at_label, p) * x_dot)
             made["loss"] = rate[:, None]

@@ -67,15 +67,14 @@ def _divergence(p: Head, q: Head, plan: Plan) -> tuple[Array, Array]:
         impossible = jnp.isneginf(log_q)
         r = log_ratio(log_p, log_q, impossible)
         infinite = impossible & (log_p > -jnp.inf)
-        made = (jnp.sum(excess(p, r, q), 1), jnp.sum(p * r, 1), jnp.sum(infinite, 1, dtype=jnp.int32))
-        return jax.tree.map(jnp.add, state, made)
+        # one array, which takes fewer kernels than three
+        return state + jnp.stack([jnp.sum(a, 1) for a in (excess(p, r, q), p * r, infinite.astype(p.dtype))], 1)
 
     known = _token_constants(p, q, plan)
     own = match_varying_axes(known, p.weight, plan.axis_name)
-    zero = jnp.zeros_like(own.peak_p)
-    state = (zero, zero, zero.astype(jnp.int32))
+    state = jnp.stack([jnp.zeros_like(own.peak_p)] * 3, 1)
     sums = scan_classes(step, (p, q), (Head(), Head()), own, state, plan)
-    D, mean, infinite = psum(sums, plan.axis_name)
+    D, mean, infinite = psum(sums, plan.axis_name).T
     finite = jnp.where(known.empty, 0, jnp.where(infinite > 0, jnp.inf, D))
     return jnp.where(jnp.isnan(D), D, finite), jnp.where(infinite > 0, mean, D)
 

@@ -18,7 +18,7 @@ from jsoftmax.gumbel import _noise
 from jsoftmax.gumbel._categorical import categorical as draw_of_scores
 from jsoftmax.gumbel._categorical import check_distinct
 from jsoftmax.gumbel._estimators import given_maximum
-from jsoftmax.heads._statistics import top_k_of_block
+from jsoftmax.heads._top import largest_of_block
 from jsoftmax.heads.adaptive._functions import row_log_prob
 from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail
 from jsoftmax.heads.adaptive._rows import (
@@ -46,7 +46,7 @@ def _keys(key: Any, number: Array) -> Array:
 def _largest(a: Array, k: int) -> tuple[Array, Array]:
     """The k largest and their places. If there are fewer than k, −inf follows."""
     found = min(k, a.shape[1])
-    best, at = top_k_of_block(a, found, None)
+    best, at = largest_of_block(a, jnp.zeros((), jnp.int32), found)
     return jnp.pad(best, [(0, 0), (0, k - found)], constant_values=-jnp.inf), jnp.pad(at, [(0, 0), (0, k - found)])
 
 
