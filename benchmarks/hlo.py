@@ -176,27 +176,42 @@ def moved(computations: Computations, name: str, instruction: Instruction) -> in
     fused = computations.get(called(instruction, "calls") or "")
     if not fused:
         return size(instruction.shape) + sum(size(operand.shape) for operand in operands)
-    users: dict[str, list[tuple[Instruction, int]]] = {}
-    for user in fused.values():
-        for position, operand in enumerate(user.operands):
-            users.setdefault(operand, []).append((user, position))
     parameters = [i for i in fused.values() if i.operation == "parameter"]
     written = [_written(fused, i) for i in fused.values() if i.root]
-    return sum(_bytes_read(users, i.name, size(i.shape)) for i in parameters) + sum(written)
+    return sum(_bytes_read(computations, fused, i.name, size(i.shape)) for i in parameters) + sum(written)
 
 
-def _bytes_read(users: dict[str, list[tuple[Instruction, int]]], name: str, whole: int) -> int:
+def _bytes_read(computations: Computations, fused: dict[str, Instruction], name: str, whole: int) -> int:
     """Bytes that a fused kernel reads of a value: all of it, or the part that it slices or gathers, before or after a
-    change of each number; none of a buffer that it updates."""
+    change of each number, or within a fusion of its own; none of a buffer that it updates."""
     total = 0
-    for user, position in users.get(name, []):
+    for user, position in _users(fused).get(name, []):
         if user.operation in ("dynamic-slice", "gather") and position == 0:
             total += size(user.shape)
+        elif user.operation == "fusion":
+            inner = computations.get(called(user, "calls") or "", {})
+            total += _bytes_read(computations, inner, parameter(inner, position), whole) if inner else whole
         elif user.operation in VIEWS | ONE_BY_ONE and not user.root:
-            total += _bytes_read(users, user.name, whole)
+            total += _bytes_read(computations, fused, user.name, whole)
         elif not (user.operation == "dynamic-update-slice" and position == 0):
             return whole
     return min(total, whole)
+
+
+def _users(computation: dict[str, Instruction]) -> dict[str, list[tuple[Instruction, int]]]:
+    """For each value, the instructions that read it, and as which operand."""
+    users: dict[str, list[tuple[Instruction, int]]] = {}
+    for user in computation.values():
+        for position, operand in enumerate(user.operands):
+            users.setdefault(operand, []).append((user, position))
+    return users
+
+
+def parameter(computation: dict[str, Instruction], number: int) -> str:
+    """The name of a computation's parameter of that number."""
+    return next(
+        i.name for i in computation.values() if i.operation == "parameter" and i.attributes.startswith(f"{number})")
+    )
 
 
 def _written(fused: dict[str, Instruction], instruction: Instruction) -> int:

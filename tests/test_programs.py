@@ -94,6 +94,34 @@ ENTRY %main (p0: f32[1024,256]) -> f32[256,256] {
 """
 
 
+NESTED = """
+%inner (table: f32[64,512], j: s32[]) -> f32[1,512] {
+  %table = f32[64,512]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %none = s32[] constant(0)
+  ROOT %dynamic-slice = f32[1,512]{1,0} dynamic-slice(%table, %j, %none), dynamic_slice_sizes={1,512}
+}
+
+%outer (k: s32[], whole: f32[64,512]) -> f32[1,512] {
+  %k = s32[] parameter(0)
+  %whole = f32[64,512]{1,0} parameter(1)
+  %row = f32[1,512]{1,0} fusion(%whole, %k), kind=kLoop, calls=%inner
+  ROOT %exponential = f32[1,512]{1,0} exponential(%row)
+}
+
+ENTRY %main (n: s32[], p: f32[64,512]) -> f32[1,512] {
+  %n = s32[] parameter(0)
+  %p = f32[64,512]{1,0} parameter(1)
+  ROOT %result = f32[1,512]{1,0} fusion(%n, %p), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_a_slice_within_a_fusion_of_a_fusion():
+    """One row is read and written, and a number says which."""
+    assert hlo.count(hlo.parse(NESTED)) == (1, 2 * 2048 + 4)
+
+
 def test_copies_count_where_they_touch_memory():
     """1 MiB is read onto the chip, and a quarter of it is read and written."""
     assert hlo.count(hlo.parse(COPIES)) == (2, 2**20 + 2 * 2**18)
