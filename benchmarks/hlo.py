@@ -3,7 +3,7 @@
 These are counts, not times, and the same on every machine. A kernel is an instruction that computes something, in the
 program's entry or, counted once for each trip, in a loop's body. Its traffic is what it reads from memory and writes to
 it. If a kernel reads only slices of an operand, the slices count; if a buffer is updated in place, the update counts. A
-kernel that is no work of XLA's, and may read an operand several times, counts by what it says of itself.
+custom kernel may read an operand several times; it counts by its own estimate of its cost.
 """
 
 import dataclasses
@@ -163,8 +163,8 @@ def trips(computations: Computations, instruction: Instruction) -> int:
 
 def moved(computations: Computations, name: str, instruction: Instruction) -> int:
     """The bytes that one kernel of the computation reads and writes."""
-    if said := re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', instruction.attributes):
-        return int(said[1])
+    if estimate := re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', instruction.attributes):
+        return int(estimate[1])
     if instruction.operation in ("copy-start", "slice-start"):  # its tuple begins with where it copies to and from
         ends = sizes(instruction.shape)[:2]
         return min(count for count, _ in ends) * sum(in_memory for _, in_memory in ends)

@@ -47,7 +47,6 @@ gpu_device_info {
 """What XLA asks of a GPU before it compiles for it."""
 
 NEEDS = {"h100": "jsoftmax[programs-h100]", "v5e": "jsoftmax[programs-tpu]"}
-TPUS = ("v5e",)
 SHAPES = ((1024, 1024), (256, 32768), (1_000_000, 8), (4096, 1000))
 DTYPES = ("float32", "bfloat16")
 
@@ -292,14 +291,14 @@ def other_heads() -> dict[str, tuple[F, tuple[Any, ...]]]:
 
 
 def values(kind: str) -> dict[str, tuple[F, tuple[Any, ...]]]:
-    """Values alone, and where the device can run it the kernel; its gradients are those of the loop from its value."""
+    """Programs of the value alone; for a TPU also those of the kernel, whose gradients are the loop's."""
     loss, statistics = heads.linear_cross_entropy, heads.linear_statistics
     given = (HIDDEN, WEIGHT, LABELS)
     found: dict[str, tuple[F, tuple[Any, ...]]] = {
         "linear_cross_entropy, value": (loss, given),
         "linear_statistics, value": (statistics, given),
     }
-    if kind in TPUS:
+    if kind == "v5e":
         kernel = functools.partial(loss, implementation="pallas")
         found |= {
             'linear_cross_entropy, value, implementation="pallas"': (kernel, given),

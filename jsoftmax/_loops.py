@@ -24,20 +24,21 @@ def cut(a: Array, length: int, axis: int = 0) -> Array:
     return jnp.moveaxis(a.reshape(*a.shape[:axis], count, length, *a.shape[axis + 1 :]), axis, 0)
 
 
-def in_columns(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+def pack_columns(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     """Floating leaves `[N]` and `[N, 1]` side by side in one array `[N, columns]`, beside the other leaves; and the
     function that undoes it. A TPU copies each array of a loop's state to the chip and back in each turn."""
     leaves, structure = jax.tree.flatten(tree)
-    narrow = [jnp.issubdtype(a.dtype, jnp.floating) and a.size == a.shape[0] for a in leaves]
-    columns = [a.reshape(-1, 1) for a, is_narrow in zip(leaves, narrow, strict=True) if is_narrow]
-    others = [a for a, is_narrow in zip(leaves, narrow, strict=True) if not is_narrow]
+    is_column = [jnp.issubdtype(a.dtype, jnp.floating) and a.size == a.shape[0] for a in leaves]
+    columns = [a.reshape(-1, 1) for a, column in zip(leaves, is_column, strict=True) if column]
+    others = [a for a, column in zip(leaves, is_column, strict=True) if not column]
 
-    def undo(packed: Any) -> Any:
-        together, others = packed
-        own, rest = iter(jnp.split(together, together.shape[1], 1)), iter(others)
-        given = [
-            next(own).reshape(-1, *a.shape[1:]) if yes else next(rest) for a, yes in zip(leaves, narrow, strict=True)
+    def unpack(packed: Any) -> Any:
+        table, others = packed
+        columns, rest = iter(jnp.split(table, table.shape[1], 1)), iter(others)
+        unpacked = [
+            next(columns).reshape(-1, *a.shape[1:]) if column else next(rest)
+            for a, column in zip(leaves, is_column, strict=True)
         ]
-        return jax.tree.unflatten(structure, given)
+        return jax.tree.unflatten(structure, unpacked)
 
-    return (jnp.concatenate(columns, 1), others), undo
+    return (jnp.concatenate(columns, 1), others), unpack

@@ -167,7 +167,7 @@ MUTANTS = (
     Mutant("heads/_kernel.py", "first + done.top_class", "done.top_class", f"{KERNEL} -k sharded"),
     Mutant("heads/_kernel.py", "@pl.when(number == 0)", "@pl.when(number == 1)", f"{KERNEL} -k digits"),
     Mutant("heads/_top.py", "jnp.where(x == best, places", "jnp.where(x <= best, places", f"{KERNEL} -k digits"),
-    Mutant("heads/_statistics.py", "(b.top > a.top) | jnp.isnan(b.top)", "(b.top >= a.top) | jnp.isnan(b.top)", f"{KERNEL} -k edges"),
+    Mutant("heads/_top.py", "(x[1] > x[0]) | jnp.isnan(x[1])", "(x[1] >= x[0]) | jnp.isnan(x[1])", f"{KERNEL} -k edges"),
     Mutant("heads/divergence.py", "q * (r_q - of_q) * x_q_dot", "q * (r_q + of_q) * x_q_dot", f"{HEADS} -k jensen"),
     Mutant("heads/adaptive/_selection.py", "bound[:, i] > best[:, -1]", "bound[:, i] > best[:, 0]", f"{ADAPTIVE} -k of_log_probs"),
     Mutant("heads/adaptive/_selection.py", "jnp.where(wanted[:, None], found, -jnp.inf)", "found", f"{ADAPTIVE} -k of_log_probs"),

@@ -27,7 +27,7 @@ from jsoftmax.checks.arguments import (
 from jsoftmax.checks.labels import NO_LABELS, in_range
 from jsoftmax.checks.top_targets import TopTargets, mass_is_in_range, reject_per_class_options
 from jsoftmax.heads._head import PER_TOKEN, Head, Plan, vocabulary
-from jsoftmax.heads._implementation import is_kernel
+from jsoftmax.heads._implementation import check_implementation
 from jsoftmax.heads._labels import add_labels, check_banned
 from jsoftmax.sharding import (
     AxisName,
@@ -166,8 +166,7 @@ def check(
         check_not_explicit(function, names[0], head.hidden)
     given = _in_order(head, plan, batch, rows, token_weights)
     given = given._replace(top=top, several=several, counted=counted)
-    if is_kernel(function, implementation, head, plan, top):
-        given = given._replace(plan=plan._replace(kernel=True))
+    given = given._replace(plan=check_implementation(function, implementation, head, given.plan, top))
     return given if block_size is not None else _with_accelerator_block(given, -(-of_shard // chunk), chunk)
 
 

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import maps
-from jsoftmax._loops import checkpointed_scan, cut, in_columns
+from jsoftmax._loops import checkpointed_scan, cut, pack_columns
 from jsoftmax._precision import tangent_precision
 from jsoftmax.sharding import AxisName, has_label, is_label, match_varying_axes, place_in_block, shard_index
 
@@ -237,31 +237,34 @@ Heads = tuple[Head, ...]
 
 
 def scan_classes(  # noqa: PLR0917  (what a loop over blocks takes)
-    step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan, *, in_one: bool = False
+    step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan, *, pack_state: bool = False
 ) -> Any:
-    """The state after all classes, by the blocks for the platform that the program is compiled for. in_one: the state's
-    numbers of tokens go through the loop as one array on GPUs and TPUs."""
+    """The state after all classes, by the blocks for the platform that the program is compiled for.
+
+    pack_state: on GPUs and TPUs the state's numbers of tokens go through the loop as columns of one array.
+    """
     other_plan = plan.on_accelerators()
     on_cpu, elsewhere = (functools.partial(_scan_blocks, step, plan=p) for p in (plan, other_plan))
-    if in_one:
-        elsewhere = functools.partial(_scan_in_one, step, plan=other_plan)
-    if other_plan == plan:
+    if pack_state:
+        elsewhere = functools.partial(_scan_packed, step, plan=other_plan)
+    if other_plan == plan:  # it is that of accelerators already, where it rounds tangents, or the same everywhere
         return (on_cpu if plan.tangent_precision is None else elsewhere)(heads, dots, known, state)
     return lax.platform_dependent(heads, dots, known, state, cpu=on_cpu, default=elsewhere)
 
 
-def _scan_in_one(  # noqa: PLR0917  (as `scan_classes` has them)
+def _scan_packed(  # noqa: PLR0917  (as `scan_classes` has them)
     step: Callable[..., Any], heads: Heads, dots: Heads, known: Any, state: Any, plan: Plan
 ) -> Any:
-    """The same with the state's numbers of tokens in one array. Of fewer than three a GPU makes more kernels so."""
-    packed, undo = in_columns(state)
+    """As `_scan_blocks`, with the state's numbers of tokens as columns of one array. With fewer than three columns a
+    GPU needs more kernels this way."""
+    packed, unpack = pack_columns(state)
     if packed[0].shape[1] < 3:
         return _scan_blocks(step, heads, dots, known, state, plan)
 
     def packed_step(*args: Any, state: Any, **options: Any) -> Any:
-        return in_columns(step(*args, state=undo(state), **options))[0]
+        return pack_columns(step(*args, state=unpack(state), **options))[0]
 
-    return undo(_scan_blocks(packed_step, heads, dots, known, packed, plan))
+    return unpack(_scan_blocks(packed_step, heads, dots, known, packed, plan))
 
 
 def _scan_blocks(  # noqa: PLR0917  (as `scan_classes` has them)

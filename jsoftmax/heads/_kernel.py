@@ -18,12 +18,14 @@ from jaxtyping import Array
 
 from jsoftmax.heads._head import PER_CLASS, PER_TOKEN, Head, Plan, first_class, scores_from_products, wide_products
 from jsoftmax.heads._statistics import Extras, PartialStatistics, block_statistics, initial, merge
-from jsoftmax.sharding import shape_like, varying_axes
+from jsoftmax.heads._top import mode
+from jsoftmax.sharding import is_label, shape_like, varying_axes
 
 Loop = Callable[[Head], PartialStatistics]
 
 VMEM = 64 * 2**20
-"""What the kernel may take of the chip's memory. A v5e has 128 MiB, a v7x 64."""
+"""What the kernel may take of the chip's memory. A v5p and a v7x have 64 MiB, a v5e and a v6e 128. A v4 has 16, too few
+for it."""
 
 TOKENS, CLASSES, WEIGHT = 2048, 512, 2**21
 """The most tokens and classes of a block, and the most bytes of its part of the weight; hidden states may take four
@@ -34,11 +36,11 @@ def partial_statistics(head: Head, wanted: Extras, plan: Plan, loop: Loop) -> Pa
     """What the loop over blocks gives.
 
     Programs for CPUs interpret the kernel, slowly; but where `jax.shard_map` checks along which axes arrays differ,
-    JAX cannot interpret it, and the loop runs. Programs for GPUs cannot be lowered.
+    JAX cannot interpret it, and the loop runs. There is no form for GPUs, which `_implementation` refuses.
     """
     if not head.hidden.shape[0]:
         return initial(head, wanted)
-    on_tpu, interpreted = (functools.partial(_call, wanted, plan, on_cpu) for on_cpu in (False, True))
+    on_tpu, interpreted = (functools.partial(_run_kernel, wanted, plan, on_cpu) for on_cpu in (False, True))
     return lax.platform_dependent(head, tpu=on_tpu, cpu=loop if varying_axes(head.hidden) else interpreted)
 
 
@@ -52,7 +54,7 @@ def block_sizes(tokens: int, classes: int, features: int, dtype: Any) -> tuple[i
     return whole(16, tokens, TOKENS, 4 * WEIGHT // row), whole(128, classes, CLASSES, WEIGHT // row)
 
 
-def _call(wanted: Extras, plan: Plan, interpreted: bool, head: Head) -> PartialStatistics:
+def _run_kernel(wanted: Extras, plan: Plan, interpreted: bool, head: Head) -> PartialStatistics:
     first = first_class(head, plan)
     labels = None if head.labels is None else (head.labels - first).astype(jnp.int32)
     head = head._replace(counted=None, labels=labels)
@@ -69,7 +71,7 @@ def _call(wanted: Extras, plan: Plan, interpreted: bool, head: Head) -> PartialS
         inside = start + lax.broadcasted_iota(jnp.int32, (1, of_classes), 1) < classes
         if block.where is not None:
             block = block._replace(where=inside & (block.where != 0))
-        elif classes % of_classes:  # there is anything behind the last class
+        elif classes % of_classes:  # the last block is not full, and what pads it is no class
             block = block._replace(where=inside)
 
         @pl.when(number == 0)
@@ -78,7 +80,7 @@ def _call(wanted: Extras, plan: Plan, interpreted: bool, head: Head) -> PartialS
 
         o = wide_products(block.hidden, block.weight.astype(plan.dtype), plan.precision, wide)
         x = scores_from_products(block.widened(wide), start, o)
-        new = block_statistics(block, wanted, start, x, plan)
+        new = block_statistics(block, wanted, start, x, plan, _label_scores, lambda x, k, plan: mode(x))
         old = jax.tree.map(lambda ref, a: ref[...] if a.ndim == 2 else ref[...][:, 0], sums, state)
         _write(sums, merge(old, new, plan))
 
@@ -111,6 +113,12 @@ def _call(wanted: Extras, plan: Plan, interpreted: bool, head: Head) -> PartialS
     shaped = [a if like.ndim == 2 else a[:, 0] for a, like in zip(found, jax.tree.leaves(state), strict=True)]
     done = jax.tree.unflatten(jax.tree.structure(state), shaped)
     return done if done.top_class is None else done._replace(top_class=first + done.top_class)
+
+
+def _label_scores(labels: Array, start: Array, x: Array) -> Array:
+    """x_y of labels in the block, by comparisons, since a kernel cannot pick."""
+    here = [is_label(x.shape, labels[:, i : i + 1], start=start) for i in range(labels.shape[1])]
+    return jnp.concatenate([jnp.max(jnp.where(is_here, x, -jnp.inf), 1, keepdims=True) for is_here in here], 1)
 
 
 def _as_matrices(head: Head) -> list[tuple[str, Array]]:

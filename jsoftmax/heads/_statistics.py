@@ -1,6 +1,7 @@
 """The statistics of each token that one pass over the vocabulary finds, with their one rule (MATH 11.2, 11.3)."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._series import expm1
 from jsoftmax.heads._head import Head, Heads, Plan, block_scores, scan_classes, without_labels
-from jsoftmax.heads._top import largest, largest_of_block
+from jsoftmax.heads._top import block_top_k, top_of_parts, top_with_classes
 from jsoftmax.sharding import (
     is_label,
     local_label,
@@ -102,12 +103,26 @@ def initial(head: Head, wanted: Extras) -> PartialStatistics:
     )
 
 
-def block_statistics(head: Head, wanted: Extras, start: Array, x: Array, plan: Plan) -> PartialStatistics:
+def label_scores(labels: Array, start: Array, x: Array) -> Array:
+    """x_y of labels `[N, m]` that are in this block; −∞ for the others."""
+    label, inside = place_in_block(labels, start, x.shape[1])
+    return jnp.where(inside, jnp.take_along_axis(x, label, 1), -jnp.inf)
+
+
+def block_statistics(  # noqa: PLR0917  (what a block has, and how it is searched)
+    head: Head,
+    wanted: Extras,
+    start: Array,
+    x: Array,
+    plan: Plan,
+    label_scores: Callable[..., Array] = label_scores,
+    block_top_k: Callable[..., Any] = block_top_k,
+) -> PartialStatistics:
     """The statistics of a block with the scores x, relative to its own peak  (MATH 11.2)."""
     axis = (1,)
     made: dict[str, Any] = {}
     if head.labels is not None:
-        made["label"] = _label_scores(head.labels, start, x, plan)
+        made["label"] = label_scores(head.labels, start, x)
     if wanted.others:
         x = without_labels(x, head.labels, start)
     peak, rest, _ = exp_sums(x, axis)
@@ -128,18 +143,9 @@ def block_statistics(head: Head, wanted: Extras, start: Array, x: Array, plan: P
             made["spread"] = jnp.sum(below, 1)
             made["kept_count"] = jnp.sum(kept, 1, dtype=jnp.int32).astype(x.dtype)
     if wanted.top:
-        made["top"], made["top_class"] = largest_of_block(x, start, min(wanted.top, x.shape[1]), plan)
+        made["top"], places = block_top_k(x, min(wanted.top, x.shape[1]), plan)
+        made["top_class"] = start + places
     return PartialStatistics(top[:, 0], rest[:, 0], **made)
-
-
-def _label_scores(labels: Array, start: Array, x: Array, plan: Plan) -> Array:
-    """x_y of labels `[N, m]` that are in this block; −∞ for the others. The kernel cannot pick, and compares."""
-    if plan.kernel:
-        found = [is_label(x.shape, labels[:, i : i + 1], start=start) for i in range(labels.shape[1])]
-        columns = [jnp.max(jnp.where(here, x, -jnp.inf), 1, keepdims=True) for here in found]
-        return jnp.concatenate(columns, 1)
-    label, inside = place_in_block(labels, start, x.shape[1])
-    return jnp.where(inside, jnp.take_along_axis(x, label, 1), -jnp.inf)
 
 
 def merge(a: PartialStatistics, b: PartialStatistics, plan: Plan | None = None) -> PartialStatistics:
@@ -166,12 +172,8 @@ def merge(a: PartialStatistics, b: PartialStatistics, plan: Plan | None = None) 
     if a.spread is not None:
         made["spread"] = total(lambda part, fall: _moved_sum(part.spread, part.kept_count, fall))
         made["kept_count"] = total(lambda part, _: part.kept_count)
-    if a.top is not None and a.top.shape[1] == 1:
-        new = (b.top > a.top) | jnp.isnan(b.top)  # the first of equals; NaN before all
-        made |= {"top": jnp.where(new, b.top, a.top), "top_class": jnp.where(new, b.top_class, a.top_class)}
-    elif a.top is not None:
-        x, classes = (jnp.concatenate(pair, 1) for pair in ((a.top, b.top), (a.top_class, b.top_class)))
-        made["top"], made["top_class"] = largest(x, classes, a.top.shape[1], plan)
+    if a.top is not None:
+        made["top"], made["top_class"] = top_of_parts((a.top, b.top), (a.top_class, b.top_class), plan)
     return PartialStatistics(peak, rest, **made)
 
 
@@ -210,7 +212,7 @@ def merge_shards(part: PartialStatistics, head: Head, plan: Plan) -> PartialStat
         )
     made = psum(made, plan.axis_name)
     if part.top is not None:
-        made["top"], made["top_class"] = largest(made["top"], made["top_class"], part.top.shape[1], plan)
+        made["top"], made["top_class"] = top_with_classes(made["top"], made["top_class"], part.top.shape[1], plan)
     made["rest"] = made["rest"] + (made.pop("ones") - 1)
     # the maximum over devices may have dropped a NaN
     return PartialStatistics(jnp.where(jnp.isnan(made["rest"]) & ~jnp.isposinf(peak), jnp.nan, peak), **made)
@@ -228,11 +230,11 @@ def statistics(head: Head, wanted: Extras, plan: Plan) -> Statistics:
 
     def loop(head: Head) -> PartialStatistics:
         # with further sums, XLA would make more kernels of a state in one array, not fewer
-        in_one = wanted == Extras()
-        return scan_classes(step, (head,), (Head(),), None, initial(head, wanted), plan, in_one=in_one)
+        pack_state = wanted == Extras()
+        return scan_classes(step, (head,), (Head(),), None, initial(head, wanted), plan, pack_state=pack_state)
 
     if plan.kernel:
-        from jsoftmax.heads import _kernel  # noqa: PLC0415  (Pallas takes half a second to import)
+        from jsoftmax.heads import _kernel  # noqa: PLC0415  (it imports this module, and Pallas, in half a second)
 
         running = _kernel.partial_statistics(head, wanted, plan, loop)
     else:

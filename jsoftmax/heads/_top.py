@@ -1,4 +1,4 @@
-"""The classes with the k largest x of each token, of a block and of two parts of a row (MATH 11.2)."""
+"""The classes with the k largest x of each token, of a block and of parts of a row (MATH 11.2)."""
 
 import functools
 
@@ -12,37 +12,46 @@ from jsoftmax.heads._head import SHARDS, Plan
 _LENGTH = 64
 """The classes of a short block. The k largest are in the k short blocks with the largest maxima."""
 
+_COMPARISONS = 2**14
+"""A TPU compares up to so many pairs of a token's places. Measured at k = 50, with 5,000 (benchmarks/NOTES.md)."""
 
-def largest(x: Array, classes: Array, k: int, plan: Plan | None = None) -> tuple[Array, Array]:
-    """The k largest x `[N, k]`, the first of equals first, and their classes."""
-    best, places = _top_of_row(x, k, plan)
-    return best, _at(classes, places)
+Pair = tuple[Array, Array]
 
 
-def largest_of_block(x: Array, start: Array, k: int, plan: Plan | None = None) -> tuple[Array, Array]:
-    """The same for a block of classes that begins at `start`. A row has no NaN, or NaN only."""
-    top_k = functools.partial(_top_of_row, k=k, plan=plan)
-    if k * _LENGTH < x.shape[1]:
-        of_row = functools.partial(_top_of_row, plan=plan)
-        top_k = functools.partial(_top_k.top_k_by_blocks, k=k, length=_LENGTH, top_k=of_row, lookup=_at)
-    if plan is not None and plan.kernel:
-        best, places = mode(x)
-    elif k == 1:
-        best, places = lax.platform_dependent(x, cpu=top_k, default=mode)
+def block_top_k(x: Array, k: int, plan: Plan | None = None) -> Pair:
+    """The k largest x `[N, k]` of a block of classes, the first of equals first, and their places in the block. A row
+    has no NaN, or NaN only."""
+    of_row = functools.partial(_row_top_k, plan=plan)
+    if k * _LENGTH >= x.shape[1]:
+        by_parts = functools.partial(of_row, k=k)
     else:
-        best, places = top_k(x)
-    return best, start + places
+        by_parts = functools.partial(_top_k.top_k_by_blocks, k=k, length=_LENGTH, top_k=of_row, lookup=_lookup)
+    return lax.platform_dependent(x, cpu=by_parts, default=mode) if k == 1 else by_parts(x)
 
 
-def mode(x: Array) -> tuple[Array, Array]:
-    """The largest and the first place that has it, by two reductions. Parts of rows, which are faster on CPU, a TPU
+def mode(x: Array) -> Pair:
+    """The largest x and the first place that has it, by two reductions. Parts of rows, which are faster on CPU, a TPU
     would copy twice to lay them out."""
     best = jnp.max(x, 1, keepdims=True)
     places = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return best, jnp.min(jnp.where(x == best, places, x.shape[1] - 1), 1, keepdims=True)
 
 
-def _top_of_row(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:
+def top_of_parts(x: Pair, classes: Pair, plan: Plan | None) -> Pair:
+    """The k largest x of two parts of a row, each with its own k largest, and their classes."""
+    if x[0].shape[1] == 1:
+        second = (x[1] > x[0]) | jnp.isnan(x[1])  # the first of equals; NaN before all
+        return jnp.where(second, x[1], x[0]), jnp.where(second, classes[1], classes[0])
+    return top_with_classes(*(jnp.concatenate(pair, 1) for pair in (x, classes)), x[0].shape[1], plan)
+
+
+def top_with_classes(x: Array, classes: Array, k: int, plan: Plan | None) -> Pair:
+    """The k largest x `[N, k]`, the first of equals first, and their classes."""
+    best, places = _row_top_k(x, k, plan)
+    return best, _lookup(classes, places)
+
+
+def _row_top_k(x: Array, k: int, plan: Plan | None) -> Pair:
     """The k largest and their places. For k = 1, argmax costs less than a sort.
 
     For shards of one array all numbers are sorted, because XLA would gather the argument of `lax.top_k`.
@@ -57,12 +66,14 @@ def _top_of_row(x: Array, k: int, plan: Plan | None) -> tuple[Array, Array]:
     return jnp.take_along_axis(x, places, 1), places.astype(jnp.int32)
 
 
-def _at(a: Array, places: Array) -> Array:
+def _lookup(a: Array, places: Array) -> Array:
     """The numbers of `[N, m]` at the places `[N, k]`. A TPU takes ten kernels for a lookup, and one for comparisons."""
 
     def by_comparison(a: Array, places: Array) -> Array:
         here = places[:, :, None] == jnp.arange(a.shape[1], dtype=places.dtype)
         return jnp.sum(jnp.where(here, a[:, None, :], 0), 2, dtype=a.dtype)
 
-    by_lookup = functools.partial(jnp.take_along_axis, axis=1)
-    return lax.platform_dependent(a, places, tpu=by_comparison, default=by_lookup)
+    lookup = functools.partial(jnp.take_along_axis, axis=1)
+    if a.shape[1] * places.shape[1] > _COMPARISONS:
+        return lookup(a, places)
+    return lax.platform_dependent(a, places, tpu=by_comparison, default=lookup)

@@ -11,14 +11,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Integer, PRNGKeyArray
 
 from jsoftmax import maps
-from jsoftmax._top_k import top_k as largest
+from jsoftmax._top_k import top_k as row_top_k
 from jsoftmax.checks.arguments import check_flag, public
 from jsoftmax.checks.sampling import check_count, check_key, check_shape
 from jsoftmax.gumbel import _noise
 from jsoftmax.gumbel._categorical import categorical as draw_of_scores
 from jsoftmax.gumbel._categorical import check_distinct
 from jsoftmax.gumbel._estimators import given_maximum
-from jsoftmax.heads._top import largest_of_block
+from jsoftmax.heads._top import block_top_k
 from jsoftmax.heads.adaptive._functions import row_log_prob
 from jsoftmax.heads.adaptive._params import AdaptiveParams, Tail
 from jsoftmax.heads.adaptive._rows import (
@@ -46,7 +46,7 @@ def _keys(key: Any, number: Array) -> Array:
 def _largest(a: Array, k: int) -> tuple[Array, Array]:
     """The k largest and their places. If there are fewer than k, −inf follows."""
     found = min(k, a.shape[1])
-    best, at = largest_of_block(a, jnp.zeros((), jnp.int32), found)
+    best, at = block_top_k(a, found)
     return jnp.pad(best, [(0, 0), (0, k - found)], constant_values=-jnp.inf), jnp.pad(at, [(0, 0), (0, k - found)])
 
 
@@ -86,7 +86,7 @@ def _top_k(params: AdaptiveParams, phi: Phi, hidden: Array, key: Any, k: int) ->
         wanted = bound[:, i] > best[:, -1]
         found, at = map_selected(of_tail, wanted, hidden, log_p[:, i], bound[:, i], numbers)
         found = jnp.where(wanted[:, None], found, -jnp.inf)
-        best, place = largest(jnp.concatenate([best, found], 1), k)  # of equals, those of the head come first
+        best, place = row_top_k(jnp.concatenate([best, found], 1), k)  # of equals, those of the head come first
         index = jnp.take_along_axis(jnp.concatenate([index, params.cutoffs[i] + at], 1), place, 1)
     bad = jnp.any(jnp.isnan(best), 1, keepdims=True) | jnp.any(jnp.isnan(bound), 1, keepdims=True)
     return jnp.where(bad, jnp.nan, best), jnp.where(bad | ~(best > -jnp.inf), -1, index)

@@ -77,35 +77,35 @@ def _tail_loss(  # noqa: PLR0917  (what a tail takes)
     branch = jnp.where(size == 0, 0, jnp.where(size <= few, 1, 2))
     taken = _TailRows(own, rows.inside, lax.dynamic_slice_in_dim(order, first, few), branch)
     weight, phi, taken = match_varying_axes((weight, phi, taken), a)
-    return jnp.where(own, _of_taken(weight, phi, a, taken, dtype).loss, 0)
+    return jnp.where(own, _tail_losses(weight, phi, a, taken, dtype).loss, 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _of_taken(weight: Array, phi: Phi, a: Array, rows: _TailRows, dtype: Any) -> TailLoss:
+def _tail_losses(weight: Array, phi: Phi, a: Array, rows: _TailRows, dtype: Any) -> TailLoss:
     """The loss of the rows that are computed, with its parts; 0 for the others."""
 
-    def of(weight: Array, phi: Phi, rows: _TailRows, a: Array) -> TailLoss:
-        found = statistics(_head_of(weight, phi, rows, a), Extras(), _plan(a.shape[0], weight.shape[0], dtype))
+    def tail_loss(weight: Array, phi: Phi, rows: _TailRows, a: Array) -> TailLoss:
+        found = statistics(_tail_head(weight, phi, rows, a), Extras(), _plan(a.shape[0], weight.shape[0], dtype))
         return TailLoss(found.loss[:, 0], found.log_total, found.peak)
 
     zero = jnp.zeros_like(a[:, 0])
-    return _of_rows(of, TailLoss(zero, zero, zero), weight, phi, rows, a)
+    return _switch_rows(tail_loss, TailLoss(zero, zero, zero), weight, phi, rows, a)
 
 
-@functools.partial(_of_taken.defjvp, symbolic_zeros=True)
-def _of_taken_jvp(dtype: Any, primals: Any, tangents: Any) -> tuple[TailLoss, TailLoss]:
-    """(−l_y)˙ = Σ p ẋ − ẋ_y and L̇ = Σ p ẋ  (MATH 11.3).
+@functools.partial(_tail_losses.defjvp, symbolic_zeros=True)
+def _tail_losses_jvp(dtype: Any, primals: Any, tangents: Any) -> tuple[TailLoss, TailLoss]:
+    """(−l_y)˙ = Σ p ẋ − ẋ_y and L̇ = Σ p ẋ  (MATH 11.3, 12.5).
 
     Backwards, `lax.switch` keeps what its branches read, and fills in zeros for what only other branches read. The
     checkpoint makes that the same for all that compute something: their arguments.
     """
     weight, phi, a, rows = primals
     weight_dot, phi_dot, a_dot, _ = without_zeros(tangents)
-    out = _of_taken(*primals, dtype)
+    out = _tail_losses(*primals, dtype)
 
-    def of(shared: Any, phi: Phi, rows: _TailRows, of_rows: Any) -> tuple[Array, Array]:
-        (weight, weight_dot, phi_dot), (a, a_dot, out) = shared, of_rows
-        head = _head_of(weight, phi, rows, a)
+    def tail_rates(shared: Any, phi: Phi, rows: _TailRows, per_row: Any) -> tuple[Array, Array]:
+        (weight, weight_dot, phi_dot), (a, a_dot, out) = shared, per_row
+        head = _tail_head(weight, phi, rows, a)
         a_dot = None if a_dot is None else jnp.where(rows.own[:, None], a_dot, 0)
         known = TokenConstants(out.peak, out.log_total, at_label=expm1(-out.loss[:, None]))
         zeros = Rates(log_total=jnp.zeros_like(out.peak), loss=jnp.zeros_like(out.loss[:, None]))
@@ -114,26 +114,28 @@ def _of_taken_jvp(dtype: Any, primals: Any, tangents: Any) -> tuple[TailLoss, Ta
         return rates.loss[:, 0], rates.log_total
 
     zero = jnp.zeros_like(out.peak)
-    loss, log_total = _of_rows(of, (zero, zero), (weight, weight_dot, phi_dot), phi, rows, (a, a_dot, out))
+    loss, log_total = _switch_rows(tail_rates, (zero, zero), (weight, weight_dot, phi_dot), phi, rows, (a, a_dot, out))
     return out, TailLoss(loss, log_total, zero)
 
 
-def _of_rows(f: Callable[..., Any], zeros: Any, shared: Any, phi: Phi, rows: _TailRows, of_rows: Any) -> Any:  # noqa: PLR0917
-    """f(shared, phi, rows, of_rows) of no rows, few rows or all; 0 for rows that are not computed."""
+def _switch_rows(  # noqa: PLR0917  (as the branches of `lax.switch` take them)
+    f: Callable[..., Any], zeros: Any, shared: Any, phi: Phi, rows: _TailRows, per_row: Any
+) -> Any:
+    """f(shared, phi, rows, per_row) of no rows, few rows or all; 0 for rows that are not computed."""
 
     def of_none(*_: Any) -> Any:
         return zeros
 
-    def of_few(shared: Any, phi: Phi, rows: _TailRows, of_rows: Any) -> Any:
-        own, inside, taken = jax.tree.map(lambda a: a[rows.few], (rows.own, rows.inside, of_rows))
+    def of_few(shared: Any, phi: Phi, rows: _TailRows, per_row: Any) -> Any:
+        own, inside, taken = jax.tree.map(lambda a: a[rows.few], (rows.own, rows.inside, per_row))
         made = f(shared, phi, rows._replace(own=own, inside=inside), taken)
         return jax.tree.map(lambda zero, a: zero.at[rows.few].set(a, unique_indices=True), zeros, made)
 
     branches = [jax.checkpoint(branch, prevent_cse=False) for branch in (of_few, f)]
-    return lax.switch(rows.branch, (of_none, *branches), shared, phi, rows, of_rows)
+    return lax.switch(rows.branch, (of_none, *branches), shared, phi, rows, per_row)
 
 
-def _head_of(weight: Array, phi: Phi, rows: _TailRows, a: Array) -> Head:
+def _tail_head(weight: Array, phi: Phi, rows: _TailRows, a: Array) -> Head:
     """The head of a tail. Scores of rows of other tails might lie outside φ's domain, so these rows become copies of
     the first row of the tail."""
     first = jnp.argmax(rows.own)
