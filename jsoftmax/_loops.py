@@ -28,7 +28,7 @@ def pack_columns(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     """Floating leaves `[N]` and `[N, 1]` side by side in one array `[N, columns]`, beside the other leaves; and the
     function that undoes it. A TPU copies each array of a loop's state to the chip and back in each turn."""
     leaves, structure = jax.tree.flatten(tree)
-    is_column = [jnp.issubdtype(a.dtype, jnp.floating) and a.size == a.shape[0] for a in leaves]
+    is_column = [jnp.issubdtype(a.dtype, jnp.floating) and a.shape[1:] in ((), (1,)) for a in leaves]
     columns = [a.reshape(-1, 1) for a, column in zip(leaves, is_column, strict=True) if column]
     others = [a for a, column in zip(leaves, is_column, strict=True) if not column]
 

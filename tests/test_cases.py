@@ -187,6 +187,12 @@ OF_NOTHING = {
         lambda: jax.grad(lambda W: heads.linear_cross_entropy_sum(NO_TOKENS, W, NO_LABELS))(WEIGHT),
         (5, 3),
     ),
+    "two narrow labels": (
+        lambda: heads.linear_cross_entropy(
+            NO_TOKENS.astype("bfloat16"), WEIGHT.astype("bfloat16"), jnp.stack([NO_LABELS] * 2)
+        ),
+        (2, 0),
+    ),
     "linear_statistics": (lambda: heads.linear_statistics(NO_TOKENS, WEIGHT, NO_LABELS).entropy, (0,)),
     "linear_log_normalizer": (lambda: heads.linear_log_normalizer(NO_TOKENS, WEIGHT), (0,)),
     "linear_kl": (lambda: heads.linear_kl(NO_TOKENS, WEIGHT, NO_TOKENS, WEIGHT), (0,)),

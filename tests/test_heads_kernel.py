@@ -114,6 +114,13 @@ def test_edges():
         ours, loop = (heads.linear_statistics(hidden, weight, labels, **options, **more) for more in (PALLAS, {}))
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=4e-6), ours, loop)
     assert heads.linear_statistics(hidden[:0], weight, labels[:0], **PALLAS).entropy.shape == (0,)
+    assert heads.linear_cross_entropy(hidden, weight, labels[None][:0], **PALLAS).shape == (0, TOKENS)
+
+
+def test_phi_may_be_an_argument_of_a_jit():
+    hidden, weight, _ = arrays(jnp.float32)
+    found = jax.jit(lambda phi: heads.linear_log_normalizer(hidden, weight, phi=phi, **PALLAS))(js.exp)
+    np.testing.assert_allclose(found, heads.linear_log_normalizer(hidden, weight), rtol=1e-6)
 
 
 def test_transformations():

@@ -38,10 +38,11 @@ def partial_statistics(head: Head, wanted: Extras, plan: Plan, loop: Loop) -> Pa
     Programs for CPUs interpret the kernel, slowly; but where `jax.shard_map` checks along which axes arrays differ,
     JAX cannot interpret it, and the loop runs. There is no form for GPUs, which `_implementation` refuses.
     """
-    if not head.hidden.shape[0]:
-        return initial(head, wanted)
+    if not all(a.size for a in jax.tree.leaves(head)):
+        return loop(head)
+    varies = any(varying_axes(a) for a in jax.tree.leaves(head))
     on_tpu, interpreted = (functools.partial(_run_kernel, wanted, plan, on_cpu) for on_cpu in (False, True))
-    return lax.platform_dependent(head, tpu=on_tpu, cpu=loop if varying_axes(head.hidden) else interpreted)
+    return lax.platform_dependent(head, tpu=on_tpu, cpu=loop if varies else interpreted)
 
 
 def block_sizes(tokens: int, classes: int, features: int, dtype: Any) -> tuple[int, int]:

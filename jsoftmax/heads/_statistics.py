@@ -249,6 +249,7 @@ def finish(done: PartialStatistics, wanted: Extras) -> Statistics:
     rest = jnp.where(empty, 0, done.rest)
     log_total = jnp.log1p(rest)
     infinite = jnp.where(empty, -jnp.inf, jnp.inf).astype(peak.dtype)
+    known = ((peak < jnp.inf) & ~jnp.isnan(rest))[:, None]  # a maximum may have dropped a NaN
     loss = None
     if done.label is not None and not wanted.others:
         loss = not_negative(log_total[:, None] - difference(done.label, peak[:, None]))
@@ -265,7 +266,7 @@ def finish(done: PartialStatistics, wanted: Extras) -> Statistics:
         done.spread,
         done.kept_count,
         None if done.top is None else -difference(done.top, peak[:, None]),
-        None if done.top is None else jnp.where((done.top > -jnp.inf) & (peak[:, None] < jnp.inf), done.top_class, -1),
+        None if done.top is None else jnp.where((done.top > -jnp.inf) & known, done.top_class, -1),
     )
 
 

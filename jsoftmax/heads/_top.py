@@ -1,8 +1,11 @@
 """The classes with the k largest x of each token, of a block and of parts of a row (MATH 11.2)."""
 
 import functools
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -29,12 +32,21 @@ def block_top_k(x: Array, k: int, plan: Plan | None = None) -> Pair:
     return lax.platform_dependent(x, cpu=by_parts, default=mode) if k == 1 else by_parts(x)
 
 
+@jax.custom_jvp
 def mode(x: Array) -> Pair:
     """The largest x and the first place that has it, by two reductions. Parts of rows, which are faster on CPU, a TPU
     would copy twice to lay them out."""
     best = jnp.max(x, 1, keepdims=True)
     places = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return best, jnp.min(jnp.where(x == best, places, x.shape[1] - 1), 1, keepdims=True)
+
+
+@mode.defjvp
+def _mode_jvp(primals: Any, tangents: Any) -> tuple[Pair, Any]:
+    """ẋ at that place alone. JAX's derivative of a maximum is shared out among equal x."""
+    best, place = mode(*primals)
+    no_rate = np.zeros(place.shape, jax.dtypes.float0)
+    return (best, place), (jnp.take_along_axis(tangents[0], place, 1), no_rate)
 
 
 def top_of_parts(x: Pair, classes: Pair, plan: Plan | None) -> Pair:

@@ -105,9 +105,10 @@ def linear_cross_entropy(
         `jax.shard_map` and `jax.sharding.auto_axes`.
       implementation: "xla", which runs everywhere; or "pallas", an experiment: one kernel for TPUs, from v5e on,
         computes the value, and never writes scores to memory. Derivatives are those of "xla", and `block_size` is
-        theirs. It takes φ = exp and integer labels, without `banned` and `shards`. On a GPU it is an error. On CPU the
-        kernel is interpreted, slowly, or, inside `jax.shard_map` with check_vma, the loop of "xla" runs. In jax 0.10 a
-        Hessian product through the caller's `lax.scan` raises an AssertionError; use "xla" there.
+        theirs. It takes φ = exp and integer labels, without `banned` and `shards`. A TPU multiplies factors of float32
+        and bfloat16 so, and arrays that are sharded need `jax.shard_map`. On a GPU it is an error. On CPU the kernel is
+        interpreted, slowly, or, inside `jax.shard_map` with check_vma, the loop of "xla" runs. In jax 0.10 a Hessian
+        product through the caller's `lax.scan` raises an AssertionError; use "xla" there.
     Returns: `[...]`, of several labels `[k, ...]`, float32 at least. Factors of narrower dtypes are multiplied as they
       are, and their products are summed in float32. In derivatives, GPUs and TPUs round the tangents and cotangents of
       these factors and of the scores to the same narrow dtype before they multiply them; CPUs do not. The weight's
