@@ -174,6 +174,8 @@ MUTANTS = (
     Mutant("gumbel/_estimators.py", "categorical(of_index, x), maximum[..., None])", "categorical(of_index, x), None)", f"{ADAPTIVE} -k test_draws"),
     Mutant("heads/adaptive/_selection.py", "log_p[:, first:], a[:, first:]", "log_p[:, first:], log_p[:, first:]", f"{ADAPTIVE} -k test_draws"),
     Mutant("heads/adaptive/_selection.py", "params.cutoffs[i] + place)", "params.cutoffs[0] + place)", f"{ADAPTIVE} -k test_draws"),
+    Mutant("heads/adaptive/_streamed.py", "expm1(-out.loss[:, None])", "jnp.exp(-out.loss[:, None])", f"{ADAPTIVE} -k 'as_on_accelerators and not draw'"),
+    Mutant("heads/adaptive/_streamed.py", "jnp.where(size <= few, 1, 2)", "jnp.where(size <= few, 1, 1)", f"{ADAPTIVE} -k 'as_on_accelerators and not draw'"),
     Mutant("losses/_top.py", "count > jnp.sum(kept", "count >= jnp.sum(kept", f"{TOP} -k all_classes"),
     Mutant("losses/_top.py", "jnp.isneginf(rest) & (1 - total <=", "(1 - total <=", f"{TOP} -k impossible_has_no_mass"),
     Mutant("losses/_top.py", "any_other & (total < 1) & ~by_rounding", "any_other & (total < 1)", f"{TOP} -k impossible_has_no_mass"),
