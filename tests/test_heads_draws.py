@@ -131,11 +131,15 @@ def test_log_prob(cuts, options, replace):
         )
 
 
-@pytest.mark.parametrize("cuts", some(["min_p", "both"], ["min_p"]))
-def test_draws_of_a_law_that_is_cut(cuts):
+FREQUENCIES = and_full(itertools.product(["min_p", "both"], [4000]), itertools.product(["min_p", "both"], [10_000]))
+"""By default each cut, of fewer draws."""
+
+
+@pytest.mark.parametrize(("cuts", "n"), FREQUENCIES)
+def test_draws_of_a_law_that_is_cut(cuts, n):
     """Frequencies with and without replacement; what is cut is never drawn."""
     given = hidden, weight, bias = arrays(jnp.float32)
-    options, n = OPTIONS["all"] | CUTS[cuts], 4000
+    options = OPTIONS["all"] | CUTS[cuts]
     p = np.exp(jit_formulas(lambda *given: plain_log_p(given, CUTS[cuts], **OPTIONS["all"]))(*given))
     assert np.all(np.sum(p > 0, 1) > 2)
     assert np.all(np.max(p, 1) < 0.9)
