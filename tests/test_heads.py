@@ -153,6 +153,8 @@ def test_distributions_and_options_that_are_learned():
 
 
 OF_SUM = and_full([("all", "odd")], itertools.product(["all", "plain"], ["odd", "one"]))
+"""By default all options in several blocks, the last of which are padded. One block, and no option, are less of the
+same loop."""
 
 
 @pytest.mark.parametrize(("options", "blocks"), OF_SUM)
