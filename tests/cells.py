@@ -36,7 +36,7 @@ def product(*lists, met=()):
 
 def and_full(short, *more):
     """Rows that run by default; and the others of these lists of rows, marked `full`."""
-    rest = []
+    short, rest = list(short), []
     for row in itertools.chain(*more):
         if row not in short and row not in rest:
             rest.append(row)

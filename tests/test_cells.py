@@ -43,7 +43,7 @@ def test_a_product_has_every_cell():
     assert [cell.values for cell in cells if not cell.marks] == covering(*lists)
     assert [bool(cell.marks) for cell in some("abc", "ac")] == [False, True, False]
     short, *more = [(1, 2), (3, 4)], [(1, 2), (5, 6)], [(5, 6), (7, 8)]
-    found = and_full(short, *more)
+    found = and_full(iter(short), *more)
     assert found[:2] == short
     assert [(cell.values, bool(cell.marks)) for cell in found[2:]] == [((5, 6), True), ((7, 8), True)]
 

@@ -386,7 +386,7 @@ def test_products_keep_all_digits(name):
 
 MADE = dict.fromkeys(of_heads(jnp.float32), "heads") | dict.fromkeys(of_samples(jnp.float32), "samples")
 OF_ORDERS = ["value", "gradient", "HVP"]
-OF_MADE = and_full(list(zip(FEW_MADE, itertools.cycle(OF_ORDERS), strict=False)), itertools.product(MADE, OF_ORDERS))
+OF_MADE = and_full(zip(FEW_MADE, itertools.cycle(OF_ORDERS), strict=False), itertools.product(MADE, OF_ORDERS))
 """By default each of the few in one order, and each order in several: an order's formulas are met in float64, in the
 tests of heads and samples. In the gate each has all orders in float32."""
 
