@@ -222,7 +222,7 @@ def test_smoothing_leaves_out_what_the_bias_does():
         assert_same(of(lambda h, W, b: ours(h, W, LABELS, b)), of(plain), (hidden, weight))
 
 
-@pytest.mark.full  # the rule of the loss, whose derivatives are above
+@pytest.mark.full  # The streamed rule is that of the loss, whose derivatives are above.
 def test_sum_by_other_arguments():
     """By hidden alone, by an option, of distributions: the streamed rule."""
     with jax.enable_x64(True):

@@ -130,7 +130,7 @@ def test_log_probs_and_entropy(phi):
         assert_same(ours, plain, make(jnp.float64, bias=False), jnp.asarray(H))
 
 
-@pytest.mark.full  # the rules are those of a scan, above, and exp's gradient is below
+@pytest.mark.full  # The rules are those that a scan meets above; the gradient with exp is below.
 def test_reverse_over_reverse_and_forward():
     """The derivative of a gradient by reverse mode, and the value's by forward mode."""
     with jax.enable_x64(True):
@@ -410,7 +410,7 @@ def test_impossible_classes_of_draws():
     np.testing.assert_array_equal(none, [[-1] * ROWS, [-jnp.inf] * ROWS])
 
 
-@pytest.mark.full  # derivatives where φ is 0 are those of maps.py: test_edges.py
+@pytest.mark.full  # Derivatives where φ is 0 are those of maps.py, which are in test_edges.py.
 def test_derivatives_beside_impossible_classes_of_top_k_and_draws():
     """They are finite."""
     phi, params, h, _ = impossible()
@@ -565,7 +565,7 @@ def test_rows_on_several_devices(replace):
         assert np.mean(drawn[:, 10 * i :][:, :10] == part) > 0.95  # a rounding may move a draw
 
 
-@pytest.mark.full  # memory of heads: test_heads_machinery.py
+@pytest.mark.full  # Blocks bound the memory of each head alike: test_heads_machinery.py measures it.
 def test_memory_of_top_k_and_draws():
     """No array of rows × classes."""
     rows, classes = 16384, 4000
@@ -650,7 +650,7 @@ def everything(params, h, y):
     return [gradient for _, gradient in made], floats, [classes for (_, classes), _ in made]
 
 
-@pytest.mark.full  # dtypes are known when a program is traced: below
+@pytest.mark.full  # Dtypes are known when a program is traced, which is below.
 def test_dtypes_under_strict_promotion_and_debug_nans():
     """Narrow inputs give float32, and gradients whose sums over blocks are rounded once."""
     y = jnp.asarray(30 + LABELS % 30, jnp.int8)

@@ -456,7 +456,7 @@ def test_a_bad_token_spoils_no_other():
 # --- transformations -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.full  # training over tokens and classes is in test_heads_sharded.py
+@pytest.mark.full  # Heads over tokens and classes, both cut, are in test_heads_sharded.py.
 def test_tokens_sharded_over_devices():
     hidden, weight, labels = head(16, 24, 3)
     mesh = jax.make_mesh((4,), ("t",), axis_types=(jax.sharding.AxisType.Auto,))

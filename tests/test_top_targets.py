@@ -292,7 +292,7 @@ def test_classes_on_several_devices(way):
         sharding.assert_close(found, want, 1e-9)
 
 
-@pytest.mark.full  # the loss is above, the sum of labels in test_heads_sharded.py
+@pytest.mark.full  # The loss is above, and the sum of labels in test_heads_sharded.py.
 def test_sum_of_head_over_classes_on_several_devices():
     """Value and gradient, in shard_map and by shards."""
     weights, top = jnp.cos(jnp.arange(ROWS, dtype=jnp.float32)), TopTargets(INDICES, jnp.float32(Q))
