@@ -36,7 +36,7 @@ def product(*lists, met=()):
 
 def and_full(short, *more):
     """Rows that run by default; and the others of these lists of rows, marked `full`."""
-    rest = []
+    short, rest = list(short), []
     for row in itertools.chain(*more):
         if row not in short and row not in rest:
             rest.append(row)
@@ -44,8 +44,17 @@ def and_full(short, *more):
 
 
 def some(items, kept):
-    """The items as parameters of pytest. Those that are not in `kept` are marked `full`."""
+    """The items as parameters of pytest. Those that are not in `kept`, all of which are items, are marked `full`."""
+    missing = [item for item in kept if item not in items]
+    assert not missing, missing
     return [pytest.param(item, marks=() if item in kept else pytest.mark.full) for item in items]
+
+
+def named(functions, names):
+    """The functions that have one of these names, each of which a function has."""
+    missing = set(names) - {function.name for function in functions}
+    assert not missing, missing
+    return [function for function in functions if function.name in names]
 
 
 def _row(lists, row):

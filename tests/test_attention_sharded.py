@@ -96,7 +96,7 @@ def test_what_devices_exchange():
         assert collectives(g, *given) == (["all-reduce"] * count, count)
 
 
-@pytest.mark.full  # XLA cuts them, as any batch
+@pytest.mark.full  # The package takes no part in it: XLA cuts heads and batches as it cuts any batch.
 def test_heads_and_batches_are_sharded_without_an_argument():
     """Under plain `jit` and in `jax.shard_map` nothing is exchanged, and the gradient is the same."""
     cut = jax.make_mesh((2, 2), ("b", "h"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])

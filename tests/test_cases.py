@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import and_full, some
+from cells import and_full, named, some
 from compilation import jit_as_user
 
 import jsoftmax as js
@@ -52,7 +52,7 @@ FEW = ("softmax", "cross_entropy", "sparsemax", "entmax(alpha=1.7)")
 """The others sum rows as the first two do, or iterate until all rows are done as the last two do."""
 
 
-@pytest.mark.parametrize("function", some(OF_ROWS, [f for f in OF_ROWS if f.name in FEW]), ids=str)
+@pytest.mark.parametrize("function", some(OF_ROWS, named(OF_ROWS, FEW)), ids=str)
 def test_a_row_does_not_depend_on_its_neighbours(function):
     """Results of a row are the same, bit for bit, whatever the other rows need."""
     rng = np.random.default_rng(0)
@@ -69,6 +69,7 @@ def test_a_row_does_not_depend_on_its_neighbours(function):
 
 @pytest.mark.parametrize("alpha", some([1.3, 2.0, 3.0], [1.3]))
 def test_a_row_of_entmax_does_not_depend_on_its_neighbours(alpha):
+    """With an array of α, for which all of them take one way: by default one."""
     rng = np.random.default_rng(1)
     z, others = (jnp.asarray(rng.normal(0, scale, (5, 9)), jnp.float32) for scale in (1, 20))
     f = jit_as_user(lambda z: js.entmax(z, jnp.full((5, 1), alpha)))
@@ -281,7 +282,8 @@ def test_soft_cap_comes_before_what_leaves_classes_out(where, cap, shift):
 
 @pytest.mark.parametrize("T", some([0.5, 1.5], [0.5]))
 def test_statistics_at_a_temperature(T):
-    """Scores c tanh((h W + b)/c)/T that the caller makes by scaling the arguments."""
+    """Scores c tanh((h W + b)/c)/T that the caller makes by scaling the arguments. By default of the T that spreads
+    them."""
     rng = np.random.default_rng(0)
     h, W, b = rng.normal(size=(5, 16)), rng.normal(size=(101, 16)), rng.normal(size=101)
     y = rng.integers(0, 101, 5)
@@ -422,7 +424,8 @@ def test_scores_of_the_least_finite_number():
 @pytest.mark.parametrize("alpha", some([0.5, 1.5], [0.5]))
 def test_log_p_above_0_by_rounding(alpha):
     """After a sum of products, which a compiler may round differently in two places, −l of a sure class may be below 0
-    by the rounding of x: no power of it is NaN, and no entropy or loss is negative."""
+    by the rounding of x: no power of it is NaN, and no entropy or loss is negative. By default of one α: the losses
+    know of none."""
     rng = np.random.default_rng(0)
     z = jnp.asarray(rng.normal(0, 30, (20000, 8)), jnp.float32)
 
@@ -445,6 +448,7 @@ def test_log_p_above_0_by_rounding(alpha):
 @pytest.mark.parametrize("dtype", some([jnp.float16, jnp.bfloat16], [jnp.bfloat16]))
 @pytest.mark.parametrize("shape", [(8, 5), (1024, 256)], ids=str)
 def test_narrow_logits_under_strict_promotion(shape, dtype):
+    """By default in bfloat16, for which the sums have a form of their own: float16 takes no other."""
     z, y = jnp.ones(shape, dtype), jnp.zeros(shape[0], int)
     with jax.numpy_dtype_promotion("strict"):
         for f in (losses.cross_entropy, losses.focal_cross_entropy, losses.poly_cross_entropy):
@@ -507,6 +511,7 @@ def test_second_derivatives_where_p_is_small(name):
 
 @pytest.mark.parametrize("alpha", some([1.0, 1.25], [1.0]))
 def test_gradients_of_a_sure_fenchel_young_loss(alpha):
+    """By default of α = 1. Gradients beside a sure class with α = 1.25 are in test_oracle.py (`-k confident`)."""
     for f in (
         lambda z: js.fenchel_young_loss(z, jnp.array(0), alpha),
         lambda z: js.entmax(z, alpha)[0],

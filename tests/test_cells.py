@@ -1,9 +1,10 @@
 """Covering arrays: each pair meets, and the same rows come whenever asked."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
-from cells import and_full, covering, product, some
+from cells import and_full, covering, named, product, some
 
 LISTS = [
     ("abc",),
@@ -42,6 +43,15 @@ def test_a_product_has_every_cell():
     assert [cell.values for cell in cells if not cell.marks] == covering(*lists)
     assert [bool(cell.marks) for cell in some("abc", "ac")] == [False, True, False]
     short, *more = [(1, 2), (3, 4)], [(1, 2), (5, 6)], [(5, 6), (7, 8)]
-    found = and_full(short, *more)
+    found = and_full(iter(short), *more)
     assert found[:2] == short
     assert [(cell.values, bool(cell.marks)) for cell in found[2:]] == [((5, 6), True), ((7, 8), True)]
+
+
+def test_a_name_that_does_not_exist_is_an_error():
+    functions = [SimpleNamespace(name=name) for name in "abc"]
+    assert named(functions, ("c", "a")) == [functions[0], functions[2]]
+    with pytest.raises(AssertionError, match="d"):
+        named(functions, ("a", "d"))
+    with pytest.raises(AssertionError, match="d"):
+        some("abc", "ad")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import and_full, covering, product, some
+from cells import and_full, covering, named, product, some
 from compilation import jit_as_user
 
 import jsoftmax as js
@@ -129,7 +129,7 @@ MAXIMUM = ("softmax", "log_normalizer", "entropy", "cross_entropy", "sparsemax")
 """The others take the maximum as one of these does."""
 
 
-@pytest.mark.parametrize("function", some(OF_ONE, [f for f in OF_ONE if f.name in MAXIMUM]), ids=str)
+@pytest.mark.parametrize("function", some(OF_ONE, named(OF_ONE, MAXIMUM)), ids=str)
 def test_nan_in_the_last_class_of_wide_rows(function):
     """XLA on CPU gives −∞ as the maximum of such a row in float64, as of a row without classes."""
     of_rows = functools.partial(function.with_rows(4200).ours, phi=js.exp)
@@ -196,7 +196,7 @@ def test_rows_along_other_axes(function, classes):
 
 
 TWO = [js.exp, js.spherical(0.1)]
-FEW = [f for f in FUNCTIONS if f.name in ("log_softmax", "entropy", "kl_divergence")]
+FEW = named(FUNCTIONS, ("log_softmax", "entropy", "kl_divergence"))
 """Of one kind each: a result for each class, for each row, of two arrays."""
 
 
@@ -231,7 +231,7 @@ def test_no_classes_at_all(function):
 HUGE = ("softmax", "log_softmax", "entropy", "varentropy", "kl_divergence")
 
 
-@pytest.mark.parametrize("function", some(FUNCTIONS, [f for f in FUNCTIONS if f.name in HUGE]), ids=str)
+@pytest.mark.parametrize("function", some(FUNCTIONS, named(FUNCTIONS, HUGE)), ids=str)
 def test_huge_scores(function):
     """Differences beyond float32 leave almost one-hot rows; p = 0 times their overflow must not be NaN. By default of
     those that multiply p by them; the others are made of their sums."""

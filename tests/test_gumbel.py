@@ -385,7 +385,7 @@ def test_reinmax_has_heuns_jacobian():
     np.testing.assert_allclose(jax.jacrev(lambda z: gumbel.reinmax(KEY, z, 2.0))(Z[0]), want, atol=1e-6)
 
 
-@pytest.mark.full  # of optax
+@pytest.mark.full  # It is about optax's functions. The law of Gumbel draws is in test_gumbel_statistics.py.
 def test_with_optax_perturbed_functions():
     """The perturbed Fenchel–Young loss of a label has the perturbed argmax less the label for its gradient: with Gumbel
     noise that of cross-entropy, within five standard errors."""

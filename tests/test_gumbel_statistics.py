@@ -63,7 +63,8 @@ def test_draws(phi, dtype):
 
 @pytest.mark.parametrize("dtype", some([jnp.float32, jnp.float64], [jnp.float64]))
 def test_draws_with_64_bits(dtype):
-    """With x64, where random bits and sums would be wider, under strict promotion; row by row."""
+    """With x64, where random bits and sums would be wider, under strict promotion; row by row. By default of float64,
+    since float32 is drawn above, without x64."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         z = jnp.asarray([[0.5, -1.0, 1.5], [0.0, 2.0, 1.0]], dtype)
         draws = gumbel.categorical(KEY, z, shape=(200_000, 2))
@@ -93,7 +94,7 @@ def test_draws_of_131072_classes(dtype):
 @pytest.mark.parametrize("offset", some([0.0, 1e6, -3e38], [1e6]))
 def test_a_single_draw_on_accelerators(offset, monkeypatch):
     """Single draws are made by noise, which an offset of the scores does not round away; also bad rows and empty
-    rows."""
+    rows. By default of the offset that rounds the scores: 0 rounds none, and -3e38 makes all possible classes equal."""
     jax.clear_caches()
     as_on_accelerators(monkeypatch)
     log_weights = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05, 1e-4, 0.0]))

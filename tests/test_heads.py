@@ -13,6 +13,7 @@ from platforms import as_on_accelerators
 
 import jsoftmax as js
 from jsoftmax import heads, losses, verify
+from jsoftmax.heads import _top
 from jsoftmax.verify import PHIS
 
 TOKENS, CLASSES, FEATURES = 12, 50, 5
@@ -153,6 +154,8 @@ def test_distributions_and_options_that_are_learned():
 
 
 OF_SUM = and_full([("all", "odd")], itertools.product(["all", "plain"], ["odd", "one"]))
+"""By default all options in several blocks, the last of which are padded. One block, and no option, are less of the
+same loop."""
 
 
 @pytest.mark.parametrize(("options", "blocks"), OF_SUM)
@@ -220,7 +223,7 @@ def test_smoothing_leaves_out_what_the_bias_does():
         assert_same(of(lambda h, W, b: ours(h, W, LABELS, b)), of(plain), (hidden, weight))
 
 
-@pytest.mark.full  # the rule of the loss, whose derivatives are above
+@pytest.mark.full  # The streamed rule is that of the loss, whose derivatives are above.
 def test_sum_by_other_arguments():
     """By hidden alone, by an option, of distributions: the streamed rule."""
     with jax.enable_x64(True):

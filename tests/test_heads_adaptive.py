@@ -130,7 +130,7 @@ def test_log_probs_and_entropy(phi):
         assert_same(ours, plain, make(jnp.float64, bias=False), jnp.asarray(H))
 
 
-@pytest.mark.full  # the rules are those of a scan, above, and exp's gradient is below
+@pytest.mark.full  # The rules are those that a scan meets above; the gradient with exp is below.
 def test_reverse_over_reverse_and_forward():
     """The derivative of a gradient by reverse mode, and the value's by forward mode."""
     with jax.enable_x64(True):
@@ -173,11 +173,10 @@ def in_all_modes(params, h, labels, phi=js.exp, **options):
     return value, jax.jvp(lambda *a: total(*a)[1], (params, h), along)[1], gradient, hvp
 
 
-@pytest.mark.full  # a form that no CPU runs
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", some(["float32", "bfloat16"], ["bfloat16"]))
 def test_as_on_accelerators(dtype, monkeypatch):
     """Tails of none, few or all rows are what blocks of rows are, in derivatives too: to the digits of the dtype. One
-    program takes all labels."""
+    program takes all labels. By default in the dtype that needs the more casts."""
     given = make(dtype), jnp.asarray(H, dtype)
     mixed = {name: jnp.asarray(a, jnp.int32).at[3].set(-100).at[4].set(CLASSES) for name, a in MIXED.items()}
 
@@ -369,37 +368,52 @@ def test_bad_rows_of_top_k_and_draws():
     np.testing.assert_array_equal(np.isnan(log_p), want >= 30)
 
 
-@pytest.mark.full  # of the log-probabilities by default, in test_edges
-def test_impossible_classes_of_top_k_and_draws():
+def impossible():
+    """φ, weights and hidden vectors with which some classes are impossible; and weights with which all are."""
+    params = make()
+    nothing = params._replace(head=0 * params.head, bias=jnp.full(10, -9.0))
+    return js.q_exponential(0.5), params, 9 * jnp.asarray(H, jnp.float32), nothing
+
+
+def test_impossible_classes_of_top_k():
+    """Beyond the classes that are possible: −inf and −1; without any, the mode is −1."""
+    phi, params, h, nothing = impossible()
+
+    @verify.jit_formulas
+    def results(params, h, nothing):
+        best, index = jax.lax.top_k(adaptive.log_probs(params, h, phi=phi), CLASSES)
+        return best, index, adaptive.top_k(params, h, CLASSES, phi=phi), adaptive.predict(nothing, h, phi=phi)
+
+    best, index, found, mode = results(params, h, nothing)
+    assert np.any(best == -jnp.inf)
+    np.testing.assert_allclose(found.log_prob, best, rtol=1e-5)
+    np.testing.assert_array_equal(found.indices, jnp.where(best > -jnp.inf, index, -1))
+    np.testing.assert_array_equal(mode, -1)
+
+
+@pytest.mark.full  # By default those of top k, above. Bad rows are drawn as −1 above, too.
+def test_impossible_classes_of_draws():
     """Beyond the classes that are possible: −inf and −1."""
-    phi = js.q_exponential(0.5)
-    params, h = make(), 9 * jnp.asarray(H, jnp.float32)
+    phi, params, h, nothing = impossible()
 
     @verify.jit_formulas
     def results(params, h):
         distinct = {"shape": (CLASSES, ROWS), "replace": False, "phi": phi, "return_log_prob": True}
-        best, index = jax.lax.top_k(adaptive.log_probs(params, h, phi=phi), CLASSES)
-        found = adaptive.top_k(params, h, CLASSES, phi=phi)
-        return best, index, found, adaptive.categorical(KEY, params, h, **distinct)
+        return adaptive.log_probs(params, h, phi=phi), adaptive.categorical(KEY, params, h, **distinct)
 
-    best, index, found, (every, every_log_p) = results(params, h)
-    possible = jnp.sum(best > -jnp.inf, 1)
-    assert np.min(possible) < CLASSES
-    np.testing.assert_allclose(found.log_prob, best, rtol=1e-5)
-    np.testing.assert_array_equal(found.indices, jnp.where(best > -jnp.inf, index, -1))
-    np.testing.assert_array_equal(jnp.sum(every >= 0, 0), possible)
-    np.testing.assert_array_equal(jnp.sort(every, 0).T, jnp.sort(found.indices, 1))
+    log_p, (every, every_log_p) = results(params, h)
+    possible = jnp.where(log_p > -jnp.inf, jnp.arange(CLASSES), -1)
+    assert np.any(possible == -1)
+    np.testing.assert_array_equal(jnp.sort(every, 0).T, jnp.sort(possible, 1))
     np.testing.assert_array_equal(every_log_p == -jnp.inf, every == -1)
-    nothing = params._replace(head=0 * params.head, bias=jnp.full(10, -9.0))
     none = adaptive.categorical(KEY, nothing, h, phi=phi, return_log_prob=True)
     np.testing.assert_array_equal(none, [[-1] * ROWS, [-jnp.inf] * ROWS])
-    np.testing.assert_array_equal(adaptive.predict(nothing, h, phi=phi), -1)
 
 
-@pytest.mark.full  # derivatives where φ is 0 are those of maps.py: test_edges.py
+@pytest.mark.full  # Derivatives where φ is 0 are those of maps.py, which are in test_edges.py.
 def test_derivatives_beside_impossible_classes_of_top_k_and_draws():
     """They are finite."""
-    phi, params, h = js.q_exponential(0.5), make(), 9 * jnp.asarray(H, jnp.float32)
+    phi, params, h, _ = impossible()
 
     def total(h):
         a = adaptive.top_k(params, h, CLASSES, phi=phi).log_prob
@@ -455,7 +469,7 @@ def test_one_draw_as_on_accelerators(monkeypatch):
     assert chi_square(drawn, p) < 4
 
 
-@pytest.mark.full  # batches by default, below
+@pytest.mark.full  # By default the shapes of batches, below, and those of the losses, above.
 def test_shapes_of_top_k_and_draws():
     params, h = make(), jnp.asarray(H, jnp.float32)
     for rows in (0, 1, 17):
@@ -517,7 +531,7 @@ CUT = PartitionSpec("v")
 OVER_ROWS = {"mesh": sharding.mesh(), "in_specs": (PartitionSpec(), CUT)}
 
 
-@pytest.mark.full  # as the next one
+@pytest.mark.full  # Rows are independent of each other; heads are differentiated in shard_map in test_heads_sharded.py.
 def test_derivatives_of_rows_on_several_devices():
     """Gradient and Hessian product of top k inside shard_map."""
     params, h = make(), jnp.asarray(H, jnp.float32)
@@ -531,7 +545,7 @@ def test_derivatives_of_rows_on_several_devices():
     sharding.assert_close(results(sharded), results(top), 1e-4)
 
 
-@pytest.mark.full  # rows are independent of each other, as the batches above show
+@pytest.mark.full  # Rows are independent of each other, as the batches above show.
 @pytest.mark.parametrize("replace", [True, False])
 def test_rows_on_several_devices(replace):
     """Top k and draws of rows that are sharded, inside shard_map and under jit."""
@@ -551,7 +565,7 @@ def test_rows_on_several_devices(replace):
         assert np.mean(drawn[:, 10 * i :][:, :10] == part) > 0.95  # a rounding may move a draw
 
 
-@pytest.mark.full  # memory of heads: test_heads_machinery.py
+@pytest.mark.full  # Blocks bound the memory of each head alike: test_heads_machinery.py measures it.
 def test_memory_of_top_k_and_draws():
     """No array of rows × classes."""
     rows, classes = 16384, 4000
@@ -636,7 +650,7 @@ def everything(params, h, y):
     return [gradient for _, gradient in made], floats, [classes for (_, classes), _ in made]
 
 
-@pytest.mark.full  # dtypes are known when a program is traced: below
+@pytest.mark.full  # Dtypes are known when a program is traced, which is below.
 def test_dtypes_under_strict_promotion_and_debug_nans():
     """Narrow inputs give float32, and gradients whose sums over blocks are rounded once."""
     y = jnp.asarray(30 + LABELS % 30, jnp.int8)

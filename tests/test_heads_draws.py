@@ -131,11 +131,15 @@ def test_log_prob(cuts, options, replace):
         )
 
 
-@pytest.mark.parametrize("cuts", some(["min_p", "both"], ["min_p"]))
-def test_draws_of_a_law_that_is_cut(cuts):
+FREQUENCIES = and_full(itertools.product(["min_p", "both"], [4000]), itertools.product(["min_p", "both"], [10_000]))
+"""By default each cut, of fewer draws."""
+
+
+@pytest.mark.parametrize(("cuts", "n"), FREQUENCIES)
+def test_draws_of_a_law_that_is_cut(cuts, n):
     """Frequencies with and without replacement; what is cut is never drawn."""
     given = hidden, weight, bias = arrays(jnp.float32)
-    options, n = OPTIONS["all"] | CUTS[cuts], 4000
+    options = OPTIONS["all"] | CUTS[cuts]
     p = np.exp(jit_formulas(lambda *given: plain_log_p(given, CUTS[cuts], **OPTIONS["all"]))(*given))
     assert np.all(np.sum(p > 0, 1) > 2)
     assert np.all(np.max(p, 1) < 0.9)
@@ -151,7 +155,7 @@ def test_draws_of_a_law_that_is_cut(cuts):
     assert_frequencies(second, q * (np.sum(q / (1 - q)) - q / (1 - q)))
 
 
-@pytest.mark.full  # what a cut leaves is drawn as a law above
+@pytest.mark.full  # What a cut leaves is drawn by its law, above.
 @pytest.mark.parametrize("replace", [True, False])
 def test_nothing_cut_draws_the_same(replace):
     """Of one key; min_p may be traced, in a map and a scan. At 1 and above it, the mode stays alone."""
@@ -309,7 +313,7 @@ def test_shards(cuts, way, replace):
         sharding.assert_close(by, want_by, 1e-9)
 
 
-@pytest.mark.full  # memory of heads: test_heads_machinery.py
+@pytest.mark.full  # Blocks bound the memory of each head alike: test_heads_machinery.py measures it.
 def test_no_array_of_tokens_by_classes():
     """More tokens add a few numbers for each chunk of 128 classes, far less than their scores; lists of banned classes
     and cuts add none."""

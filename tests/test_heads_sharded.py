@@ -165,7 +165,7 @@ def test_tokens_and_classes_over_one_axis():
         assert_close(found, want, 1e-10)
 
 
-@pytest.mark.full  # the same of functions of scores: test_sharded.py
+@pytest.mark.full  # The same is true of functions of scores, and tested of them in test_sharded.py.
 @pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_cross_entropy_sum"])
 def test_derivatives_inside_without_check_vma(name):
     """Too large by the number of devices, as the docstring of `linear_cross_entropy` says; and its remedy."""
@@ -192,7 +192,7 @@ def test_derivatives_inside_without_check_vma(name):
             assert_close(found, want, 1e-10)
 
 
-@pytest.mark.full  # draws of shards with more options: test_heads_draws.py
+@pytest.mark.full  # Draws of shards, with more options, are in test_heads_draws.py.
 @pytest.mark.parametrize("replace", [True, False])
 def test_the_same_draws(replace):
     """In shards of whole chunks of 128 classes; one shard has no class."""

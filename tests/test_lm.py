@@ -159,7 +159,7 @@ def plain_log_prob(head, above, hidden, phi):
     return np.log(w / w.sum(-1, keepdims=True))
 
 
-@pytest.mark.full  # the experiment
+@pytest.mark.full  # It is about the experiment.
 @pytest.mark.parametrize("head", _lm_heads.HEADS)
 def test_each_head_learns_and_its_perplexity_is_the_definition(head, corpus):
     phi, end = _lm_heads.choose_phi(head, None), corpus.words.index(END)
@@ -191,7 +191,7 @@ def test_every_head_begins_alike(corpus):
     assert isinstance(steps["adaptive"][1], adaptive.AdaptiveParams)
 
 
-@pytest.mark.full  # the experiment from end to end
+@pytest.mark.full  # It runs the experiment from end to end.
 def test_command(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "text.txt").write_text(text)

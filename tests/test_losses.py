@@ -120,7 +120,8 @@ def test_distributions(name):
 
 @pytest.mark.parametrize("phi", some(PHIS, [js.exp]), ids=str)
 def test_log_prob(phi):
-    """Of one label of each row and of several: that of log_softmax, and the negative of cross_entropy."""
+    """Of one label of each row and of several: that of log_softmax, and the negative of cross_entropy. By default of
+    exp: `python -m jsoftmax verify` has log_prob with every φ."""
     with jax.enable_x64(True):
         z, several = jnp.asarray(Z), jnp.stack([LABELS, LABELS[::-1], jnp.full(3, 1)])
         rows = jnp.arange(3)
@@ -196,7 +197,9 @@ def summed(z, f, labels, options, counts):
 
 @pytest.mark.parametrize("axis", some([-1, 0, (0, 2), (2, 0), (1, -3), (2, 1, 0)], [-1, (1, -3)]), ids=str)
 def test_axes_and_masks_as_in_optax(axis):
-    """A flat label follows the order of the axes; a class that the mask leaves out counts nothing, in labels either."""
+    """A flat label follows the order of the axes; a class that the mask leaves out counts nothing, in labels either. By
+    default of the last axis, and of two whose order is not the array's, one of them counted from the end; axis 0 is
+    above."""
     image = jnp.sin(jnp.arange(24.0)).reshape(2, 3, 4)
     axes = axis if isinstance(axis, tuple) else (axis,)
     rows = tuple(n for i, n in enumerate(image.shape) if i not in [a % 3 for a in axes])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import and_full, covering, product, some
+from cells import and_full, covering, named, product, some
 from jax.sharding import PartitionSpec
 
 import jsoftmax as js
@@ -66,9 +66,7 @@ def test_no_step_makes_a_nan(function, dtype, phi):
             assert np.all(np.isfinite(np.asarray(gradient(*z), np.float32)))
 
 
-@pytest.mark.parametrize(
-    "function", some(FUNCTIONS, [f for f in FUNCTIONS if f.name in ("softmax", "entropy")]), ids=str
-)
+@pytest.mark.parametrize("function", some(FUNCTIONS, named(FUNCTIONS, ("softmax", "entropy"))), ids=str)
 def test_a_new_parameter_or_an_equal_phi_does_not_retrace(function):
     """By default of one that keeps the classes and one that reduces them."""
     z = jnp.asarray(verify.scores(function, js.exp))
@@ -104,7 +102,7 @@ EVERY = FUNCTIONS + LOSSES + SPARSE_MAPS + OTHERS
 
 @pytest.mark.parametrize(
     "function",
-    some(EVERY, [f for f in EVERY if f.name in ("softmax", "cross_entropy", "entmax15")]),
+    some(EVERY, named(EVERY, ("softmax", "cross_entropy", "entmax15"))),
     ids=str,
 )
 def test_survives_shard_map(function):

@@ -20,6 +20,7 @@ def scores(*shape, seed=0, scale=3):
 
 @pytest.mark.parametrize("length", some(LENGTHS, [257, 4097]))
 def test_equal_to_jax_nn(length):
+    """By default a length beyond SHORT and one beyond LONG (sums/cpu/paths.py). Shorter ones are in test_digits.py."""
     z = scores(3, length)
     pairs = (
         (js.softmax, jax.nn.softmax),

@@ -33,6 +33,22 @@ def test_mixture_is_defined_by_its_two_lines():
     assert js.mixture_log_softmax(z.astype(jnp.bfloat16), logits).dtype == jnp.bfloat16
 
 
+def test_derivatives_of_a_mixture():
+    """In the scores and in the mixture's logits."""
+
+    def plain(z, logits):
+        return jnp.log(jnp.sum(jax.nn.softmax(logits)[..., None] * jax.nn.softmax(z), -2))
+
+    with jax.enable_x64(True):
+        given = scores(2, 3, 4), scores(2, 3, seed=1)
+        ours, theirs = (
+            verify.jit_formulas(lambda *given, f=f: jax.jvp(jax.jacrev(f, (0, 1)), given, given))(*given)
+            for f in (js.mixture_log_softmax, plain)
+        )
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_mixture_keeps_digits_and_edges():
     z = jnp.array([[0.0, -20.0], [0.0, -18.0]])
     xp = verify.ManyDigits()

@@ -16,7 +16,7 @@ from processes import CLASSES, HEARTBEAT, SHUTDOWN
 
 from jsoftmax import heads
 
-pytestmark = pytest.mark.full  # each starts two processes
+pytestmark = pytest.mark.full  # Each test starts two processes.
 
 SLACK = 60
 """Seconds for a busy machine."""

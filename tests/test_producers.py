@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import and_full, covering, some
+from cells import and_full, covering, named, some
 from compilation import jit_as_user
 from jax.sharding import PartitionSpec
 from sharding import mesh
@@ -125,9 +125,9 @@ LISTS = (EVERY, PRODUCERS, SHAPES, list(TOLERANCES), MODES)
 
 
 FEW = ("softmax", "log_softmax", "entropy", "kl_divergence", "cross_entropy", "focal_cross_entropy")
-READERS = [f for f in EVERY if f.name in FEW or f in SPARSE_MAPS + OTHERS]
+READERS = [*named(EVERY, FEW), *SPARSE_MAPS, *OTHERS]
 """Every way to read scores; the others read them by the same sums (test_sums.py)."""
-FEW_READERS = [f for f in READERS if f.name in FEW or f in OTHERS or f.name == "entmax(alpha=1.7)"]
+FEW_READERS = [*named(READERS, (*FEW, "entmax(alpha=1.7)")), *OTHERS]
 """One of the sparse maps, which read scores by the same steps."""
 
 
@@ -237,7 +237,7 @@ BROUGHT = [f for f in EVERY if f not in DERIVATIVES]
 def of_few(*lists):
     """The few functions and all items by default, each once; in the gate every reader with every item, every two items,
     and every function."""
-    few, apart = [f for f in READERS if f.name in FEW], [(0, i) for i in range(1, 1 + len(lists))]
+    few, apart = named(READERS, FEW), [(0, i) for i in range(1, 1 + len(lists))]
     alone = list(itertools.combinations(range(1 + len(lists)), 2))
     return and_full(covering(few, *lists, met=alone), covering(READERS, *lists), covering(BROUGHT, *lists, met=apart))
 
@@ -288,9 +288,7 @@ def test_rows_made_within_transformations(function, way, producer, shape):
 SHARDED = [f for f in FUNCTIONS + LOSSES if "axis_name" in inspect.signature(f.function).parameters]
 PARTS, WHOLE = PartitionSpec(None, "v"), PartitionSpec()
 SIZES = [(6, 16), (512, 512)]
-OF_PARTS = and_full(
-    covering([f for f in SHARDED if f.name in FEW], SIZES, met=[(0, 1)]), itertools.product(SHARDED, SIZES)
-)
+OF_PARTS = and_full(covering(named(SHARDED, FEW), SIZES, met=[(0, 1)]), itertools.product(SHARDED, SIZES))
 """By default the few functions: the others read scores by the same sums."""
 
 
@@ -369,11 +367,12 @@ def of_samples(w):
     }
 
 
-FEW_MADE = ("linear_cross_entropy", "linear_kl", "quadratic", "adaptive", "sampled", "concrete", "temperature")
+FEW_HEADS = ("linear_cross_entropy", "linear_kl", "quadratic", "adaptive", "sampled")
+FEW_MADE = (*FEW_HEADS, "concrete", "temperature")
 """Each makes its scores, or reads them, by code of its own. The others share it: they run in the gate."""
 
 
-@pytest.mark.parametrize("name", some(of_heads(jnp.float32), FEW_MADE))
+@pytest.mark.parametrize("name", some(of_heads(jnp.float32), FEW_HEADS))
 def test_products_keep_all_digits(name):
     """GPUs and TPUs would keep 11 or 8 bits of the factors: forwards, backwards, and in Hessian products."""
     with jax.enable_x64(False):
@@ -387,7 +386,9 @@ def test_products_keep_all_digits(name):
 
 MADE = dict.fromkeys(of_heads(jnp.float32), "heads") | dict.fromkeys(of_samples(jnp.float32), "samples")
 OF_ORDERS = ["value", "gradient", "HVP"]
-OF_MADE = and_full(covering(FEW_MADE, OF_ORDERS, met=[(0, 1)]), itertools.product(MADE, OF_ORDERS))
+OF_MADE = and_full(zip(FEW_MADE, itertools.cycle(OF_ORDERS), strict=False), itertools.product(MADE, OF_ORDERS))
+"""By default each of the few in one order, and each order in several: an order's formulas are met in float64, in the
+tests of heads and samples. In the gate each has all orders in float32."""
 
 
 @pytest.mark.parametrize(("name", "mode"), OF_MADE)

@@ -182,7 +182,7 @@ def test_of_this_machine():
     assert product.traffic == product.least == 3 * 2**20
 
 
-@pytest.mark.full  # of the benchmarks, not of the package
+@pytest.mark.full  # It is about the benchmarks, not the package.
 def test_every_case_has_the_results_of_its_peer():
     for case, mode, shape, dtype in programs.cells():
         if case.peer is not None and shape == programs.SHAPES[0]:
@@ -192,7 +192,7 @@ def test_every_case_has_the_results_of_its_peer():
             assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, theirs), (case.name, mode)
 
 
-@pytest.mark.full  # of the benchmarks, not of the package
+@pytest.mark.full  # It is about the benchmarks, not the package.
 def test_every_head_is_a_program():
     for name, (f, given) in (programs.other_heads() | programs.values("v5e")).items():
         results = jax.tree.leaves(jax.eval_shape(f, *given))

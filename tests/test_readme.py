@@ -159,7 +159,7 @@ def test_losses_guide():
     np.testing.assert_allclose(run_examples("docs/guides/losses.md")["loss"], [2.0611537e-09, 0.3132617], rtol=1e-6)
 
 
-@pytest.mark.full  # a long page; short ones run by default
+@pytest.mark.full  # What the page calls is met in test_sparse.py, test_mixtures.py, test_truncation.py.
 def test_sparse_guide():
     names = run_examples("docs/guides/sparse.md")
     np.testing.assert_allclose(names["p"], [0, 0.32600734, 0.67399275], rtol=1e-4)
@@ -192,7 +192,7 @@ def test_draws_of_rows():
     )
 
 
-@pytest.mark.full  # a long page; short ones run by default
+@pytest.mark.full  # What the page calls is met in test_gumbel.py and test_gumbel_statistics.py.
 def test_gumbel_guide():
     names = run_examples("docs/guides/gumbel.md")
     np.testing.assert_allclose(jnp.bincount(names["draws"]) / 1e6, jsoftmax.softmax(names["z"][0]), atol=0.003)
@@ -200,7 +200,7 @@ def test_gumbel_guide():
     assert names["sample"].indices.shape == (2,)
 
 
-@pytest.mark.full  # a long page; short ones run by default
+@pytest.mark.full  # What the page calls is met in test_heads*.py.
 def test_heads_guide():
     names = run_examples("docs/guides/heads.md")
     assert names["curved"].shape == names["by_hidden"].shape == (6, 16)
@@ -213,7 +213,7 @@ def test_heads_guide():
     assert names["from_top"].shape == (6,)
 
 
-@pytest.mark.full  # a long page; short ones run by default
+@pytest.mark.full  # What the page calls is met in test_sharded.py and test_heads_sharded.py.
 def test_devices_guide():
     names = run_examples("docs/guides/devices.md")
     check_step(names)
@@ -224,13 +224,13 @@ def test_devices_guide():
     np.testing.assert_array_equal(names["drawn_of_rows"], want)
 
 
-@pytest.mark.full  # a long page; short ones run by default
+@pytest.mark.full  # What the page calls is met in test_operators.py and test_optim.py.
 def test_second_order_guide():
     names = run_examples("docs/guides/second-order.md")
     assert jnp.abs(jax.grad(names["value"])(names["W"], names["inputs"], names["targets"])).max() < 1e-4
 
 
-@pytest.mark.full  # a long page; short ones run by default
+@pytest.mark.full  # What the page calls is met in test_losses.py, test_heads.py and test_peers.py.
 def test_coming_from():
     names = run_examples("docs/coming-from.md")
     logits, w = np.asarray(names["logits"], float), np.asarray(names["w"])

@@ -112,7 +112,8 @@ POLICIES = [None, jax.checkpoint_policies.dots_saveable]
 
 @pytest.mark.parametrize("policy", some(POLICIES, POLICIES[:1]), ids=["nothing", "dots"])
 def test_checkpointed_layers(policy):
-    """`jax.checkpoint` on the layers, and on the layers with the head."""
+    """`jax.checkpoint` on the layers, and on the layers with the head. By default nothing is saved, so that everything
+    is computed again; with a policy, a part of that is."""
     checkpoint = functools.partial(jax.checkpoint, policy=policy)
     wanted = jit_formulas(jax.value_and_grad(plain_total))(parameters(), TOKENS, LABELS)
     of_layers = functools.partial(total, layer=checkpoint(layer))
@@ -154,7 +155,7 @@ def saved_and_loaded(tree, path):
         return jax.tree.unflatten(structure, [jnp.asarray(file[name]) for name in file.files])
 
 
-@pytest.mark.full  # numpy saves and loads
+@pytest.mark.full  # Saving and loading are numpy's; the heads are met in test_heads_adaptive.py and _factored.py.
 def test_checkpoints_go_on_as_if_nothing_had_been(tmp_path):
     """Adaptive parameters with an optimiser's state, and a factored head's state, saved in the middle of training."""
     hidden, labels = jax.random.normal(jax.random.key(1), (24, WIDTH)), jnp.abs(LABELS.ravel()) % CLASSES
@@ -281,6 +282,7 @@ MAPS = [js.softmax, js.entmax15, js.sparsemax]
 
 @pytest.mark.parametrize("probabilities", some(MAPS, MAPS[:1]), ids=lambda f: f.__name__)
 def test_router(probabilities):
+    """By default by softmax: the router is a recipe for any map, and the sparse maps are in test_sparse.py."""
     tokens, experts, k = 40, 8, 2
     z, of_weights = jnp.float32(RNG.normal(size=(tokens, experts)) * 2), RNG.normal(size=(tokens, k))
     chosen = np.argsort(-np.asarray(probabilities(z)), -1, kind="stable")[:, :k]

@@ -267,6 +267,7 @@ def defined(z, q, alpha):
 
 @pytest.mark.parametrize("alpha", some([1.0, 1.1, 1.5, 2.0, 3.0], [1.0, 1.5]))
 def test_fenchel_young_loss(alpha):
+    """By default the limit, which is softmax, and one α beyond it. The loss takes the map, of which more are above."""
     with jax.enable_x64(True):
         z, labels = scores(6, 5, seed=4), jnp.array([0, 4, 2, 1, 3, 0])
         hot = np.eye(5)[labels]
@@ -299,7 +300,8 @@ def test_fenchel_young_loss(alpha):
 
 @pytest.mark.parametrize("alpha", some([1.0, 1.3, 1.5, 2.0], [1.3]))
 def test_fenchel_young_loss_of_distributions_is_not_negative(alpha):
-    """In float32, far from 0 too: a shift of the scores changes nothing, but their own rounding."""
+    """In float32, far from 0 too: a shift of the scores changes nothing, but their own rounding. By default of one α
+    whose powers are neither roots nor products, so that they are rounded more."""
     loss = jax.jit(functools.partial(js.fenchel_young_loss, alpha=alpha))
     for shift in (0.0, 1000.0):
         z = np.float32(scores(200, 6, seed=8)) + np.float32(shift)

@@ -194,6 +194,10 @@ def test_classes_that_are_there_twice_and_negative_probabilities():
     assert np.isnan(losses.kl_to_target(z, negative.probabilities))
 
 
+OF_HALF = {"class": 0.5, "renormalise": 1.0, "ignore": 0.5}
+"""The part of the loss that is left if all classes are given with half of their mass."""
+
+
 def test_all_classes_are_a_distribution_and_one_a_label():
     order = np.argsort(Z, -1)
     q = np.float32(jax.nn.softmax(np.sin(Z)))
@@ -202,6 +206,8 @@ def test_all_classes_are_a_distribution_and_one_a_label():
     for tail in TAILS:  # no class is left for what 1 − Σ q is by rounding
         every = TopTargets(order, np.take_along_axis(q, order, -1), tail)
         np.testing.assert_allclose(losses.cross_entropy(z, every), whole, rtol=1e-6)
+        less = TopTargets(order, every.probabilities / 2, tail)  # nor for the half that no class has
+        np.testing.assert_allclose(losses.cross_entropy(z, less), whole * OF_HALF[tail], rtol=1e-6)
         one = TopTargets(INDICES[:, :1], jnp.ones((ROWS, 1)), tail)
         np.testing.assert_allclose(losses.cross_entropy(z, one), losses.cross_entropy(z, INDICES[:, 0]), rtol=1e-6)
 
@@ -286,7 +292,7 @@ def test_classes_on_several_devices(way):
         sharding.assert_close(found, want, 1e-9)
 
 
-@pytest.mark.full  # the loss is above, the sum of labels in test_heads_sharded.py
+@pytest.mark.full  # The loss is above, and the sum of labels in test_heads_sharded.py.
 def test_sum_of_head_over_classes_on_several_devices():
     """Value and gradient, in shard_map and by shards."""
     weights, top = jnp.cos(jnp.arange(ROWS, dtype=jnp.float32)), TopTargets(INDICES, jnp.float32(Q))

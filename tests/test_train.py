@@ -57,7 +57,7 @@ def test_every_phi_has_finite_gradients_far_out():
             assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient)), (phi, scale)
 
 
-@pytest.mark.full  # the experiment from end to end
+@pytest.mark.full  # It runs the experiment from end to end.
 def test_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "PHIS", (js.exp,))
     losses = ["cross-entropy", "Z-loss", "sparsemax"]

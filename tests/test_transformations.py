@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import covering, some
+from cells import covering, named, some
 
 import jsoftmax
 from jsoftmax import verify
@@ -92,13 +92,14 @@ EVERY += [(f, jsoftmax.exp) for f in SPARSE_MAPS + OTHERS]
 WAYS = ((SCAN, OVER_PHI), (MAP,))
 FEW = (
     *("softmax_jacobian", "entropy_gradient", "cross_entropy_hessian", "softmax_second_derivative_product"),
-    *("sparsemax", "entmax(alpha=1.7)", "mixture_log_softmax", "sink_softmax"),
+    *("sparsemax", "entmax(alpha=1.7)", "fenchel_young_loss"),
+    *("spherical_z_loss", "mixture_log_softmax", "sink_softmax"),
 )
 """The others have the rules of these, or of the functions themselves."""
 SHORT = [  # a transformation sees the rules of a function, and those of log φ: each once
     *covering(FUNCTIONS, PHIS, WAYS, met=[(0, 1), (0, 2), (1, 2)]),
     *covering(LOSSES, TWO, WAYS[:1], met=[(0, 1)]),  # the other way, and derivatives by name with φ: those above
-    *covering([f for f in DERIVATIVES + SPARSE_MAPS + OTHERS if f.name in FEW], [jsoftmax.exp], WAYS[:1]),
+    *covering(named(DERIVATIVES + SPARSE_MAPS + OTHERS, FEW), [jsoftmax.exp], WAYS[:1]),
 ]
 
 
@@ -107,7 +108,7 @@ def test_survives(function, phi, ways):
     _survives(function, phi, ways)
 
 
-@pytest.mark.full
+@pytest.mark.full  # By default each function that has a rule of its own, each φ and each transformation: above.
 @pytest.mark.parametrize(("function", "phi"), EVERY, ids=str)
 def test_survives_every_way(function, phi):
     _survives(function, phi, (SCAN, MAP, OVER_PHI))
