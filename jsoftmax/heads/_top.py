@@ -54,7 +54,7 @@ def top_of_parts(x: Pair, classes: Pair, plan: Plan | None) -> Pair:
     if x[0].shape[1] == 1:
         second = (x[1] > x[0]) | jnp.isnan(x[1])  # the first of equals; NaN before all
         return jnp.where(second, x[1], x[0]), jnp.where(second, classes[1], classes[0])
-    return top_with_classes(*(jnp.concatenate(pair, 1) for pair in (x, classes)), x[0].shape[1], plan)
+    return top_with_classes(jnp.concatenate(x, 1), jnp.concatenate(classes, 1), x[0].shape[1], plan)
 
 
 def top_with_classes(x: Array, classes: Array, k: int, plan: Plan | None) -> Pair:
