@@ -176,31 +176,34 @@ def moved(computations: Computations, name: str, instruction: Instruction) -> in
     fused = computations.get(called(instruction, "calls") or "")
     if not fused:
         return size(instruction.shape) + sum(size(operand.shape) for operand in operands)
-    parameters = [i for i in fused.values() if i.operation == "parameter"]
+    users, parameters = _users(fused), [i for i in fused.values() if i.operation == "parameter"]
     written = [_written(fused, i) for i in fused.values() if i.root]
-    return sum(_bytes_read(computations, fused, i.name, size(i.shape)) for i in parameters) + sum(written)
+    return sum(_bytes_read(computations, users, i.name, size(i.shape)) for i in parameters) + sum(written)
 
 
-def _bytes_read(computations: Computations, fused: dict[str, Instruction], name: str, whole: int) -> int:
+Users = dict[str, list[tuple[Instruction, int]]]
+"""For each value of a computation, the instructions that read it, and as which operand."""
+
+
+def _bytes_read(computations: Computations, users: Users, name: str, whole: int) -> int:
     """Bytes that a fused kernel reads of a value: all of it, or the part that it slices or gathers, before or after a
     change of each number, or within a fusion of its own; none of a buffer that it updates."""
     total = 0
-    for user, position in _users(fused).get(name, []):
+    for user, position in users.get(name, []):
         if user.operation in ("dynamic-slice", "gather") and position == 0:
             total += size(user.shape)
         elif user.operation == "fusion":
             inner = computations.get(called(user, "calls") or "", {})
-            total += _bytes_read(computations, inner, parameter(inner, position), whole) if inner else whole
+            total += _bytes_read(computations, _users(inner), parameter(inner, position), whole) if inner else whole
         elif user.operation in VIEWS | ONE_BY_ONE and not user.root:
-            total += _bytes_read(computations, fused, user.name, whole)
+            total += _bytes_read(computations, users, user.name, whole)
         elif not (user.operation == "dynamic-update-slice" and position == 0):
             return whole
     return min(total, whole)
 
 
-def _users(computation: dict[str, Instruction]) -> dict[str, list[tuple[Instruction, int]]]:
-    """For each value, the instructions that read it, and as which operand."""
-    users: dict[str, list[tuple[Instruction, int]]] = {}
+def _users(computation: dict[str, Instruction]) -> Users:
+    users: Users = {}
     for user in computation.values():
         for position, operand in enumerate(user.operands):
             users.setdefault(operand, []).append((user, position))

@@ -25,14 +25,15 @@ def top_k(a: Array, k: int) -> tuple[Array, Array]:
     return lax.optimization_barrier(best), lax.optimization_barrier(index)
 
 
-_lookup = functools.partial(jnp.take_along_axis, axis=-1)
+lookup = functools.partial(jnp.take_along_axis, axis=-1)
+"""The numbers of rows `[..., m]` at places `[..., k]`."""
 
 
 def top_k_by_blocks(
-    a: Array, k: int, length: int, top_k: TopK = top_k, lookup: Callable[[Array, Array], Array] = _lookup
+    a: Array, k: int, length: int, top_k: TopK = top_k, lookup: Callable[[Array, Array], Array] = lookup
 ) -> tuple[Array, Array]:
     """The same, for rows without NaN, or of NaN only. The k largest are in the k blocks with the largest maxima.
-    lookup: finds the numbers of rows at places."""
+    lookup: as `lookup`, where another form of it is faster."""
     padding = -a.shape[-1] % length
     if padding:
         a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, padding)], constant_values=-jnp.inf)

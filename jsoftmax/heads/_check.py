@@ -165,8 +165,8 @@ def check(
     if rows is not None or head.hidden.shape[0] > plan.tokens:
         check_not_explicit(function, names[0], head.hidden)
     given = _in_order(head, plan, batch, rows, token_weights)
-    given = given._replace(top=top, several=several, counted=counted)
-    given = given._replace(plan=check_implementation(function, implementation, head, given.plan, top))
+    plan = check_implementation(function, implementation, head, plan, top)
+    given = given._replace(plan=plan, top=top, several=several, counted=counted)
     return given if block_size is not None else _with_accelerator_block(given, -(-of_shard // chunk), chunk)
 
 

@@ -62,7 +62,7 @@ def _run_kernel(wanted: Extras, plan: Plan, interpreted: bool, head: Head) -> Pa
     (tokens, features), classes, wide = head.hidden.shape, head.weight.shape[0], head.hidden.dtype
     of_tokens, of_classes = block_sizes(tokens, classes, features, plan.dtype)
     state = jax.eval_shape(lambda head: initial(head, wanted), head)
-    given, kept = _as_matrices(head._replace(hidden=head.hidden.astype(plan.dtype))), _as_columns(state)
+    given, kept = _as_matrices(head._replace(hidden=head.hidden.astype(plan.dtype))), _as_columns(state, head.hidden)
 
     def kernel(*refs: Any) -> None:
         arrays, sums = refs[: len(given)], jax.tree.unflatten(jax.tree.structure(state), refs[len(given) :])
@@ -101,7 +101,7 @@ def _run_kernel(wanted: Extras, plan: Plan, interpreted: bool, head: Head) -> Pa
         grid=grid,
         in_specs=[specification(name, a.shape[1]) for name, a in given],
         out_specs=[specification("hidden", a.shape[1]) for a in kept],
-        out_shape=[shape_like(a.shape, a.dtype, head.hidden) for a in kept],
+        out_shape=kept,
         interpret=interpreted,
         name="statistics",
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM),
@@ -133,10 +133,10 @@ def _as_matrices(head: Head) -> list[tuple[str, Array]]:
     return [(path[0].name, matrix(path[0].name, a)) for path, a in jax.tree.leaves_with_path(head)]
 
 
-def _as_columns(state: PartialStatistics) -> list[jax.ShapeDtypeStruct]:
-    return [
-        jax.ShapeDtypeStruct((a.shape[0], a.shape[1] if a.ndim == 2 else 1), a.dtype) for a in jax.tree.leaves(state)
-    ]
+def _as_columns(state: PartialStatistics, hidden: Array) -> list[jax.ShapeDtypeStruct]:
+    """The shapes of the state with two axes: numbers of tokens `[N, 1]`."""
+    shapes = [(a.shape[0], a.shape[1] if a.ndim == 2 else 1) for a in jax.tree.leaves(state)]
+    return [shape_like(shape, a.dtype, hidden) for shape, a in zip(shapes, jax.tree.leaves(state), strict=True)]
 
 
 def _write(refs: Any, values: PartialStatistics) -> None:

@@ -126,8 +126,7 @@ def block_statistics(  # noqa: PLR0917  (what a block has, and how it is searche
     if wanted.others:
         x = without_labels(x, head.labels, start)
     peak, rest, _ = exp_sums(x, axis)
-    empty = is_empty(rest)
-    top, rest = jnp.where(empty, -jnp.inf, peak), jnp.where(empty, -1, rest)
+    part = exp_part(peak, rest)
     if wanted.entropy:
         made["gap"] = gap_sum(x, peak, axis)[:, 0]
     if head.targets is not None or wanted.spread:
@@ -145,7 +144,13 @@ def block_statistics(  # noqa: PLR0917  (what a block has, and how it is searche
     if wanted.top:
         made["top"], places = block_top_k(x, min(wanted.top, x.shape[1]), plan)
         made["top_class"] = start + places
-    return PartialStatistics(top[:, 0], rest[:, 0], **made)
+    return PartialStatistics(*(a[:, 0] for a in part), **made)
+
+
+def exp_part(peak: Array, rest: Array) -> tuple[Array, Array]:
+    """max x and Σ e^u − 1 of `exp_sums` as a part of a row has them: −∞ and −1 if it has no class."""
+    empty = is_empty(rest)
+    return jnp.where(empty, -jnp.inf, peak), jnp.where(empty, -1, rest)
 
 
 def merge(a: PartialStatistics, b: PartialStatistics, plan: Plan | None = None) -> PartialStatistics:

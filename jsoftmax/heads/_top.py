@@ -85,7 +85,6 @@ def _lookup(a: Array, places: Array) -> Array:
         here = places[:, :, None] == jnp.arange(a.shape[1], dtype=places.dtype)
         return jnp.sum(jnp.where(here, a[:, None, :], 0), 2, dtype=a.dtype)
 
-    lookup = functools.partial(jnp.take_along_axis, axis=1)
     if a.shape[1] * places.shape[1] > _COMPARISONS:
-        return lookup(a, places)
-    return lax.platform_dependent(a, places, tpu=by_comparison, default=lookup)
+        return _top_k.lookup(a, places)
+    return lax.platform_dependent(a, places, tpu=by_comparison, default=_top_k.lookup)

@@ -17,9 +17,9 @@ from jsoftmax._loops import cut
 from jsoftmax._precision import full_precision, precise
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax._series import expm1
-from jsoftmax.heads._statistics import PartialStatistics, merge
+from jsoftmax.heads._statistics import PartialStatistics, exp_part, merge
 from jsoftmax.phi import Phi, log_phi, slope
-from jsoftmax.sums import difference, exp_sums, is_empty, not_negative
+from jsoftmax.sums import difference, exp_sums, not_negative
 
 _CHUNK = 2**19  # numbers in a block of scores or of weights: 2 MB in float32
 
@@ -80,7 +80,7 @@ def project(projection: Array, hidden: Array, active: Array) -> Array:
 
 
 class TailLoss(NamedTuple):
-    """`[blocks, length]`: −l_y within the tail, and L = max x + log1p(rest) in its two parts."""
+    """`[blocks, length]` or `[rows]`: −l_y within the tail, and L = max x + log1p(rest) in its two parts."""
 
     loss: Array
     log_total: Array
@@ -122,8 +122,7 @@ def _product(weight: Array, a: Array) -> Array:
 def _statistics_of_chunk(x: Array) -> PartialStatistics:
     """The statistics of a chunk whose classes are the first axis."""
     peak, rest, _ = exp_sums(x, (0,))
-    empty = is_empty(rest)
-    return PartialStatistics(jnp.where(empty, -jnp.inf, peak)[0], jnp.where(empty, -1, rest)[0])
+    return PartialStatistics(*(a[0] for a in exp_part(peak, rest)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
