@@ -217,7 +217,7 @@ COUNTS = {
     "linear_log_normalizer": (2, 3, 4),
     "linear_statistics": (3, 3, 4),
     "linear_top_k": (2, 4, 5),
-    "linear_kl": (4, 5, 6),
+    "linear_kl": (3, 4, 5),
     "linear_jsd": (3, 4, 5),
 }
 EXCHANGES = and_full(
