@@ -17,10 +17,6 @@ from jsoftmax.maps import normalize
 from jsoftmax.sharding import AxisName, is_label, local_value_at_label, pick, psum
 from jsoftmax.sums import class_sum, difference, is_empty, not_negative
 
-_FEW = 16
-"""Up to this many classes XLA for GPUs makes several kernels of −l_y with the mean of −l, and a derivative shares one
-of them."""
-
 
 class Terms(NamedTuple):
     """The parts of a loss of labels. Each keeps the class axis with length 1."""
@@ -64,13 +60,9 @@ def _terms_by_class(x: Array, label: Array, mean: bool) -> Terms:
     """`terms` from −l of every class, by sums over the classes. On a GPU this is one kernel, which reads a row once."""
     axis = (x.ndim - 1,)
     out = sums.normalized(x, axis)
-    n, x = -out.log_p, read(x)
+    n, x = not_negative(-out.log_p), read(x)
     at_label = jnp.where(is_label(x.shape, label), n, 0)
-    return Terms(
-        not_negative(class_sum(at_label, axis)),
-        out.log_normalizer,
-        not_negative(mean_of_kept(n, x, None)) if mean else None,
-    )
+    return Terms(class_sum(at_label, axis), out.log_normalizer, mean_of_kept(n, x, None) if mean else None)
 
 
 @terms.defjvp
@@ -82,8 +74,7 @@ def _terms_jvp(axis_name: AxisName, mean: bool, order: int, primals: Any, tangen
     kept = ~jnp.isneginf(x) if mean else None
     along: Any = functools.partial(_terms_rate, axis_name, axis_name is not None and order > 0)
     given = p, kept, out.label, label, x_dot
-    sums_of_mean = mean and x.shape[-1] <= _FEW
-    if axis_name is None and not order and not sums_of_mean and sums.is_read_once(x, (x.ndim - 1,)):
+    if axis_name is None and not order and sums.is_read_once(x, (x.ndim - 1,)):
         along, given = functools.partial(_terms_rate_of_many, along), (x, *given)
     return out, jax.checkpoint(along, prevent_cse=False)(*given)
 
