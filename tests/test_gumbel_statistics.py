@@ -109,6 +109,24 @@ def test_a_single_draw_on_accelerators(offset, monkeypatch):
     jax.clear_caches()
 
 
+def test_a_single_draw_in_blocks(monkeypatch):
+    """GPUs compare the classes of many scores in blocks of 128. The draws are those without blocks; also where a block
+    has a bad score, or no class."""
+    rows = np.random.default_rng(3).normal(0, 3, (160, 1024)).astype(np.float32)
+    rows[1, 300], rows[2, 1023], rows[3, :900], rows[4] = np.nan, np.inf, -np.inf, -np.inf
+    draws, texts = {}, {}
+    for platform in ("cuda", "tpu"):
+        jax.clear_caches()
+        as_on_accelerators(monkeypatch, platform)
+        texts[platform] = jax.jit(gumbel.categorical).lower(KEY, rows).as_text()
+        draws[platform] = np.asarray(jit_as_user(gumbel.categorical)(KEY, rows))
+    jax.clear_caches()
+    assert "160x8x128xf32" in texts["cuda"]
+    assert "160x8x128xf32" not in texts["tpu"]
+    np.testing.assert_array_equal(draws["cuda"], draws["tpu"])
+    np.testing.assert_array_equal(draws["cuda"][1:5] >= 0, [False, False, True, False])
+
+
 def test_rare_classes_are_drawn_at_their_rate():
     """100,000 classes of probability 1e-7 behind one of 0.99; a float32 cumulative sum draws them unevenly."""
     z = jnp.append(jnp.log(0.99), jnp.full(100_000, jnp.log(1e-7)))

@@ -20,13 +20,14 @@ from jsoftmax.sharding import (
     apply_to_rows,
     check_same,
     concatenate_shards,
+    even_length,
     local_value_at_label,
     pick,
     psum,
     shard_count,
     shard_index,
 )
-from jsoftmax.sums import has_bad_score
+from jsoftmax.sums import has_bad_score, is_read_once
 
 _TOTAL = float(2**31 - 2**7)  # the largest float32 that int32 holds
 _GROUPS = 16
@@ -140,12 +141,17 @@ def _keep_possible(drawn: Array, x: Array, axis_name: AxisName) -> Array:
     return jnp.where(impossible, -1, drawn)
 
 
-@jax.jit
-def _draw_by_noise(key: Any, x: Array) -> Array:
+_BLOCK = 128
+"""The length of the blocks in which a GPU compares the classes of a row."""
+
+
+@functools.partial(jax.jit, static_argnames="in_blocks")
+def _draw_by_noise(key: Any, x: Array, in_blocks: bool = False) -> Array:
     """The class of the largest x + g, `[..., 1]`; −1 in a row without classes, or with a score of NaN or +inf.
 
     GPUs and TPUs read x once, and compute the noise meanwhile. Two classes are compared by differences, of x and of g,
-    so that an x far from 0 does not round the noise away.
+    so that an x far from 0 does not round the noise away. in_blocks: the best class of each block is found first. XLA
+    for GPUs would write the noise to memory for few rows, which it compares with few threads.
     """
     x = lax.stop_gradient(x)
     classes = jnp.where(jnp.abs(x) < jnp.inf, lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1), -1)
@@ -158,8 +164,11 @@ def _draw_by_noise(key: Any, x: Array) -> Array:
         return tuple(jnp.where(first, one, other) for one, other in zip(a, b, strict=True))
 
     start = jnp.array(-jnp.inf, x.dtype), jnp.zeros((), x.dtype), jnp.full((), -1, jnp.int32)
-    noise = _noise.gumbel(key, x.shape, x.dtype)
-    return lax.reduce((x, noise, classes), start, larger, (x.ndim - 1,))[2][..., None]
+    best = x, _noise.gumbel(key, x.shape, x.dtype), classes
+    if length := in_blocks and even_length(x.shape[-1], _BLOCK):
+        best = tuple(a.reshape(*x.shape[:-1], x.shape[-1] // length, length) for a in best)
+        best = lax.reduce(best, start, larger, (x.ndim,))
+    return lax.reduce(best, start, larger, (x.ndim - 1,))[2][..., None]
 
 
 @public
@@ -236,7 +245,11 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
         def of_rows(x: Array, key: Any) -> Array:
             if count != 1 or axis_name is not None:
                 return by_sums(x, key)
-            return lax.platform_dependent(x, key, cpu=by_sums, default=lambda x, key: _draw_by_noise(key, x))
+            by_noise = functools.partial(_draw_by_noise, key)
+            on_gpus = functools.partial(by_noise, in_blocks=is_read_once(x, (x.ndim - 1,)))
+            return lax.platform_dependent(
+                x, cpu=lambda x: by_sums(x, key), cuda=on_gpus, rocm=on_gpus, default=by_noise
+            )
 
         drawn = apply_to_rows(of_rows, given.x, key, axis_name=axis_name)
     else:
