@@ -30,21 +30,33 @@ from jsoftmax.sharding import AxisName, check_axis_name, check_parts, check_shar
 from jsoftmax.sums import Normalized, Want
 
 
-@compiled_rule("axis", "axis_name", "want", "order")
-def normalize(
-    x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
+@compiled_rule("axis", "axis_name", "want", "order", "is_shifted")
+def normalize(  # noqa: PLR0917  (as rules, which have no keywords, call it)
+    x: Array,
+    axis: tuple[int, ...],
+    axis_name: AxisName = None,
+    want: Want = "all",
+    order: int = 0,
+    is_shifted: bool = False,
 ) -> Normalized:
-    """l = log p, p and L; x = −inf leaves a class out. want: what is wanted; order: of the derivative."""
-    return sums.normalized(x, axis, axis_name, want, order)
+    """l = log p, p and L; x = −inf leaves a class out. want: what is wanted; order: of the derivative; is_shifted:
+    whether the maximum of each row is known to be 0."""
+    return sums.normalized(x, axis, axis_name, want, order, is_shifted)
 
 
 @normalize.defjvp
 def _normalize_jvp(  # noqa: PLR0917  (a rule has no keywords)
-    axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int, primals: Any, tangents: Any
+    axis: tuple[int, ...],
+    axis_name: AxisName,
+    want: Want,
+    order: int,
+    is_shifted: bool,
+    primals: Any,
+    tangents: Any,
 ) -> tuple[Normalized, Normalized]:
     """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ  (MATH 1.2 to 1.4)."""
     (x,), (x_dot,) = primals, tangents
-    out = normalize(x, axis, axis_name, want, order + 1)
+    out = normalize(x, axis, axis_name, want, order + 1, is_shifted)
     x_dot = widened(x_dot)
     return out, Normalized(
         sums.log_p_rate(x, out.p, x_dot, axis, axis_name, want, order),

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import some
+from compilation import jit_as_user
+from platforms import as_on_accelerators
 
 import jsoftmax as js
 from jsoftmax import gumbel
@@ -78,6 +80,32 @@ def test_edges_of_draws():
     for mode in (None, "low", "high"):
         np.testing.assert_array_equal(gumbel.categorical(KEY, BAD, shape=(3, 4), replace=False, mode=mode)[2, 3], -1)
         np.testing.assert_array_equal(gumbel.categorical(KEY, BAD, mode=mode)[:3], -1)
+
+
+def test_top_k_as_on_accelerators(monkeypatch):
+    """The sample, its gradient and a Hessian product are those of CPU; also of bad rows, of scores far from 0, and of
+    classes so far below the largest that their p is 0."""
+    rows = np.random.default_rng(2).normal(0, 3, (7, 3)).astype(np.float32)
+    rows = jnp.concatenate([BAD, rows, 1e6 + rows[:2], jnp.array([[3e38, -3e38, 0.0], [30.0, 0.0, 0.0]])])
+
+    def weighted(z):
+        sample = gumbel.gumbel_top_k(KEY, z, 2)
+        fine = jnp.isfinite(sample.perturbed)
+        return jnp.sum(jnp.where(fine, jnp.sin(sample.perturbed) * jnp.array([1.0, 2.0]), 0)), sample
+
+    def everything(z):
+        gradient, product, sample = jax.jvp(jax.grad(weighted, has_aux=True), (z,), (jnp.cos(z),), has_aux=True)
+        return sample, gumbel.gumbel_top_k(KEY, z, 3), gradient, product
+
+    jax.clear_caches()
+    on_cpu = jit_as_user(everything)(rows)
+    jax.clear_caches()
+    as_on_accelerators(monkeypatch)
+    elsewhere = jit_as_user(everything)(rows)
+    jax.clear_caches()
+    for got, want in zip(jax.tree.leaves(elsewhere), jax.tree.leaves(on_cpu), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_no_classes():

@@ -128,6 +128,17 @@ def test_long_rows_equal_the_reference(name, dtype):
         same(got, want)
 
 
+@pytest.mark.parametrize("dtype", some(["float32", "float64"], ["float32"]))
+def test_long_rows_whose_maximum_is_0(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.asarray(scores((120, 17), dtype))
+        peak = jnp.max(x, 1, keepdims=True)
+        x = x - jnp.where(jnp.isfinite(peak), peak, 0)
+        got = jit_as_user(functools.partial(long_rows.normalized_of_shifted, axis=(1,)))(x)
+        want = jit_formulas(functools.partial(reference.normalized, axis=(1,)))(x)
+        same((got[:2], got[2][:70]), (want[:2], want[2][:70]))  # L of a row with +∞ is NaN, for its maximum is not 0
+
+
 @pytest.mark.parametrize("name", ["p_rate", "log_p_rate"])
 def test_digits_of_long_rows_beside_a_sure_class(name):
     """Rates where a class is 8 to 60 above the others, to some ulp of the row's typical number, not of 1."""

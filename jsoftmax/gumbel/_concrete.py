@@ -24,6 +24,7 @@ from jsoftmax.checks.sampling import check_count, check_int, check_key, check_po
 from jsoftmax.gumbel import _noise
 from jsoftmax.maps import Normalized, normalize
 from jsoftmax.phi import Phi, exp
+from jsoftmax.phi.base import is_finite
 from jsoftmax.sums import not_below
 
 # --- relaxed samples -----------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ from jsoftmax.sums import not_below
 @jax.jit
 def relaxed(perturbed: Array, temperature: Array) -> Normalized:
     """log p and p of perturbed/τ, over the last axis."""
-    return normalize(_divide(perturbed, temperature), (perturbed.ndim - 1,))
+    return normalize(_divide(perturbed, temperature), (perturbed.ndim - 1,), is_shifted=True)
 
 
 def _divide(perturbed: Array, temperature: Array) -> Array:
@@ -40,7 +41,7 @@ def _divide(perturbed: Array, temperature: Array) -> Array:
     −inf, and so do those so far below the maximum that a derivative in τ would overflow."""
     peak = jnp.max(lax.stop_gradient(perturbed), -1, keepdims=True, initial=-jnp.inf)
     # `not_below` keeps the subtraction apart from a product that made the scores (MATH 4.1)
-    below = not_below(perturbed) - jnp.where(jnp.isfinite(peak), peak, 0)
+    below = not_below(perturbed) - jnp.where(is_finite(peak), peak, 0)
     out = below < -1e18 * temperature
     return jnp.where(out, -jnp.inf, jnp.where(out, 0, below) / temperature)
 

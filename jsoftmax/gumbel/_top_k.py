@@ -1,9 +1,11 @@
 """Gumbel top-k: k distinct classes, and how likely each was to be among them (MATH 10.3)."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
@@ -13,7 +15,8 @@ from jsoftmax.checks.arguments import accumulation_dtype, as_scores, joint_shape
 from jsoftmax.checks.sampling import check_count, check_int, check_key
 from jsoftmax.gumbel import _noise
 from jsoftmax.phi import Phi, exp
-from jsoftmax.sharding import AxisName, check_same, shard_count
+from jsoftmax.sharding import AxisName, check_same, has_explicit_sharding, shard_count
+from jsoftmax.sums import class_sum, difference, shifted
 
 
 class TopK(NamedTuple):
@@ -70,15 +73,55 @@ def gumbel_top_k(
     check_same(function, "key", key, axis_name)
     classes = given.x.shape[-1] * shard_count(axis_name)
     count = check_count(function, k, classes)
-    log_p = maps.log_p(given.x, (given.x.ndim - 1,), axis_name)
-    best, index = _noise.top_perturbed(key, log_p, min(count + 1, classes), axis_name)
+    by_log_p = functools.partial(_by_log_p, k=count, classes=classes, axis_name=axis_name)
+    if axis_name is not None or has_explicit_sharding(given.x):
+        sample = by_log_p(given.x, key)
+    else:
+        by_rows = functools.partial(_by_rows, k=count)
+        sample = lax.platform_dependent(given.x, key, cpu=by_log_p, default=by_rows)
+    return sample._replace(
+        indices=jnp.moveaxis(sample.indices, -1, given.axis), perturbed=jnp.moveaxis(sample.perturbed, -1, given.axis)
+    )
+
+
+def _by_log_p(x: Array, key: Any, k: int, classes: int, axis_name: AxisName) -> TopK:
+    """The sample of `gumbel_top_k`, classes last."""
+    log_p = maps.log_p(x, (x.ndim - 1,), axis_name)
+    best, index = _noise.top_perturbed(key, log_p, min(k + 1, classes), axis_name)
     index = jnp.where(best > -jnp.inf, index, -1)
     last = jnp.where(jnp.isnan(best[..., 0]), jnp.nan, -jnp.inf).astype(best.dtype)
-    return TopK(
-        jnp.moveaxis(index[..., :count], -1, given.axis),
-        jnp.moveaxis(best[..., :count], -1, given.axis),
-        best[..., count] if count < classes else last,
-    )
+    return TopK(index[..., :k], best[..., :k], best[..., k] if k < classes else last)
+
+
+def _by_rows(x: Array, key: Any, k: int) -> TopK:
+    """The same from numbers of each row, which come first: GPUs and TPUs then write neither log p nor the noise where
+    the k largest are found by blocks. How many classes are left says which indices are −1."""
+    log_p, log_total, left = _log_p_by_rows(x)
+    best, index = _noise.top_perturbed(key, log_p, min(k + 1, x.shape[-1]))
+    index = jnp.where(lax.broadcasted_iota(left.dtype, index.shape, index.ndim - 1) < left, index, -1)
+    last = best[..., k] if k < x.shape[-1] else jnp.where(jnp.isnan(log_total[..., 0]), jnp.nan, -jnp.inf)
+    return TopK(index[..., :k], best[..., :k], last.astype(best.dtype))
+
+
+@jax.custom_jvp
+def _log_p_by_rows(x: Array) -> tuple[Array, Array, Array]:
+    """log p, log Σ e^u and the number of classes that are left, 0 in a row that is NaN. The numbers of a row are
+    computed before any log p."""
+    axis = (x.ndim - 1,)
+    _, _, rest, peak, _ = shifted(x, axis)
+    log_total = jnp.log1p(rest)
+    left = class_sum((difference(x, peak) > -jnp.inf).astype(x.dtype), axis)
+    left = jnp.where(jnp.isnan(log_total), 0, left)
+    peak, log_total, left = lax.optimization_barrier((peak, log_total, left))
+    return difference(x, peak) - log_total, log_total, left
+
+
+@_log_p_by_rows.defjvp
+def _log_p_by_rows_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """The rule of log p."""
+    out = _log_p_by_rows(*primals)
+    rate = jax.jvp(lambda x: maps.log_p(x, (x.ndim - 1,)), primals, tangents)[1]
+    return out, (rate, *(jnp.zeros_like(a) for a in out[1:]))
 
 
 @public

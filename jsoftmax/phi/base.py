@@ -116,18 +116,18 @@ def slope(phi: Phi, z: Array) -> Array:
 @jax.jit
 def curvature(phi: Phi, z: Array) -> Array:
     """t = ψ''(z), and 0 where a score is infinite."""
-    finite = _is_finite(z)
+    finite = is_finite(z)
     return jnp.where(finite, _elementwise(phi, _cast(phi, z.dtype).curvature, jnp.where(finite, z, 0)), 0)
 
 
-def _is_finite(z: Array) -> Array:
+def is_finite(z: Array) -> Array:
     """|z| < ∞, by a comparison: XLA for GPUs does not fuse `isfinite` into the kernel of a row."""
     return jnp.abs(z) < jnp.inf
 
 
 @jax.custom_jvp
 def _log(phi: Phi, z: Array) -> Array:
-    finite = _is_finite(z)
+    finite = is_finite(z)
     return jnp.where(finite, _elementwise(phi, phi.log_phi, jnp.where(finite, z, 0)), z)
 
 
@@ -139,7 +139,7 @@ def _log_jvp(primals: tuple[Phi, Array], tangents: tuple[Any, Any]) -> tuple[Arr
 
 @jax.custom_jvp
 def _slope(phi: Phi, z: Array) -> Array:
-    finite = _is_finite(z)
+    finite = is_finite(z)
     return jnp.where(finite, _elementwise(phi, phi.slope, jnp.where(finite, z, 0)), 0)
 
 

@@ -78,18 +78,25 @@ def _by_platform(on_cpu: Callable[..., Any], otherwise: Callable[..., Any], apar
     return lax.platform_dependent(*arrays, cpu=on_cpu, default=otherwise) if apart else otherwise(*arrays)
 
 
-def normalized(
-    x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
+def normalized(  # noqa: PLR0917  (as rules, which have no keywords, call it)
+    x: Array,
+    axis: tuple[int, ...],
+    axis_name: AxisName = None,
+    want: Want = "all",
+    order: int = 0,
+    is_shifted: bool = False,
 ) -> Normalized:
-    """log p, p and L. order: the order of the derivative that needs them; 0 is the value."""
+    """log p, p and L. order: the order of the derivative that needs them; 0 is the value. is_shifted: whether the
+    caller has subtracted the maximum of each row already."""
+    on_cpu = functools.partial(cpu.normalized, axis=axis, axis_name=axis_name, want=want, order=order)
     apart = has_form_for_cpu(x.shape)
-    otherwise = _p_of_log_p if want == "all" and apart else reference.normalized
-    return _by_platform(
-        functools.partial(cpu.normalized, axis=axis, axis_name=axis_name, want=want, order=order),
-        functools.partial(otherwise, axis=axis, axis_name=axis_name),
-        apart,
-        x,
+    otherwise = functools.partial(
+        _p_of_log_p if want == "all" and apart else reference.normalized, axis=axis, axis_name=axis_name
     )
+    if is_shifted and axis_name is None and cpu.is_large(x) and _is_long(x.shape, axis):
+        of_gpus = dict.fromkeys(_GPUS, functools.partial(long_rows.normalized_of_shifted, axis=axis))
+        return lax.platform_dependent(x, cpu=on_cpu, **of_gpus, default=otherwise)
+    return _by_platform(on_cpu, otherwise, apart, x)
 
 
 def _p_of_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Normalized:

@@ -10,10 +10,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from jsoftmax.checks.arguments import read, widened
-from jsoftmax.sums.reference import class_sum, is_sure, shifted
+from jsoftmax.sums.reference import Normalized, class_sum, is_empty, is_sure, shifted, sum_without_one
+
+
+def normalized_of_shifted(x: Array, axis: tuple[int, ...]) -> Normalized:
+    """`reference.normalized` where the maximum of each row with classes is 0, and so need not be sought."""
+    x = read(x)
+    rest, _ = sum_without_one(jnp.exp(x), axis)
+    log_total = jnp.log1p(rest)
+    left_out = -jnp.inf - lax.stop_gradient(log_total)  # NaN in a row that is NaN
+    log_p = jnp.where(x > -jnp.inf, x - log_total, left_out)
+    return Normalized(log_p, jnp.exp(log_p), jnp.where(is_empty(rest), -jnp.inf, log_total))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
