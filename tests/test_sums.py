@@ -11,7 +11,7 @@ from cells import and_full, covering, named, some
 from compilation import jit_as_user
 from platforms import as_on_accelerators
 
-from jsoftmax import sums
+from jsoftmax import losses, sums
 from jsoftmax.sums import cpu, long_rows, reference
 from jsoftmax.sums.cpu import paths
 from jsoftmax.verify import DERIVATIVES, FUNCTIONS, LOSSES, jit_formulas
@@ -148,10 +148,36 @@ def test_digits_of_long_rows_beside_a_sure_class(name):
     with jax.enable_x64(True):
         wide = jnp.asarray(z, np.float64)
         want = jax.jit(functools.partial(tangents, getattr(reference, name), axis=(1,)))(wide)
+    assert_digits_of_rows(got, want)
+
+
+def assert_digits_of_rows(got, want):
     for leaf, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         exact = np.float64(wanted)
         typical = np.median(np.abs(exact), 1, keepdims=True) + np.abs(exact)
         assert np.all(np.abs(np.float64(leaf) - exact) <= 4e-5 * typical)
+
+
+@pytest.mark.parametrize("label", [4, 2], ids=["right", "wrong"])
+def test_digits_of_long_rows_of_losses(label, monkeypatch):
+    """Gradient and Hessian product of cross-entropy as GPUs compute them, beside a class that is 8 to 60 above."""
+    z = np.random.default_rng(3).normal(0, 1, (14, 9)).astype(np.float32)
+    z[:, 4] += np.arange(8, 64, 4, dtype=np.float32)
+    labels = np.full(14, label)
+
+    def derivatives(z):
+        return jax.jvp(jax.grad(lambda z: jnp.sum(losses.cross_entropy(z, labels))), (z,), (jnp.cos(z),))
+
+    with jax.enable_x64(True):
+        want = jax.jit(derivatives)(jnp.asarray(z, np.float64))
+    jax.clear_caches()
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "LARGE", 0)
+        patch.setattr(sums, "_ROW_KERNEL_CLASSES", 1)
+        as_on_accelerators(patch)
+        got = jit_as_user(derivatives)(jnp.asarray(z))
+    jax.clear_caches()
+    assert_digits_of_rows(got, want)
 
 
 def everything(function, z):

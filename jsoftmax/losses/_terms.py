@@ -73,7 +73,9 @@ def _terms_jvp(axis_name: AxisName, mean: bool, order: int, primals: Any, tangen
     p = normalize(x, (x.ndim - 1,), axis_name, "loss", order + 1).p
     kept = ~jnp.isneginf(x) if mean else None
     along: Any = functools.partial(_terms_rate, axis_name, axis_name is not None and order > 0)
-    given = p, kept, out.label, label, x_dot
+    given: Any = p, kept, out.label, label, x_dot
+    if axis_name is None and sums.is_read_in_parts(x, (x.ndim - 1,)):
+        given = *given, x
     if axis_name is None and not order and sums.is_read_once(x, (x.ndim - 1,)):
         along, given = functools.partial(_terms_rate_of_many, along), (x, *given)
     return out, jax.checkpoint(along, prevent_cse=False)(*given)
@@ -93,7 +95,14 @@ def _terms_rate_of_many(along: Callable[..., Terms], x: Array, *given: Any) -> T
 
 
 def _terms_rate(  # noqa: PLR0917  (what `jax.checkpoint` keeps has no keywords)
-    axis_name: AxisName, of_sharded: bool, p: Array, kept: Array | None, n: Array, label: Array, x_dot: Array
+    axis_name: AxisName,
+    of_sharded: bool,
+    p: Array,
+    kept: Array | None,
+    n: Array,
+    label: Array,
+    x_dot: Array,
+    x: Array | None = None,
 ) -> Terms:
     """The rule of `terms`, linear in ẋ. of_sharded: p_y is read from p, since −l_y would take one more exchange.
 
@@ -104,7 +113,7 @@ def _terms_rate(  # noqa: PLR0917  (what `jax.checkpoint` keeps has no keywords)
     if of_sharded:
         p_y = local_value_at_label(lambda own: pick(p, own), label, p.shape[-1], axis_name)
         at_label = p_y - 1
-    rates = sums.label_rates(p, kept, p_y, at_label, x_dot, label, axis_name)
+    rates = sums.label_rates(p, kept, p_y, at_label, x_dot, label, axis_name, x)
     count = None if kept is None else _count(kept, p.dtype)
     (label_rate, L_dot, of_kept), count = psum((rates, count), axis_name)
     return Terms(label_rate, L_dot, None if kept is None else L_dot - of_kept / jnp.maximum(count, 1))

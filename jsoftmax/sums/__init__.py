@@ -53,6 +53,7 @@ __all__ = [
     "gap_sum",
     "has_bad_score",
     "is_empty",
+    "is_read_in_parts",
     "is_read_once",
     "label_rates",
     "log_p_rate",
@@ -93,7 +94,7 @@ def normalized(  # noqa: PLR0917  (as rules, which have no keywords, call it)
     otherwise = functools.partial(
         _p_of_log_p if want == "all" and apart else reference.normalized, axis=axis, axis_name=axis_name
     )
-    if is_shifted and axis_name is None and cpu.is_large(x) and _is_long(x.shape, axis):
+    if is_shifted and axis_name is None and is_read_in_parts(x, axis):
         of_gpus = dict.fromkeys(_GPUS, functools.partial(long_rows.normalized_of_shifted, axis=axis))
         return lax.platform_dependent(x, cpu=on_cpu, **of_gpus, default=otherwise)
     return _by_platform(on_cpu, otherwise, apart, x)
@@ -191,6 +192,11 @@ def _is_long(shape: tuple[int, ...], axis: tuple[int, ...]) -> bool:
     return math.prod(shape[i] for i in axis) > _ROW_KERNEL_CLASSES
 
 
+def is_read_in_parts(x: Array, axis: tuple[int, ...]) -> bool:
+    """Whether there are many scores, in rows that GPUs read in several kernels."""
+    return cpu.is_large(x) and _is_long(x.shape, axis)
+
+
 def is_read_once(x: Array, axis: tuple[int, ...]) -> bool:
     """Whether there are many scores, in rows short enough for a GPU to read them once for everything that a result
     needs."""
@@ -250,23 +256,37 @@ def weighted_deviations(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
 
 
 def label_rates(  # noqa: PLR0917  (as rules, which have no keywords, call them)
-    p: Array, kept: Array | None, p_y: Array, at_label: Array, x_dot: Array, label: Array, axis_name: AxisName = None
+    p: Array,
+    kept: Array | None,
+    p_y: Array,
+    at_label: Array,
+    x_dot: Array,
+    label: Array,
+    axis_name: AxisName = None,
+    x: Array | None = None,
 ) -> LabelRates:
     """Derivatives of −l_y and L along ẋ, and Σ ẋ, over the last axis of this shard. Labels `[..., 1]` number the
-    classes of all shards. at_label: p_y − 1 with its digits."""
+    classes of all shards. at_label: p_y − 1 with its digits. x: scores in long rows, which GPUs read instead of p."""
     own, inside = local_label(label, x_dot.shape[-1], axis_name)
 
     def compared(p: Array, kept: Array | None, at_label: Array, x_dot: Array) -> LabelRates:
         here = is_label(x_dot.shape, label, axis_name)
         return reference.label_rates(p, kept, at_label, widened(x_dot), here)
 
-    if cpu.compares_labels(x_dot):
-        return compared(p, kept, at_label, x_dot)
-
     def on_cpu(p: Array, kept: Array | None, at_label: Array, x_dot: Array) -> LabelRates:
         return cpu.label_rates(p, kept, p_y, at_label, x_dot, own, inside)
 
-    return _by_platform(on_cpu, compared, cpu.is_large(x_dot), p, kept, at_label, x_dot)
+    if not cpu.is_large(x_dot) or cpu.compares_labels(x_dot):
+        on_cpu = compared
+    if x is None:
+        return _by_platform(on_cpu, compared, on_cpu is not compared, p, kept, at_label, x_dot)
+
+    def on_gpus(p: Array, kept: Array | None, at_label: Array, x_dot: Array) -> LabelRates:
+        here = is_label(x_dot.shape, label)
+        return long_rows.label_rates(x, kept, p_y, at_label, widened(x_dot), here)
+
+    of_gpus = dict.fromkeys(_GPUS, on_gpus)
+    return lax.platform_dependent(p, kept, at_label, x_dot, cpu=on_cpu, **of_gpus, default=compared)
 
 
 def explain(shape: tuple[int, ...], axis: Axis = -1, platform: str | None = None) -> str:

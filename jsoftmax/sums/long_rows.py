@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax.checks.arguments import read, widened
-from jsoftmax.sums.reference import Normalized, class_sum, is_empty, is_sure, shifted, sum_without_one
+from jsoftmax.sums.reference import LabelRates, Normalized, class_sum, is_empty, is_sure, shifted, sum_without_one
 
 
 def normalized_of_shifted(x: Array, axis: tuple[int, ...]) -> Normalized:
@@ -73,3 +73,16 @@ def p_rate(x: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
 def log_p_rate(x: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
     """`reference.log_p_rate`."""
     return jnp.where(x > -jnp.inf, centred_tangent(x, x_dot, axis)[0], 0)
+
+
+def label_rates(  # noqa: PLR0917  (as `sums.label_rates` has them)
+    x: Array, kept: Array | None, p_y: Array, at_label: Array, x_dot: Array, is_label: Array
+) -> LabelRates:
+    """`reference.label_rates`, from sums of e^u ẋ, which need not wait for Σ e^u. XLA adds them up beside those of
+    `exp_about_top` if the label is left out of ẋ, not of the product."""
+    axis = (x.ndim - 1,)
+    e, rest, _ = exp_about_top(x, axis)
+    of_others = class_sum(e * jnp.where(is_label, 0, x_dot), axis) / (1 + rest)
+    of_label = class_sum(jnp.where(is_label, x_dot, 0), axis)
+    of_kept = None if kept is None else class_sum(jnp.where(kept, x_dot, 0), axis)
+    return LabelRates(of_others + at_label * of_label, of_others + p_y * of_label, of_kept)
