@@ -100,7 +100,9 @@ def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> A
 @_kl.defjvp
 def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4). Finite where D is not, because r is 0 where q is."""
-    (x_p, x_q), (x_p_dot, x_q_dot) = primals, [widened(dot) for dot in tangents]
+    D = _kl(*primals, axis, axis_name)
+    x_p, x_q = primals if axis_name is not None else [sums.read_again(x, axis) for x in primals]
+    x_p_dot, x_q_dot = map(widened, tangents)
     (log_p, p, L_p), (log_q, q, _) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     impossible = jnp.isneginf(x_q)
     r = log_ratio(log_p, log_q, impossible)
@@ -110,7 +112,7 @@ def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: 
     q_minus_p = jnp.where(near, p * expm1(-jnp.where(near, r, 0)), q - p)
     by_q = zero_where_not_nan(impossible | jnp.isneginf(L_p), q_minus_p)
     rate = by_p * x_p_dot + by_q * x_q_dot
-    return _kl(x_p, x_q, axis, axis_name), class_sum(rate, axis, axis_name)
+    return D, class_sum(rate, axis, axis_name)
 
 
 @public

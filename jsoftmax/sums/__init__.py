@@ -62,6 +62,7 @@ __all__ = [
     "not_below",
     "not_negative",
     "p_rate",
+    "read_again",
     "shifted",
     "weighted_deviations",
 ]
@@ -201,6 +202,14 @@ def is_read_once(x: Array, axis: tuple[int, ...]) -> bool:
     """Whether there are many scores, in rows short enough for a GPU to read them once for everything that a result
     needs."""
     return cpu.is_large(x) and not _is_long(x.shape, axis)
+
+
+def read_again(x: Array, axis: tuple[int, ...]) -> Array:
+    """x, for a rule whose value is computed in the same program. If GPUs read a row once, the rule gets it behind a
+    barrier, and computes again what XLA would otherwise write to memory for both."""
+    if not is_read_once(x, axis):
+        return x
+    return lax.platform_dependent(x, **dict.fromkeys(_GPUS, lax.optimization_barrier), default=lambda x: x)
 
 
 def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
