@@ -93,7 +93,7 @@ MUTANTS = (
     Mutant("sums/long_rows.py", "jnp.where(sure, -rest, 1)", "jnp.where(sure, rest, 1)", f"{SUMS} -k long_rows"),
     Mutant("sums/long_rows.py", "of_others + at_label * of_label, of_others", "of_others + (p_y - 1) * of_label, of_others", f"{SUMS} -k rows_of_losses"),
     Mutant("sums/long_rows.py", "class_sum(e * jnp.where(is_label, 0, x_dot), axis)", "class_sum(e * x_dot, axis)", f"{SUMS} -k rows_of_losses"),
-    Mutant("sums/long_rows.py", "jnp.where(x > -jnp.inf, x - log_total, left_out)", "x - log_total", f"{SUMS} -k maximum_is_0"),
+    Mutant("sums/long_rows.py", "jnp.where(is_empty(rest), -jnp.inf, log_total)", "log_total", f"{SUMS} -k maximum_is_0"),
     Mutant("sums/reference.py", "complement * a - of_others, a - mean)", "a - mean, a - mean)", f"{ORACLE} -k confident"),
     Mutant("sums/reference.py", "complement * a - of_others, a - mean)", "complement * a + of_others, a - mean)", f"{ORACLE} -k confident"),
     Mutant("sums/reference.py", "return rest < 1 / SURE - 1", "return rest < 0", f"{DIGITS} -k beside_a_probability"),
