@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cells import and_full, some
 from modes import assert_same
-from platforms import as_on_accelerators
+from platforms import as_on_accelerators, traced_anew
 
 import jsoftmax as js
 from jsoftmax import attention, verify
@@ -374,12 +374,12 @@ def test_the_blocks_of_accelerators(monkeypatch):
         f = functools.partial(attention.dot_product_attention, is_causal=True)
         return verify.jit_formulas(lambda *a: (f(*a), gradient(f)(*a), jax.jvp(gradient(f), a, a)[1]))(*given)
 
-    on_cpu = run()
-    jax.clear_caches()
-    as_on_accelerators(monkeypatch)
-    for a, b in zip(jax.tree.leaves(run()), jax.tree.leaves(on_cpu), strict=True):
+    with traced_anew():
+        on_cpu = run()
+    with as_on_accelerators():
+        elsewhere = run()
+    for a, b in zip(jax.tree.leaves(elsewhere), jax.tree.leaves(on_cpu), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
-    jax.clear_caches()
 
 
 def test_wide_factors_keep_all_digits():

@@ -12,7 +12,7 @@ import pytest
 import sharding
 from cells import some
 from jax.sharding import PartitionSpec
-from platforms import as_on_accelerators
+from platforms import as_on_accelerators, traced_anew
 
 import jsoftmax as js
 from jsoftmax import verify
@@ -35,9 +35,8 @@ MIXED = {
 @pytest.fixture(scope="module", autouse=True)
 def _own_programs():
     """Traces know how long a chunk is."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
+    with traced_anew():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -80,20 +79,21 @@ def assert_close(ours, theirs, rtol=1e-10, atol=1e-12):
 
 
 def assert_same(f, g, *arguments):
-    """Values, gradients, and a Hessian product in a scan, in all arguments: weights, hidden vectors, φ."""
+    """Values, gradients, and a Hessian product in a scan, in all arguments: weights, hidden vectors, φ. Those of g, the
+    plain one, are made without the scan."""
 
-    def results(f, *arguments):
+    def results(f, in_a_scan, *arguments):
+        def total(*arguments):
+            return weighted(f(*arguments))
+
         def scanned(*arguments):
-            def body(total, _):
-                return total + weighted(f(*arguments)), None
-
-            return jax.lax.scan(body, 0.0, None, length=1)[0]
+            return jax.lax.scan(lambda sum_, _: (sum_ + total(*arguments), None), 0.0, None, length=1)[0]
 
         of = tuple(range(len(arguments)))
         directions = jax.tree.map(lambda a: jnp.cos(3 * jnp.asarray(a)), arguments)
-        return f(*arguments), jax.jvp(jax.grad(scanned, of), arguments, directions)
+        return f(*arguments), jax.jvp(jax.grad(scanned if in_a_scan else total, of), arguments, directions)
 
-    ours, theirs = (verify.jit_formulas(functools.partial(results, h))(*arguments) for h in (f, g))
+    ours, theirs = (verify.jit_formulas(functools.partial(results, *h))(*arguments) for h in ((f, True), (g, False)))
     assert_close(ours, theirs)
 
 
@@ -181,15 +181,13 @@ def test_as_on_accelerators(dtype, monkeypatch):
     mixed = {name: jnp.asarray(a, jnp.int32).at[3].set(-100).at[4].set(CLASSES) for name, a in MIXED.items()}
 
     def of_each():
-        jax.clear_caches()
         f = verify.jit_formulas(functools.partial(in_all_modes, ignore_label=-100))
         return {name: f(*given, labels) for name, labels in mixed.items()}
 
     wanted = of_each()
     monkeypatch.setattr(_streamed, "_SCORES", ROWS * 5)  # several blocks of classes
-    as_on_accelerators(monkeypatch)
-    found = of_each()
-    jax.clear_caches()
+    with as_on_accelerators():
+        found = of_each()
     tolerance = 1e-5 if dtype == "float32" else 0.03
     for name in MIXED:
         for got, want in zip(jax.tree.leaves(found[name]), jax.tree.leaves(wanted[name]), strict=True):
@@ -458,14 +456,12 @@ def test_draws(many_rows):
     assert chi_square(pairs, joint.ravel()) < 4
 
 
-def test_one_draw_as_on_accelerators(monkeypatch):
+def test_one_draw_as_on_accelerators():
     """By noise there; the same law."""
     params, h = make(), jnp.broadcast_to(jnp.asarray(H[:1], jnp.float32), (4000, D))
     p = np.exp(np.float64(adaptive.log_probs(params, h[0])))
-    as_on_accelerators(monkeypatch)
-    jax.clear_caches()
-    drawn = adaptive.categorical(KEY, params, h)
-    jax.clear_caches()
+    with as_on_accelerators():
+        drawn = adaptive.categorical(KEY, params, h)
     assert chi_square(drawn, p) < 4
 
 

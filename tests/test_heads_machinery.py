@@ -66,16 +66,13 @@ def test_the_plan_of_accelerators(name, dtype, monkeypatch):
         gradient, along, value = jax.jvp(jax.grad(total, (0, 1), has_aux=True), (h, W), (W[:12], W / 3), has_aux=True)
         return value, gradient, along
 
-    jax.clear_caches()
     wanted = jit_formulas(everything)(hidden, weight)
     monkeypatch.setattr(_check, "_SCORES", 12 * 100)
     monkeypatch.setattr(_check, "_SUM_SCORES", 12 * 100)
-    as_on_accelerators(monkeypatch)
-    jax.clear_caches()
     blocks = []
     monkeypatch.setattr(_head.Plan, "on_accelerators", recorded(_head.Plan.on_accelerators, blocks))
-    found = jit_formulas(everything)(hidden, weight)
-    jax.clear_caches()
+    with as_on_accelerators():
+        found = jit_formulas(everything)(hidden, weight)
     assert {(plan.tokens, plan.classes) for plan in blocks} == {(12, 175)}  # a divisor of the classes
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         scale = np.max(np.abs(np.float32(want)))
@@ -109,10 +106,8 @@ def test_the_plan_of_accelerators_over_shards(name, monkeypatch):
     wanted = all_modes(total)(hidden, weight, labels)
     monkeypatch.setattr(_check, "_SCORES", 13 * 44)
     monkeypatch.setattr(_check, "_SUM_SCORES", 13 * 88)
-    as_on_accelerators(monkeypatch)
-    jax.clear_caches()
-    found = all_modes(sharded)(hidden, weight, labels)
-    jax.clear_caches()
+    with as_on_accelerators():
+        found = all_modes(sharded)(hidden, weight, labels)
     sharding.assert_close(found, wanted, 1e-4)
 
 
@@ -124,11 +119,9 @@ def test_draws_as_on_accelerators(replace, monkeypatch):
     draws = functools.partial(heads.linear_categorical, jax.random.key(1), shape=(4, 70), replace=replace)
 
     monkeypatch.setattr(_check, "_SCORES", 70 * 128)
-    as_on_accelerators(monkeypatch)
-    jax.clear_caches()
-    found = jit_formulas(draws)(hidden, weight)
-    wanted = jit_formulas(functools.partial(draws, block_size=(16, 256)))(hidden, weight)
-    jax.clear_caches()
+    with as_on_accelerators():
+        found = jit_formulas(draws)(hidden, weight)
+        wanted = jit_formulas(functools.partial(draws, block_size=(16, 256)))(hidden, weight)
     assert np.mean(np.asarray(found) == wanted) > 0.98  # a rounding may move a draw
 
 

@@ -83,11 +83,9 @@ def test_equals_the_dense_functions_on_padded_rows(phi, x64):
         np.testing.assert_allclose(got, want, 1e-11, 1e-12, err_msg=mode)
 
 
-def test_sums_side_by_side_as_on_accelerators(monkeypatch, x64):
-    platforms.as_on_accelerators(monkeypatch)
-    jax.clear_caches()
-    test_equals_the_dense_functions_on_padded_rows(js.exp, None)
-    jax.clear_caches()
+def test_sums_side_by_side_as_on_accelerators(x64):
+    with platforms.as_on_accelerators():
+        test_equals_the_dense_functions_on_padded_rows(js.exp, None)
 
 
 @pytest.mark.parametrize("gap", [20.0, 60.0])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cells import and_full, covering, named, some
 from compilation import jit_as_user
-from platforms import as_on_accelerators
+from platforms import as_on_accelerators, traced_anew
 
 from jsoftmax import losses, sums
 from jsoftmax.sums import cpu, long_rows, reference
@@ -223,17 +223,13 @@ def _by_every_form(function, dtype, shapes, monkeypatch):
     z = [jnp.asarray(np.random.default_rng(1).normal(0, 2, shape), dtype) for shape in shapes]
     found = []
     for large, on_cpu, row_kernel in ((2**60, True, 2**60), (0, True, 2**60), (0, False, 2**60), (0, False, 1)):
-        jax.clear_caches()
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, traced_anew() if on_cpu else as_on_accelerators():
             patch.setattr(paths, "LARGE", large)
             patch.setattr(paths, "SHORT", paths.SHORT if large == 0 else 2**60)
             patch.setattr(sums, "_ROW_KERNEL_CLASSES", row_kernel)
-            if not on_cpu:
-                as_on_accelerators(patch)
             jit = jit_as_user if large == 0 and on_cpu else jit_formulas  # the others are what it is compared with
             found.append([jit(functools.partial(everything, function))(a) for a in z])
             assert {sums.explain(shape).split(":")[0] for shape in shapes} == {["reference", "cpu"][large == 0]}
-    jax.clear_caches()
     wanted, *others = map(jax.tree.leaves, found)
     for got, want in [pair for other in others for pair in zip(other, wanted, strict=True)]:
         scale = float(jnp.max(jnp.abs(want)))
