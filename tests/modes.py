@@ -10,8 +10,8 @@ from jsoftmax.verify import jit_formulas
 
 
 def assert_same(f, g, arguments, rtol=1e-11, atol=1e-13):
-    """Value and jvp; and gradient and Hessian product in a scan, of a sum with unequal weights; by every argument. Those
-    of g, the plain one, are made without the scan.
+    """Value and jvp; and gradient and Hessian product in a scan, of a sum with unequal weights; by every argument.
+    Those of g, the plain one, are made without the scan.
 
     f gives an array, or several of them. Infinite values are compared, and left out of the derivatives.
     """

@@ -283,9 +283,14 @@ def test_jensen_shannon():
         hidden, weight, bias = arrays()
         other = (jnp.sin(hidden), jnp.cos(weight), jnp.sin(bias))
         assert_same(ours, plain, (hidden, weight, bias, *other, jnp.asarray(0.3), jnp.asarray(1.5)), 1e-10)
+
+        @verify.jit_formulas
+        def at_the_ends(beta, p, q):
+            return heads.linear_jsd(hidden, weight, other[0], weight, beta=beta), heads.linear_kl(p, weight, q, weight)
+
         for beta, (p, q) in ((1e-9, (hidden, other[0])), (1 - 1e-9, (other[0], hidden))):
-            found = heads.linear_jsd(hidden, weight, other[0], weight, beta=beta) / 1e-9
-            np.testing.assert_allclose(found, heads.linear_kl(p, weight, q, weight), rtol=1e-5)
+            found, want = at_the_ends(beta, p, q)
+            np.testing.assert_allclose(found / 1e-9, want, rtol=1e-5)
 
 
 def test_jensen_shannon_beside_its_ends():

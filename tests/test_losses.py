@@ -63,18 +63,20 @@ def defined(phi, z, labels, **options):
 
 
 def assert_same(f, g, z, rtol=1e-11):
-    """Value, Jacobian, Hessian, and a Hessian product in a scan."""
+    """Value, Jacobian, Hessian, and a Hessian product in a scan, which of g, the plain one, is made of the Hessian."""
 
-    def results(f, z):
+    def results(f, in_a_scan, z):
         def total(z):
             return jnp.sum(jnp.cos(jnp.arange(z.shape[0])) * f(z))
 
         def scanned(z):
             return jax.lax.scan(lambda c, a: (c + total(a), None), 0.0, z[None])[0]
 
-        return f(z), jax.jacrev(f)(z), jax.hessian(total)(z), jax.jvp(jax.grad(scanned), (z,), (jnp.cos(z),))[1]
+        value, jacobian, hessian, v = f(z), jax.jacrev(f)(z), jax.hessian(total)(z), jnp.cos(z)
+        product = jax.jvp(jax.grad(scanned), (z,), (v,))[1] if in_a_scan else jnp.tensordot(hessian, v, z.ndim)
+        return value, jacobian, hessian, product
 
-    programs = [verify.jit_formulas(functools.partial(results, h)) for h in (f, g)]
+    programs = [verify.jit_formulas(functools.partial(results, *of)) for of in ((f, True), (g, False))]
     for a, b in zip(*(program(z) for program in programs), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-13)
 

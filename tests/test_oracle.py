@@ -34,13 +34,13 @@ def missed(function, phis, dtype):
 
 
 DTYPES = (np.float64, np.float32)
-ROWS = [(function, dtype, phi) for function, phi, dtype in covering(EVERY, PHIS, DTYPES, met=[(0, 1)])]
-ROWS += [(function, dtype, jsoftmax.exp) for function in SPARSE_MAPS + OTHERS for dtype in DTYPES]
+ROWS = [(f, dtype, phi) for f, phi, dtype in covering(EVERY, PHIS, DTYPES, met=[(0, 1), (0, 2)])]
+ROWS += [(f, dtype, jsoftmax.exp) for f, dtype in covering(SPARSE_MAPS + OTHERS, DTYPES, met=[(0, 1)])]
 
 
 @pytest.mark.parametrize(("function", "dtype", "phis"), grouped(ROWS))
 def test_digits(function, dtype, phis):
-    """Each function and each φ in both dtypes, up to second derivatives."""
+    """Each function in a dtype, and each φ in both dtypes, up to second derivatives."""
     assert not missed(verify.up_to(3, function), phis, dtype)
 
 

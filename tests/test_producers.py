@@ -234,10 +234,14 @@ STEPS = (
 BROUGHT = [f for f in EVERY if f not in DERIVATIVES]
 
 
+FEWER = ("softmax", "entropy", "cross_entropy")
+"""One with a result for each class, one for each row, one of labels: each of the few meets producers above."""
+
+
 def of_few(*lists):
-    """The few functions and all items by default, each once; in the gate every reader with every item, every two items,
-    and every function."""
-    few, apart = named(READERS, FEW), [(0, i) for i in range(1, 1 + len(lists))]
+    """The fewer functions and all items by default, each once; in the gate every reader with every item, every two
+    items, and every function."""
+    few, apart = named(READERS, FEWER), [(0, i) for i in range(1, 1 + len(lists))]
     alone = list(itertools.combinations(range(1 + len(lists)), 2))
     return and_full(covering(few, *lists, met=alone), covering(READERS, *lists), covering(BROUGHT, *lists, met=apart))
 
@@ -288,8 +292,8 @@ def test_rows_made_within_transformations(function, way, producer, shape):
 SHARDED = [f for f in FUNCTIONS + LOSSES if "axis_name" in inspect.signature(f.function).parameters]
 PARTS, WHOLE = PartitionSpec(None, "v"), PartitionSpec()
 SIZES = [(6, 16), (512, 512)]
-OF_PARTS = and_full(covering(named(SHARDED, FEW), SIZES, met=[(0, 1)]), itertools.product(SHARDED, SIZES))
-"""By default the few functions: the others read scores by the same sums."""
+OF_PARTS = and_full(covering(named(SHARDED, FEWER), SIZES, met=[(0, 1)]), itertools.product(SHARDED, SIZES))
+"""By default the fewer functions: the others read scores by the same sums."""
 
 
 @pytest.mark.parametrize(("function", "shape"), OF_PARTS, ids=str)

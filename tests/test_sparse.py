@@ -55,7 +55,7 @@ def check_optimal(z, p, alpha, tolerance):
 @pytest.mark.parametrize("alpha", some(ALPHAS, FEW_ALPHAS))
 def test_optimal(alpha):
     with jax.enable_x64(True):
-        for classes in (1, 2, 7, 1000):
+        for classes in (1, 2, 1000):
             z = np.concatenate([scores(20, classes, scale=s) for s in (1e-6, 0.1, 1.0, 5.0, 100.0)])
             for p in (of_one(alpha, jit_formulas)(z), of_any_wide(z, np.full((100, 1), alpha))):  # integer powers, any
                 check_optimal(z, p, alpha, 1e-9)
@@ -265,9 +265,10 @@ def defined(z, q, alpha):
     return jnp.sum(p * z, -1) - omega(p) + omega(q) - jnp.sum(z * q, -1)
 
 
-@pytest.mark.parametrize("alpha", some([1.0, 1.1, 1.5, 2.0, 3.0], [1.0, 1.5]))
+@pytest.mark.parametrize("alpha", some([1.0, 1.1, 1.5, 2.0, 3.0], [1.5]))
 def test_fenchel_young_loss(alpha):
-    """By default the limit, which is softmax, and one α beyond it. The loss takes the map, of which more are above."""
+    """By default of one α, since the loss takes the map, of which more are above. That of α = 1 is the cross-entropy,
+    as is shown below."""
     with jax.enable_x64(True):
         z, labels = scores(6, 5, seed=4), jnp.array([0, 4, 2, 1, 3, 0])
         hot = np.eye(5)[labels]
@@ -396,7 +397,7 @@ def test_a_sink_is_one_more_class():
             def results(f):
                 total = lambda *given: jnp.sum(jnp.cos(jnp.arange(24.0)).reshape(2, 3, 4) * f(*given))  # noqa: E731
                 gradient = jax.grad(total, (0, 1))
-                return f(*given), gradient(*given), jax.jvp(gradient, given, tuple(map(jnp.cos, given)))[1]
+                return f(*given), *jax.jvp(gradient, given, tuple(map(jnp.cos, given)))
 
             programs = [jax.jit(functools.partial(results, h)) for h in (f, g)]
             for a, b in zip(*(jax.tree.leaves(program()) for program in programs), strict=True):

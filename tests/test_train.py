@@ -16,6 +16,7 @@ from jsoftmax.verify import jit_formulas
 (PLAIN,) = train.arms(["cross-entropy"], ["exp"], 0.0)
 
 
+@pytest.mark.full  # An experiment: it trains a model to its optimum, beside the peer.
 def test_linear_model_is_logistic_regression():
     strength = 1e-2
     with jax.enable_x64(True):
