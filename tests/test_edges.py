@@ -207,17 +207,19 @@ def test_arguments_not_given(function, phi):
     """No mask is the same as a mask of True, and no log-weights as zeros: in value and derivatives."""
     z = (jnp.asarray(FINE), jnp.asarray(OTHER))[: function.scores]
     every, zeros = np.ones(5, bool), np.zeros(5, np.float32)
-    pairs = [(given, (every, zeros)) for given in ((None, None), (every, None), (None, zeros))]
-    pairs += [(given, (KEEP, zeros)) for given in ((KEEP, None), (None, np.float32(LEFT_OUT)))]
+    all_kept, some_left_out = ((None, None), (every, None), (None, zeros)), ((KEEP, None), (None, np.float32(LEFT_OUT)))
+
+    ways_and_both = ((all_kept, (every, zeros)), (some_left_out, (KEEP, zeros)))
 
     @jit_formulas
     def results(z):
         f = functools.partial(value_and_derivatives, function, phi, z)
-        return [[f(*given) for given in pair] for pair in pairs]
+        return [([f(*given) for given in ways], f(*same)) for ways, same in ways_and_both]
 
-    for one, other in results(z):
-        for got, want in zip(one, other, strict=True):
-            np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+    for ways, both in results(z):
+        for one in ways:
+            for got, want in zip(one, both, strict=True):
+                np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=str)

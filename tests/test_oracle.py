@@ -117,7 +117,8 @@ def test_nan_is_a_miss():
 
 
 def test_command_fails_on_a_miss(monkeypatch, tmp_path, capsys):
-    good, bad = (verify.cell(f, jsoftmax.exp) for f in (dataclasses.replace(FUNCTIONS[0], orders=3), WRONG_ENTROPY))
+    good = verify.Cell("entropy", "exp", (0.0,) * 3, (1e-12,) * 3, (0.0,) * 3, (1e-5,) * 3)
+    bad = dataclasses.replace(good, error64=(0.0, 0.5, 0.5))
     sure, not_sure = verify.Sure(FUNCTIONS[0], 1e-7), verify.Sure(FUNCTIONS[0], float("nan"))
     monkeypatch.setattr(verify, "checks", lambda *_, **__: iter([good, sure]))
     assert cli.main(["verify", "--json", str(tmp_path / "good.json")]) == 0

@@ -381,18 +381,23 @@ def test_rows_in_explicit_mode(cut, classes):
     explicit, z, labels = mesh(AxisType.Explicit), scores(classes)[0][:DEVICES], LABELS[:DEVICES]
     weights = jnp.cos(jnp.arange(classes))
     rows = PartitionSpec(*spec[:1])
-    for f in (
+    functions = (
         lambda z, labels, key: js.entropy(z),
         lambda z, labels, key: losses.cross_entropy(z, labels, class_weights=weights),
         lambda z, labels, key: losses.cross_entropy(z, jnp.exp(weights) * jnp.ones(z.shape)),
         lambda z, labels, key: gumbel.categorical(key, z),
         lambda z, labels, key: gumbel.gumbel_top_k(key, z, 2).indices,
-    ):
-        want = f(z, labels, jax.random.key(0))
-        given = [jax.device_put(a, NamedSharding(explicit, s)) for a, s in ((z, spec), (labels, rows))]
-        with jax.set_mesh(explicit):
-            key = jax.random.key(0)
-            for found in (f(*given, key), jit_formulas(f)(*given, key)):
+    )
+
+    def every(*given):
+        return [f(*given) for f in functions]
+
+    wanted = jit_formulas(every)(z, labels, jax.random.key(0))
+    given = [jax.device_put(a, NamedSharding(explicit, s)) for a, s in ((z, spec), (labels, rows))]
+    with jax.set_mesh(explicit):
+        key = jax.random.key(0)
+        for results in (every(*given, key), jit_formulas(every)(*given, key)):
+            for found, want in zip(results, wanted, strict=True):
                 np.testing.assert_allclose(found, want, rtol=1e-5)
                 assert jax.typeof(found).sharding.spec[0] == (rows[0] if rows else None)
     with jax.set_mesh(explicit), pytest.raises(ValueError, match="cross_entropy: logits must not be sharded over"):

@@ -47,8 +47,8 @@ def plain_divergence(z, q, tail, phi):
     return jnp.sum(jnp.where(q > 0, q * (jnp.log(jnp.where(q > 0, q, 1)) - jnp.log(p)), 0), -1)
 
 
-def results(f, *given):
-    """Value, gradient and, in a scan, a Hessian product, of unequal weights, by every argument."""
+def results(f, in_a_scan, *given):
+    """Value; and gradient and Hessian product, in a scan or not, of unequal weights, by every argument."""
 
     def total(*given):
         return jnp.sum(jnp.cos(jnp.arange(ROWS)) * f(*given))
@@ -58,11 +58,12 @@ def results(f, *given):
 
     every = tuple(range(len(given)))
     along = tuple(jnp.cos(3 * a) for a in given)
-    return f(*given), jax.grad(total, every)(*given), jax.jvp(jax.grad(scanned, every), given, along)[1]
+    return f(*given), *jax.jvp(jax.grad(scanned if in_a_scan else total, every), given, along)
 
 
 def assert_same(f, g, given, rtol=1e-10):
-    programs = [verify.jit_formulas(functools.partial(results, h)) for h in (f, g)]
+    """In a scan, of g, the plain one, without it."""
+    programs = [verify.jit_formulas(functools.partial(results, *of)) for of in ((f, True), (g, False))]
     for a, b in zip(*(jax.tree.leaves(program(*given)) for program in programs), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-12)
 
@@ -288,7 +289,8 @@ def test_classes_on_several_devices(way):
             "head in shard_map": jax.shard_map(functools.partial(of_head, axis_name="v"), **cut),
             "head by shards": functools.partial(of_head, shards=sharding.DEVICES),
         }[way]
-        found, want = (verify.jit_formulas(functools.partial(results, g))(*given) for g in (f, of_scores))
+        ways = (f, True), (of_scores, False)
+        found, want = (verify.jit_formulas(functools.partial(results, *g))(*given) for g in ways)
         sharding.assert_close(found, want, 1e-9)
 
 
