@@ -15,7 +15,13 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes
 jaxtyping.install_import_hook("jsoftmax", "beartype.beartype")
 
-gc.set_threshold(200_000, 20, 100)  # traces make many objects and few cycles: by default, a collection every 700
+gc.set_threshold(500_000, 20, 100)  # traces make many objects and few cycles: by default, a collection every 700
+
+
+def pytest_collection_finish():
+    """What imports and the list of tests have made lives until the end: collections pass it by."""
+    gc.freeze()
+
 
 MAPS = pathlib.Path("/proc/self/maps")
 

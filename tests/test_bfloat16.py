@@ -62,10 +62,8 @@ def derivatives(f):
     return jit_as_user(run)
 
 
-AS_IN_FLOAT32 = and_full(
-    [("softmax", 60), ("log_normalizer", 4500), ("cross_entropy", 8192)], itertools.product(FUNCTIONS, LENGTHS)
-)
-"""Functions meet shapes in test_sums.py, in bfloat16 too."""
+AS_IN_FLOAT32 = and_full([("log_normalizer", 4500), ("cross_entropy", 8192)], itertools.product(FUNCTIONS, LENGTHS))
+"""Functions meet shapes in test_sums.py, in bfloat16 too; what keeps the classes is below."""
 
 
 @pytest.mark.parametrize(("name", "classes"), AS_IN_FLOAT32)
@@ -103,10 +101,10 @@ def test_derivatives_of_what_keeps_the_classes(name, classes):
 
 
 OF_EDGES = and_full(
-    [("softmax", 300), ("log_normalizer", 8192), ("cross_entropy", 4500)],
+    [("softmax", 300), ("cross_entropy", 4500)],
     itertools.product(FUNCTIONS, [300, 4500, 8192]),
 )
-"""One with a result for each class, one for each row, one with labels."""
+"""One with a result for each class, one for each row."""
 
 
 @pytest.mark.parametrize(("name", "classes"), OF_EDGES)

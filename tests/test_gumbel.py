@@ -152,7 +152,12 @@ DRAWS = {
 OF_PHI = {name: ours for name, (ours, _) in RECORDS.items()} | DRAWS
 
 
-@pytest.mark.parametrize(("name", "phi"), covering(list(OF_PHI), js.PHIS, met=[(0, 1)]), ids=str)
+FEW_PHIS = [js.taylor(2), js.relu_power(2, 0.1)]
+"""One with parameters that are no arrays, and one that is 0 at some scores."""
+OF_LOG_PHI = and_full(covering(list(OF_PHI), FEW_PHIS, met=[(0, 1)]), covering(list(OF_PHI), js.PHIS, met=[(0, 1)]))
+
+
+@pytest.mark.parametrize(("name", "phi"), OF_LOG_PHI, ids=str)
 def test_every_function_takes_log_phi(name, phi):
     """f(z, φ) = f(log φ(z)), and the same of its gradient: φ enters through its logarithm alone, so each function with
     one φ shows it of all. Derivatives of log φ are in test_oracle.py."""

@@ -300,15 +300,14 @@ def test_top_k(phi):
         )
 
 
-@pytest.mark.parametrize("tail_bias", [-9.0, 0.0, 2.0, 9.0])
-def test_top_k_of_log_probs(tail_bias):
+def test_top_k_of_log_probs():
     """Also where no tail is searched, or none of the head's classes is among them; for one class and for all."""
-    params, h = jax.tree.map(lambda a: 3 * a, make()), jnp.asarray(H, jnp.float32)
-    params = params._replace(bias=params.bias.at[8:].add(tail_bias))
-    log_p = adaptive.log_probs(params, h)
-    for k in (1, 5, 20, CLASSES):
-        found = adaptive.top_k(params, h, k)
-        best, index = jax.lax.top_k(log_p, k)
+    made, h, counts = jax.tree.map(lambda a: 3 * a, make()), jnp.asarray(H, jnp.float32), (1, 5, 20, CLASSES)
+
+    log_probs, every = jax.jit(adaptive.log_probs), jax.jit(lambda *a: [adaptive.top_k(*a, k) for k in counts])
+    for tail_bias, k in itertools.product((-9.0, 0.0, 2.0, 9.0), range(len(counts))):
+        params = made._replace(bias=made.bias.at[8:].add(tail_bias))
+        found, (best, index) = every(params, h)[k], jax.lax.top_k(log_probs(params, h), counts[k])
         np.testing.assert_array_equal(found.indices, index)
         np.testing.assert_allclose(found.log_prob, best, rtol=1e-6)
 
@@ -341,28 +340,30 @@ def spoil(tail):
 def test_bad_rows_of_top_k_and_draws():
     """NaN in the head is in that row alone; in a tail in rows that searched it, whatever their neighbours did."""
     params, h = make(), jnp.asarray(H, jnp.float32)
-    clean = adaptive.top_k(params, h, 5)
+    top = jax.jit(functools.partial(adaptive.top_k, k=5))
     draw = functools.partial(adaptive.categorical, KEY, shape=(7, ROWS), return_log_prob=True)
+    draw = jax.jit(draw, static_argnames="replace")
+    clean = jax.tree.map(np.asarray, top(params, h))
     for bad in (jnp.nan, jnp.inf):
-        found = adaptive.top_k(params, h.at[5].set(bad), 5)
-        np.testing.assert_array_equal(found.indices, clean.indices.at[5].set(-1))
-        np.testing.assert_array_equal(found.log_prob, clean.log_prob.at[5].set(jnp.nan))
+        one, spoilt_h = np.arange(ROWS) == 5, h.at[5].set(bad)
+        found = top(params, spoilt_h)
+        np.testing.assert_array_equal(found.indices, np.where(one[:, None], -1, clean.indices))
+        np.testing.assert_array_equal(found.log_prob, np.where(one[:, None], np.nan, clean.log_prob))
         for replace in (True, False):
-            drawn, log_p = draw(params, h.at[5].set(bad), replace=replace)
-            want, want_log_p = draw(params, h, replace=replace)
-            np.testing.assert_array_equal(drawn, want.at[:, 5].set(-1))
-            np.testing.assert_allclose(log_p, want_log_p.at[:, 5].set(jnp.nan), rtol=1e-6)
+            drawn, log_p = draw(params, spoilt_h, replace=replace)
+            want, want_log_p = map(np.asarray, draw(params, h, replace=replace))
+            np.testing.assert_array_equal(drawn, np.where(one, -1, want))
+            np.testing.assert_allclose(log_p, np.where(one, np.nan, want_log_p), rtol=1e-6)
     spoilt = params._replace(tails=(params.tails[0], spoil(params.tails[1])))
-    found = adaptive.top_k(spoilt, h, 5)
-    head = jnp.concatenate([h @ params.head.T + params.bias], -1)
-    fifth = jnp.sort(jnp.concatenate([adaptive.log_probs(params, h)[:, :30]], -1), -1)[:, -5]
-    searched = js.log_softmax(head)[:, 9] > fifth
+    found = top(spoilt, h)
+    head, log_p = jax.jit(lambda: (js.log_softmax(h @ params.head.T + params.bias), adaptive.log_probs(params, h)))()
+    searched = np.asarray(head)[:, 9] > np.sort(np.asarray(log_p)[:, :30], -1)[:, -5]
     assert 0 < np.sum(searched) < ROWS
     np.testing.assert_array_equal(np.isnan(found.log_prob[:, 0]), searched)
-    np.testing.assert_array_equal(found.indices, jnp.where(searched[:, None], -1, clean.indices))
-    drawn, log_p = draw(spoilt, h)
-    want, _ = draw(params, h)
-    np.testing.assert_array_equal(drawn, jnp.where(want >= 30, -1, want))
+    np.testing.assert_array_equal(found.indices, np.where(searched[:, None], -1, clean.indices))
+    drawn, log_p = draw(spoilt, h, replace=True)
+    want = np.asarray(draw(params, h, replace=True)[0])
+    np.testing.assert_array_equal(drawn, np.where(want >= 30, -1, want))
     np.testing.assert_array_equal(np.isnan(log_p), want >= 30)
 
 
@@ -603,15 +604,15 @@ def test_digits():
 
 def test_edges():
     params, h, y = make(), jnp.asarray(H, jnp.float32), jnp.asarray(LABELS)
-    clean = adaptive.log_prob(params, h, y)
     f = jax.jit(lambda h, y, where: adaptive.log_prob(params, h, y, where))
-    every = jnp.ones(ROWS, bool)
+    entropy, every = jax.jit(functools.partial(adaptive.entropy, params)), jnp.ones(ROWS, bool)
+    clean = f(h, y, every)
     for bad in (-1, CLASSES, 10**6):
         got = f(h, y.at[5].set(bad), every)
         np.testing.assert_array_equal(got, clean.at[5].set(jnp.nan))
     for bad in (jnp.nan, jnp.inf):
         np.testing.assert_array_equal(np.isnan(f(h.at[5].set(bad), y, every)), np.arange(ROWS) == 5)
-        np.testing.assert_array_equal(np.isnan(adaptive.entropy(params, h.at[5].set(bad))), np.arange(ROWS) == 5)
+        np.testing.assert_array_equal(np.isnan(entropy(h.at[5].set(bad))), np.arange(ROWS) == 5)
     # a row left out may hold anything, and has no part in the gradients
     quiet = every.at[5].set(False)
     spoilt = f(h.at[5].set(jnp.nan), y.at[5].set(-1), quiet)

@@ -96,9 +96,11 @@ FEW = (
     *("spherical_z_loss", "mixture_log_softmax", "sink_softmax"),
 )
 """The others have the rules of these, or of the functions themselves."""
+OF_LABELS = ("cross_entropy", "kl_to_target", "plackett_luce_log_prob")
+"""The other losses are functions of the −log p that the first of these takes."""
 SHORT = [  # a transformation sees the rules of a function, and those of log φ: each once
     *covering(FUNCTIONS, PHIS, WAYS, met=[(0, 1), (0, 2), (1, 2)]),
-    *covering(LOSSES, TWO, WAYS[:1], met=[(0, 1)]),  # the other way, and derivatives by name with φ: those above
+    *covering(named(LOSSES, OF_LABELS), TWO, WAYS[:1], met=[(0, 1)]),  # the other way, and φ with names: those above
     *covering(named(DERIVATIVES + SPARSE_MAPS + OTHERS, FEW), [jsoftmax.exp], WAYS[:1]),
 ]
 
