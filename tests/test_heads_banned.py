@@ -12,6 +12,7 @@ from modes import assert_same
 import jsoftmax as js
 from jsoftmax import heads, losses
 from jsoftmax.losses import TopTargets
+from jsoftmax.verify import jit_formulas
 
 TOKENS, CLASSES, FEATURES = 7, 20, 3
 BANNED = np.array([[0, 5, 19], [5, 5, -1], [12, 7, 20], [-1, -1, -1], [1, 2, 4], [3, 0, -7], [9, 8, 10]], np.int32)
@@ -100,47 +101,61 @@ def test_as_of_masked_scores(name):
 
 def test_modes_and_the_largest():
     with jax.enable_x64(True):
-        hidden, weight = arrays()
-        log_p = js.log_softmax(scores(hidden, weight), where=LEFT)
-        found = heads.linear_statistics(hidden, weight, LABELS, **OPTIONS)
-        np.testing.assert_array_equal(found.argmax, jnp.argmax(log_p, 1))
+
+        @jit_formulas
+        def results(hidden, weight):
+            log_p = js.log_softmax(scores(hidden, weight), where=LEFT)
+            found = heads.linear_statistics(hidden, weight, LABELS, **OPTIONS)
+            top = heads.linear_top_k(hidden, weight, 18, **OPTIONS)
+            shaped = heads.linear_top_k(hidden.reshape(7, 1, 3), weight, 1, banned=BANNED.astype(np.int8)[:, None])
+            return log_p, jax.lax.top_k(log_p, 18), found, top, shaped
+
+        log_p, (values, classes), found, top, shaped = jax.tree.map(np.asarray, results(*arrays()))
+        np.testing.assert_array_equal(found.argmax, np.argmax(log_p, 1))
         np.testing.assert_array_equal(found.log_prob == -np.inf, ~LEFT[np.arange(TOKENS), LABELS])
-        top = heads.linear_top_k(hidden, weight, 18, **OPTIONS)
-        values, classes = jax.lax.top_k(log_p, 18)
-        np.testing.assert_array_equal(top.indices, jnp.where(values > -jnp.inf, classes, -1))
-        shaped = heads.linear_top_k(hidden.reshape(7, 1, 3), weight, 1, banned=BANNED.astype(np.int8)[:, None])
+        np.testing.assert_array_equal(top.indices, np.where(values > -np.inf, classes, -1))
         assert shaped.indices.shape == (7, 1, 1)
 
 
 def test_no_lists_and_none_left():
     """Lists of length 0, and of all classes: as without them, and as of an empty row."""
-    hidden, weight = arrays(jnp.float32)
-    plain = heads.linear_log_normalizer(hidden, weight)
-    for banned in (jnp.zeros((TOKENS, 0), int), jnp.full((TOKENS, 1), -1), jnp.full((TOKENS, 2), CLASSES)):
-        np.testing.assert_array_equal(heads.linear_log_normalizer(hidden, weight, banned=banned), plain)
-    every = jnp.where(jnp.arange(TOKENS)[:, None] == 2, jnp.arange(CLASSES), -1)
-    found = heads.linear_log_normalizer(hidden, weight, banned=every)
-    np.testing.assert_array_equal(found, jnp.where(jnp.arange(TOKENS) == 2, -jnp.inf, plain))
-    loss, by = jax.value_and_grad(lambda h: jnp.sum(heads.linear_cross_entropy(h, weight, LABELS, banned=every)[2]))(
-        hidden
-    )
+    nothing = np.zeros((TOKENS, 0), int), np.full((TOKENS, 1), -1), np.full((TOKENS, 2), CLASSES)
+    every = np.where(np.arange(TOKENS)[:, None] == 2, np.arange(CLASSES), -1)
+
+    @jit_formulas
+    def results(hidden, weight):
+        def loss(hidden):
+            return jnp.sum(heads.linear_cross_entropy(hidden, weight, LABELS, banned=every)[2])
+
+        found = [heads.linear_log_normalizer(hidden, weight, banned=lists) for lists in (*nothing, every)]
+        return heads.linear_log_normalizer(hidden, weight), found, jax.value_and_grad(loss)(hidden)
+
+    plain, (*same, found), (loss, by) = results(*arrays(jnp.float32))
+    for other in same:
+        np.testing.assert_array_equal(other, plain)
+    np.testing.assert_array_equal(found, np.where(np.arange(TOKENS) == 2, -np.inf, plain))
     assert loss == 0
     np.testing.assert_array_equal(by, 0)
 
 
 def test_mapped_and_ignored():
     """Over tokens' lists; those of tokens that do not count change nothing."""
-    hidden, weight = arrays(jnp.float32)
-    lists = jnp.stack([BANNED, BANNED[::-1]])
-    mapped = jax.vmap(lambda banned: heads.linear_cross_entropy(hidden, weight, LABELS, banned=banned))(lists)
-    for found, banned in zip(mapped, lists, strict=True):
-        np.testing.assert_allclose(found, heads.linear_cross_entropy(hidden, weight, LABELS, banned=banned), rtol=1e-6)
-    ignored = np.where(np.arange(TOKENS) % 2, LABELS, -100)
-    others = jnp.where((ignored == -100)[:, None], 1, BANNED)
-    found, want = (
-        heads.linear_statistics(hidden, weight, ignored, ignore_label=-100, banned=b, block_size=(2, 6))
-        for b in (others, BANNED)
-    )
+    lists, ignored = np.stack([BANNED, BANNED[::-1]]), np.where(np.arange(TOKENS) % 2, LABELS, -100)
+    others = np.where((ignored == -100)[:, None], 1, BANNED)
+
+    @jit_formulas
+    def results(hidden, weight, lists, others):
+        def loss(banned):
+            return heads.linear_cross_entropy(hidden, weight, LABELS, banned=banned)
+
+        def statistics(banned):
+            options = {"ignore_label": -100, "banned": banned, "block_size": (2, 6)}
+            return heads.linear_statistics(hidden, weight, ignored, **options)
+
+        return jax.vmap(loss)(lists), [loss(banned) for banned in lists], [statistics(a) for a in (others, BANNED)]
+
+    mapped, one_by_one, (found, want) = results(*arrays(jnp.float32), lists, others)
+    np.testing.assert_allclose(mapped, one_by_one, rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, found, want)
 
 

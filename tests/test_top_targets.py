@@ -256,16 +256,20 @@ def test_edges():
 
 
 def test_narrow_scores_axes_and_vmap():
-    z, top = jnp.asarray(Z, jnp.bfloat16), TopTargets(jnp.asarray(INDICES), jnp.asarray(Q, jnp.bfloat16))
-    want = losses.cross_entropy(z.astype(jnp.float32), top)
-    assert losses.cross_entropy(z, top).dtype == jnp.float32
-    np.testing.assert_allclose(losses.cross_entropy(z, top), want, rtol=1e-6)
-    np.testing.assert_allclose(losses.cross_entropy(z.T, top, axis=0), want, rtol=1e-6)
-    np.testing.assert_allclose(jax.vmap(losses.cross_entropy)(z, top), want, rtol=1e-6)
-    narrow = [jnp.asarray(a, jnp.bfloat16) for a in (HIDDEN, WEIGHT)]
-    wide = [a.astype(jnp.float32) for a in narrow]
-    for f in (heads.linear_cross_entropy, jax.vmap(heads.linear_cross_entropy, (0, None, 0))):
-        np.testing.assert_allclose(f(*narrow, top), heads.linear_cross_entropy(*wide, top), rtol=1e-5)
+    loss, head = losses.cross_entropy, heads.linear_cross_entropy
+
+    @verify.jit_formulas
+    def results(z, top, *narrow):
+        wide = [a.astype(jnp.float32) for a in (z, *narrow)]
+        ways = loss(z, top), loss(z.T, top, axis=0), jax.vmap(loss)(z, top)
+        of_head = head(*narrow, top), jax.vmap(head, (0, None, 0))(*narrow, top)
+        return (loss(wide[0], top), ways, 1e-6), (head(*wide[1:], top), of_head, 1e-5)
+
+    z, q, *narrow = (jnp.asarray(a, jnp.bfloat16) for a in (Z, Q, HIDDEN, WEIGHT))
+    for want, ways, rtol in results(z, TopTargets(jnp.asarray(INDICES), q), *narrow):
+        for found in ways:
+            assert found.dtype == jnp.float32
+            np.testing.assert_allclose(found, want, rtol=rtol)
 
 
 OF_PARTS = ["scores in shard_map", "head in shard_map", "head by shards"]
