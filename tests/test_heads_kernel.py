@@ -111,7 +111,8 @@ def test_edges():
     hidden = hidden.at[2, 1].set(jnp.nan).at[5].set(jnp.inf).at[7].set(0)
     labels = jnp.asarray(LABELS).at[3].set(-1).at[4].set(CLASSES)
     for options in ({}, {"where": np.zeros(CLASSES, bool)}):
-        ours, loop = (heads.linear_statistics(hidden, weight, labels, **options, **more) for more in (PALLAS, {}))
+        ways = [functools.partial(heads.linear_statistics, **options, **more) for more in (PALLAS, {})]
+        ours, loop = (jax.jit(f)(hidden, weight, labels) for f in ways)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=4e-6), ours, loop)
     assert heads.linear_statistics(hidden[:0], weight, labels[:0], **PALLAS).entropy.shape == (0,)
     assert heads.linear_cross_entropy(hidden, weight, labels[None][:0], **PALLAS).shape == (0, TOKENS)

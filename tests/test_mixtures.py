@@ -68,13 +68,18 @@ def test_mixture_keeps_digits_and_edges():
 def test_sink_is_a_class_that_is_dropped():
     z, sink = scores(3, 5), scores(3, 1, seed=1)
 
-    def extended(z, sink):
-        return js.softmax(jnp.concatenate([z, jnp.broadcast_to(sink, (3, 1))], -1))[:, :-1]
+    @verify.jit_formulas
+    def results(z, sink):
+        def extended(z, sink):
+            return js.softmax(jnp.concatenate([z, jnp.broadcast_to(sink, (3, 1))], -1))[:, :-1]
 
-    for s in (0.0, sink, -3.0):
-        np.testing.assert_allclose(js.sink_softmax(z, s), extended(z, s), rtol=1e-6)
-    ours, theirs = (jax.jacrev(f, (0, 1))(z, sink) for f in (js.sink_softmax, extended))
-    for a, b in zip(ours, theirs, strict=True):
+        both = js.sink_softmax, extended
+        return [[f(z, s) for f in both] for s in (0.0, sink, -3.0)], [jax.jacrev(f, (0, 1))(z, sink) for f in both]
+
+    values, jacobians = results(z, sink)
+    for ours, theirs in values:
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    for a, b in zip(*jacobians, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
     with jax.default_device(jax.devices("cpu")[0]):  # elsewhere two programs may differ by an ulp
         np.testing.assert_allclose(js.sink_softmax(z, -inf), js.softmax(z))
@@ -192,17 +197,22 @@ def test_temperature_is_found_between_the_limits_of_the_entropy(phi, limit):
 
 def test_temperature_edges():
     f = js.temperature_for_entropy
-    z = jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, nan, 0.0], [1.0, inf, 0.0], [1.0, 0.0, -inf], [-inf] * 3])
-    got = f(z, jnp.array([0.69, 0.5, 0.5, 0.5, 0.5, 0.5]))
+
+    @verify.jit_formulas
+    def results(z):
+        masked, of_columns = f(z[:1], 0.5, where=jnp.array([True, False, True])), f(z[4:5].T, 0.5, axis=0)
+        of_targets, out_of_reach = f(z, jnp.array([0.69, 0.5, 0.5, 0.5, 0.5, 0.5])), (f(z[0], 1.2), f(z[0], 0.0))
+        return of_targets, out_of_reach, masked, of_columns, jax.grad(lambda z: f(z, 0.5))(z[4])
+
+    z = np.float32([[1, 1, 0], [0, 0, 0], [1, nan, 0], [1, inf, 0], [1, 0, -inf], [-inf] * 3])
+    got, out_of_reach, masked, of_columns, gradient = jax.tree.map(np.asarray, results(z))
     np.testing.assert_array_equal(np.isfinite(got), [False, False, False, False, True, False])
-    assert np.isnan(f(z[0], 1.2))
-    assert np.isnan(f(z[0], 0.0))
-    np.testing.assert_allclose(f(z[:1], 0.5, where=jnp.array([True, False, True])), got[4], rtol=1e-5)
-    gradient = jax.grad(lambda z: f(z, 0.5))(z[4])
+    assert np.all(np.isnan(out_of_reach))
+    np.testing.assert_allclose(masked, got[4], rtol=1e-5)
     assert np.all(np.isfinite(gradient))
     assert gradient[2] == 0
-    np.testing.assert_allclose(f(z[4:5].T, 0.5, axis=0), got[4], rtol=1e-6)
-    assert f(z.astype(jnp.bfloat16), 0.8).dtype == jnp.float32
+    np.testing.assert_allclose(of_columns, got[4], rtol=1e-6)
+    assert jax.eval_shape(lambda z: f(z, 0.8), jnp.bfloat16(z)).dtype == jnp.float32
 
 
 raw = inspect.unwrap
