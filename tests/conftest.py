@@ -28,9 +28,9 @@ MAPS = pathlib.Path("/proc/self/maps")
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_programs():
-    """A compiled program takes some memory maps, and with its traces about a megabyte. Linux gives a process 65530 maps:
-    beyond that XLA crashes. Until there are so many that they hold about two gigabytes, the next module may use the
-    programs of this one, since most single operations occur again."""
+    """A compiled program takes some memory maps, and with its traces about a megabyte. Linux gives a process 65530 of
+    the maps: beyond that XLA crashes. Until there are so many that they hold about two gigabytes, the next module may
+    use the programs of this one, since most single operations occur again."""
     yield
     if not MAPS.exists() or MAPS.read_bytes().count(b"\n") > 5_000:
         jax.clear_caches()
