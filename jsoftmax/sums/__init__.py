@@ -92,9 +92,10 @@ def normalized(  # noqa: PLR0917  (as rules, which have no keywords, call it)
     caller has subtracted the maximum of each row already."""
     on_cpu = functools.partial(cpu.normalized, axis=axis, axis_name=axis_name, want=want, order=order)
     apart = has_form_for_cpu(x.shape)
-    otherwise = functools.partial(
-        _p_of_log_p if want == "all" and apart else reference.normalized, axis=axis, axis_name=axis_name
-    )
+    one_sum = want == "p" and apart and axis_name is None
+    otherwise = functools.partial(reference.normalized, axis=axis, axis_name=axis_name, in_one_sum=one_sum)
+    if want == "all" and apart:
+        otherwise = functools.partial(_p_of_log_p, axis=axis, axis_name=axis_name)
     if is_shifted and axis_name is None and is_read_in_parts(x, axis):
         of_gpus = dict.fromkeys(_GPUS, functools.partial(long_rows.normalized_of_shifted, axis=axis))
         return lax.platform_dependent(x, cpu=on_cpu, **of_gpus, default=otherwise)
@@ -231,8 +232,10 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     """
     behind_barrier = with_value and is_read_once(x, axis) and axis_name is None
 
+    in_one_sum = cpu.is_large(x) and axis_name is None
+
     def recomputed(x: Array, _: Array, x_dot: Array) -> Array:
-        return otherwise(x, x_dot, axis, axis_name)
+        return otherwise(x, x_dot, axis, axis_name, in_one_sum)
 
     def in_one_kernel(x: Array, p: Array, x_dot: Array) -> Array:
         return recomputed(lax.optimization_barrier(x) if behind_barrier else x, p, x_dot)

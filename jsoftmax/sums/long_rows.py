@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax.checks.arguments import read, widened
-from jsoftmax.sums.reference import LabelRates, Normalized, class_sum, is_empty, is_sure, shifted, sum_without_one
+from jsoftmax.sums.reference import SURE, LabelRates, Normalized, class_sum, is_empty, shifted, sum_without_one
 
 
 def normalized_of_shifted(x: Array, axis: tuple[int, ...]) -> Normalized:
@@ -25,6 +25,11 @@ def normalized_of_shifted(x: Array, axis: tuple[int, ...]) -> Normalized:
     left_out = -jnp.inf - lax.stop_gradient(log_total)  # NaN in a row that is NaN
     log_p = jnp.where(x > -jnp.inf, x - log_total, left_out)
     return Normalized(log_p, jnp.exp(log_p), jnp.where(is_empty(rest), -jnp.inf, log_total))
+
+
+def is_sure(rest: Array) -> Array:
+    """Whether a row has a class with p > ¾, by its `rest`."""
+    return rest < 1 / SURE - 1
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -86,8 +86,12 @@ def shifted(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, row_sum
 
 
 def exponential(x: Array, u: Array) -> Array:
-    """e^u, and 0 where x = −∞. A NaN in x gives NaN, even if `jnp.maximum` has dropped it from u."""
-    return jnp.exp(jnp.where(x > -jnp.inf, u, x))
+    """e^u, and 0 where x = −∞. A NaN in x gives NaN, even if `jnp.maximum` has dropped it from u.
+
+    What replaces u is made of constants, not x itself: with x, XLA for GPUs reads the row three times, not once, if an
+    axis of length 1 stands before the scores.
+    """
+    return jnp.exp(jnp.where(x > -jnp.inf, u, jnp.where(jnp.isnan(x), jnp.nan, -jnp.inf)))
 
 
 def sum_without_one(
@@ -115,24 +119,24 @@ def has_bad_score(x: Array, axis: tuple[int, ...]) -> Array:
     return jnp.any(~(x < jnp.inf), axis, keepdims=True)
 
 
-def is_sure(rest: Array) -> Array:
-    """Whether a row has a class with p > ¾, by its `rest`."""
-    return rest < 1 / SURE - 1
-
-
 def not_negative(a: Array) -> Array:
     """a, and 0 where only rounding made it negative. The derivatives are those of a."""
     return a + lax.stop_gradient(jnp.maximum(-a, 0))
 
 
-def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Normalized:
-    """l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest)  (MATH 4.2)."""
+def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, in_one_sum: bool = False) -> Normalized:
+    """l = u − log1p(rest), p = e^u / (1 + rest), L = max x + log1p(rest)  (MATH 4.2).
+
+    in_one_sum: whether p is e^u / Σ e^u, with a sum of its own. Where a row is not added up one by one, p is then as
+    exact, and a program that wants p alone makes one sum of each row, not two.
+    """
     u, e, rest, peak, _ = shifted(x, axis, axis_name)
     log_total = jnp.log1p(rest)
     left_out = -jnp.inf - lax.stop_gradient(log_total)  # NaN in a row that is NaN
     log_p = jnp.where(x > -jnp.inf, u - log_total, left_out)
     L = jnp.where(peak == jnp.inf, peak, peak + log_total)
-    return Normalized(log_p, e / (1 + rest), L)
+    total = jnp.maximum(class_sum(e, axis), jnp.finfo(e.dtype).eps) if in_one_sum else 1 + rest
+    return Normalized(log_p, e / total, L)
 
 
 def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> tuple[Array, Array]:
@@ -162,87 +166,60 @@ def difference(x: Array, peak: Array) -> Array:
     return not_above(x) - not_below(peak)
 
 
-def minus_mean(  # noqa: PLR0917  (a mean has its weights, what they sum up to, and its axes)
-    a: Array, w: Array, total: Any, complement: Array, is_top: Array, axis: tuple[int, ...], axis_name: AxisName = None
-) -> Array:
-    """a − Σ p a, for p = w / total. complement: 1 − p with its digits. is_top: marks the class with p > ¾ if
-    there is one; in rows without one it may mark ties.
+def minus_mean(a: Array, p: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+    """a − Σ p a.
 
-    For a class with p > ¾, the difference is computed as (1 − p) a minus the sum of p a over the other classes. a − p a
-    would lose the digits of a small 1 − p, here and, transposed, in gradients. Sharded classes do not get this care
-    (MATH 4.5).
+    In a row with a class of p > ¾, a is taken relative to that of this class, which changes nothing but rounding:
+    what is left of that class is the sum of p a over the others, not a − p a, which would lose the digits of a small
+    1 − p  (MATH 4.5). Its own a is an exact 0, so that the same is true backwards. Sharded classes do not get this
+    care.
     """
-    w_a = w * a
-    mean = class_sum(w_a, axis, axis_name) / total
-    if axis_name is not None:
-        return a - mean
-    of_others = class_sum(jnp.where(is_top, 0, w_a), axis) / total
-    return jnp.where(w > SURE * total, complement * a - of_others, a - mean)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def exp_about_top(x: Array, axis: tuple[int, ...]) -> tuple[Array, Array]:
-    """e^u and Σ e^u − 1. In a row with a class of p > ¾, u̇ is taken relative to that of this class.
-
-    A function of differences of u alone has the same derivative so, and keeps its digits: the derivative of e^u at that
-    class is then 0, not a difference that cancels. The masks in the rule do not depend on Σ e^u, so one pass over the
-    row makes all its sums.
-    """
-    _, e, rest, *_ = shifted(x, axis)
-    return e, rest
-
-
-@exp_about_top.defjvp
-def _exp_about_top_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """(e^u)˙ = e^u (ẋ − ẋ_top), (Σ e^u − 1)˙ = Σ_{k ≠ top} e^u ẋ − (Σ e^u − 1) ẋ_top, for u̇_top = 0."""
-    (x,), (x_dot,) = primals, tangents
-    e, rest = exp_about_top(x, axis)
-    x_dot, is_max = widened(x_dot), e == 1
-    of_max = class_sum(jnp.where(is_max, e * x_dot, 0), axis)
-    of_others = class_sum(jnp.where(is_max, 0, e * x_dot), axis)
-    sure = is_sure(rest)
-    e_dot = jnp.where(sure & is_max, 0, e * (x_dot - jnp.where(sure, of_max, 0)))  # an exact 0, backwards too
-    return (e, rest), (e_dot, of_others + of_max * jnp.where(sure, -rest, 1))
-
-
-def centred_tangent(
-    x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None
-) -> tuple[Array, Array, Array]:
-    """ẋ − Σ p ẋ, e^u and Σ e^u. Their derivatives keep their digits beside a p near 1, too (`exp_about_top`)."""
     if axis_name is None:
-        e, rest = exp_about_top(x, axis)
-    else:
-        _, e, rest, *_ = shifted(x, axis, axis_name)
-    return minus_mean(x_dot, e, 1 + rest, complement_of(e, rest), e == 1, axis, axis_name), e, 1 + rest
+        is_top = p > SURE
+        a = jnp.where(is_top, 0, a - class_sum(jnp.where(is_top, a, 0), axis))
+    return a - class_sum(p * a, axis, axis_name)
 
 
-def complement_of(e: Array, rest: Array) -> Array:
-    """1 − p = (Σ e^u − 1 + (1 − e^u)) / Σ e^u, which keeps its digits where it is small  (MATH 4.2)."""
-    return (rest + (1 - e)) / (1 + rest)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def probabilities(x: Array, axis: tuple[int, ...], axis_name: AxisName, in_one_sum: bool) -> Array:
+    """p, as the rules below use it: its derivative is one of them, so that every order keeps its digits."""
+    return normalized(x, axis, axis_name, in_one_sum).p
 
 
-def centred_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+@probabilities.defjvp
+def _probabilities_jvp(
+    axis: tuple[int, ...], axis_name: AxisName, in_one_sum: bool, primals: Any, tangents: Any
+) -> tuple[Array, Array]:
+    (x,), (x_dot,) = primals, tangents
+    p_dot = p_rate(x, widened(x_dot), axis, axis_name, in_one_sum)
+    return probabilities(x, axis, axis_name, in_one_sum), p_dot
+
+
+def centred_rate(
+    x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None, in_one_sum: bool = False
+) -> Array:
     """ẋ − Σ p ẋ."""
-    return centred_tangent(x, x_dot, axis, axis_name)[0]
+    return minus_mean(x_dot, probabilities(x, axis, axis_name, in_one_sum), axis, axis_name)
 
 
-def p_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+def p_rate(
+    x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None, in_one_sum: bool = False
+) -> Array:
     """ṗ = p (ẋ − Σ p ẋ)  (MATH 1.2)."""
-    difference, e, total = centred_tangent(x, x_dot, axis, axis_name)
-    return e * difference / total
+    p = probabilities(x, axis, axis_name, in_one_sum)
+    return p * minus_mean(x_dot, p, axis, axis_name)
 
 
-def log_p_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+def log_p_rate(
+    x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None, in_one_sum: bool = False
+) -> Array:
     """l̇ = ẋ − Σ p ẋ, 0 where a class is left out  (MATH 1.4)."""
-    return jnp.where(jnp.isneginf(x), 0, centred_rate(x, x_dot, axis, axis_name))
+    return jnp.where(jnp.isneginf(x), 0, centred_rate(x, x_dot, axis, axis_name, in_one_sum))
 
 
 def weighted_deviations(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
     """w (ẋ − Σ w̄ ẋ), w̄ = w / Σ w, 0 in a row without weight  (MATH 8.3)."""
-    total = total_weight(w, axis)
-    is_top = w > SURE * total
-    complement = class_sum(jnp.where(is_top, 0, w), axis) / total
-    return w * minus_mean(x_dot, w, total, complement, is_top, axis)
+    return w * minus_mean(x_dot, w / total_weight(w, axis), axis)
 
 
 def total_weight(w: Array, axis: tuple[int, ...]) -> Array:
