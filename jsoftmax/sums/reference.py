@@ -180,34 +180,49 @@ def minus_mean(a: Array, p: Array, axis: tuple[int, ...], axis_name: AxisName = 
     return a - class_sum(p * a, axis, axis_name)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def probabilities(x: Array, axis: tuple[int, ...], axis_name: AxisName, in_one_sum: bool) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def probabilities(x: Array, axis: tuple[int, ...], in_one_sum: bool) -> Array:
     """p, as the rules below use it: its derivative is one of them, so that every order keeps its digits."""
-    return normalized(x, axis, axis_name, in_one_sum).p
+    return normalized(x, axis, None, in_one_sum).p
 
 
 @probabilities.defjvp
-def _probabilities_jvp(
-    axis: tuple[int, ...], axis_name: AxisName, in_one_sum: bool, primals: Any, tangents: Any
-) -> tuple[Array, Array]:
+def _probabilities_jvp(axis: tuple[int, ...], in_one_sum: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x,), (x_dot,) = primals, tangents
-    p_dot = p_rate(x, widened(x_dot), axis, axis_name, in_one_sum)
-    return probabilities(x, axis, axis_name, in_one_sum), p_dot
+    return probabilities(x, axis, in_one_sum), p_rate(x, widened(x_dot), axis, None, in_one_sum)
+
+
+def _sharded_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName) -> tuple[Array, Array, Array]:
+    """ẋ − Σ p ẋ, e^u and Σ e^u. Σ e^u ẋ does not wait for Σ e^u, so that devices exchange both at once."""
+    _, e, rest, *_ = shifted(x, axis, axis_name)
+    return x_dot - class_sum(e * x_dot, axis, axis_name) / (1 + rest), e, 1 + rest
 
 
 def centred_rate(
     x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None, in_one_sum: bool = False
 ) -> Array:
     """ẋ − Σ p ẋ."""
-    return minus_mean(x_dot, probabilities(x, axis, axis_name, in_one_sum), axis, axis_name)
+    if axis_name is not None:
+        return _sharded_rate(x, x_dot, axis, axis_name)[0]
+    return minus_mean(x_dot, probabilities(x, axis, in_one_sum), axis)
 
 
 def p_rate(
     x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None, in_one_sum: bool = False
 ) -> Array:
-    """ṗ = p (ẋ − Σ p ẋ)  (MATH 1.2)."""
-    p = probabilities(x, axis, axis_name, in_one_sum)
-    return p * minus_mean(x_dot, p, axis, axis_name)
+    """ṗ = p (ẋ − Σ p ẋ)  (MATH 1.2).
+
+    In a row with a class of p > ¾, ẋ is taken relative to that of this class, as in `minus_mean`.
+    """
+    if axis_name is not None:
+        difference, e, total = _sharded_rate(x, x_dot, axis, axis_name)
+        return e * difference / total
+    p = probabilities(x, axis, in_one_sum)
+    is_top = p > SURE
+    of_top, of_others = class_sum(jnp.where(is_top, x_dot, 0), axis), jnp.where(is_top, 0, p)
+    # not of_others (ẋ − ẋ_top): in this form XLA for GPUs makes one kernel of its derivatives, too
+    w = of_others * x_dot - of_others * of_top
+    return w - p * class_sum(w, axis)
 
 
 def log_p_rate(
