@@ -31,7 +31,6 @@ from jsoftmax.sums.reference import (
     difference,
     has_bad_score,
     is_empty,
-    minus_mean,
     not_below,
     not_negative,
     shifted,
@@ -57,7 +56,6 @@ __all__ = [
     "is_read_once",
     "label_rates",
     "log_p_rate",
-    "minus_mean",
     "normalized",
     "not_below",
     "not_negative",
@@ -149,7 +147,8 @@ def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
 
 def centred_rate(x: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """ẋ − Σ p ẋ."""
-    return _rate(cpu.centred_rate, reference.centred_rate, None, x, p, x_dot, axis, axis_name)
+    of_long_rows = long_rows.centred_rate
+    return _rate(cpu.centred_rate, reference.centred_rate, of_long_rows, x, p, x_dot, axis, axis_name)
 
 
 def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
@@ -164,9 +163,7 @@ def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     """ṗ along ẋ."""
     on_cpu = functools.partial(cpu.p_rate, want=want, order=order)
     with_value = want == "p" and order == 0
-    # the entropy's rule takes its sums from the reference, too, and XLA then reads a row once for both
-    of_long_rows = None if want == "H" else long_rows.p_rate
-    return _rate(on_cpu, reference.p_rate, of_long_rows, x, p, x_dot, axis, axis_name, with_value)
+    return _rate(on_cpu, reference.p_rate, long_rows.p_rate, x, p, x_dot, axis, axis_name, with_value)
 
 
 def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)

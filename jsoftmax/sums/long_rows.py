@@ -69,6 +69,11 @@ def centred_tangent(x: Array, x_dot: Array, axis: tuple[int, ...]) -> tuple[Arra
     return jnp.where(is_top, jnp.where(sure, 0, x_dot), x_dot) + jnp.where(is_top, at_top, -mean), e, total
 
 
+def centred_rate(x: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
+    """`reference.centred_rate`."""
+    return centred_tangent(x, x_dot, axis)[0]
+
+
 def p_rate(x: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
     """`reference.p_rate`."""
     difference, e, total = centred_tangent(x, x_dot, axis)

@@ -166,18 +166,16 @@ def difference(x: Array, peak: Array) -> Array:
     return not_above(x) - not_below(peak)
 
 
-def minus_mean(a: Array, p: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
+def minus_mean(a: Array, p: Array, axis: tuple[int, ...]) -> Array:
     """a − Σ p a.
 
     In a row with a class of p > ¾, a is taken relative to that of this class, which changes nothing but rounding:
     what is left of that class is the sum of p a over the others, not a − p a, which would lose the digits of a small
-    1 − p  (MATH 4.5). Its own a is an exact 0, so that the same is true backwards. Sharded classes do not get this
-    care.
+    1 − p  (MATH 4.5). Its own a is an exact 0, so that the same is true backwards.
     """
-    if axis_name is None:
-        is_top = p > SURE
-        a = jnp.where(is_top, 0, a - class_sum(jnp.where(is_top, a, 0), axis))
-    return a - class_sum(p * a, axis, axis_name)
+    is_top = p > SURE
+    a = jnp.where(is_top, 0, a - class_sum(jnp.where(is_top, a, 0), axis))
+    return a - class_sum(p * a, axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -193,7 +191,10 @@ def _probabilities_jvp(axis: tuple[int, ...], in_one_sum: bool, primals: Any, ta
 
 
 def _sharded_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName) -> tuple[Array, Array, Array]:
-    """ẋ − Σ p ẋ, e^u and Σ e^u. Σ e^u ẋ does not wait for Σ e^u, so that devices exchange both at once."""
+    """ẋ − Σ p ẋ, e^u and Σ e^u. Σ e^u ẋ does not wait for Σ e^u, so that devices exchange both at once.
+
+    Sharded classes do not get the care of `minus_mean`, which would take one more exchange (MATH 4.5).
+    """
     _, e, rest, *_ = shifted(x, axis, axis_name)
     return x_dot - class_sum(e * x_dot, axis, axis_name) / (1 + rest), e, 1 + rest
 
