@@ -120,7 +120,7 @@ def tangents(f, x, axis):
     return jax.jvp(both, (x,), (jnp.where(jnp.isfinite(x), jnp.cos(2 * x), 0),))
 
 
-@pytest.mark.parametrize("name", ["p_rate", "log_p_rate"])
+@pytest.mark.parametrize("name", ["p_rate", "log_p_rate", "centred_rate"])
 @pytest.mark.parametrize("dtype", some(["float32", "float64"], ["float32"]))
 def test_long_rows_equal_the_reference(name, dtype):
     """Also in rows without classes; +∞ and NaN make them NaN."""
@@ -130,6 +130,21 @@ def test_long_rows_equal_the_reference(name, dtype):
             jit_as_user(functools.partial(tangents, getattr(form, name), axis=(1,)))(x)
             for form in (long_rows, reference)
         )
+        same(got, want)
+
+
+@pytest.mark.parametrize("dtype", some(["float32", "float64"], ["float32"]))
+def test_p_in_one_sum(dtype):
+    """What GPUs and TPUs run for many scores, in values and in the rules, equals what small arrays run."""
+    with jax.enable_x64(dtype == "float64"):
+        x, axis = jnp.asarray(scores((80, 17), dtype)), (1,)
+
+        def results(x, in_one_sum):
+            rules = (reference.p_rate, reference.log_p_rate, reference.centred_rate)
+            p = reference.normalized(x, axis, in_one_sum=in_one_sum).p
+            return p, [tangents(functools.partial(f, in_one_sum=in_one_sum), x, axis) for f in rules]
+
+        got, want = (jit_as_user(functools.partial(results, in_one_sum=one_sum))(x) for one_sum in (True, False))
         same(got, want)
 
 
@@ -175,13 +190,10 @@ def test_digits_of_long_rows_of_losses(label, monkeypatch):
 
     with jax.enable_x64(True):
         want = jax.jit(derivatives)(jnp.asarray(z, np.float64))
-    jax.clear_caches()
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, as_on_accelerators():
         patch.setattr(paths, "LARGE", 0)
         patch.setattr(sums, "_ROW_KERNEL_CLASSES", 1)
-        as_on_accelerators(patch)
         got = jit_as_user(derivatives)(jnp.asarray(z))
-    jax.clear_caches()
     assert_digits_of_rows(got, want)
 
 
