@@ -97,7 +97,6 @@ MUTANTS = (
     Mutant("sums/reference.py", "a = jnp.where(is_top, 0, a - class_sum(jnp.where(is_top, a, 0), axis))\n    return", "return", f"{ORACLE} -k confident"),
     Mutant("sums/reference.py", "of_others * x_dot - of_others * of_top", "of_others * x_dot", f"{ORACLE} -k confident"),
     Mutant("sums/reference.py", "jnp.where(is_top, x_dot, 0), axis), jnp.where(is_top, 0, p)", "jnp.where(is_top, 0, x_dot), axis), p", f"{ORACLE} -k confident"),
-    Mutant("sums/reference.py", "return probabilities(x, axis, in_one_sum), p_rate(x, widened(x_dot), axis, None, in_one_sum)", "return jax.jvp(lambda x: normalized(x, axis, None, in_one_sum).p, primals, tangents)", f"{DIGITS} -k beside_a_probability"),
     Mutant("sums/reference.py", "jnp.maximum(class_sum(e, axis), jnp.finfo(e.dtype).eps) if in_one_sum", "class_sum(e, axis) if in_one_sum", f"{SUMS} -k one_sum"),
     Mutant("sums/long_rows.py", "return rest < 1 / SURE - 1", "return rest < 0", f"{SUMS} -k digits_of_long_rows"),
     Mutant("divergence.py", "-expm1(log_p) * r - of_others, r - mean)", "r - mean, r - mean)", f"{ORACLE} -k confident"),

@@ -180,7 +180,9 @@ def minus_mean(a: Array, p: Array, axis: tuple[int, ...]) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def probabilities(x: Array, axis: tuple[int, ...], in_one_sum: bool) -> Array:
-    """p, as the rules below use it: its derivative is one of them, so that every order keeps its digits."""
+    """p, as the rules below use it. Its derivative is one of them; so what a GPU reads once for a rule, it reads once for
+    the rule's derivatives, too.
+    """
     return normalized(x, axis, None, in_one_sum).p
 
 
