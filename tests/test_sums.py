@@ -183,7 +183,7 @@ def test_digits_of_long_rows_of_losses(label, monkeypatch):
     """Gradient and Hessian product of cross-entropy as GPUs compute them, beside a class that is 8 to 60 above."""
     z = np.random.default_rng(3).normal(0, 1, (14, 9)).astype(np.float32)
     z[:, 4] += np.arange(8, 64, 4, dtype=np.float32)
-    labels = np.full(14, label)
+    labels = np.full(14, label, np.int32)
 
     def derivatives(z):
         return jax.jvp(jax.grad(lambda z: jnp.sum(losses.cross_entropy(z, labels))), (z,), (jnp.cos(z),))
