@@ -180,8 +180,8 @@ def minus_mean(a: Array, p: Array, axis: tuple[int, ...]) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def probabilities(x: Array, axis: tuple[int, ...], in_one_sum: bool) -> Array:
-    """p, as the rules below use it. Its derivative is one of them; so what a GPU reads once for a rule, it reads once for
-    the rule's derivatives, too.
+    """p, as the rules below use it. Its derivative is one of them, so that a GPU reads a row once for derivatives of
+    them, too.
     """
     return normalized(x, axis, None, in_one_sum).p
 
