@@ -85,7 +85,7 @@ def _far_ratios(p_is_larger: Array, a: Array, beta: Array) -> tuple[Array, Array
 def _minus_mean(r: Array, log_p: Array, p: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
     """r − Σ p r, for a class of p > ¾ as (1 − p) r minus the sum over the others, with the digits of 1 − p  (MATH 4.5).
 
-    Both sums are made in one pass over the row, unlike those of `sums.minus_mean`.
+    Both sums are made in one pass over the row, unlike those of `sums.reference.minus_mean`.
     """
     mean = class_sum(p * r, axis, axis_name)
     if axis_name is not None:
@@ -108,7 +108,7 @@ def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> A
 def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4). Finite where D is not, because r is 0 where q is."""
     D = _kl(*primals, axis, axis_name)
-    x_p, x_q = primals if axis_name is not None else [sums.read_again(x, axis) for x in primals]
+    x_p, x_q = (sums.read_again(x, axis, axis_name) for x in primals)
     x_p_dot, x_q_dot = map(widened, tangents)
     (log_p, p, L_p), (log_q, q, _) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     impossible = jnp.isneginf(x_q)

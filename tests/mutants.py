@@ -85,7 +85,7 @@ MUTANTS = (
     Mutant("maps.py", "else x + jnp.where(kept, log_weights, 0)", "else x - jnp.where(kept, log_weights, 0)", f"{LOSSES} -k prior"),
     Mutant("sums/reference.py", "u = not_below(x) - not_below(peak)", "u = x - peak", f"{CASES} -k 'products or quotient'"),
     Mutant("sums/reference.py", "small + (jnp.maximum(ones, jnp.finfo(small.dtype).eps) - 1)", "(small + jnp.maximum(ones, jnp.finfo(small.dtype).eps)) - 1", f"{DIGITS} -k 'bounds or running_sum'"),
-    Mutant("sums/reference.py", "log_total = jnp.log1p(rest)\n    left_out", "log_total = jnp.log(1 + rest)\n    left_out", f"{DIGITS} -k 'small_answers or bounds'"),
+    Mutant("sums/reference.py", "log_total = jnp.log1p(rest)\n    L = ", "log_total = jnp.log(1 + rest)\n    L = ", f"{DIGITS} -k 'small_answers or bounds'"),
     Mutant("sums/reference.py", "return jnp.where(e == 0, 0, u + m)", "return jnp.where(e == 0, 0, u - m)", f"{ORACLE} -k entropy"),
     Mutant("sums/long_rows.py", "(rest * of_top - of_others) / total, -mean)", "(rest * of_top + of_others) / total, -mean)", f"{SUMS} -k long_rows"),
     Mutant("sums/long_rows.py", "(rest * of_top - of_others) / total, -mean)", "of_top - mean, -mean)", f"{SUMS} -k digits_of_long_rows"),

@@ -5,6 +5,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import modes
 import numpy as np
 import pytest
 import sharding
@@ -47,25 +48,7 @@ def plain_divergence(z, q, tail, phi):
     return jnp.sum(jnp.where(q > 0, q * (jnp.log(jnp.where(q > 0, q, 1)) - jnp.log(p)), 0), -1)
 
 
-def results(f, in_a_scan, *given):
-    """Value; and gradient and Hessian product, in a scan or not, of unequal weights, by every argument."""
-
-    def total(*given):
-        return jnp.sum(jnp.cos(jnp.arange(ROWS)) * f(*given))
-
-    def scanned(*given):
-        return jax.lax.scan(lambda c, a: (c + total(*a), None), 0.0, [a[None] for a in given])[0]
-
-    every = tuple(range(len(given)))
-    along = tuple(jnp.cos(3 * a) for a in given)
-    return f(*given), *jax.jvp(jax.grad(scanned if in_a_scan else total, every), given, along)
-
-
-def assert_same(f, g, given, rtol=1e-10):
-    """In a scan, of g, the plain one, without it."""
-    programs = [verify.jit_formulas(functools.partial(results, *of)) for of in ((f, True), (g, False))]
-    for a, b in zip(*(jax.tree.leaves(program(*given)) for program in programs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-12)
+assert_same = functools.partial(modes.assert_same, rtol=1e-10, atol=1e-12)
 
 
 SHORT = [("class", js.relu_power(2, 0.1)), ("renormalise", js.taylor(2)), ("ignore", js.softplus)]
@@ -88,7 +71,7 @@ def test_losses(case):
 
         f = both(ours(losses.cross_entropy), ours(losses.kl_to_target))
         g = both(plain(plain_cross_entropy), plain(plain_divergence))
-        assert_same(f, g, (jnp.asarray(Z), jnp.asarray(Q)), 1e-9)
+        assert_same(f, g, (jnp.asarray(Z), jnp.asarray(Q)), rtol=1e-9)
 
 
 @pytest.mark.parametrize("tail", some(TAILS, ["class"]))
@@ -294,7 +277,7 @@ def test_classes_on_several_devices(way):
             "head by shards": functools.partial(of_head, shards=sharding.DEVICES),
         }[way]
         ways = (f, True), (of_scores, False)
-        found, want = (verify.jit_formulas(functools.partial(results, *g))(*given) for g in ways)
+        found, want = (verify.jit_formulas(functools.partial(modes.in_all_modes, *g))(*given) for g in ways)
         sharding.assert_close(found, want, 1e-9)
 
 

@@ -27,7 +27,7 @@ from jsoftmax.sharding import (
     shard_count,
     shard_index,
 )
-from jsoftmax.sums import has_bad_score, is_read_once
+from jsoftmax.sums import by_platform, has_bad_score, is_read_once
 
 _TOTAL = float(2**31 - 2**7)  # the largest float32 that int32 holds
 _GROUPS = 16
@@ -247,9 +247,7 @@ def categorical(  # noqa: PLR0917  (as jax.random has them)
                 return by_sums(x, key)
             by_noise = functools.partial(_draw_by_noise, key)
             on_gpus = functools.partial(by_noise, in_blocks=is_read_once(x, (x.ndim - 1,)))
-            return lax.platform_dependent(
-                x, cpu=lambda x: by_sums(x, key), cuda=on_gpus, rocm=on_gpus, default=by_noise
-            )
+            return by_platform(x, on_cpu=lambda x: by_sums(x, key), on_gpus=on_gpus, otherwise=by_noise)
 
         drawn = apply_to_rows(of_rows, given.x, key, axis_name=axis_name)
     else:

@@ -39,7 +39,7 @@ def terms(x: Array, label: Array, axis_name: AxisName = None, mean: bool = False
     if axis_name is not None or not sums.is_read_once(x, (x.ndim - 1,)):
         return by_label(x, label)
     by_class = functools.partial(_terms_by_class, mean=mean)
-    return lax.platform_dependent(x, label, cuda=by_class, rocm=by_class, default=by_label)
+    return sums.by_platform(x, label, on_gpus=by_class, otherwise=by_label)
 
 
 def _terms_by_label(x: Array, label: Array, axis_name: AxisName, mean: bool, order: int) -> Terms:
@@ -91,7 +91,7 @@ def _terms_rate_of_many(along: Callable[..., Terms], x: Array, *given: Any) -> T
         n, p = negative_log_p(x, label, order=1), normalize(x, (x.ndim - 1,), None, "p", 1).p
         return along(p, None if kept is None else ~jnp.isneginf(x), n, label, x_dot)
 
-    return lax.platform_dependent(x, *given, cuda=again, rocm=again, default=lambda _, *given: along(*given))
+    return sums.by_platform(x, *given, on_gpus=again, otherwise=lambda _, *given: along(*given))
 
 
 def _terms_rate(  # noqa: PLR0917  (what `jax.checkpoint` keeps has no keywords)

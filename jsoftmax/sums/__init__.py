@@ -43,6 +43,7 @@ __all__ = [
     "LabelRates",
     "Normalized",
     "Want",
+    "by_platform",
     "centred",
     "centred_rate",
     "class_sum",
@@ -73,9 +74,20 @@ def has_form_for_cpu(shape: tuple[int, ...]) -> bool:
     return size >= paths.LARGE or (len(shape) == 1 and size > paths.SHORT)
 
 
-def _by_platform(on_cpu: Callable[..., Any], otherwise: Callable[..., Any], apart: bool, *arrays: Any) -> Any:
-    """The function for the platform that the program is compiled for. apart: whether CPU has a form of its own."""
+def _by_form_for_cpu(on_cpu: Callable[..., Any], otherwise: Callable[..., Any], apart: bool, *arrays: Any) -> Any:
+    """The form for the platform that the program is compiled for. apart: whether CPU has one of its own."""
     return lax.platform_dependent(*arrays, cpu=on_cpu, default=otherwise) if apart else otherwise(*arrays)
+
+
+_GPUS = ("cuda", "rocm")
+
+
+def by_platform(
+    *arrays: Any, on_gpus: Callable[..., Any], otherwise: Callable[..., Any], on_cpu: Callable[..., Any] | None = None
+) -> Any:
+    """The function for the platform that the program is compiled for, where GPUs have one of their own."""
+    own = dict.fromkeys(_GPUS, on_gpus) | ({} if on_cpu is None else {"cpu": on_cpu})
+    return lax.platform_dependent(*arrays, **own, default=otherwise)
 
 
 def normalized(  # noqa: PLR0917  (as rules, which have no keywords, call it)
@@ -95,9 +107,9 @@ def normalized(  # noqa: PLR0917  (as rules, which have no keywords, call it)
     if want == "all" and apart:
         otherwise = functools.partial(_p_of_log_p, axis=axis, axis_name=axis_name)
     if is_shifted and axis_name is None and is_read_in_parts(x, axis):
-        of_gpus = dict.fromkeys(_GPUS, functools.partial(long_rows.normalized_of_shifted, axis=axis))
-        return lax.platform_dependent(x, cpu=on_cpu, **of_gpus, default=otherwise)
-    return _by_platform(on_cpu, otherwise, apart, x)
+        on_gpus = functools.partial(long_rows.normalized_of_shifted, axis=axis)
+        return by_platform(x, on_cpu=on_cpu, on_gpus=on_gpus, otherwise=otherwise)
+    return _by_form_for_cpu(on_cpu, otherwise, apart, x)
 
 
 def _p_of_log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Normalized:
@@ -113,7 +125,7 @@ def centred(
     x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
 ) -> tuple[Array, Array]:
     """c = log p + H, and H."""
-    return _by_platform(
+    return _by_form_for_cpu(
         functools.partial(cpu.centred, axis=axis, axis_name=axis_name, want=want, order=order),
         functools.partial(reference.centred, axis=axis, axis_name=axis_name),
         has_form_for_cpu(x.shape),
@@ -130,7 +142,7 @@ def exp_sums(
 ) -> ExpSums:
     """max x and Σ e^u − 1, u = x − max x. row_sums: one number for each row, to be summed over the shards in the same
     exchange."""
-    return _by_platform(
+    return _by_form_for_cpu(
         functools.partial(cpu.exp_sums, axis=axis, axis_name=axis_name, order=order),
         functools.partial(reference.exp_sums, axis=axis, axis_name=axis_name),
         has_form_for_cpu(x.shape),
@@ -142,13 +154,12 @@ def exp_sums(
 def gap_sum(x: Array, peak: Array, axis: tuple[int, ...]) -> Array:
     """Σ e^u (−u), u = x − peak."""
     on_cpu, otherwise = (functools.partial(form.gap_sum, axis=axis) for form in (cpu, reference))
-    return _by_platform(on_cpu, otherwise, has_form_for_cpu(x.shape), x, peak)
+    return _by_form_for_cpu(on_cpu, otherwise, has_form_for_cpu(x.shape), x, peak)
 
 
 def centred_rate(x: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """ẋ − Σ p ẋ."""
-    of_long_rows = long_rows.centred_rate
-    return _rate(cpu.centred_rate, reference.centred_rate, of_long_rows, x, p, x_dot, axis, axis_name)
+    return _rate(cpu.centred_rate, reference.centred_rate, long_rows.centred_rate, x, p, x_dot, axis, axis_name)
 
 
 def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
@@ -181,7 +192,6 @@ def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     return _rate(on_cpu, reference.log_p_rate, long_rows.log_p_rate, x, p, x_dot, axis, axis_name, with_value)
 
 
-_GPUS = ("cuda", "rocm")
 _ROW_KERNEL_CLASSES = 16384
 """Up to this many classes XLA for GPUs makes one kernel of a whole row."""
 
@@ -202,18 +212,18 @@ def is_read_once(x: Array, axis: tuple[int, ...]) -> bool:
     return cpu.is_large(x) and not _is_long(x.shape, axis)
 
 
-def read_again(x: Array, axis: tuple[int, ...]) -> Array:
+def read_again(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """x, for a rule whose value is computed in the same program. If GPUs read a row once, the rule gets it behind a
     barrier, and computes again what XLA would otherwise write to memory for both."""
-    if not is_read_once(x, axis):
+    if axis_name is not None or not is_read_once(x, axis):
         return x
-    return lax.platform_dependent(x, **dict.fromkeys(_GPUS, lax.optimization_barrier), default=lambda x: x)
+    return by_platform(x, on_gpus=lax.optimization_barrier, otherwise=lambda x: x)
 
 
 def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     on_cpu: Callable[..., Array],
     otherwise: Callable[..., Array],
-    of_long_rows: Callable[..., Array] | None,
+    of_long_rows: Callable[..., Array],
     x: Array,
     p: Array,
     x_dot: Array,
@@ -227,31 +237,24 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     CPU reads p and the others read x. Behind the barrier GPUs compute e^u again, in one kernel with the derivative;
     without it XLA would write p to memory, for the value and the derivative to read.
     """
-    behind_barrier = with_value and is_read_once(x, axis) and axis_name is None
-
-    in_one_sum = cpu.is_large(x) and axis_name is None
+    of_many = cpu.is_large(x) and axis_name is None
+    in_parts = of_many and _is_long(x.shape, axis)
 
     def recomputed(x: Array, _: Array, x_dot: Array) -> Array:
-        return otherwise(x, x_dot, axis, axis_name, in_one_sum)
+        return otherwise(x, x_dot, axis, axis_name, of_many)
 
-    def in_one_kernel(x: Array, p: Array, x_dot: Array) -> Array:
-        return recomputed(lax.optimization_barrier(x) if behind_barrier else x, p, x_dot)
+    def on_gpus(x: Array, p: Array, x_dot: Array) -> Array:
+        if in_parts:
+            return of_long_rows(x, x_dot, axis)
+        return recomputed(lax.optimization_barrier(x) if with_value and of_many else x, p, x_dot)
 
     def along(x: Array, p: Array, x_dot: Array) -> Array:
         if not cpu.is_large(x):
             return recomputed(x, p, x_dot)
         own = functools.partial(on_cpu, axis=axis, axis_name=axis_name)
-        on_gpus = in_one_kernel
-        if of_long_rows is not None and axis_name is None and _is_long(x.shape, axis):
-            on_gpus = functools.partial(_in_several_kernels, of_long_rows, axis)
-        of_gpus = dict.fromkeys(_GPUS, on_gpus)
-        return lax.platform_dependent(x, p, x_dot, cpu=own, **of_gpus, default=recomputed)
+        return by_platform(x, p, x_dot, on_cpu=own, on_gpus=on_gpus, otherwise=recomputed)
 
     return jax.checkpoint(along, prevent_cse=False)(x, p, x_dot)
-
-
-def _in_several_kernels(f: Callable[..., Array], axis: tuple[int, ...], x: Array, _: Array, x_dot: Array) -> Array:
-    return f(x, x_dot, axis)
 
 
 def weighted_deviations(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
@@ -259,7 +262,7 @@ def weighted_deviations(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:
 
     def along(w: Array, x_dot: Array) -> Array:
         on_cpu, otherwise = (functools.partial(form.weighted_deviations, axis=axis) for form in (cpu, reference))
-        return _by_platform(on_cpu, otherwise, cpu.is_large(w), w, x_dot)
+        return _by_form_for_cpu(on_cpu, otherwise, cpu.is_large(w), w, x_dot)
 
     return jax.checkpoint(along, prevent_cse=False)(w, x_dot)
 
@@ -288,14 +291,13 @@ def label_rates(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     if not cpu.is_large(x_dot) or cpu.compares_labels(x_dot):
         on_cpu = compared
     if x is None:
-        return _by_platform(on_cpu, compared, on_cpu is not compared, p, kept, at_label, x_dot)
+        return _by_form_for_cpu(on_cpu, compared, on_cpu is not compared, p, kept, at_label, x_dot)
 
     def on_gpus(p: Array, kept: Array | None, at_label: Array, x_dot: Array) -> LabelRates:
         here = is_label(x_dot.shape, label)
         return long_rows.label_rates(x, kept, p_y, at_label, widened(x_dot), here)
 
-    of_gpus = dict.fromkeys(_GPUS, on_gpus)
-    return lax.platform_dependent(p, kept, at_label, x_dot, cpu=on_cpu, **of_gpus, default=compared)
+    return by_platform(p, kept, at_label, x_dot, on_cpu=on_cpu, on_gpus=on_gpus, otherwise=compared)
 
 
 def explain(shape: tuple[int, ...], axis: Axis = -1, platform: str | None = None) -> str:

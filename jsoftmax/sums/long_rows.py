@@ -10,11 +10,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from jsoftmax.checks.arguments import read, widened
-from jsoftmax.sums.reference import SURE, LabelRates, Normalized, class_sum, is_empty, shifted, sum_without_one
+from jsoftmax.sums.reference import (
+    SURE,
+    LabelRates,
+    Normalized,
+    class_sum,
+    is_empty,
+    log_p_of,
+    shifted,
+    sum_without_one,
+)
 
 
 def normalized_of_shifted(x: Array, axis: tuple[int, ...]) -> Normalized:
@@ -22,8 +30,7 @@ def normalized_of_shifted(x: Array, axis: tuple[int, ...]) -> Normalized:
     x = read(x)
     rest, _ = sum_without_one(jnp.exp(x), axis)
     log_total = jnp.log1p(rest)
-    left_out = -jnp.inf - lax.stop_gradient(log_total)  # NaN in a row that is NaN
-    log_p = jnp.where(x > -jnp.inf, x - log_total, left_out)
+    log_p = log_p_of(x, x, log_total)
     return Normalized(log_p, jnp.exp(log_p), jnp.where(is_empty(rest), -jnp.inf, log_total))
 
 

@@ -132,11 +132,14 @@ def normalized(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, in_o
     """
     u, e, rest, peak, _ = shifted(x, axis, axis_name)
     log_total = jnp.log1p(rest)
-    left_out = -jnp.inf - lax.stop_gradient(log_total)  # NaN in a row that is NaN
-    log_p = jnp.where(x > -jnp.inf, u - log_total, left_out)
     L = jnp.where(peak == jnp.inf, peak, peak + log_total)
     total = jnp.maximum(class_sum(e, axis), jnp.finfo(e.dtype).eps) if in_one_sum else 1 + rest
-    return Normalized(log_p, e / total, L)
+    return Normalized(log_p_of(x, u, log_total), e / total, L)
+
+
+def log_p_of(x: Array, u: Array, log_total: Array) -> Array:
+    """l = u − log Σ e^u, and −∞ where a class is left out, but NaN in a row that is NaN."""
+    return jnp.where(x > -jnp.inf, u - log_total, -jnp.inf - lax.stop_gradient(log_total))
 
 
 def centred(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> tuple[Array, Array]:
