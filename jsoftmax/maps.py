@@ -38,9 +38,11 @@ def normalize(  # noqa: PLR0917  (as rules, which have no keywords, call it)
     want: Want = "all",
     order: int = 0,
     is_shifted: bool = False,
+    again: Array | None = None,
 ) -> Normalized:
     """l = log p, p and L; x = −inf leaves a class out. want: what is wanted; order: of the derivative; is_shifted:
-    whether the maximum of each row is known to be 0."""
+    whether the maximum of each row is known to be 0. again: x once more, for the rule, as `sums.read_again` gives it;
+    it has the values and the derivatives of x."""
     return sums.normalized(x, axis, axis_name, want, order, is_shifted)
 
 
@@ -55,11 +57,11 @@ def _normalize_jvp(  # noqa: PLR0917  (a rule has no keywords)
     tangents: Any,
 ) -> tuple[Normalized, Normalized]:
     """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ  (MATH 1.2 to 1.4)."""
-    (x,), (x_dot,) = primals, tangents
-    out = normalize(x, axis, axis_name, want, order + 1, is_shifted)
-    x_dot = widened(x_dot)
+    (x, again), (x_dot, _) = primals, tangents
+    out = normalize(x, axis, axis_name, want, order + 1, is_shifted, again)
+    x, x_dot = x if again is None else again, widened(x_dot)
     return out, Normalized(
-        sums.log_p_rate(x, out.p, x_dot, axis, axis_name, want, order),
+        sums.log_p_rate(x, out.p, x_dot, axis, axis_name, order),
         sums.p_rate(x, out.p, x_dot, axis, axis_name, want, order),
         sums.class_sum(out.p * x_dot, axis, axis_name),
     )
@@ -144,7 +146,7 @@ def check(  # noqa: PLR0917  (as the public functions have them)
     )
 
 
-@functools.partial(jax.jit, static_argnames=("f", "axis", "axis_name"))
+@functools.partial(jax.jit, static_argnames=("f", "axis", "axis_name", "reads_again"))
 def _of_weighted_scores(  # noqa: PLR0917  (as `Arguments` has them)
     f: Callable[..., Array],
     given: tuple[Array, ...],
@@ -154,18 +156,28 @@ def _of_weighted_scores(  # noqa: PLR0917  (as `Arguments` has them)
     log_weights: Array | None,
     phi: Phi,
     parameters: tuple[Array, ...],
+    reads_again: bool = False,
 ) -> Array:
     x = [weighted_scores(phi, z, where, log_weights) for z in given]
-    return f(*x, *parameters, axis, axis_name)
+    if not reads_again:
+        return f(*x, *parameters, axis, axis_name)
+    scores = [sums.read_again(z, axis, axis_name) for z in given]
+    return f(*x, *(weighted_scores(phi, z, where, log_weights) for z in scores), *parameters, axis, axis_name)
 
 
-def keep_classes(f: Callable[..., Array], arguments: Arguments, phi: Phi, parameters: tuple[Array, ...] = ()) -> Array:
+def keep_classes(
+    f: Callable[..., Array],
+    arguments: Arguments,
+    phi: Phi,
+    parameters: tuple[Array, ...] = (),
+    reads_again: bool = False,
+) -> Array:
     """f(x, …, *parameters, axis, axis_name) for x = ψ(z) + log w, with a result in the dtype of the scores.
 
     All is compiled as one program, so that results that f drops are not computed, and narrow scores need not be stored
-    in a wide dtype.
+    in a wide dtype. reads_again: whether f takes each x a second time, for its rule, from `sums.read_again`.
     """
-    return _of_weighted_scores(f, *arguments, phi, parameters).astype(arguments.dtype)
+    return _of_weighted_scores(f, *arguments, phi, parameters, reads_again).astype(arguments.dtype)
 
 
 def reduce_classes(
@@ -231,7 +243,8 @@ def softmax(
     >>> softmax(jnp.array([0., 1., 2.]), phi=taylor(2))
     Array([0.11764..., 0.29411..., 0.58823...], dtype=float32)
     """
-    return keep_classes(_p, check("softmax", {"z": z}, axis, where, phi, log_weights, axis_name), phi)
+    arguments = check("softmax", {"z": z}, axis, where, phi, log_weights, axis_name)
+    return keep_classes(_p, arguments, phi, reads_again=True)
 
 
 @public
@@ -259,7 +272,7 @@ def log_softmax(
     Array([-2.06115...e-09, -2.00000...e+01], dtype=float32)
     """
     arguments = check("log_softmax", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return keep_classes(log_p, arguments, phi)
+    return keep_classes(_log_p, arguments, phi, reads_again=True)
 
 
 @public
@@ -293,8 +306,12 @@ def log_normalizer(
     return reduce_classes(log_sum, arguments, phi, check_flag("log_normalizer", "keepdims", keepdims))
 
 
-def _p(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    return normalize(x, axis, axis_name, "p").p
+def _p(x: Array, again: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    return normalize(x, axis, axis_name, "p", again=again).p
+
+
+def _log_p(x: Array, again: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    return normalize(x, axis, axis_name, "log_p", again=again).log_p
 
 
 def log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:

@@ -2,7 +2,7 @@
 
 `reference` is the mathematics, and runs on GPUs and TPUs and for small arrays. `cpu` holds the forms that XLA's CPU
 compiler needs for large arrays; each of its functions equals that of the reference, except for the care of MATH 4.5.
-On GPUs the derivatives of rows of up to 16,384 classes are computed behind a barrier (`_rate`), and those of longer
+On GPUs the derivatives of rows of up to 16,384 classes are computed behind a barrier (`read_again`), and those of longer
 rows by `long_rows`. This module decides which form runs, by the size of the array and by the platform that a program
 is compiled for; `explain` says what it decided.
 """
@@ -173,8 +173,7 @@ def p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
 ) -> Array:
     """ṗ along ẋ."""
     on_cpu = functools.partial(cpu.p_rate, want=want, order=order)
-    with_value = want == "p" and order == 0
-    return _rate(on_cpu, reference.p_rate, long_rows.p_rate, x, p, x_dot, axis, axis_name, with_value)
+    return _rate(on_cpu, reference.p_rate, long_rows.p_rate, x, p, x_dot, axis, axis_name)
 
 
 def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
@@ -183,13 +182,11 @@ def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     x_dot: Array,
     axis: tuple[int, ...],
     axis_name: AxisName = None,
-    want: Want = "log_p",
     order: int = 0,
 ) -> Array:
     """(log p)˙ along ẋ."""
     on_cpu = functools.partial(cpu.log_p_rate, order=order)
-    with_value = want == "log_p" and order == 0
-    return _rate(on_cpu, reference.log_p_rate, long_rows.log_p_rate, x, p, x_dot, axis, axis_name, with_value)
+    return _rate(on_cpu, reference.log_p_rate, long_rows.log_p_rate, x, p, x_dot, axis, axis_name)
 
 
 _ROW_KERNEL_CLASSES = 16384
@@ -229,13 +226,11 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     x_dot: Array,
     axis: tuple[int, ...],
     axis_name: AxisName,
-    with_value: bool = False,
 ) -> Array:
-    """A derivative along ẋ. with_value: whether the same program also has the value, or a loss's p, as a result.
+    """A derivative along ẋ.
 
     It is checkpointed. For few scores, x alone is kept for the backward pass; for many, x and p, because the form for
-    CPU reads p and the others read x. Behind the barrier GPUs compute e^u again, in one kernel with the derivative;
-    without it XLA would write p to memory, for the value and the derivative to read.
+    CPU reads p and the others read x. GPUs then compute e^u again, in one kernel with the derivative.
     """
     of_many = cpu.is_large(x) and axis_name is None
     in_parts = of_many and _is_long(x.shape, axis)
@@ -244,9 +239,7 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
         return otherwise(x, x_dot, axis, axis_name, of_many)
 
     def on_gpus(x: Array, p: Array, x_dot: Array) -> Array:
-        if in_parts:
-            return of_long_rows(x, x_dot, axis)
-        return recomputed(lax.optimization_barrier(x) if with_value and of_many else x, p, x_dot)
+        return of_long_rows(x, x_dot, axis) if in_parts else recomputed(x, p, x_dot)
 
     def along(x: Array, p: Array, x_dot: Array) -> Array:
         if not cpu.is_large(x):
