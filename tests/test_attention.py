@@ -224,12 +224,12 @@ def test_rows_without_keys(phi):
         return attention.attention_statistics(**given, mask=mask, sink=sink, phi=phi, block_size=BLOCKS["odd"])
 
     statistics = verify.jit_formulas(lambda given: f(**given))
-    found = statistics(given | {"sink": None})
+    found = jax.tree.map(np.asarray, statistics(given | {"sink": None}))
     empty = ~mask.any(3)[:, 0]
     assert not found.output[empty].any()
     assert not found.entropy[empty].any()
-    assert jnp.isneginf(found.log_normalizer[empty]).all()
-    assert jnp.isfinite(found.log_normalizer[~empty]).all()
+    assert np.isneginf(np.asarray(found.log_normalizer)[empty]).all()
+    assert np.isfinite(np.asarray(found.log_normalizer)[~empty]).all()
 
     def total(given):
         a = f(**given)
@@ -239,8 +239,8 @@ def test_rows_without_keys(phi):
 
     without = {name: a for name, a in given.items() if name != "sink"}
     derivatives = verify.jit_formulas(lambda given: jax.jvp(jax.grad(total), (given,), (given,)))
-    assert all(not a.any() for a in jax.tree.leaves(derivatives(without)))
-    with_sink = statistics(given)
+    assert all(not np.any(a) for a in jax.tree.leaves(derivatives(without)))
+    with_sink = jax.tree.map(np.asarray, statistics(given))
     assert not with_sink.output[empty].any()
     assert not with_sink.entropy[empty].any()
     np.testing.assert_allclose(with_sink.log_normalizer[0, 2], phi.log(given["sink"]), rtol=1e-6)

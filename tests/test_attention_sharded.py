@@ -119,7 +119,7 @@ def test_wrong_calls():
 
     def raises(part, specs, match):
         with pytest.raises(ValueError, match=match):
-            jax.shard_map(part, mesh=mesh(), in_specs=specs, out_specs=WHOLE)(q, k, v)
+            jax.eval_shape(jax.shard_map(part, mesh=mesh(), in_specs=specs, out_specs=WHOLE), q, k, v)
 
     def plain(q, k, v):
         return attention.dot_product_attention(q, k, v, axis_name="v")

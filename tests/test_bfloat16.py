@@ -32,8 +32,9 @@ LENGTHS = (60, 1000, 4500, 8192, 4099)
 
 def scores(classes, rows=ROWS, scale=3):
     """Rows whose largest score stands above the others by nothing, little and much."""
-    z = scale * jax.random.normal(jax.random.key(classes), (rows, classes))
-    return z.at[jnp.arange(rows), 7].add(5 * jnp.arange(rows)).astype(jnp.bfloat16)
+    z = scale * np.random.default_rng(classes).normal(size=(rows, classes))
+    z[:, 7] += 5 * np.arange(rows)
+    return jnp.asarray(z, jnp.bfloat16)
 
 
 def wide(f, z):
@@ -62,8 +63,9 @@ def derivatives(f):
     return jit_as_user(run)
 
 
-AS_IN_FLOAT32 = and_full([("log_normalizer", 4500), ("cross_entropy", 8192)], itertools.product(FUNCTIONS, LENGTHS))
-"""Functions meet shapes in test_sums.py, in bfloat16 too; what keeps the classes is below."""
+AS_IN_FLOAT32 = and_full([("cross_entropy", 8192)], itertools.product(FUNCTIONS, LENGTHS))
+"""Functions meet shapes in test_sums.py, in bfloat16 too; what keeps the classes, and blocks that leave a tail, are
+below."""
 
 
 @pytest.mark.parametrize(("name", "classes"), AS_IN_FLOAT32)
@@ -111,9 +113,9 @@ OF_EDGES = and_full(
 def test_edges(name, classes):
     """Classes left out, by score and by mask, empty rows, bad scores: as in float32, derivatives too."""
     f = FUNCTIONS[name]
-    z = scores(classes).at[1].set(-jnp.inf).at[2, 5].set(jnp.nan).at[3, 9].set(jnp.inf).at[4, 10:].set(-jnp.inf)
-    z = z.at[5].set(1e-9).at[6].set(-3e38)
-    kept = jnp.arange(classes) % 5 > 0
+    z = np.float32(scores(classes))
+    z[1], z[2, 5], z[3, 9], z[4, 10:], z[5], z[6] = -np.inf, np.nan, np.inf, -np.inf, 1e-9, -3e38
+    z, kept = jnp.asarray(z, jnp.bfloat16), np.arange(classes) % 5 > 0
     for g in (f, lambda z: f(z, where=kept)) if name in KEEP or name == "log_normalizer" else (f,):
 
         @jit_as_user

@@ -89,9 +89,9 @@ def test_a_temperature_does_not_depend_on_its_neighbours():
 )
 @pytest.mark.parametrize("classes", [1, 2])
 def test_empty_rows_along_any_axis(f, want, classes):
-    z = jnp.full((classes, 3), -inf)
-    for found in (f(z, 0), f(z.T, -1), f(z[None], (0, 1))):
-        assert np.all(found == want)
+    z = np.full((classes, 3), -inf, np.float32)
+    for found in jit_formulas(lambda z: (f(z, 0), f(z.T, -1), f(z[None], (0, 1))))(z):
+        assert np.all(np.asarray(found) == want)
 
 
 def heads_of_labels():
@@ -151,9 +151,9 @@ def test_rows_masked_afterwards_have_no_gradient(name):
 
 
 KEY = jax.random.key(0)
-NOTHING, NO_ROWS, NO_LABELS = jnp.zeros((0,)), jnp.zeros((0, 5)), jnp.zeros((0,), int)
-NO_TOKENS, WEIGHT = jnp.zeros((0, 3)), jnp.ones((5, 3))
-PARAMS, NO_HIDDEN = adaptive.init(KEY, 16, 50, (10,)), jnp.zeros((0, 16))
+NOTHING, NO_ROWS, NO_TOKENS, NO_HIDDEN = (np.zeros(shape, np.float32) for shape in ((0,), (0, 5), (0, 3), (0, 16)))
+NO_LABELS, WEIGHT = np.zeros(0, int), np.ones((5, 3), np.float32)
+PARAMS = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(lambda: adaptive.init(KEY, 16, 50, (10,))))
 OF_NOTHING = {
     "softmax": (lambda: js.softmax(NOTHING), (0,)),
     "log_normalizer": (lambda: js.log_normalizer(NOTHING), ()),
@@ -274,8 +274,8 @@ def test_soft_cap_comes_before_what_leaves_classes_out(where, cap, shift):
     def f(h):
         return heads.linear_cross_entropy(h, W, jnp.asarray(y), b, soft_cap=cap, **options)
 
-    for g in (f, jit_as_user(f)):
-        np.testing.assert_allclose(g(h), want, atol=1e-4)
+    for jit in (jit_formulas, jit_as_user):
+        np.testing.assert_allclose(jit(f)(h), want, atol=1e-4)
     total = jit_as_user(lambda h: heads.linear_cross_entropy_sum(h, W, jnp.asarray(y), b, soft_cap=cap, **options))
     np.testing.assert_allclose(total(h), want.sum(), rtol=1e-5)
 
@@ -293,8 +293,8 @@ def test_statistics_at_a_temperature(T):
         W32, b32 = jnp.asarray(W, jnp.float32), jnp.asarray(b, jnp.float32)
         return heads.linear_statistics(h / T, W32, jnp.asarray(y), b32 / T, soft_cap=5 / T)
 
-    for g in (f, jit_as_user(f)):
-        found = g(jnp.asarray(h, jnp.float32), T)
+    for jit in (jit_formulas, jit_as_user):
+        found = jit(f)(jnp.asarray(h, jnp.float32), T)
         np.testing.assert_allclose(found.log_prob, -loss, atol=1e-5)
         np.testing.assert_allclose(found.entropy, H, atol=1e-5)
         np.testing.assert_allclose(found.log_normalizer, L, atol=1e-5)
@@ -406,19 +406,16 @@ def test_scores_in_bfloat16_made_in_the_same_program():
 
 def test_scores_of_the_least_finite_number():
     """The least finite number is a common mask. A maximum with it must have the whole derivative, not half of it."""
-    z = jnp.full((2, 3), jnp.finfo(jnp.float32).min)
+    z = np.full((2, 3), np.finfo(np.float32).min)
     for f in (js.log_normalizer, js.entropy, lambda z: js.log_softmax(z)[..., 0], lambda z: js.softmax(z)[..., 0]):
         for g in (jax.grad, jax.hessian):
             derivative = jit_formulas(g(lambda z, f=f: jnp.sum(f(z))))
-            np.testing.assert_allclose(derivative(z), derivative(jnp.zeros((2, 3))), atol=1e-6)
+            np.testing.assert_allclose(derivative(z), derivative(0 * z), atol=1e-6)
 
-    def sample(z, temperature):
-        return gumbel.gumbel_softmax(KEY, z, temperature)[0, 0]
-
-    equal = jax.grad(sample)(jnp.zeros((2, 3)), 1.0)
-    far = jnp.zeros((2, 3)).at[1].set(jnp.finfo(jnp.float32).min)
-    np.testing.assert_allclose(jax.grad(sample)(far, 1.0)[0], equal[0], rtol=1e-6)
-    assert np.all(np.isfinite(jax.grad(sample)(z, 1.0)))
+    by_scores = jit_formulas(jax.grad(lambda z: gumbel.gumbel_softmax(KEY, z, 1.0)[0, 0]))
+    equal, far = by_scores(0 * z), by_scores(np.float32([[0], [1]]) * z)
+    np.testing.assert_allclose(far[0], equal[0], rtol=1e-6)
+    assert np.all(np.isfinite(by_scores(z)))
 
 
 @pytest.mark.parametrize("alpha", some([0.5, 1.5], [0.5]))
@@ -525,12 +522,21 @@ def test_gradients_of_a_sure_fenchel_young_loss(alpha):
 
 def test_no_class_at_all():
     """K = 0: no label is in range, and functions without labels give the value of an empty row."""
-    z, y = jnp.zeros((3, 0)), jnp.zeros(3, int)
-    for f in (losses.cross_entropy, losses.focal_cross_entropy, losses.spherical_z_loss, js.fenchel_young_loss):
-        assert np.all(np.isnan(f(z, y)))
-        assert jax.grad(lambda z, f=f: f(z, y).sum())(z).shape == (3, 0)
-    assert np.all(np.isnan(js.temperature_for_entropy(z, 0.5)))
-    assert losses.cross_entropy(jnp.zeros((0, 0)), jnp.zeros(0, int), label_smoothing=0.1).shape == (0,)
+    z, y = np.zeros((3, 0), np.float32), np.zeros(3, int)
+    functions = losses.cross_entropy, losses.focal_cross_entropy, losses.spherical_z_loss, js.fenchel_young_loss
+
+    @jit_formulas
+    def results(z):
+        of_labels = [(f(z, y), jax.grad(lambda z, f=f: f(z, y).sum())(z)) for f in functions]
+        of_no_row = losses.cross_entropy(z[:0], y[:0], label_smoothing=0.1)
+        return of_labels, js.temperature_for_entropy(z, 0.5), of_no_row
+
+    of_labels, temperatures, of_no_row = results(z)
+    for value, gradient in of_labels:
+        assert np.all(np.isnan(value))
+        assert gradient.shape == (3, 0)
+    assert np.all(np.isnan(temperatures))
+    assert of_no_row.shape == (0,)
     with pytest.raises(ValueError, match="weight must have at least one feature"):
         heads.linear_cross_entropy(jnp.zeros((2, 0)), jnp.zeros((5, 0)), jnp.array([0, 1]))
 

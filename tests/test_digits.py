@@ -120,10 +120,10 @@ def test_bounds(length, dtype):
                     assert beyond <= (3 if name == "gradient" else 4), (name, len(z), beyond)
 
 
-@pytest.mark.parametrize("length", some([3, 60, 257, 1000], [60, 1000]))
+@pytest.mark.parametrize("length", some([3, 60, 257, 1000], [1000]))
 def test_bounds_of_many_rows(length):
-    """Of a thousand ordinary rows, few scores and many, with exact differences. By default one length on either side of
-    2^17 scores; rows of more lengths are above."""
+    """Of a thousand ordinary rows, few scores and many, with exact differences. By default of one length, with which
+    there are less and more than 2^17 scores; rows of more lengths are above."""
     z = np.float32(np.round(np.random.default_rng(21).normal(0, 1, (1000, length)) * 256) / 256)
     u = np.float64(z) - np.max(z, -1, keepdims=True)
     total = np.sum(np.exp(u), -1, keepdims=True)

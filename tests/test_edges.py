@@ -156,22 +156,23 @@ def test_second_forward_derivative_of_a_bad_score():
 
 OF_SCORES = {f.name: f for f in FUNCTIONS if f.scores == 1}
 MANY = and_full(
-    [(OF_SCORES["softmax"], 60), (OF_SCORES["log_softmax"], 300), (OF_SCORES["entropy"], 4500)],
+    [(OF_SCORES["log_softmax"], 300), (OF_SCORES["entropy"], 4500)],
     itertools.product(OF_SCORES.values(), [60, 300, 1000, 4500]),
 )
-"""The others sum rows as these do."""
+"""The others sum rows as these do, and 60 classes of few rows are summed as the five of `test_rows` are."""
 
 
 @pytest.mark.parametrize(("function", "classes"), MANY, ids=str)
 def test_rows_with_many_classes_left_out(function, classes):
     """Long rows give what short rows give, in whatever way rows of their length are summed."""
     table = rows(function)
-    short = [jnp.asarray(np.stack(column)) for column in zip(*table.values(), strict=True)]
+    short = [np.stack(column) for column in zip(*table.values(), strict=True)]
     pads = (-inf, 0, True, 0)
-    long = [jnp.pad(a, ((0, 0), (0, classes - 5)), constant_values=b) for a, b in zip(short, pads, strict=True)]
-    f = jit_as_user(jax.vmap(functools.partial(value_and_derivatives, function, js.exp)))
+    long = [np.pad(a, ((0, 0), (0, classes - 5)), constant_values=b) for a, b in zip(short, pads, strict=True)]
+    f = jax.vmap(functools.partial(value_and_derivatives, function, js.exp))
     keeps = function.name in ("softmax", "log_softmax")
-    for i, (got, want) in enumerate(zip(*(f((z,), where, w) for z, _, where, w in (long, short)), strict=True)):
+    found, wanted = (jit(f)((z,), where, w) for jit, (z, _, where, w) in ((jit_as_user, long), (jit_formulas, short)))
+    for i, (got, want) in enumerate(zip(found, wanted, strict=True)):
         cut = got[:, :5] if keeps or i else got
         np.testing.assert_allclose(cut, want, rtol=2e-5, atol=2e-6, err_msg=str(i))
 

@@ -227,7 +227,8 @@ def test_draws_are_those_of_whole_numbers_added_up_one_by_one(classes, draws):
     """A draw is found through its group and its block of classes. Its class is the one that MATH 10.2 defines."""
     x = 4 * jax.random.normal(KEY, (3, classes))
     of_rounding, of_draws = jax.random.split(KEY)
-    F = np.cumsum(np.asarray(_categorical._whole_numbers(of_rounding, x, None)), -1, dtype=np.uint64)
+    whole = jax.jit(lambda x: _categorical._whole_numbers(of_rounding, x, None))(x)
+    F = np.cumsum(np.asarray(whole), -1, dtype=np.uint64)
     bits = np.asarray(jax.random.bits(of_draws, (3, draws), "uint32"), np.uint64)
     r = bits * F[:, -1:] >> np.uint64(32)
     want = np.stack([np.searchsorted(row, found, "right") for row, found in zip(F, r, strict=True)])
@@ -276,19 +277,23 @@ def test_small_temperatures_are_finite():
 
 
 def test_hard_is_exactly_one_hot():
-    z = jax.random.normal(KEY, (1000, 7))
-    hard = np.asarray(gumbel.gumbel_softmax(KEY, z, 0.3, hard=True))
+    z = np.float32(np.random.default_rng(0).normal(size=(1000, 7)))
+    hard = np.asarray(verify.jit_formulas(lambda z: gumbel.gumbel_softmax(KEY, z, 0.3, hard=True))(z))
     assert set(np.unique(hard)) == {0.0, 1.0}
     np.testing.assert_array_equal(hard.sum(-1), 1)
     np.testing.assert_array_equal(hard.argmax(-1), gumbel.gumbel_top_k(KEY, z, 1).indices[:, 0])
 
 
 def test_subset_tends_to_the_sample_of_top_k():
-    soft = np.asarray(gumbel.subset_softmax(KEY, Z, 2, 1e-3))
+
+    @verify.jit_formulas
+    def results(z):
+        soft, top = gumbel.subset_softmax(KEY, z, 2, 1e-3), gumbel.gumbel_top_k(KEY, z, 2).indices
+        return soft, jnp.take_along_axis(soft, top, -1), gumbel.subset_softmax(KEY, z[:1], 4, 0.01)
+
+    soft, of_top, whole = results(Z)
     np.testing.assert_allclose(soft.sum(-1), 2, rtol=1e-5)
-    top = np.asarray(gumbel.gumbel_top_k(KEY, Z, 2).indices)
-    np.testing.assert_allclose(np.take_along_axis(soft, top, -1), 1, atol=1e-3)
-    whole = gumbel.subset_softmax(KEY, Z[:1], 4, 0.01)
+    np.testing.assert_allclose(of_top, 1, atol=1e-3)
     np.testing.assert_allclose(whole, jnp.ones((1, 4)), atol=1e-3)
 
 
@@ -315,8 +320,9 @@ def test_subset_keeps_its_digits(gap, x64):
 
 def test_a_score_that_stands_for_a_mask_leaves_derivatives_finite():
     z = jnp.array([0.0, 1.0, float(jnp.finfo(jnp.float32).min)])
-    second = jax.grad(jax.grad(lambda tau: gumbel.gumbel_softmax(KEY, z, tau)[0]))(0.5)
-    want = jax.grad(jax.grad(lambda tau: gumbel.gumbel_softmax(KEY, z.at[2].set(-jnp.inf), tau)[0]))(0.5)
+    z_masked = z.at[2].set(-jnp.inf)
+    of = verify.jit_formulas(jax.grad(jax.grad(lambda tau, z: gumbel.gumbel_softmax(KEY, z, tau)[0])))
+    second, want = of(0.5, z), of(0.5, z_masked)
     np.testing.assert_allclose(second, want, rtol=1e-6)
 
 
@@ -363,34 +369,48 @@ def test_densities_are_normalised(phi):
 
 
 def test_densities_at_the_corners():
-    x = gumbel.exp_concrete(KEY, Z, 1e-3)
+
+    @verify.jit_formulas
+    def results(z, corner):
+        x, densities = (
+            gumbel.exp_concrete(KEY, z, 1e-3),
+            (gumbel.concrete_log_density, gumbel.binary_concrete_log_density),
+        )
+        slopes = [jax.grad(lambda x, f=f: jnp.sum(f(x, z, 0.5)))(corner) for f in densities]
+        return x, gumbel.exp_concrete_log_density(x, z, 1e-3), *(f(corner, z, 0.5) for f in densities), *slopes
+
+    x, *of_corners = results(Z, jnp.array([[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]))
     assert x.min() < -1e3
-    assert np.all(np.isfinite(gumbel.exp_concrete_log_density(x, Z, 1e-3)))
-    corner = jnp.array([[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
-    for f in (gumbel.concrete_log_density, gumbel.binary_concrete_log_density):
-        assert np.all(np.isfinite(f(corner, Z, 0.5)))
-        slopes = jax.grad(lambda x, f=f: jnp.sum(f(x, Z, 0.5)))(corner)
-        assert np.all(np.isfinite(slopes))
+    for found in of_corners:
+        assert np.all(np.isfinite(found))
     assert gumbel.exp_concrete_log_density(jnp.array([0.0, -jnp.inf]), jnp.zeros(2), 0.5) == -jnp.inf
 
 
 def test_conditional_gumbels_have_the_index_on_top():
-    z = 5 * jax.random.normal(KEY, (5000, 6))
-    index = jax.random.randint(KEY, (5000,), 0, 6)
-    perturbed = gumbel.conditional_gumbels(KEY, z, index)
-    np.testing.assert_array_equal(jnp.argmax(perturbed, -1), index)
-    given = gumbel.conditional_gumbels(KEY, z, index, maximum=2.5)
-    np.testing.assert_array_equal(jnp.max(given, -1), 2.5)
-    np.testing.assert_array_equal(jnp.argmax(given, -1), index)
-    jacobian = jax.jacrev(lambda z: gumbel.conditional_gumbels(KEY, z, jnp.array(1)))(Z[0])
-    np.testing.assert_array_equal(jacobian, jnp.eye(4))
+    rng = np.random.default_rng(0)
+    z, index = np.float32(5 * rng.normal(size=(5000, 6))), rng.integers(0, 6, 5000)
+    perturbed, given = (
+        np.asarray(verify.jit_formulas(functools.partial(gumbel.conditional_gumbels, maximum=maximum))(KEY, z, index))
+        for maximum in (None, 2.5)
+    )
+    np.testing.assert_array_equal(np.argmax(perturbed, -1), index)
+    np.testing.assert_array_equal(np.max(given, -1), 2.5)
+    np.testing.assert_array_equal(np.argmax(given, -1), index)
+    jacobian = verify.jit_formulas(jax.jacrev(lambda z: gumbel.conditional_gumbels(KEY, z, jnp.array(1))))(Z[0])
+    np.testing.assert_array_equal(jacobian, np.eye(4))
 
 
 def test_reinmax_has_heuns_jacobian():
-    D = np.asarray(gumbel.reinmax(KEY, Z[0], 2.0))
-    p, half = np.asarray(js.softmax(Z[0])), (D + np.asarray(js.softmax(Z[0] / 2))) / 2
+
+    @verify.jit_formulas
+    def results(z):
+        reinmax = functools.partial(gumbel.reinmax, KEY, temperature=2.0)
+        return reinmax(z), js.softmax(z), js.softmax(z / 2), jax.jacrev(reinmax)(z)
+
+    D, p, of_half, jacobian = map(np.asarray, results(Z[0]))
+    half = (D + of_half) / 2
     want = 2 * (np.diag(half) - np.outer(half, half)) - (np.diag(p) - np.outer(p, p)) / 2
-    np.testing.assert_allclose(jax.jacrev(lambda z: gumbel.reinmax(KEY, z, 2.0))(Z[0]), want, atol=1e-6)
+    np.testing.assert_allclose(jacobian, want, atol=1e-6)
 
 
 @pytest.mark.full  # It is about optax's functions. The law of Gumbel draws is in test_gumbel_statistics.py.

@@ -106,20 +106,35 @@ def test_top_k_as_on_accelerators():
 
 
 def test_no_classes():
-    z = jnp.zeros((3, 0))
-    np.testing.assert_array_equal(gumbel.categorical(KEY, z), -1)
-    for name, f in MAPS.items():
-        if name != "subset_softmax":  # k is in [1, K]
-            assert f(z).shape == (3, 0), name
+    maps = {name: f for name, f in MAPS.items() if name != "subset_softmax"}  # of which k is in [1, K]
+
+    @jit_formulas
+    def found(z):
+        return gumbel.categorical(KEY, z), {name: f(z) for name, f in maps.items()}
+
+    draws, values = found(np.zeros((3, 0), np.float32))
+    np.testing.assert_array_equal(draws, -1)
+    for name, value in values.items():
+        assert value.shape == (3, 0), name
 
 
 def test_one_class():
-    z = jnp.array([[-3.0], [2.0]])
-    np.testing.assert_array_equal(gumbel.categorical(KEY, z), 0)
-    for name in ("gumbel_softmax", "hard", "rao_blackwellised", "reinmax"):
-        np.testing.assert_array_equal(MAPS[name](z), 1)
-    np.testing.assert_array_equal(gumbel.subset_softmax(KEY, z, 1, 0.5), 1)
-    np.testing.assert_array_equal(gumbel.exp_concrete(KEY, z, 0.5), 0)
+
+    @jit_formulas
+    def found(z):
+        ones = [MAPS[name](z) for name in ("gumbel_softmax", "hard", "rao_blackwellised", "reinmax")]
+        return (
+            gumbel.categorical(KEY, z),
+            gumbel.exp_concrete(KEY, z, 0.5),
+            *ones,
+            gumbel.subset_softmax(KEY, z, 1, 0.5),
+        )
+
+    draws, log_x, *ones = found(jnp.array([[-3.0], [2.0]]))
+    np.testing.assert_array_equal(draws, 0)
+    np.testing.assert_array_equal(log_x, 0)
+    for value in ones:
+        np.testing.assert_array_equal(value, 1)
 
 
 def test_edges_of_conditional_gumbels():
@@ -129,16 +144,22 @@ def test_edges_of_conditional_gumbels():
 
 
 def test_edges_of_densities():
-    x = jnp.log(jnp.array([[0.5, 0.25, 0.25]] * 4)).at[2:].set(-jnp.inf).at[3, :2].set(jnp.log(0.5))
-    density = np.asarray(gumbel.exp_concrete_log_density(x, BAD, 0.5))
+    x = np.log(np.float32([[0.5, 0.25, 0.25]] * 4))
+    x[2:], x[3, :2] = -np.inf, np.log(0.5)
+
+    @jit_formulas
+    def found(x, z):
+        f = gumbel.exp_concrete_log_density
+        slopes = jax.grad(lambda z: jnp.sum(jnp.nan_to_num(f(x, z, 0.5))))(z)
+        plain = gumbel.concrete_log_density(jnp.exp(x[3]), z[3], 0.5)
+        return f(x, z, 0.5), f(x[3, :2], z[3, :2], 0.5), f(x[0], z[3], 0.5), plain, slopes
+
+    density, of_two, left_out, plain, slopes = found(x, BAD)
     assert np.all(np.isnan(density[:2]))
     assert density[2] == 0
-    np.testing.assert_allclose(density[3], gumbel.exp_concrete_log_density(x[3, :2], BAD[3, :2], 0.5), rtol=1e-6)
-    assert gumbel.exp_concrete_log_density(x[0], BAD[3], 0.5) == -np.inf  # a class that is left out
-    np.testing.assert_allclose(
-        gumbel.concrete_log_density(jnp.exp(x[3]), BAD[3], 0.5), density[3] - 2 * np.log(0.5), rtol=1e-6
-    )
-    slopes = jax.grad(lambda z: jnp.sum(jnp.nan_to_num(gumbel.exp_concrete_log_density(x, z, 0.5))))(BAD)
+    np.testing.assert_allclose(density[3], of_two, rtol=1e-6)
+    assert left_out == -np.inf  # of a class that is left out
+    np.testing.assert_allclose(plain, density[3] - 2 * np.log(0.5), rtol=1e-6)
     np.testing.assert_array_equal(slopes[2], 0)
     assert np.all(np.isfinite(slopes[3]))
     masked = gumbel.binary_concrete_log_density(jnp.array([0.5, 0.2]), Z[0, :2], 0.5, where=jnp.array([False, True]))
@@ -164,13 +185,16 @@ def test_largest_by_blocks(classes, k):
 
 def test_no_rows():
     """Any number of classes, in blocks or not."""
+
+    @jit_formulas
+    def found(z):
+        draws = [gumbel.categorical(KEY, z, shape=(n, 0), replace=replace) for n, replace in ((500, True), (2, False))]
+        slopes = jax.grad(lambda z: js.softmax(z).sum())(z)
+        return js.entropy(z), js.log_normalizer(z), *draws, gumbel.gumbel_top_k(KEY, z, 2).indices, slopes
+
     for classes in (24, 1000):
-        z = jnp.zeros((0, classes))
-        assert js.entropy(z).shape == js.log_normalizer(z).shape == (0,)
-        assert jax.grad(lambda z: js.softmax(z).sum())(z).shape == z.shape
-        assert gumbel.categorical(KEY, z, shape=(500, 0)).shape == (500, 0)
-        assert gumbel.categorical(KEY, z, shape=(2, 0), replace=False).shape == (2, 0)
-        assert gumbel.gumbel_top_k(KEY, z, 2).indices.shape == (0, 2)
+        results = found(np.zeros((0, classes), np.float32))
+        assert [a.shape for a in results] == [(0,), (0,), (500, 0), (2, 0), (0, 2), (0, classes)]
 
 
 def test_dtypes_under_strict_promotion():

@@ -130,19 +130,20 @@ def test_rare_classes_are_drawn_at_their_rate():
     z = jnp.append(jnp.log(0.99), jnp.full(100_000, jnp.log(1e-7)))
     p = np.append(0.99, np.full(100_000, 1e-7))
     draw = jit_as_user(lambda key: gumbel.categorical(key, z, shape=(5_000_000,)))
-    draws = np.concatenate([np.asarray(draw(key)) for key in jax.random.split(KEY, 4)])
+    draws = np.concatenate([np.asarray(draw(key)) for key in jax.random.split(KEY)])
     counts = np.bincount(draws, minlength=100_001)
     groups = np.append(counts[0], counts[1:].reshape(1000, 100).sum(1))
     assert_frequencies(groups, np.append(p[0], p[1:].reshape(1000, 100).sum(1)))
-    assert_frequencies(np.bincount(counts[1:], minlength=12)[:12], scipy.stats.poisson(2).pmf(np.arange(12)))
+    assert_frequencies(np.bincount(counts[1:], minlength=12)[:12], scipy.stats.poisson(1).pmf(np.arange(12)))
     plain = jnp.cumsum(js.softmax(z))
     widths = np.diff(np.asarray(plain))
     assert np.std(widths) > 0.1e-7  # what is avoided
 
 
-@pytest.mark.parametrize("phi", [js.exp, js.spherical(0.1)], ids=str)
+@pytest.mark.parametrize("phi", some([js.exp, js.spherical(0.1)], [js.exp]), ids=str)
 def test_top_k_has_the_probabilities_of_plackett_and_luce(phi):
-    """Ordered pairs of four classes; inclusion; and the estimator's mean."""
+    """Ordered pairs of four classes; inclusion; and the estimator's mean. φ enters by its logarithm alone:
+    test_gumbel.py, of every φ."""
     z = jnp.array([0.5, -1.0, 1.5, 0.3])
     keys = jax.random.split(KEY, 200_000)
     sample = jit_as_user(jax.vmap(lambda k: gumbel.gumbel_top_k(k, z, 2, phi=phi)))(keys)

@@ -47,9 +47,8 @@ OPTIONS = {
 
 
 def arrays(dtype=jnp.float64, bias=True):
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = [(3, 4, FEATURES), (CLASSES, FEATURES), (CLASSES,)]
-    made = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+    rng = np.random.default_rng(0)
+    made = [jnp.asarray(rng.normal(size=size), dtype) for size in ((3, 4, FEATURES), (CLASSES, FEATURES), CLASSES)]
     return made if bias else made[:2]
 
 
@@ -107,8 +106,13 @@ def test_every_phi_and_its_parameters(phi):
             return log_p + 2 * js.entropy(z, phi=phi) + jnp.cos(js.log_normalizer(z, phi=phi))
 
         assert_same(ours, plain, (hidden, weight, *leaves), rtol=1e-10)
-        mode = heads.linear_statistics(hidden, weight, LABELS, phi=phi, block_size=(12, 25)).argmax
-        np.testing.assert_array_equal(mode, jnp.argmax(js.softmax(hidden @ weight.T, phi=phi), -1))
+
+        @verify.jit_formulas
+        def modes(hidden, weight):
+            found = heads.linear_statistics(hidden, weight, LABELS, phi=phi, block_size=(12, 25)).argmax
+            return found, jnp.argmax(js.softmax(hidden @ weight.T, phi=phi), -1)
+
+        np.testing.assert_array_equal(*modes(hidden, weight))
 
 
 OUTPUTS = {
@@ -202,7 +206,8 @@ def test_the_gradient_of_a_sure_label_among_several():
     """expm1(log p), not p − 1; by the weight, whose gradient is that of the scores."""
     weight = jnp.array([[20.0], [0.0], [1.0]])
     sure = jnp.array([[0], [1], [2]])
-    by_scores = jax.jacobian(lambda W: heads.linear_cross_entropy(jnp.ones((1, 1)), W, sure))(weight)[:, 0, :, 0]
+    by_weight = jax.jit(jax.jacobian(lambda W: heads.linear_cross_entropy(jnp.ones((1, 1)), W, sure)))
+    by_scores = np.asarray(by_weight(weight))[:, 0, :, 0]
     p = np.exp(np.float64(weight[:, 0]) - 20) / np.sum(np.exp(np.float64(weight[:, 0]) - 20))
     want = p - np.eye(3)
     want[0, 0] = -p[1:].sum()
@@ -352,10 +357,12 @@ def test_top_k(k):
         def plain(hidden, weight, bias):
             return jax.lax.top_k(js.log_softmax(scores(hidden, weight, bias), where=KEEP), k)
 
-        found = heads.linear_top_k(hidden, weight, k, bias, where=KEEP, block_size=(5, 7))
-        log_prob, indices = plain(hidden, weight, bias)
-        kept = log_prob > -jnp.inf
-        np.testing.assert_array_equal(found.indices, jnp.where(kept, indices, -1))
+        @verify.jit_formulas
+        def both(*given):
+            return heads.linear_top_k(*given[:2], k, given[2], where=KEEP, block_size=(5, 7)), plain(*given)
+
+        found, (log_prob, indices) = both(hidden, weight, bias)
+        np.testing.assert_array_equal(found.indices, np.where(log_prob > -np.inf, indices, -1))
         np.testing.assert_allclose(found.log_prob, log_prob, rtol=1e-12)
         assert_same(
             lambda *given: heads.linear_top_k(*given[:2], k, given[2], where=KEEP, block_size=(5, 7)).log_prob,
@@ -377,11 +384,13 @@ def test_top_k_of_long_blocks(platform):
 
 def test_one_class_with_nan_leaves_no_mode():
     """The rows' maximum may drop the NaN: XLA's on CPU does in a block that is the whole vocabulary."""
-    hidden, weight = jax.random.normal(jax.random.key(0), (9, 4)), jax.random.normal(jax.random.key(1), (300, 4))
-    weight = weight.at[140].set(jnp.nan)
-    assert np.all(np.asarray(heads.linear_statistics(hidden, weight, jnp.zeros(9, int)).argmax) == -1)
+    rng = np.random.default_rng(0)
+    hidden, weight = np.float32(rng.normal(size=(9, 4))), np.float32(rng.normal(size=(300, 4)))
+    weight[140] = np.nan
+    mode = jax.jit(heads.linear_statistics)(hidden, weight, np.zeros(9, int)).argmax
+    assert np.all(np.asarray(mode) == -1)
     for k in (1, 3):
-        found = heads.linear_top_k(hidden, weight, k)
+        found = jax.jit(functools.partial(heads.linear_top_k, k=k))(hidden, weight)
         assert np.all(np.asarray(found.indices) == -1)
         assert np.all(np.isnan(found.log_prob))
 

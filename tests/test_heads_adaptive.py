@@ -45,6 +45,7 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(_blocks, "_CHUNK", 16 * 9)
 
 
+@functools.cache
 def make(dtype=jnp.float32, bias=True, cutoffs=CUTOFFS):
     return adaptive.init(KEY, D, CLASSES, cutoffs, div_value=2.0, head_bias=bias, dtype=dtype)
 
@@ -267,20 +268,21 @@ def test_skipped_blocks_cost_no_copy_of_the_weights():
 
 
 def test_predict():
-    params, h = jax.tree.map(lambda a: 3 * a, make()), jnp.asarray(H, jnp.float32)
-    params = params._replace(bias=params.bias.at[8:].add(1.0))
+    params, h = jax.tree.map(lambda a: 3 * np.asarray(a), make()), np.float32(H)
+    params.bias[8:] += 1
+    predict = verify.jit_formulas(adaptive.predict)
     for phi in (js.exp, js.spherical(0.3)):
-        np.testing.assert_array_equal(
-            adaptive.predict(params, h, phi=phi), jnp.argmax(adaptive.log_probs(params, h, phi=phi), -1)
-        )
-    assert len(set(np.digitize(adaptive.predict(params, h), CUTOFFS))) == 3  # of the head and of both tails
-    even = jax.tree.map(jnp.zeros_like, params)
-    np.testing.assert_array_equal(adaptive.predict(even, h), 0)
-    in_tail = even._replace(bias=even.bias.at[9].set(9.0))
-    np.testing.assert_array_equal(adaptive.predict(in_tail, h), 30)
-    broken = adaptive.predict(params, h.at[3].set(jnp.nan))
-    np.testing.assert_array_equal(broken, adaptive.predict(params, h).at[3].set(-1))
-    assert jax.grad(lambda h: adaptive.predict(params, h).sum() * 1.0)(h).sum() == 0
+        best = verify.jit_formulas(lambda *given, phi=phi: jnp.argmax(adaptive.log_probs(*given, phi=phi), -1))
+        np.testing.assert_array_equal(predict(params, h, phi=phi), best(params, h))
+    mode = np.asarray(predict(params, h))
+    assert len(set(np.digitize(mode, CUTOFFS))) == 3  # of the head and of both tails
+    even = jax.tree.map(np.zeros_like, params)
+    np.testing.assert_array_equal(predict(even, h), 0)
+    in_tail = even._replace(bias=np.float32(9 * (np.arange(10) == 9)))
+    np.testing.assert_array_equal(predict(in_tail, h), 30)
+    third = np.arange(ROWS) == 3
+    np.testing.assert_array_equal(predict(params, np.where(third[:, None], np.nan, h)), np.where(third, -1, mode))
+    assert not verify.jit_formulas(jax.grad(lambda h: adaptive.predict(params, h).sum() * 1.0))(h).any()
 
 
 # --- the most probable classes, and draws --------------------------------------------------------------------

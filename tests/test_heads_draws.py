@@ -71,7 +71,7 @@ def test_draws():
     hidden, weight = (jax.random.normal(k, (n, FEATURES)) for k, n in zip(keys, (2, 50), strict=True))
     weight = jnp.concatenate([weight * 1.5] * 6)[:290]
     where = jnp.arange(290) % 5 != 1
-    token, draws = hidden, 10_000
+    token, draws = hidden, 4000
     p = np.asarray(js.softmax(token @ weight.T, where=where))
     hot = {"temperature": 2.0, "where": where}
     many = np.asarray(heads.linear_categorical(jax.random.key(0), 2 * token, weight, shape=(draws, 2), **hot))

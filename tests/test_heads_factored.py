@@ -111,6 +111,9 @@ def test_drift_in_float32():
 FOLD_BEYOND = inspect.signature(factored.loss_and_update).parameters["fold_beyond"].default
 
 
+init, to_weight = verify.jit_formulas(factored.init), verify.jit_formulas(factored.to_weight)
+
+
 @verify.jit_formulas
 def taylor_step(state, batch, beyond, decay):
     h, y, eta = batch
@@ -129,13 +132,13 @@ def test_a_step_that_makes_u_singular(times, beyond):
     """If η M has an eigenvalue of 1, the step takes a dimension from the weight; a larger one reverses it. The step
     folds first."""
     with jax.enable_x64(True):
-        weight, h, y = jnp.asarray(WEIGHT), jnp.ones((1, D)) / 3, jnp.array([3])
-        eta = times * jnp.sum(js.taylor(2)(h @ weight.T)) / jnp.sum(h * h)
+        weight, h, y = np.float64(WEIGHT), np.ones((1, D)) / 3, np.array([3])
+        eta = times * np.sum(js.taylor(2)(h @ weight.T)) / np.sum(h * h)
         for rows in (1, 2 * D):
-            batch = jnp.repeat(h, rows, 0), jnp.repeat(y, rows)
-            state = taylor_step(factored.init(weight), (*batch, eta), beyond, 0.0)
-            want = dense_step(weight, jax.tree.map(lambda a: a[None], (*batch, eta)))
-            got = factored.to_weight(state)
+            batch = np.repeat(h, rows, 0), np.repeat(y, rows)
+            state = taylor_step(init(weight), (*batch, eta), beyond, 0.0)
+            want = dense_step(weight, jax.tree.map(lambda a: np.asarray(a)[None], (*batch, eta)))
+            got = np.asarray(to_weight(state))
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * np.max(np.abs(want)))
             np.testing.assert_allclose(state.gram, got.T @ got, rtol=0, atol=1e-12 * np.max(np.abs(state.gram)))
         wiped = taylor_step(factored.init(weight), (h, y, jnp.asarray(2.0)), FOLD_BEYOND, 0.5)
@@ -237,18 +240,21 @@ def test_a_bad_step_leaves_the_state_as_it_was(bad):
 
 
 def test_states_can_be_mapped_over():
-    h, y, _ = (jnp.asarray(a)[0] for a in batches(4, 1))
-    h = h.astype(jnp.float32)
-    states = jax.vmap(factored.init)(jnp.stack([jnp.float32(WEIGHT), -jnp.float32(WEIGHT)]))
+    h, y, _ = (np.asarray(a)[0] for a in batches(4, 1))
+    h = np.float32(h)
+    states = verify.jit_formulas(jax.vmap(factored.init))(np.float32([WEIGHT, -WEIGHT]))
 
     def one(state, eta):
         return factored.loss_and_update(state, h, y, eta, loss=LOSSES["z_loss"][0])
 
-    got = verify.jit_formulas(jax.vmap(one))(states, jnp.array([0.1, 300.0]))
+    def part(tree, i):
+        return jax.tree.map(lambda a: np.asarray(a)[i], tree)
+
+    got, of_one = verify.jit_formulas(jax.vmap(one))(states, jnp.array([0.1, 300.0])), verify.jit_formulas(one)
     for i, rate in enumerate((0.1, 300.0)):
-        want = verify.jit_formulas(one)(jax.tree.map(lambda a, i=i: a[i], states), rate)
-        np.testing.assert_allclose(got.loss[i], want.loss, rtol=1e-5)
-        weights = factored.to_weight(jax.tree.map(lambda a, i=i: a[i], got.state)), factored.to_weight(want.state)
+        want = of_one(part(states, i), rate)
+        np.testing.assert_allclose(np.asarray(got.loss)[i], want.loss, rtol=1e-5)
+        weights = [np.asarray(to_weight(state)) for state in (part(got.state, i), want.state)]
         np.testing.assert_allclose(*weights, rtol=0, atol=1e-4 * np.abs(weights[1]).max())
 
 

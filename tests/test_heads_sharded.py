@@ -20,9 +20,9 @@ BLOCKS = {"block_size": (3, 4)}
 
 
 def arrays():
-    keys = jax.random.split(jax.random.key(0), 4)
-    hidden, weight = jax.random.normal(keys[0], (TOKENS, FEATURES)), jax.random.normal(keys[1], (CLASSES, FEATURES))
-    return (hidden, weight, jax.random.normal(keys[2], (CLASSES,))), jax.random.randint(keys[3], (TOKENS,), 0, CLASSES)
+    rng = np.random.default_rng(0)
+    given = tuple(jnp.asarray(rng.normal(size=size)) for size in ((TOKENS, FEATURES), (CLASSES, FEATURES), CLASSES))
+    return given, jnp.asarray(rng.integers(0, CLASSES, TOKENS))
 
 
 def functions(labels, w):
@@ -323,7 +323,7 @@ def test_explicit_axes(name):
     """Inside shard_map, and by auto_axes; elsewhere an error that names both. One check for all heads."""
     with jax.enable_x64(True):
         given, labels = arrays()
-        want = functions(labels, WEIGHTS)[name](*given)
+        want = jit_formulas(functions(labels, WEIGHTS)[name])(*given)
         parts = (TOKENS_CUT, CLASSES_CUT, CLASSES_CUT, TOKENS_CUT)
         with jax.set_mesh(two_dimensional(AxisType.Explicit)):
             given = [jax.device_put(a, spec) for a, spec in zip((*given, labels), parts, strict=True)]

@@ -180,6 +180,7 @@ def test_each_head_learns_and_its_perplexity_is_the_definition(head, corpus):
     np.testing.assert_allclose(after, np.exp(-own.mean()), rtol=2e-5)
 
 
+@pytest.mark.full  # It is about the experiment.
 def test_every_head_begins_alike(corpus):
     steps = {}
     for head in ("dense", "streaming", "adaptive"):

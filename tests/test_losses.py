@@ -109,9 +109,9 @@ def test_every_phi(phi):
 OF_DISTRIBUTIONS = ["plain", "smoothing", "z_loss", "prior", "weights", "classes", "rows"]
 
 
-@pytest.mark.parametrize("name", some(OF_DISTRIBUTIONS, ["smoothing", "weights", "classes"]))
+@pytest.mark.parametrize("name", some(OF_DISTRIBUTIONS, ["weights", "classes"]))
 def test_distributions(name):
-    """By default the options that change what a distribution counts."""
+    """By default the options that change what a distribution counts; smoothing is met in test_heads.py."""
     with jax.enable_x64(True):
         z, options = jnp.asarray(Z), OPTIONS[name]
         q = np.exp(np.sin(3 * Z))
@@ -163,17 +163,24 @@ def test_several_labels_of_sharded_classes_keep_the_digits_of_a_sure_one():
 
 
 def test_log_prob_of_draws_of_any_shape():
-    z, mask = jnp.asarray(Z, jnp.float32), jnp.asarray(KEEP)
-    draws = jax.random.randint(jax.random.key(0), (5, 2, 3), 0, 4)
-    log_p = js.log_softmax(z, where=mask[None])
-    want = log_p[jnp.arange(3), draws]
-    np.testing.assert_allclose(losses.log_prob(z, draws, where=mask[None] & jnp.ones((3, 1), bool)), want, rtol=1e-6)
-    np.testing.assert_allclose(losses.log_prob(z.T, draws, 0, mask[:, None]), want, rtol=1e-6)
-    np.testing.assert_array_equal(losses.log_prob(z[0], draws), losses.log_prob(z[:1], draws))
-    by_z = jax.grad(lambda z: losses.log_prob(z, jnp.array([1, 9, 2]), where=mask[None]).sum())(z)
+    z, mask, f = np.float32(Z), KEEP, losses.log_prob
+    draws = np.random.default_rng(0).integers(0, 4, (5, 2, 3))
+
+    @verify.jit_formulas
+    def results(z, draws):
+        log_p = js.log_softmax(z, where=mask[None])
+        want = log_p[jnp.arange(3), draws]
+        masked = f(z, draws, where=np.stack([mask] * 3)), f(z.T, draws, 0, mask[:, None])
+        by_z = jax.grad(lambda z: f(z, jnp.array([1, 9, 2]), where=mask[None]).sum())(z)
+        bad = f(z, jnp.array([[1, 9, 2], [-1, 0, 1]]), where=np.array([True, True, False]))
+        return want, masked, (f(z[0], draws), f(z[:1], draws)), by_z, bad
+
+    want, masked, of_one_row, by_z, bad = results(z, draws)
+    for found in masked:
+        np.testing.assert_allclose(found, want, rtol=1e-6)
+    np.testing.assert_array_equal(*of_one_row)
     np.testing.assert_array_equal(by_z[:2], 0)  # a class that is left out, and none
-    bad = losses.log_prob(z, jnp.array([[1, 9, 2], [-1, 0, 1]]), where=jnp.array([True, True, False]))
-    np.testing.assert_array_equal(jnp.isnan(bad), [[False, True, False], [True, False, False]])
+    np.testing.assert_array_equal(np.isnan(bad), [[False, True, False], [True, False, False]])
     np.testing.assert_array_equal(bad[:, 2], 0)
     for labels, error, words in (
         (jnp.ones(3), TypeError, "log_prob: labels must be integers"),
@@ -237,7 +244,8 @@ def test_digits():
     """The loss of a confident right answer, within |u| + 4 ulp; optax says 0 or loses all digits."""
     xp = verify.ManyDigits()
     rng = np.random.default_rng(20)
-    assert np.allclose(cross_entropy(jnp.array([0.0, -20.0]), jnp.array(0)), 2.0611536e-9, rtol=1e-6)
+    plain = jax.jit(cross_entropy)
+    assert np.allclose(plain(jnp.array([0.0, -20.0]), jnp.array(0)), 2.0611536e-9, rtol=1e-6)
     for classes in (2, 8, 60, 300, 2100):
         for gap in (0, 12, 20, 40):
             z = rng.normal(0, 1, classes)
@@ -247,29 +255,33 @@ def test_digits():
             exact = xp.array(z)
             want = float(xp.mp.log1p(sum(sorted(xp.exp(np.delete(exact, y) - exact[y])))))
             for options in ({}, {"class_weights": np.ones(classes, np.float32)}):
-                got = float(cross_entropy(z, jnp.array(y), **options))
+                got = float(plain(z, jnp.array(y), **options))
                 assert abs(got - want) <= 4 * np.spacing(np.float32(want)), (classes, gap)
 
 
 def test_edges():
-    nan, inf = jnp.nan, jnp.inf
-    z = jnp.array([[0.0, 1.0], [nan, 1.0], [inf, 0.0], [-inf, 0.0], [0.0, 1.0], [0.0, 1.0], [-inf, -inf]])
-    labels = jnp.array([0, 0, 0, 0, 2, -1, 0])
-    loss = cross_entropy(z, labels)
+    nan, inf = np.nan, np.inf
+    z = np.float32([[0, 1], [nan, 1], [inf, 0], [-inf, 0], [0, 1], [0, 1], [-inf, -inf]])
+    labels, quiet = np.array([0, 0, 0, 0, 2, -1, 0]), np.array([True] + [False] * 6)
+    q, out = np.float32([[0, 1], [0.5, 0.5]]), np.float32([[-inf, 0.3], [-inf, 0.3]])
+
+    @verify.jit_formulas
+    def results(z, out):
+        f, by_label = cross_entropy, jax.grad(lambda z: cross_entropy(z, labels).sum())
+        masks = {"where": quiet}, {"where": np.stack([quiet, quiet], -1)}
+        masked = [jax.grad(lambda z, o=o: f(z, jnp.zeros(7, int), **o)[0])(z) for o in masks]
+        left_out = f(z, labels, where=quiet), f(z, labels, ignore_label=-1)
+        return f(z, labels), by_label(z), masked, left_out, f(out, q), jax.grad(lambda z: f(z, q).sum())(out)
+
+    loss, gradient, masked, (quiet_loss, ignoring), of_impossible, by_impossible = results(z, out)
     np.testing.assert_allclose(loss, [1.3132617, nan, nan, inf, nan, nan, inf], rtol=1e-6)
-    gradient = jax.grad(lambda z: cross_entropy(z, labels).sum())(z)
     np.testing.assert_array_equal(np.isnan(gradient).any(-1), [False, True, True, False, False, False, False])
     np.testing.assert_array_equal(gradient[4:6], 0)
-    quiet = jnp.array([True] + [False] * 6)
-    for options in ({"where": quiet}, {"where": quiet[:, None] & jnp.ones(2, bool)}):
-        masked = jax.grad(lambda z, o=options: cross_entropy(z, jnp.zeros(7, int), **o)[0])(z)
-        assert np.all(np.isfinite(masked))
-    np.testing.assert_array_equal(cross_entropy(z, labels, where=quiet)[1:], 0)
-    np.testing.assert_array_equal(cross_entropy(z, labels, ignore_label=-1)[5], 0)
-    q = jnp.array([[0.0, 1.0], [0.5, 0.5]])
-    out = jnp.array([[-inf, 0.3], [-inf, 0.3]])
-    np.testing.assert_array_equal(cross_entropy(out, q), [0, inf])
-    assert np.all(np.isfinite(jax.grad(lambda z: cross_entropy(z, q).sum())(out)))
+    assert np.all(np.isfinite(masked))
+    np.testing.assert_array_equal(quiet_loss[1:], 0)
+    np.testing.assert_array_equal(ignoring[5], 0)
+    np.testing.assert_array_equal(of_impossible, [0, inf])
+    assert np.all(np.isfinite(by_impossible))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
@@ -345,10 +357,15 @@ def test_factors(terms, name):
         z = jnp.asarray(Z)
         assert_same(lambda z: f(z, labels, **parameters, **options), plain, z)
         if name in ("plain", "prior"):
-            q = jax.nn.softmax(jnp.sin(3 * z))
-            hot = [jnp.full(3, k) for k in range(4)]
-            mixed = sum(q[:, k] * plain(z, hot[k]) for k in range(4))
-            np.testing.assert_allclose(f(z, q, **parameters, **options), mixed, rtol=1e-12)
+            q = np.exp(np.sin(3 * Z))
+            q /= q.sum(-1, keepdims=True)
+
+            @verify.jit_formulas
+            def both(z, q):
+                return f(z, q, **parameters, **options), sum(q[:, k] * plain(z, jnp.full(3, k)) for k in range(4))
+
+            found, mixed = both(z, q)
+            np.testing.assert_allclose(found, mixed, rtol=1e-12)
 
 
 def test_factors_agree_with_optax():
@@ -398,27 +415,32 @@ def test_kl_to_target():
 
 def test_kl_to_target_edges():
     """A target of 0 counts nothing, nor one on a masked class, with derivative 0; on an impossible class it is +inf."""
-    inf, nan = jnp.inf, jnp.nan
-    z = jnp.array([[0.0, 1.0, 2.0], [0.0, 1.0, -inf], [0.0, 1.0, -inf], [-inf] * 3, [nan, 0.0, 0.0], [inf, 0.0, 0.0]])
-    q = jnp.array([[0.0, 0.5, 0.5], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.0] * 3, [1.0, 0, 0], [1.0, 0, 0]])
-    value = losses.kl_to_target(z, q)
-    p = jax.nn.softmax(z[0])
-    np.testing.assert_allclose(value[0], -0.5 * jnp.log(4 * p[1] * p[2]), rtol=1e-6)
+    inf, nan, keep = np.inf, np.nan, np.array([True, True, False])
+    z = np.float32([[0, 1, 2], [0, 1, -inf], [0, 1, -inf], [-inf] * 3, [nan, 0, 0], [inf, 0, 0]])
+    q = np.float32([[0, 0.5, 0.5], [0.5, 0.5, 0], [0, 0.5, 0.5], [0] * 3, [1, 0, 0], [1, 0, 0]])
+
+    @verify.jit_formulas
+    def results(z, q):
+        f = losses.kl_to_target
+        gradients = jax.grad(lambda z, q: f(z, q).sum(), (0, 1))(z, q)
+        rows = f(z, q, where=np.array([True, True, False, True, False, False]))
+        masked, negative = f(z[:2], q[:2], where=np.stack([keep, keep])), f(z[0], jnp.array([-0.5, 0.5, 1.0]))
+        p, q_kept = js.softmax(z[:2, :2]), q[:2, :2]  # what is left out counts nothing
+        want = jnp.sum(jax.scipy.special.xlogy(q_kept, q_kept / p), -1)
+        return f(z, q), js.softmax(z[0]), gradients, rows, (masked, want), negative
+
+    value, p, (by_z, by_q), rows, of_kept, negative = results(z, q)
+    np.testing.assert_allclose(value[0], -0.5 * np.log(4 * p[1] * p[2]), rtol=1e-6)
     np.testing.assert_array_equal(np.isfinite(value), [True, True, False, True, False, False])
     assert value[2] == inf
     assert value[3] == 0
-    by_z, by_q = jax.grad(lambda z, q: losses.kl_to_target(z, q).sum(), (0, 1))(z, q)
     assert np.all(np.isfinite(by_z[:4]))
     assert np.all(np.isfinite(by_q[:4]))
     assert by_q[0, 0] == by_z[1, 2] == 0
     np.testing.assert_array_equal(np.isnan(by_z[4:]).any(-1), True)
-    assert np.isnan(losses.kl_to_target(z[0], jnp.array([-0.5, 0.5, 1.0])))
-    rows = losses.kl_to_target(z, q, where=jnp.array([True, True, False, True, False, False]))
-    np.testing.assert_allclose(rows, jnp.where(jnp.isfinite(value), value, 0))
-    keep = jnp.array([True, True, False])
-    masked = losses.kl_to_target(z[:2], q[:2], where=jnp.stack([keep, keep]))
-    p, q_kept = js.softmax(z[:2, :2]), q[:2, :2]  # what is left out counts nothing
-    np.testing.assert_allclose(masked, jnp.sum(jax.scipy.special.xlogy(q_kept, q_kept / p), -1), rtol=1e-6)
+    assert np.isnan(negative)
+    np.testing.assert_allclose(rows, np.where(np.isfinite(value), value, 0))
+    np.testing.assert_allclose(*of_kept, rtol=1e-6)
 
 
 def test_spherical_z_loss():
@@ -432,30 +454,50 @@ def test_spherical_z_loss():
         assert_same(lambda z: losses.spherical_z_loss(z, labels), plain, z)
         options = {"scale": 2.0, "shift": 0.7}
         assert_same(lambda z: losses.spherical_z_loss(z, labels, **options), lambda z: plain(z, 2.0, 0.7), z)
-        loss = losses.spherical_z_loss(z, labels)
-        np.testing.assert_allclose(losses.spherical_z_loss(3 * z - 7, labels), loss, rtol=1e-12)
-        keep = jnp.stack([jnp.asarray(KEEP)] * 3)
-        part = losses.spherical_z_loss(z[:, KEEP], jnp.array([1, 0, 2]), where=jnp.array([True, True, False]))
-        np.testing.assert_allclose(losses.spherical_z_loss(z, labels, where=keep)[:2], part[:2], rtol=1e-12)
+
+        @verify.jit_formulas
+        def masked_and_shifted(z, labels):
+            f = losses.spherical_z_loss
+            part = f(z[:, KEEP], jnp.array([1, 0, 2]), where=jnp.array([True, True, False]))
+            return f(z, labels), f(3 * z - 7, labels), f(z, labels, where=np.stack([KEEP] * 3)), part
+
+        loss, shifted, masked, part = masked_and_shifted(z, labels)
+        np.testing.assert_allclose(shifted, loss, rtol=1e-12)
+        np.testing.assert_allclose(masked[:2], part[:2], rtol=1e-12)
         assert part[2] == 0
-    z = jnp.array([[2.0, 2.0, 2.0], [1e30, -1e30, 0.0], [1e-30, 0.0, 0.0], [jnp.nan, 0.0, 0.0], [0.0, jnp.inf, 0.0]])
-    labels = jnp.zeros(5, int)
-    loss = losses.spherical_z_loss(z, labels)
+
+
+def test_edges_of_spherical_z_loss():
+    """Equal scores, far and near ones, bad ones; labels out of range, ignored and impossible; a shift costs no
+    digits."""
+    nan, inf, near_one = np.nan, np.inf, np.float32([1.0, 1.0, 1 + 2.0**-23])
+    z = np.float32([[2, 2, 2], [1e30, -1e30, 0], [1e-30, 0, 0], [nan, 0, 0], [0, inf, 0], [-inf, 0, 1]])
+
+    @jax.jit
+    def results(z, near_one):
+        f, labels = losses.spherical_z_loss, jnp.zeros(6, int)
+        gradient = jax.grad(lambda z: f(z, labels).sum())(z)
+        out_of_range = [f(z[0], jnp.array(label)) for label in (3, -1)]
+        ignored = f(z[0], jnp.array(-1), ignore_label=-1)
+        return (
+            f(z, labels),
+            f(jnp.sign(z[1:3]), labels[1:3]),
+            gradient,
+            out_of_range,
+            ignored,
+            f(near_one, jnp.array(2)),
+        )
+
+    loss, of_signs, gradient, out_of_range, ignored, of_near = results(z, near_one)
     np.testing.assert_allclose(loss[0], np.log(2), rtol=1e-6)
-    np.testing.assert_allclose(loss[1:3], losses.spherical_z_loss(jnp.sign(z[1:3]), labels[1:3]), rtol=1e-6)
-    assert np.all(np.isnan(loss[3:]))
-    gradient = jax.grad(lambda z: losses.spherical_z_loss(z, labels).sum())(z)
+    np.testing.assert_allclose(loss[1:3], of_signs, rtol=1e-6)
+    assert np.all(np.isnan(loss[3:5]))
+    assert loss[5] == inf
     np.testing.assert_array_equal(gradient[0], 0)
     assert np.all(np.isfinite(gradient[:3]))
-    out = losses.spherical_z_loss(jnp.array([-jnp.inf, 0.0, 1.0]), jnp.array(0))
-    assert out == jnp.inf
-    for bad in (3, -1):
-        assert np.isnan(losses.spherical_z_loss(z[0], jnp.array(bad)))
-    assert losses.spherical_z_loss(z[0], jnp.array(-1), ignore_label=-1) == 0
-    near_one = jnp.array([1.0, 1.0, 1 + 2.0**-23])  # a shift costs no digits
-    np.testing.assert_allclose(
-        losses.spherical_z_loss(near_one, jnp.array(2)), np.log1p(np.exp(-np.sqrt(2))), rtol=1e-6
-    )
+    assert np.all(np.isnan(out_of_range))
+    assert ignored == 0
+    np.testing.assert_allclose(of_near, np.log1p(np.exp(-np.sqrt(2))), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("length", "phi"), product([1, 2, 3, 4], [js.exp, js.taylor(2)], met=[(0, 1)]), ids=str)
@@ -475,29 +517,34 @@ def test_plackett_luce(length, phi):
 
 
 def test_plackett_luce_edges_and_axes():
-    f, inf = losses.plackett_luce_log_prob, jnp.inf
-    z = jnp.array([0.5, -1.0, -inf, 0.3])
-    orders = jnp.array([[0, 3], [0, 0], [0, 4], [-1, 0], [0, 2]])
-    log_p = jax.vmap(lambda order: f(z, order))(orders)
+    f, inf, nan = losses.plackett_luce_log_prob, np.inf, np.nan
+    z = np.float32([0.5, -1.0, -inf, 0.3])
+    orders, first = np.array([[0, 3], [0, 0], [0, 4], [-1, 0], [0, 2]]), np.array([True, False])
+
+    @verify.jit_formulas
+    def results(z, orders):
+        rows = jnp.stack([z, z[::-1]])
+        same = f(z[jnp.array([0, 1, 3])], jnp.array([0, 2])), f(z.at[2].set(9.0), orders[0], where=z > -inf)
+        equal_orders = orders[:1].repeat(2, 0)
+        of_rows = f(rows, equal_orders), f(rows, orders[:2], where=first)
+        by_columns = f(rows.T, equal_orders.T, axis=0), f(rows.T, orders[:2].T, axis=0, where=first)
+        by_rows = jax.grad(lambda z: f(z, orders[:2], where=first).sum())(rows.at[1].set(nan))
+        bad = [f(z.at[1].set(bad), orders[0]) for bad in (inf, nan)]
+        log_p, gradients = jax.vmap(jax.value_and_grad(f), (None, 0))(z, orders)
+        narrow, sure = f(z.astype(jnp.bfloat16), orders[0]), f(jnp.array([60.0, 40.0, 20.0]), jnp.arange(3))
+        return log_p, gradients, same, of_rows, by_columns, by_rows, bad, sure, narrow
+
+    log_p, gradients, same, of_rows, by_columns, by_rows, bad, sure, narrow = results(z, orders)
     np.testing.assert_array_equal(np.isnan(log_p), [False, True, True, True, False])
     assert log_p[4] == -inf
-    np.testing.assert_allclose(log_p[0], f(z[jnp.array([0, 1, 3])], jnp.array([0, 2])), rtol=1e-6)
-    np.testing.assert_allclose(log_p[0], f(z.at[2].set(9.0), orders[0], where=z > -inf), rtol=1e-6)
-    gradients = jax.vmap(jax.grad(f), (None, 0))(z, orders)
-    assert np.all(np.isfinite(gradients[jnp.array([0, 4])]))
-    for bad in (inf, jnp.nan):
-        assert np.isnan(f(z.at[1].set(bad), orders[0]))
-    rows = jnp.stack([z, z[::-1]])
-    np.testing.assert_allclose(f(rows.T, orders[:1].repeat(2, 0).T, axis=0), f(rows, orders[:1].repeat(2, 0)))
-    sure = jnp.array([60.0, 40.0, 20.0])
-    np.testing.assert_allclose(f(sure, jnp.array([0, 1, 2])), -2 * np.exp(-20.0), rtol=1e-5)
-    of_rows = f(rows, orders[jnp.array([0, 1])], where=jnp.array([True, False]))
-    np.testing.assert_allclose(of_rows, [log_p[0], 0], rtol=1e-6)
-    by_columns = f(rows.T, orders[jnp.array([0, 1])].T, axis=0, where=jnp.array([True, False]))
-    np.testing.assert_allclose(by_columns, of_rows)
-    of_rows = jax.grad(lambda z: f(z, orders[:2], where=jnp.array([True, False])).sum())(rows.at[1].set(jnp.nan))
-    np.testing.assert_array_equal(of_rows, [gradients[0], jnp.zeros(4)])
-    assert f(z.astype(jnp.bfloat16), orders[0]).dtype == jnp.float32
+    np.testing.assert_allclose(same, [log_p[0]] * 2, rtol=1e-6)
+    assert np.all(np.isfinite(np.asarray(gradients)[[0, 4]]))
+    assert np.all(np.isnan(bad))
+    np.testing.assert_allclose(by_columns, of_rows, rtol=1e-7)
+    np.testing.assert_allclose(of_rows[1], [log_p[0], 0], rtol=1e-6)
+    np.testing.assert_array_equal(by_rows, [gradients[0], np.zeros(4)])
+    np.testing.assert_allclose(sure, -2 * np.exp(-20.0), rtol=1e-5)
+    assert narrow.dtype == jnp.float32
 
 
 raw = inspect.unwrap

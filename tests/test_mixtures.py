@@ -20,17 +20,21 @@ def scores(*shape, seed=0, scale=2.0):
 
 def test_mixture_is_defined_by_its_two_lines():
     with jax.enable_x64(True):
-        z, logits = scores(2, 3, 4, 5), scores(2, 3, 4, seed=1)
-        for phi in (js.exp, js.spherical(0.1)):
-            p = jnp.sum(jax.nn.softmax(logits)[..., None] * js.softmax(z, phi=phi), -2)
-            got = js.mixture_log_softmax(z, logits, phi=phi)
-            np.testing.assert_allclose(got, jnp.log(p), rtol=1e-12)
-            swapped = js.mixture_log_softmax(jnp.swapaxes(z, -1, -2), logits, axis=-2, phi=phi)
-            np.testing.assert_allclose(swapped, got, rtol=1e-12)
-        first = jnp.moveaxis(js.mixture_log_softmax(jnp.moveaxis(z, -1, 0), logits, axis=0), 0, -1)
-        np.testing.assert_allclose(first, js.mixture_log_softmax(z, logits), rtol=1e-12)
-        np.testing.assert_allclose(js.mixture_log_softmax(z[..., :1, :], logits[..., :1]), js.log_softmax(z[..., 0, :]))
-    assert js.mixture_log_softmax(z.astype(jnp.bfloat16), logits).dtype == jnp.bfloat16
+        z, logits, f = scores(2, 3, 4, 5), scores(2, 3, 4, seed=1), js.mixture_log_softmax
+
+        @verify.jit_formulas
+        def pairs(z, logits):
+            made = []
+            for phi in (js.exp, js.spherical(0.1)):
+                p = jnp.sum(jax.nn.softmax(logits)[..., None] * js.softmax(z, phi=phi), -2)
+                got, swapped = f(z, logits, phi=phi), f(jnp.swapaxes(z, -1, -2), logits, axis=-2, phi=phi)
+                made += [(got, jnp.log(p)), (swapped, got)]
+            first = jnp.moveaxis(f(jnp.moveaxis(z, -1, 0), logits, axis=0), 0, -1)
+            return *made, (first, f(z, logits)), (f(z[..., :1, :], logits[..., :1]), js.log_softmax(z[..., 0, :]))
+
+        for found, want in pairs(z, logits):
+            np.testing.assert_allclose(found, want, rtol=1e-12)
+    assert jax.eval_shape(f, z.astype(jnp.bfloat16), logits).dtype == jnp.bfloat16
 
 
 def test_derivatives_of_a_mixture():
@@ -54,15 +58,15 @@ def test_mixture_keeps_digits_and_edges():
     xp = verify.ManyDigits()
     p = [1 / (1 + xp.mp.exp(-20)), 1 / (1 + xp.mp.exp(-18))]
     want = float(xp.mp.log((p[0] + p[1]) / 2))
-    got = js.mixture_log_softmax(z, jnp.zeros(2))
-    np.testing.assert_allclose(got[0], want, rtol=1e-6)
-    out = js.mixture_log_softmax(jnp.array([[-inf, 0.0, 1.0], [-inf, -inf, 0.0]]), jnp.zeros(2))
+    equal, f = np.zeros(2, np.float32), jax.jit(js.mixture_log_softmax)
+    np.testing.assert_allclose(f(z, equal)[0], want, rtol=1e-6)
+    impossible = np.float32([[-inf, 0.0, 1.0], [-inf, -inf, 0.0]])
+    out = f(impossible, equal)
     assert out[0] == -inf
     assert np.all(np.isfinite(out[1:]))
-    gradient = jax.jacrev(js.mixture_log_softmax)(jnp.array([[-inf, 0.0, 1.0], [-inf, -inf, 0.0]]), jnp.zeros(2))
-    assert np.all(np.isfinite(gradient))
+    assert np.all(np.isfinite(jax.jit(jax.jacrev(js.mixture_log_softmax))(impossible, equal)))
     for bad in (nan, inf):
-        assert np.all(np.isnan(js.mixture_log_softmax(z.at[0, 0].set(bad), jnp.zeros(2))))
+        assert np.all(np.isnan(f(np.float32([[bad, -20.0], [0.0, -18.0]]), equal)))
 
 
 def test_sink_is_a_class_that_is_dropped():

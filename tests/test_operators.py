@@ -1,5 +1,7 @@
 """DiagonalPlusLowRank against dense linear algebra, for every operator and φ: one list of each."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -22,15 +24,15 @@ every_operator = pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATO
 
 def batch(phi, rows=3):
     """Scores `[rows, classes]` in φ's domain."""
-    return jnp.stack([jnp.asarray(verify.scores(verify.FUNCTIONS[0], phi, seed)[0]) for seed in range(rows)])
+    return np.stack([verify.scores(verify.FUNCTIONS[0], phi, seed)[0] for seed in range(rows)])
 
 
 @pytest.mark.parametrize(("name", "phi"), product(list(OPERATORS), js.PHIS, met=[(0, 1)]), ids=str)
 def test_equals_dense(name, phi):
     """Every method against the dense matrix in float64, damped so that D > 0; the operators are often indefinite."""
     with jax.enable_x64(True):
-        z = batch(phi).astype(jnp.float64)
-        v, b = jnp.sin(1 + z), jnp.cos(2 * z)
+        z = np.float64(batch(phi))
+        v, b = np.sin(1 + z), np.cos(2 * z)
 
         @verify.jit_formulas
         def results(z, v, b):
@@ -60,14 +62,14 @@ def test_sign_of_a_diagonal_below_0():
     """One of three entries."""
     u = jnp.array([[1.0], [0.5], [0.25]])
     A = js.DiagonalPlusLowRank(jnp.array([2.0, -1.0, 3.0]), u, u)
-    sign, logabs = A.slogdet()
+    (sign, logabs), dense = verify.jit_formulas(lambda A: (A.slogdet(), A.as_matrix()))(A)
     assert sign == -1
-    np.testing.assert_allclose(logabs, np.linalg.slogdet(A.as_matrix())[1], rtol=1e-6)
+    np.testing.assert_allclose(logabs, np.linalg.slogdet(dense)[1], rtol=1e-6)
 
 
 def test_some_are_indefinite():
     """What the solves above are tested on."""
-    eigenvalues = np.linalg.eigvalsh(js.entropy_hessian(batch(js.exp)).as_matrix())
+    eigenvalues = np.linalg.eigvalsh(verify.jit_formulas(lambda z: js.entropy_hessian(z).as_matrix())(batch(js.exp)))
     assert np.any(eigenvalues > 1e-2)
     assert np.any(eigenvalues < -1e-2)
 
@@ -80,6 +82,13 @@ def test_symmetric_where_it_says_so(make):
         assert A.symmetric == np.allclose(dense, dense.swapaxes(-1, -2), rtol=1e-5, atol=1e-7)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def solved(make, z, b, damping):
+    """The operator, its dense matrix and the solution for b."""
+    A = make(z)
+    return A, A.as_matrix(), A.solve(b, damping)
+
+
 @pytest.mark.parametrize("damping", [1e-4, 1e-2, 1.0])
 def test_solve_is_no_worse_than_dense(damping):
     """float32, long rows, some almost one-hot: the error is a dense solve's, or κ ulp."""
@@ -88,11 +97,11 @@ def test_solve_is_no_worse_than_dense(damping):
     z[2:, 7] += 12
     b = np.float32(rng.normal(size=z.shape))
     for make in (js.softmax_jacobian, js.entropy_hessian):
-        A = make(z)
-        exact = np.float64(A.as_matrix()) + damping * np.eye(200)
+        A, dense, solution = solved(make, z, b, damping)
+        exact = np.float64(dense) + damping * np.eye(200)
         D = np.float64(A.d) + damping
         want = np.linalg.solve(exact, b[..., None])[..., 0]
-        error = np.linalg.norm(A.solve(b, damping) - want, axis=-1) / np.linalg.norm(want, axis=-1)
+        error = np.linalg.norm(solution - want, axis=-1) / np.linalg.norm(want, axis=-1)
         positive = np.all(D > 0, -1)
         assert make is js.entropy_hessian or np.all(positive)
         bound = 1.2e-7 * np.linalg.cond(exact)
@@ -101,15 +110,16 @@ def test_solve_is_no_worse_than_dense(damping):
 
 def test_a_tiny_entry_of_the_damped_diagonal_costs_its_condition():
     """As the docstring says: the error is of the order of κ(D) ulp then."""
-    rng = np.random.default_rng(1)
+    rng, diagonal = np.random.default_rng(1), jax.jit(lambda z: js.entropy_hessian(z).d)
     for _ in range(20):
         z, b = np.float32(rng.normal(0, 2, 12)), np.float32(rng.normal(size=12))
-        A = js.entropy_hessian(z)
-        damping = np.float32(1e-4 - np.min(A.d))
-        D = np.float64(A.d + damping)
-        exact = np.float64(A.as_matrix()) + np.float64(damping) * np.eye(12)
+        d = np.asarray(diagonal(z))
+        damping = np.float32(1e-4 - np.min(d))
+        D = np.float64(d + damping)
+        _, dense, solution = solved(js.entropy_hessian, z, b, damping)
+        exact = np.float64(dense) + np.float64(damping) * np.eye(12)
         want = np.linalg.solve(exact, b)
-        error = np.linalg.norm(A.solve(b, damping) - want) / np.linalg.norm(want)
+        error = np.linalg.norm(solution - want) / np.linalg.norm(want)
         assert error <= 4 * 1.2e-7 * (np.linalg.cond(exact) + np.max(D) / np.min(D))
 
 
@@ -126,36 +136,54 @@ def test_shapes_belong_together():
 
 def test_strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
-        A, v = js.softmax_jacobian(jnp.array([0.0, 1.0, -jnp.inf])), jnp.ones(3)
-        for result in (A.mv(v), A.pinv_mv(v), A.solve(v, 0.1), *A.slogdet(0.1), A.as_matrix(), A.trace()):
+
+        @verify.jit_formulas
+        def results(z, v):
+            A = js.softmax_jacobian(z)
+            return A.mv(v), A.pinv_mv(v), A.solve(v, 0.1), *A.slogdet(0.1), A.as_matrix(), A.trace()
+
+        for result in results(np.float32([0.0, 1.0, -np.inf]), np.ones(3, np.float32)):
             assert result.dtype == jnp.float32
             assert np.all(np.isfinite(result))
 
 
 def test_a_zero_of_the_damped_diagonal_is_nan_in_its_row():
-    z = jnp.array([[0.0, 1.0, -jnp.inf], [0.0, 1.0, 2.0]])
-    A = js.softmax_jacobian(z)
-    for result in (A.solve(jnp.ones(3)), *A.slogdet()):
+
+    @verify.jit_formulas
+    def results(z):
+        A = js.softmax_jacobian(z)
+        return (A.solve(jnp.ones(3)), *A.slogdet()), A.solve(jnp.ones(3), jnp.array([0.1, 0.2]))
+
+    undamped, damped = results(jnp.array([[0.0, 1.0, -jnp.inf], [0.0, 1.0, 2.0]]))
+    for result in undamped:
         assert np.all(np.isnan(result[0]))
-    assert np.all(np.isfinite(A.solve(jnp.ones(3), jnp.array([0.1, 0.2]))))
+    assert np.all(np.isfinite(damped))
 
 
 @pytest.mark.parametrize("keep", [[True] * 5, [True, False, True, True, False]])
 def test_pseudo_inverse(keep):
-    z = jnp.array([0.3, -1.0, 2.0, 0.0, -0.7])
+
+    @verify.jit_formulas
+    def inverse_and_dense(z, where):
+        J = js.softmax_jacobian(z, where)
+        return jax.vmap(J.pinv_mv)(jnp.eye(5)), J.as_matrix()
+
     with jax.enable_x64(True):
-        J = js.softmax_jacobian(z.astype(jnp.float64), jnp.array(keep))
-        inverse = jax.vmap(J.pinv_mv)(jnp.eye(5))
-        np.testing.assert_allclose(inverse, np.linalg.pinv(J.as_matrix(), rtol=1e-10), rtol=1e-9, atol=1e-12)
+        inverse, dense = inverse_and_dense(np.array([0.3, -1.0, 2.0, 0.0, -0.7]), np.array(keep))
+        np.testing.assert_allclose(inverse, np.linalg.pinv(dense, rtol=1e-10), rtol=1e-9, atol=1e-12)
 
 
 def test_lives_inside_transformations():
     """A pytree in jit, vmap, scan and grad: the same values, no retrace for new scores."""
     z, v = batch(js.exp), jnp.array([1.0, 2.0, -1.0, 0.5])
-    A = js.entropy_hessian(z)
-    want = A.mv(v)
-    np.testing.assert_allclose(jax.vmap(lambda A: A.mv(v))(A), want, rtol=1e-6)
-    scanned = jax.lax.scan(lambda carry, A: (carry, A.mv(v)), 0.0, A)[1]
+
+    @verify.jit_formulas
+    def products(z):
+        A = js.entropy_hessian(z)
+        return A, A.mv(v), jax.vmap(lambda A: A.mv(v))(A), jax.lax.scan(lambda carry, A: (carry, A.mv(v)), 0.0, A)[1]
+
+    A, want, mapped, scanned = products(z)
+    np.testing.assert_allclose(mapped, want, rtol=1e-6)
     np.testing.assert_allclose(scanned, want, rtol=1e-6)
     chex.clear_trace_counter()
 

@@ -56,7 +56,7 @@ def test_digits_of_taylor(order, bound):
 def test_relu_itself_has_finite_curvature():
     """m = 1 at the smallest scores, where 1/z nearly overflows."""
     z = jnp.array([2e-38, 0.5, 0.0])
-    hessian = jax.hessian(lambda z: js.entropy(z, phi=js.relu_power(1.0, 0.1)))(z)
+    hessian = verify.jit_formulas(jax.hessian(lambda z: js.entropy(z, phi=js.relu_power(1.0, 0.1))))(z)
     assert np.all(np.isfinite(hessian))
 
 
@@ -97,12 +97,19 @@ def test_law(function, phi):
 
 @pytest.mark.parametrize("phi", js.PHIS, ids=str)
 def test_edges(phi):
-    z = jnp.array([-jnp.inf, jnp.inf, jnp.nan])
-    np.testing.assert_array_equal(phi.log(z), z)
-    assert phi.log(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
+    bad = np.float32([-np.inf, np.inf, np.nan])
+
+    @verify.jit_formulas
+    def results(bad, z):
+        rates = jax.grad(phi)(z), phi(z) * jax.grad(phi.log)(z)
+        return phi.log(bad), phi.log(jnp.ones(3, jnp.bfloat16)), (phi(z), jnp.exp(phi.log(z))), rates
+
+    of_bad, narrow, values, rates = results(bad, np.float32(0.5))
+    np.testing.assert_array_equal(of_bad, bad)
+    assert narrow.dtype == jnp.bfloat16
     assert phi(1).dtype == jnp.float32
-    np.testing.assert_allclose(phi(jnp.float32(0.5)), np.exp(phi.log(jnp.float32(0.5))), rtol=1e-6)
-    np.testing.assert_allclose(jax.grad(phi)(0.5), phi(0.5) * jax.grad(phi.log)(0.5), rtol=1e-5)
+    np.testing.assert_allclose(*values, rtol=1e-6)
+    np.testing.assert_allclose(*rates, rtol=1e-5)
 
 
 def test_zeros_and_domain():

@@ -337,7 +337,11 @@ def of_heads(w):
     """Functions of hidden vectors `[9, 8]`, with a bounded weight, so that scores are made within."""
     W = w(np.random.default_rng(0).normal(0, 1, (47, 8)))
     capped = {"soft_cap": 9.0, "block_size": (4, 16)}
-    params = jax.tree.map(w, heads.adaptive.init(KEY, 8, 47, (11, 30), div_value=2))
+    shapes, rng = (
+        jax.eval_shape(lambda: heads.adaptive.init(KEY, 8, 47, (11, 30), div_value=2)),
+        np.random.default_rng(4),
+    )
+    params = jax.tree.map(lambda a: w(rng.uniform(-1, 1, a.shape) / a.shape[-1] ** 0.5), shapes)
     return {
         "linear_cross_entropy": lambda h: heads.linear_cross_entropy(h, W, LABELS, **capped, label_smoothing=0.1),
         "of distributions": lambda h: heads.linear_cross_entropy(h, W, jnp.ones((9, 47), h.dtype) / 47, **capped),

@@ -197,6 +197,8 @@ def code_of(text):
 
 PAGE_NAMES: dict = {}
 exec(code_of(PAGE), PAGE_NAMES)  # functions only
+OF_THE_PAGE = pytest.mark.full
+"""A long page, of losses that are made of the package's: these are met where they are tested themselves."""
 HIDDEN, WEIGHT = RNG.normal(size=(2, 4, 6, WIDTH)), RNG.normal(size=(CLASSES, WIDTH))
 
 
@@ -214,6 +216,7 @@ def assert_equal_training(ours, plain, *given):
     assert_close(*(jax.jit(jax.value_and_grad(f, every))(*given) for f in (ours, plain)))
 
 
+@OF_THE_PAGE
 def test_clip():
     def plain(images, texts, temperature):
         z = images @ texts.T / temperature
@@ -222,6 +225,7 @@ def test_clip():
     assert_equal_training(PAGE_NAMES["clip_loss"], plain, WEIGHT[:20], WEIGHT[20:40], 2.0)
 
 
+@OF_THE_PAGE
 def test_policy_loss():
     old, reference = RNG.normal(size=(2, 4, 6)) - 4
     advantages = jnp.float32(RNG.normal(size=(4, 1)))
@@ -237,6 +241,7 @@ def test_policy_loss():
     assert_equal_training(lambda h, W: PAGE_NAMES["policy_loss"](h, W, *rest), plain, HIDDEN[0], WEIGHT)
 
 
+@OF_THE_PAGE
 def test_dpo():
     reference = jnp.float32(RNG.normal(size=(2, 4)) - 20)
 
@@ -251,6 +256,7 @@ def test_dpo():
     assert_equal_training(ours, plain, *HIDDEN, WEIGHT)
 
 
+@OF_THE_PAGE
 def test_speculative_tokens_have_the_law_of_the_target():
     """The first token of many drafts, and the second of those whose first stands."""
     target, draft = (jnp.float32(RNG.normal(size=(n, 7)) * 1.5) for n in (3, 2))
@@ -280,6 +286,7 @@ def router_objective(of_weights, balance, penalty, weights):
 MAPS = [js.softmax, js.entmax15, js.sparsemax]
 
 
+@OF_THE_PAGE
 @pytest.mark.parametrize("probabilities", some(MAPS, MAPS[:1]), ids=lambda f: f.__name__)
 def test_router(probabilities):
     """By default by softmax: the router is a recipe for any map, and the sparse maps are in test_sparse.py."""
@@ -303,6 +310,7 @@ def test_router(probabilities):
     assert_equal_training(lambda z: ours(z)[0], plain, z)
 
 
+@OF_THE_PAGE
 def test_router_of_equal_and_of_far_scores():
     """Equal means of the probabilities give the balance 1; underflow gives no NaN."""
     route = jax.jit(lambda z: PAGE_NAMES["route"](z, 2))
@@ -319,6 +327,7 @@ def test_router_of_equal_and_of_far_scores():
     assert np.all(np.isfinite(jax.jit(jax.grad(objective))(far)))
 
 
+@OF_THE_PAGE
 @pytest.mark.parametrize("scale", [0.3, 3.0, 300.0])
 def test_calibration(scale):
     """Scores that are `scale` times too large; scikit-learn's measures of probabilities before and after."""
@@ -350,6 +359,7 @@ def test_calibration(scale):
     assert error_after < 0.03 < error_before / 3
 
 
+@OF_THE_PAGE
 @pytest.mark.parametrize("phi", [js.exp, js.taylor(2)], ids=str)
 def test_pairs_are_bernoulli(phi):
     z = jnp.float32(RNG.normal(size=9) * 3)
@@ -357,6 +367,7 @@ def test_pairs_are_bernoulli(phi):
     np.testing.assert_allclose(js.softmax(PAGE_NAMES["pair"](z), phi=phi)[:, 1], odds / (1 + odds), rtol=1e-5)
 
 
+@OF_THE_PAGE
 def test_binary_cross_entropy():
     """Beside optax, and far out beside mpmath, where the naive computation has nothing."""
     z, labels = jnp.float32(RNG.normal(size=(4, 5)) * 3), jnp.asarray(RNG.integers(0, 2, (4, 5)))
@@ -378,6 +389,7 @@ def test_binary_cross_entropy():
 CUTS = np.float32([-1, 0, 1e-5, 3]).tolist()
 
 
+@OF_THE_PAGE
 def test_ordinal_training():
     score, labels = RNG.normal(size=12), jnp.arange(12) % 5
 
@@ -394,6 +406,7 @@ def test_ordinal_training():
         assert_close(*(jit_formulas(jax.value_and_grad(f, every))(*given) for f in (ours, plain)), 1e-6)
 
 
+@OF_THE_PAGE
 @pytest.mark.parametrize("score", [-60.0, -20.0, 0.0, 20.0, 60.0])
 def test_ordinal_digits(score):
     """float32 beside differences of 100 digits; a narrow class, and scores at which σ rounds to 0 and 1."""

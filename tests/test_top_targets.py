@@ -141,29 +141,32 @@ def test_a_rest_that_is_impossible_has_no_mass_by_rounding(dtype):
     rng = np.random.default_rng(3)
     scores = np.float32(rng.normal(size=(200, 40)))
     scores[:, 30:] = -np.inf
-    given = jax.nn.softmax(jnp.float32(rng.normal(size=(200, 30)))).astype(dtype)
-    q = given.astype("float32")
-    rest = 1 - jnp.sum(q, -1)
-    assert np.any(rest > 0)
-    top = TopTargets(np.broadcast_to(np.arange(30), (200, 30)), given)
-    want = losses.cross_entropy(scores, jnp.pad(q, [(0, 0), (0, 10)]))
-    np.testing.assert_allclose(losses.cross_entropy(scores, top), want, rtol=1e-6)
-    assert np.isfinite(losses.kl_to_target(scores, top)).all()
-    bias = jnp.float32(scores[0])
-    hidden, weight = jnp.zeros((200, 3)), jnp.ones((40, 3))
-    of_head = heads.linear_cross_entropy(hidden, weight, top, bias)
-    np.testing.assert_allclose(of_head, losses.cross_entropy(jnp.broadcast_to(bias, (200, 40)), top), rtol=1e-6)
-    less = TopTargets(top.indices, 0.999 * q / jnp.sum(q, -1, keepdims=True))
-    np.testing.assert_array_equal(losses.cross_entropy(scores, less), np.inf)
-    possible = (
-        jnp.zeros((1, 3)),
-        TopTargets(jnp.array([[0]]), jnp.array([[1 - 2.0**-24]])),
-    )  # 1 − S has its digits there
-    np.testing.assert_allclose(
-        jax.grad(lambda z: losses.cross_entropy(z, possible[1]).sum())(possible[0].at[0, 0].set(40.0))[0, 1],
-        -(2.0**-25),
-        rtol=1e-4,
-    )
+    logits = rng.normal(size=(200, 30))
+    given = jnp.asarray(np.float32(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)), dtype)
+    q = np.float32(given)
+    assert np.any(1 - q.sum(-1) > 0)
+    indices = np.broadcast_to(np.arange(30), (200, 30))
+    less = TopTargets(indices, 0.999 * q / q.sum(-1, keepdims=True))
+    almost = TopTargets(np.array([[0]]), np.float32([[1 - 2.0**-24]]))  # 1 − S has its digits there
+
+    @jax.jit
+    def results(scores, q, given):
+        f, top = losses.cross_entropy, TopTargets(indices, given)
+        bias = scores[0]
+        of_head = heads.linear_cross_entropy(jnp.zeros((200, 3)), jnp.ones((40, 3)), top, bias)
+        same = (
+            (f(scores, top), f(scores, jnp.pad(q, [(0, 0), (0, 10)]))),
+            (of_head, f(jnp.broadcast_to(bias, (200, 40)), top)),
+        )
+        by_scores = jax.grad(lambda z: f(z, almost).sum())(jnp.array([[40.0, 0.0, 0.0]]))
+        return same, losses.kl_to_target(scores, top), f(scores, less), by_scores
+
+    same, divergence, of_less, by_scores = results(scores, q, given)
+    for found, want in same:
+        np.testing.assert_allclose(found, want, rtol=1e-6)
+    assert np.isfinite(divergence).all()
+    np.testing.assert_array_equal(of_less, np.inf)
+    np.testing.assert_allclose(by_scores[0, 1], -(2.0**-25), rtol=1e-4)
 
 
 def test_classes_that_are_there_twice_and_negative_probabilities():
@@ -216,26 +219,28 @@ def test_a_small_rest_keeps_its_digits():
 def test_edges():
     """Of rows: padded by −1, out of range with mass, on a class that the mask leaves out, on an impossible one, with a
     bad score, left out."""
-    indices = jnp.array([[0, -1], [0, 9], [0, 2], [0, 3], [0, 1], [0, 9]])
-    q = jnp.array([[0.5, 0.0], [0.5, 0.25], [0.5, 0.25], [0.5, 0.25], [0.5, 0.25], [jnp.nan, 1.0]])
-    z = jnp.zeros((6, 5)).at[3, 3].set(-jnp.inf).at[4, 4].set(jnp.nan)
-    mask, rows = jnp.ones((6, 5), bool).at[2, 2].set(False), jnp.arange(6) < 5
+    indices = np.array([[0, -1], [0, 9], [0, 2], [0, 3], [0, 1], [0, 9]])
+    q = np.float32([[0.5, 0.0], [0.5, 0.25], [0.5, 0.25], [0.5, 0.25], [0.5, 0.25], [np.nan, 1.0]])
+    z, mask, rows = np.zeros((6, 5), np.float32), np.ones((6, 5), bool), np.arange(6) < 5
+    z[3, 3], z[4, 4], mask[2, 2] = -np.inf, np.nan, False
+    many = TopTargets(np.array([[1, 0]]), np.float32([[0.75, 0.75]]))  # more than all of the mass: no rest
 
-    def masked(z, q):
-        return losses.cross_entropy(z, TopTargets(indices, q), where=mask)
+    @verify.jit_formulas
+    def results(z, q):
+        def counted(z, q):
+            return losses.cross_entropy(z, TopTargets(indices, q), where=rows)
 
-    def counted(z, q):
-        return losses.cross_entropy(z, TopTargets(indices, q), where=rows)
+        masked = losses.cross_entropy(z, TopTargets(indices, q), where=mask)
+        gradients = jax.grad(lambda z, q: jnp.sum(jnp.where(jnp.arange(6) == 4, 0, counted(z, q))), (0, 1))(z, q)
+        return counted(z, q), masked, gradients, losses.cross_entropy(z[:1], many)
 
-    half = np.log(5) / 2
-    np.testing.assert_allclose(counted(z, q)[:2], [half + np.log(5 / 4) / 2, np.nan], rtol=1e-6)
-    np.testing.assert_array_equal(counted(z, q)[3:], [np.inf, np.nan, 0])
-    np.testing.assert_allclose(masked(z, q)[2], np.log(4) / 2 + np.log(4 / 3) / 4, rtol=1e-6)
-    gradients = jax.grad(lambda z, q: jnp.sum(jnp.where(jnp.arange(6) == 4, 0, counted(z, q))), (0, 1))(z, q)
-    assert all(np.isfinite(g[jnp.array([0, 1, 2, 3, 5])]).all() for g in gradients)
-    np.testing.assert_array_equal(gradients[0][jnp.array([1, 5])], 0)
-    many = TopTargets(jnp.array([[1, 0]]), jnp.array([[0.75, 0.75]]))  # more than all of the mass: no rest
-    np.testing.assert_allclose(losses.cross_entropy(z[:1], many), 1.5 * np.log(5), rtol=1e-6)
+    counted, masked, gradients, of_many = results(z, q)
+    np.testing.assert_allclose(counted[:2], [np.log(5) / 2 + np.log(5 / 4) / 2, np.nan], rtol=1e-6)
+    np.testing.assert_array_equal(counted[3:], [np.inf, np.nan, 0])
+    np.testing.assert_allclose(masked[2], np.log(4) / 2 + np.log(4 / 3) / 4, rtol=1e-6)
+    assert all(np.isfinite(np.asarray(g)[[0, 1, 2, 3, 5]]).all() for g in gradients)
+    np.testing.assert_array_equal(np.asarray(gradients[0])[[1, 5]], 0)
+    np.testing.assert_allclose(of_many, 1.5 * np.log(5), rtol=1e-6)
 
 
 def test_narrow_scores_axes_and_vmap():
@@ -343,4 +348,5 @@ def test_narrow_scores_under_strict_promotion(dtype):
     wide = TopTargets(target.indices, target.probabilities.astype(jnp.float32))
     with jax.numpy_dtype_promotion("strict"):
         for f in (losses.cross_entropy, losses.focal_cross_entropy, losses.poly_cross_entropy, losses.kl_to_target):
-            np.testing.assert_allclose(f(z, target), f(z.astype(jnp.float32), wide), rtol=1e-6)
+            of_both = verify.jit_formulas(lambda z, f=f: (f(z, target), f(z.astype(jnp.float32), wide)))
+            np.testing.assert_allclose(*of_both(z), rtol=1e-6)

@@ -82,17 +82,16 @@ def test_other_laws_are_cut_by_their_own_probabilities():
 
 
 def test_derivatives_are_those_of_the_classes_that_stay():
-    z = jax.random.normal(jax.random.key(1), (9,))
+    z = np.float32(np.random.default_rng(1).normal(size=9))
     kept = jnp.isfinite(js.truncate(z, top_k=4))
-    want = jax.hessian(lambda z: js.entropy(z, where=kept))(z)
+    want = jax.jit(jax.hessian(lambda z: js.entropy(z, where=kept)))(z)
     np.testing.assert_allclose(jax.jit(jax.hessian(lambda z: js.entropy(js.truncate(z, top_k=4))))(z), want, 1e-5, 1e-6)
 
 
 def test_draws_stay_inside():
-    z = jax.random.normal(jax.random.key(2), (64,))
-    cut = js.truncate(z, top_p=0.5)
+    cut = js.truncate(np.float32(np.random.default_rng(2).normal(size=64)), top_p=0.5)
     draws = gumbel.categorical(jax.random.key(3), cut, shape=(1000,))
-    assert bool(jnp.all(jnp.isfinite(cut)[draws]))
+    assert np.all(np.isfinite(cut)[draws])
 
 
 def test_edges():
