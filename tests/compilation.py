@@ -6,6 +6,9 @@ made in the same program and of bad scores compile by `jit_as_user`.
 
 With `XLA_FLAGS=--xla_backend_optimization_level=3` in the environment all but `verify.jit_formulas` compiles as for
 users.
+
+With `JAX_COMPILATION_CACHE_DIR=FOLDER` in the environment JAX keeps the compiled programs there, by what XLA is given
+and by its options. The next run, of which most programs are the same, then takes two thirds of the time.
 """
 
 import importlib.metadata

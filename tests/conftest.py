@@ -7,6 +7,8 @@ import pathlib
 import compilation
 
 os.environ["XLA_FLAGS"] = compilation.flags()
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # each worker has a core; of more threads some would only wait
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # where a folder is given
 
 import jax
 import jaxtyping
@@ -16,6 +18,11 @@ jax.config.update("jax_num_cpu_devices", 8)  # for meshes
 jaxtyping.install_import_hook("jsoftmax", "beartype.beartype")
 
 gc.set_threshold(500_000, 20, 100)  # traces make many objects and few cycles: by default, a collection every 700
+
+
+def pytest_configure(config):
+    """Of a folder of programs: a worker may find one that another has not written to its end. It compiles it then."""
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
 
 
 def pytest_collection_finish():
