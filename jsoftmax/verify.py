@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import math
 import multiprocessing
@@ -122,8 +123,12 @@ def jit_formulas(f: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _plain_compilation() -> dict[str, bool | int]:
-    """The options with which XLA compiles fastest for CPU. From jax 0.12 on the second one does not exist."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    """The options with which XLA compiles fastest for CPU. From jax 0.12 on the last one does not exist."""
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_cpu_parallel_codegen_split_count": 1,  # one part is compiled faster than several, and to the same numbers
+        "xla_cpu_use_fusion_emitters": False,
+    }
     try:
         jax.jit(jnp.negative, compiler_options=options)(0.0)
     except jax.errors.JaxRuntimeError:
@@ -292,6 +297,12 @@ def _task(index: int, everything: bool) -> tuple[list[Cell], int | None, float]:
     return cells_of(function, phis, everything), None, 0.0
 
 
+def _collect_seldom() -> None:
+    """Traces make many objects and few cycles: by default Python looks for cycles after every 700."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+
+
 def checks(everything: bool = True) -> Iterator[Cell | Sure]:
     """Each cell as soon as its group is done, then the gradients of confident rows.
 
@@ -303,7 +314,7 @@ def checks(everything: bool = True) -> Iterator[Cell | Sure]:
         run: Any = map
         if jax.default_backend() == "cpu":
             spawn = multiprocessing.get_context("spawn")
-            run = stack.enter_context(concurrent.futures.ProcessPoolExecutor(2, spawn)).map
+            run = stack.enter_context(concurrent.futures.ProcessPoolExecutor(2, spawn, _collect_seldom)).map
         for found, sure, worst in run(task, indices):
             yield from found if sure is None else [Sure(SURE[sure], worst)]
 
