@@ -126,9 +126,9 @@ def test_every_phi(phi):
         )
 
 
-@pytest.mark.parametrize("options", some(OPTIONS, ["causal", "all"]))
+@pytest.mark.parametrize("options", some(OPTIONS, ["all"]))
 def test_options(options):
-    """One of them and all together; those of jax.nn, each alone, below."""
+    """By default all together; those of jax.nn, each alone, below."""
     with jax.enable_x64(True):
         given = arrays(bias="none", sink=False)
         assert_same(*both(given, OPTIONS[options] | {"block_size": BLOCKS["odd"]}), tuple(given.values()), rtol=1e-9)

@@ -65,6 +65,7 @@ def assert_frequencies(drawn, p):
     assert np.all(error <= np.where(p > 0, 5 * np.sqrt(len(drawn) * p * (1 - p)) + 4, 0))
 
 
+@pytest.mark.full  # What is drawn without a cut: `test_log_prob`; frequencies of what a cut leaves: below.
 def test_draws():
     """Frequencies of draws with and without replacement."""
     keys = jax.random.split(jax.random.key(0))
@@ -89,9 +90,10 @@ def test_draws():
     assert sorted(every.tolist()) == sorted([-1, *np.flatnonzero(KEEP[:9])])
 
 
-@pytest.mark.parametrize("replace", some([True, False], [False]))
+@pytest.mark.full  # Two plans of blocks, of distinct draws, in test_heads_machinery.py.
+@pytest.mark.parametrize("replace", [True, False])
 def test_blocks_do_not_change_draws(replace):
-    """Of three chunks, of which one, two or all make a block. Distinct draws take the way of the others and more."""
+    """Of three chunks, of which one, two or all make a block."""
     hidden, weight, _ = arrays(jnp.float32)
     few = functools.partial(heads.linear_categorical, jax.random.key(1), hidden, weight, shape=(5, TOKENS))
     drawn = [few(replace=replace, block_size=sizes) for sizes in ((4, 128), (6, 256), (6, 384))]

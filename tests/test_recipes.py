@@ -67,6 +67,7 @@ def assert_close(ours, theirs, tolerance=1e-4):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.max(np.abs(b), initial=1e-6))
 
 
+@pytest.mark.full  # The sum and its gradient: test_heads.py.
 def test_accumulated_token_means():
     """Sums and numbers over microbatches, divided once, are the token mean of the whole batch, and its gradient."""
 
@@ -86,6 +87,7 @@ def test_accumulated_token_means():
     assert_close(jit_formulas(accumulated)(parameters()), jit_formulas(jax.value_and_grad(mean))(parameters()))
 
 
+@pytest.mark.full  # It is about optax's steps. Gradients in bfloat16 are rounded once: test_heads_machinery.py.
 def test_multi_steps_of_bfloat16_parameters():
     """`optax.MultiSteps` adds up the microbatches' gradients in float32: one step is that of their mean."""
     optimizer = optax.MultiSteps(optax.sgd(0.5), every_k_schedule=4)

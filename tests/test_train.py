@@ -79,6 +79,7 @@ def test_command(monkeypatch, tmp_path, capsys):
     assert cli.main(["train", "--seeds", "1"]) == 2
 
 
+@pytest.mark.full  # It is about the experiment.
 def test_which_losses_go_with_which_phi():
     names = [(arm.name, arm.shown_phi) for arm in train.arms(list(train.LOSSES), None, 1.0)]
     assert names[: len(js.PHIS)] == [("cross-entropy", str(phi)) for phi in js.PHIS]
