@@ -90,11 +90,11 @@ def dense_sgd(weight: jax.Array, hidden: jax.Array, labels: jax.Array) -> jax.Ar
     return weight - 0.1 * jax.grad(loss)(weight)
 
 
-def cases() -> list[Case]:
-    given = arrays(TOKENS, FEATURES, CLASSES)
-    shape = (TOKENS, FEATURES, CLASSES)
+def value_and_gradient(classes: int, *wanted: str) -> list[Case]:
+    """Losses whose value and gradient are taken; all of them if none is named."""
+    given, shape = arrays(TOKENS, FEATURES, classes), (TOKENS, FEATURES, classes)
     torch = torch_calls(*given)
-    made = [
+    return [
         Case("heads", f"{name}, value and gradient", shape, {"ours": gradient(f), **peers}, given, calls=calls)
         for name, f, peers, calls in (
             ("linear_cross_entropy", streaming, {"optax": gradient(materialised), **jax_cce()}, torch),
@@ -102,7 +102,13 @@ def cases() -> list[Case]:
             ("linear_statistics", with_entropy, {"linear_cross_entropy": gradient(streaming)}, {}),
             ("half the tokens ignored", half_ignored, {"linear_cross_entropy": gradient(streaming)}, {}),
         )
+        if not wanted or name in wanted
     ]
+
+
+def cases() -> list[Case]:
+    made = value_and_gradient(CLASSES)
+    made += value_and_gradient(CLASSES // 4, "linear_cross_entropy", "linear_cross_entropy_sum")
     both = {"ours": hessian_product(streaming), "optax": hessian_product(materialised)}
     fewer = arrays(TOKENS // 4, FEATURES, CLASSES)
     fewer = (*fewer, jnp.cos(fewer[0]), jnp.cos(fewer[1]))

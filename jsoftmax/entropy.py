@@ -20,10 +20,16 @@ from jsoftmax.sums import Want, class_sum
 
 
 @compiled_rule("axis", "axis_name", "want", "order")
-def centred_log_p(
-    x: Array, axis: tuple[int, ...], axis_name: AxisName = None, want: Want = "all", order: int = 0
+def centred_log_p(  # noqa: PLR0917  (as rules, which have no keywords, call it)
+    x: Array,
+    axis: tuple[int, ...],
+    axis_name: AxisName = None,
+    want: Want = "all",
+    order: int = 0,
+    again: Array | None = None,
 ) -> tuple[Array, Array]:
-    """c = log p + H, with 0 where p is 0; and H, with the reduced axes kept. want, order: as in `maps.normalize`."""
+    """c = log p + H, with 0 where p is 0; and H, with the reduced axes kept. want, order, again: as in
+    `maps.normalize`."""
     return sums.centred(x, axis, axis_name, want, order)
 
 
@@ -32,12 +38,24 @@ def _centred_log_p_jvp(  # noqa: PLR0917  (a rule has no keywords)
     axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int, primals: Any, tangents: Any
 ) -> tuple[Any, Any]:
     """Ḣ = −Σ p c ẋ, ċ = ẋ − Σ p ẋ + Ḣ  (MATH 1.5)."""
-    (x,), (x_dot,) = primals, tangents
+    (x, again), (x_dot, _) = primals, tangents
     x_dot = widened(x_dot)
-    c, H = centred_log_p(x, axis, axis_name, want, order + 1)
+    out = centred_log_p(x, axis, axis_name, want, order + 1, again)
+    c = out[0]
+    if again is not None:
+        of_again = functools.partial(_of_again, axis, axis_name, want, order)
+        c, x = sums.by_platform(c, x, again, on_gpus=of_again, otherwise=lambda c, x, _: (c, x))
     p = normalize(x, axis, axis_name, want, order + 1).p
     H_dot = -class_sum(p * c * x_dot, axis, axis_name)
-    return (c, H), (sums.centred_rate(x, p, x_dot, axis, axis_name) + H_dot, H_dot)
+    return out, (sums.centred_rate(x, p, x_dot, axis, axis_name) + H_dot, H_dot)
+
+
+def _of_again(  # noqa: PLR0917  (as the rule has them)
+    axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int, _: Array, x: Array, again: Array
+) -> tuple[Array, Array]:
+    """c and x for the rule, from `again` alone. Between the value and the derivative a GPU then keeps nothing."""
+    del x
+    return centred_log_p(again, axis, axis_name, want, order + 1)[0], again
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -52,8 +70,10 @@ def _varentropy_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, ta
     """V̇ = Σ p (c² + 2c − V) ẋ  (MATH 6.2)."""
     (x,), (x_dot,) = primals, tangents
     x_dot = widened(x_dot)
-    (c, _), p, V = centred_log_p(x, axis, axis_name), normalize(x, axis, axis_name).p, _varentropy(x, axis, axis_name)
-    return V, class_sum(p * (c**2 + 2 * c - V) * x_dot, axis, axis_name)
+    out = _varentropy(x, axis, axis_name)
+    V, x = sums.value_again(_varentropy, out, x, axis, axis_name)
+    (c, _), p = centred_log_p(x, axis, axis_name), normalize(x, axis, axis_name).p
+    return out, class_sum(p * (c**2 + 2 * c - V) * x_dot, axis, axis_name)
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "axis_name", "order"))
@@ -88,6 +108,10 @@ def _expansion(  # noqa: PLR0917  (as `maps.Arguments` has them)
 def shannon(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """H alone, with the reduced axes kept."""
     return centred_log_p(x, axis, axis_name, "H")[1]
+
+
+def _entropy(x: Array, again: Array | None, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    return centred_log_p(x, axis, axis_name, "H", again=again)[1]
 
 
 @public
@@ -129,7 +153,7 @@ def entropy(
     Array([-0., -0.], dtype=float32)
     """
     arguments = maps.check("entropy", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return maps.reduce_classes(shannon, arguments, phi, check_flag("entropy", "keepdims", keepdims))
+    return maps.reduce_classes(_entropy, arguments, phi, check_flag("entropy", "keepdims", keepdims), reads_again=True)
 
 
 @public

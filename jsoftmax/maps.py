@@ -162,7 +162,11 @@ def _of_weighted_scores(  # noqa: PLR0917  (as `Arguments` has them)
     if not reads_again:
         return f(*x, *parameters, axis, axis_name)
     scores = [sums.read_again(z, axis, axis_name) for z in given]
-    return f(*x, *(weighted_scores(phi, z, where, log_weights) for z in scores), *parameters, axis, axis_name)
+    again = [
+        None if new is z else weighted_scores(phi, new, where, log_weights)
+        for new, z in zip(scores, given, strict=True)
+    ]
+    return f(*x, *again, *parameters, axis, axis_name)
 
 
 def keep_classes(
@@ -175,7 +179,8 @@ def keep_classes(
     """f(x, …, *parameters, axis, axis_name) for x = ψ(z) + log w, with a result in the dtype of the scores.
 
     All is compiled as one program, so that results that f drops are not computed, and narrow scores need not be stored
-    in a wide dtype. reads_again: whether f takes each x a second time, for its rule, from `sums.read_again`.
+    in a wide dtype. reads_again: whether f takes each x a second time, for its rule, from `sums.read_again`; None
+    where that has nothing else than x.
     """
     return _of_weighted_scores(f, *arguments, phi, parameters, reads_again).astype(arguments.dtype)
 
@@ -186,9 +191,10 @@ def reduce_classes(
     phi: Phi,
     keepdims: bool = False,
     parameters: tuple[Array, ...] = (),
+    reads_again: bool = False,
 ) -> Array:
     """The same for an f that reduces the classes; the result is in the accumulation dtype."""
-    result = _of_weighted_scores(f, *arguments, phi, parameters)
+    result = _of_weighted_scores(f, *arguments, phi, parameters, reads_again)
     return result if keepdims else jnp.squeeze(result, arguments.axis)
 
 
@@ -306,11 +312,11 @@ def log_normalizer(
     return reduce_classes(log_sum, arguments, phi, check_flag("log_normalizer", "keepdims", keepdims))
 
 
-def _p(x: Array, again: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+def _p(x: Array, again: Array | None, axis: tuple[int, ...], axis_name: AxisName) -> Array:
     return normalize(x, axis, axis_name, "p", again=again).p
 
 
-def _log_p(x: Array, again: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+def _log_p(x: Array, again: Array | None, axis: tuple[int, ...], axis_name: AxisName) -> Array:
     return normalize(x, axis, axis_name, "log_p", again=again).log_p
 
 

@@ -63,6 +63,7 @@ __all__ = [
     "p_rate",
     "read_again",
     "shifted",
+    "value_again",
     "weighted_deviations",
 ]
 
@@ -215,6 +216,20 @@ def read_again(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> A
     if axis_name is not None or not is_read_once(x, axis):
         return x
     return by_platform(x, on_gpus=lax.optimization_barrier, otherwise=lambda x: x)
+
+
+def value_again(
+    f: Callable[..., Array], value: Array, x: Array, axis: tuple[int, ...], axis_name: AxisName = None
+) -> tuple[Array, Array]:
+    """value = f(x, axis, axis_name) and x, for the rule of f; both from `read_again` where that puts a barrier."""
+    if axis_name is not None or not is_read_once(x, axis):
+        return value, x
+
+    def on_gpus(_: Array, x: Array) -> tuple[Array, Array]:
+        x = lax.optimization_barrier(x)
+        return f(x, axis, axis_name), x
+
+    return by_platform(value, x, on_gpus=on_gpus, otherwise=lambda value, x: (value, x))
 
 
 def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
