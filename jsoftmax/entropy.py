@@ -43,19 +43,14 @@ def _centred_log_p_jvp(  # noqa: PLR0917  (a rule has no keywords)
     out = centred_log_p(x, axis, axis_name, want, order + 1, again)
     c = out[0]
     if again is not None:
-        of_again = functools.partial(_of_again, axis, axis_name, want, order)
-        c, x = sums.by_platform(c, x, again, on_gpus=of_again, otherwise=lambda c, x, _: (c, x))
+
+        def on_gpus(_: Any, again: Array) -> tuple[Array, Array]:
+            return centred_log_p(again, axis, axis_name, want, order + 1)[0], again
+
+        c, x = sums.by_platform((c, x), again, on_gpus=on_gpus, otherwise=lambda c_and_x, _: c_and_x)
     p = normalize(x, axis, axis_name, want, order + 1).p
     H_dot = -class_sum(p * c * x_dot, axis, axis_name)
     return out, (sums.centred_rate(x, p, x_dot, axis, axis_name) + H_dot, H_dot)
-
-
-def _of_again(  # noqa: PLR0917  (as the rule has them)
-    axis: tuple[int, ...], axis_name: AxisName, want: Want, order: int, _: Array, x: Array, again: Array
-) -> tuple[Array, Array]:
-    """c and x for the rule, from `again` alone. Between the value and the derivative a GPU then keeps nothing."""
-    del x
-    return centred_log_p(again, axis, axis_name, want, order + 1)[0], again
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))

@@ -158,15 +158,15 @@ def _of_weighted_scores(  # noqa: PLR0917  (as `Arguments` has them)
     parameters: tuple[Array, ...],
     reads_again: bool = False,
 ) -> Array:
-    x = [weighted_scores(phi, z, where, log_weights) for z in given]
-    if not reads_again:
-        return f(*x, *parameters, axis, axis_name)
-    scores = [sums.read_again(z, axis, axis_name) for z in given]
-    again = [
-        None if new is z else weighted_scores(phi, new, where, log_weights)
-        for new, z in zip(scores, given, strict=True)
-    ]
-    return f(*x, *again, *parameters, axis, axis_name)
+    def x(z: Array) -> Array:
+        return weighted_scores(phi, z, where, log_weights)
+
+    def x_again(z: Array) -> Array | None:
+        again = sums.read_again(z, axis, axis_name)
+        return None if again is z else x(again)
+
+    again = map(x_again, given) if reads_again else ()
+    return f(*map(x, given), *again, *parameters, axis, axis_name)
 
 
 def keep_classes(
@@ -174,6 +174,7 @@ def keep_classes(
     arguments: Arguments,
     phi: Phi,
     parameters: tuple[Array, ...] = (),
+    *,
     reads_again: bool = False,
 ) -> Array:
     """f(x, …, *parameters, axis, axis_name) for x = ψ(z) + log w, with a result in the dtype of the scores.
@@ -191,6 +192,7 @@ def reduce_classes(
     phi: Phi,
     keepdims: bool = False,
     parameters: tuple[Array, ...] = (),
+    *,
     reads_again: bool = False,
 ) -> Array:
     """The same for an f that reduces the classes; the result is in the accumulation dtype."""

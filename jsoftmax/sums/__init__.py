@@ -2,9 +2,9 @@
 
 `reference` is the mathematics, and runs on GPUs and TPUs and for small arrays. `cpu` holds the forms that XLA's CPU
 compiler needs for large arrays; each of its functions equals that of the reference, except for the care of MATH 4.5.
-On GPUs the derivatives of rows of up to 16,384 classes are computed behind a barrier (`read_again`), and those of longer
-rows by `long_rows`. This module decides which form runs, by the size of the array and by the platform that a program
-is compiled for; `explain` says what it decided.
+On GPUs the derivatives of rows of up to 16,384 classes are computed behind a barrier (`read_again`), and those of
+longer rows by `long_rows`. This module decides which form runs, by the size of the array and by the platform that a
+program is compiled for; `explain` says what it decided.
 """
 
 import functools
