@@ -257,6 +257,30 @@ def _by_every_form(function, dtype, shapes, monkeypatch):
         np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=tolerance, atol=tolerance * scale)
 
 
+@pytest.mark.parametrize("function", [js.softmax, js.log_softmax, js.entropy, js.varentropy], ids=lambda f: f.__name__)
+def test_rules_that_read_the_scores_again(function, monkeypatch):
+    """On GPUs a rule computes ψ and the sums again: with a φ, weights and a mask it has the derivatives of the value."""
+    rng = np.random.default_rng(5)
+    z, log_weights = (jnp.asarray(rng.normal(0, 2, shape), np.float32) for shape in ((6, 17), (17,)))
+    where = jnp.arange(17) % 5 > 0
+
+    def found(z):
+        def total(z):
+            value = function(1.5 * z, phi=js.taylor(2), where=where, log_weights=log_weights)
+            return jnp.sum(
+                jnp.where(jnp.isneginf(value), 0, jnp.cos(jnp.arange(value.size)).reshape(value.shape) * value)
+            )
+
+        return jax.jvp(jax.value_and_grad(total), (z,), (jnp.cos(z),))
+
+    wanted = jax.jit(found)(z)
+    with monkeypatch.context() as patch, as_on_accelerators():
+        patch.setattr(paths, "LARGE", 0)
+        got = jax.jit(found)(z)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.max(np.abs(b)))
+
+
 def test_explain():
     assert sums.explain((8, 4096)) == sums.explain((257, 8), 0) == sums.explain((256,)) == "reference: few scores"
     row = "cpu: a single long row, compiled for cpu; the derivative rules by the reference: few scores"
