@@ -11,6 +11,7 @@ from cells import and_full, covering, named, some
 from compilation import jit_as_user
 from platforms import as_on_accelerators, traced_anew
 
+import jsoftmax as js
 from jsoftmax import losses, sums
 from jsoftmax.sums import cpu, long_rows, reference
 from jsoftmax.sums.cpu import paths
@@ -259,7 +260,7 @@ def _by_every_form(function, dtype, shapes, monkeypatch):
 
 @pytest.mark.parametrize("function", [js.softmax, js.log_softmax, js.entropy, js.varentropy], ids=lambda f: f.__name__)
 def test_rules_that_read_the_scores_again(function, monkeypatch):
-    """On GPUs a rule computes ψ and the sums again: with a φ, weights and a mask it has the derivatives of the value."""
+    """On GPUs a rule computes ψ and the sums again: it has the derivatives of the value, with weights and a mask."""
     rng = np.random.default_rng(5)
     z, log_weights = (jnp.asarray(rng.normal(0, 2, shape), np.float32) for shape in ((6, 17), (17,)))
     where = jnp.arange(17) % 5 > 0
