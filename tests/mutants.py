@@ -114,7 +114,7 @@ MUTANTS = (
     Mutant("divergence.py", "p * expm1(-jnp.where(near", "p * expm1(jnp.where(near", f"{ORACLE} {CASES} -k kl_"),
     Mutant("divergence.py", "-jnp.where(near, r, 0)", "-r", f"{DIVERGENCE} -k gradient_of_a_gradient"),
     Mutant("divergence.py", "(share * of.p * centred", "(of.p * centred", f"{ORACLE} -k jensen"),
-    Mutant("divergence.py", "(of_p - of_q) * beta_dot", "(of_q - of_p) * beta_dot", DIVERGENCE),
+    Mutant("divergence.py", "beta, 1, -1, axis", "beta, -1, 1, axis", DIVERGENCE),
     Mutant("divergence.py", "(p == 0) | jnp.isinf(r_p)", "(p == 0)", DIVERGENCE),
     Mutant("divergence.py", "jnp.where(empty & ~jnp.isnan(D), 0,", "jnp.where(False, 0,", DIVERGENCE),
     Mutant("divergence.py", "small = (growth < 1) &", "small = (growth < 0) &", DIVERGENCE),
