@@ -247,19 +247,29 @@ def adaptive_params() -> Any:
     return jax.tree.map(lambda a: of(a.shape), made)
 
 
-def along(h: Any, W: Any, h_dot: Any, W_dot: Any, y: Any) -> Any:
-    """The loss and its derivative along tangents of hidden states and weight."""
-    return jax.jvp(lambda h, W: jnp.sum(heads.linear_cross_entropy(h, W, y)), (h, W), (h_dot, W_dot))
+def along(f: F) -> F:
+    """The sum of a loss over the tokens and its derivative along tangents of hidden states and weight."""
+
+    def value_and_jvp(h: Any, W: Any, h_dot: Any, W_dot: Any, y: Any) -> Any:
+        return jax.jvp(lambda h, W: jnp.sum(f(h, W, y)), (h, W), (h_dot, W_dot))
+
+    return value_and_jvp
 
 
-def hessian_product(h: Any, W: Any, h_dot: Any, W_dot: Any, y: Any) -> Any:
-    gradient = jax.grad(lambda h, W: jnp.sum(heads.linear_cross_entropy(h, W, y)), (0, 1))
-    return jax.jvp(gradient, (h, W), (h_dot, W_dot))[1]
+def hessian_product(f: F) -> F:
+    """The derivative of the gradients of that sum along tangents."""
+
+    def of(h: Any, W: Any, h_dot: Any, W_dot: Any, y: Any) -> Any:
+        gradient = jax.grad(lambda h, W: jnp.sum(f(h, W, y)), (0, 1))
+        return jax.jvp(gradient, (h, W), (h_dot, W_dot))[1]
+
+    return of
 
 
 def other_heads() -> dict[str, tuple[F, tuple[Any, ...]]]:
     """Programs of the other heads, or of other modes, and their arguments."""
     tangents = (HIDDEN, WEIGHT, HIDDEN, WEIGHT)
+    loss, all_logits = heads.linear_cross_entropy, HEADS["optax, all logits in float32"]
 
     def kl(h: Any, W: Any, g: Any, U: Any) -> Any:
         return jnp.sum(heads.linear_kl(h, W, g, U))
@@ -276,8 +286,10 @@ def other_heads() -> dict[str, tuple[F, tuple[Any, ...]]]:
     of_samples = (HIDDEN, WEIGHT, LABELS, KEY, LOG_PROPOSAL)
     gradients = functools.partial(jax.value_and_grad, argnums=(0, 1))
     return {
-        "linear_cross_entropy, value and jvp": (along, (*tangents, LABELS)),
-        "linear_cross_entropy, Hessian product": (hessian_product, (*tangents, LABELS)),
+        "linear_cross_entropy, value and jvp": (along(loss), (*tangents, LABELS)),
+        "optax, all logits in float32, value and jvp": (along(all_logits), (*tangents, LABELS)),
+        "linear_cross_entropy, Hessian product": (hessian_product(loss), (*tangents, LABELS)),
+        "optax, all logits in float32, Hessian product": (hessian_product(all_logits), (*tangents, LABELS)),
         "linear_kl": (jax.value_and_grad(kl, (0, 1, 2, 3)), tangents),
         "linear_top_k, k = 50, value": (lambda h, W: heads.linear_top_k(h, W, 50), (HIDDEN, WEIGHT)),
         "linear_top_k, k = 50, value, 256 tokens": (lambda h, W: heads.linear_top_k(h, W, 50), (FEW_TOKENS, WEIGHT)),
