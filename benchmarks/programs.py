@@ -24,6 +24,7 @@ import jsoftmax as js
 from benchmarks import attention, hlo
 from benchmarks.family import plain_entropy
 from benchmarks.gumbel import top_k_by_sort, top_p_by_sort
+from benchmarks.heads import hessian_product
 from jsoftmax import gumbel, heads, losses
 from jsoftmax.heads import adaptive
 
@@ -194,9 +195,14 @@ HEADS = {
 """Losses of a language model's last layer, whose value and gradients are taken."""
 
 
+def total(f: F) -> F:
+    """The sum of a loss over the tokens."""
+    return lambda h, W, y: jnp.sum(f(h, W, y), dtype=jnp.float32)
+
+
 def value_and_gradients(f: F) -> F:
-    """Value and gradients of the sum over the tokens, by hidden and weight."""
-    return jax.value_and_grad(lambda h, W, y: jnp.sum(f(h, W, y), dtype=jnp.float32), (0, 1))
+    """Value and gradients of that sum, by hidden and weight."""
+    return jax.value_and_grad(total(f), (0, 1))
 
 
 def in_mode(f: F, mode: str, z: Any, more: tuple[Any, ...]) -> tuple[F, tuple[Any, ...]]:
@@ -248,28 +254,14 @@ def adaptive_params() -> Any:
 
 
 def along(f: F) -> F:
-    """The sum of a loss over the tokens and its derivative along tangents of hidden states and weight."""
-
-    def value_and_jvp(h: Any, W: Any, h_dot: Any, W_dot: Any, y: Any) -> Any:
-        return jax.jvp(lambda h, W: jnp.sum(f(h, W, y)), (h, W), (h_dot, W_dot))
-
-    return value_and_jvp
-
-
-def hessian_product(f: F) -> F:
-    """The derivative of the gradients of that sum along tangents."""
-
-    def of(h: Any, W: Any, h_dot: Any, W_dot: Any, y: Any) -> Any:
-        gradient = jax.grad(lambda h, W: jnp.sum(f(h, W, y)), (0, 1))
-        return jax.jvp(gradient, (h, W), (h_dot, W_dot))[1]
-
-    return of
+    """A loss and its derivative along tangents of hidden states and weight."""
+    return lambda h, W, y, *tangents: jax.jvp(lambda h, W: f(h, W, y), (h, W), tangents)
 
 
 def other_heads() -> dict[str, tuple[F, tuple[Any, ...]]]:
     """Programs of the other heads, or of other modes, and their arguments."""
-    tangents = (HIDDEN, WEIGHT, HIDDEN, WEIGHT)
-    loss, all_logits = heads.linear_cross_entropy, HEADS["optax, all logits in float32"]
+    both, with_tangents = (HIDDEN, WEIGHT, HIDDEN, WEIGHT), (HIDDEN, WEIGHT, LABELS, HIDDEN, WEIGHT)
+    loss, all_logits = total(heads.linear_cross_entropy), total(HEADS["optax, all logits in float32"])
 
     def kl(h: Any, W: Any, g: Any, U: Any) -> Any:
         return jnp.sum(heads.linear_kl(h, W, g, U))
@@ -286,11 +278,11 @@ def other_heads() -> dict[str, tuple[F, tuple[Any, ...]]]:
     of_samples = (HIDDEN, WEIGHT, LABELS, KEY, LOG_PROPOSAL)
     gradients = functools.partial(jax.value_and_grad, argnums=(0, 1))
     return {
-        "linear_cross_entropy, value and jvp": (along(loss), (*tangents, LABELS)),
-        "optax, all logits in float32, value and jvp": (along(all_logits), (*tangents, LABELS)),
-        "linear_cross_entropy, Hessian product": (hessian_product(loss), (*tangents, LABELS)),
-        "optax, all logits in float32, Hessian product": (hessian_product(all_logits), (*tangents, LABELS)),
-        "linear_kl": (jax.value_and_grad(kl, (0, 1, 2, 3)), tangents),
+        "linear_cross_entropy, value and jvp": (along(loss), with_tangents),
+        "optax, all logits in float32, value and jvp": (along(all_logits), with_tangents),
+        "linear_cross_entropy, Hessian product": (hessian_product(loss), with_tangents),
+        "optax, all logits in float32, Hessian product": (hessian_product(all_logits), with_tangents),
+        "linear_kl": (jax.value_and_grad(kl, (0, 1, 2, 3)), both),
         "linear_top_k, k = 50, value": (lambda h, W: heads.linear_top_k(h, W, 50), (HIDDEN, WEIGHT)),
         "linear_top_k, k = 50, value, 256 tokens": (lambda h, W: heads.linear_top_k(h, W, 50), (FEW_TOKENS, WEIGHT)),
         "linear_categorical, value": (heads.linear_categorical, (KEY, HIDDEN, WEIGHT)),

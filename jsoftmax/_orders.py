@@ -12,7 +12,7 @@ from jsoftmax._series import excess_series, expm1_ratio, log1p_deficit
 from jsoftmax.checks.arguments import widened
 from jsoftmax.maps import normalize
 from jsoftmax.sharding import AxisName
-from jsoftmax.sums import class_sum, not_negative, value_again
+from jsoftmax.sums import class_sum, not_negative, read_again, value_again
 
 
 def _surprise(log_p: Array, p: Array, alpha: Array) -> Array:
@@ -34,8 +34,8 @@ def tsallis(x: Array, alpha: Array, axis: tuple[int, ...], axis_name: AxisName) 
 def _tsallis_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ṡ = α Σ (b − p S) ẋ + Σ (∂b/∂α) α̇  (MATH 6.6)."""
     (x, alpha), (x_dot, alpha_dot) = primals, tangents
-    out = tsallis(x, alpha, axis, axis_name)
-    S, x = value_again(lambda x, *axes: tsallis(x, alpha, *axes), out, x, axis, axis_name)
+    out, again = tsallis(x, alpha, axis, axis_name), read_again(x, axis, axis_name)
+    S, x = value_again(lambda x: tsallis(x, alpha, axis, axis_name), out, x, again)
     log_p, p, _ = normalize(x, axis, axis_name)
     b = _surprise(log_p, p, alpha)
     S_dot = jnp.zeros_like(S)

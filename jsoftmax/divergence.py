@@ -108,7 +108,8 @@ def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> A
 def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4). Finite where D is not, because r is 0 where q is."""
     D = _kl(*primals, axis, axis_name)
-    x_p, x_q = (sums.read_again(x, axis, axis_name) for x in primals)
+    again = [sums.read_again(x, axis, axis_name) for x in primals]
+    x_p, x_q = (x if new is None else new for x, new in zip(primals, again, strict=True))
     x_p_dot, x_q_dot = map(widened, tangents)
     (log_p, p, L_p), (log_q, q, _) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     impossible = jnp.isneginf(x_q)
@@ -158,16 +159,16 @@ def kl_divergence(
 # --- Jensen–Shannon ------------------------------------------------------------------------------------------
 
 
-def _sum_of_divergences(  # noqa: PLR0917  (as the rule has them)
-    x_p: Array, x_q: Array, beta: Array, of_p: Any, of_q: Any, axis: tuple[int, ...], axis_name: AxisName
+def _sum_of_divergences(  # noqa: PLR0917  (what two laws with a weight each need)
+    x_p: Array, x_q: Array, beta: Array, w_p: Array | int, w_q: Array | int, axis: tuple[int, ...], axis_name: AxisName
 ) -> Array:
-    """of_p D(p‖m) + of_q D(q‖m), m = β p + (1 − β) q; 0 if no class is left for p or q.
+    """w_p D(p‖m) + w_q D(q‖m), m = β p + (1 − β) q, of non-negative terms; 0 if no class is left for p or q.
 
-    The terms of both, which are not negative, are added up in one sum: two would make XLA write them to memory.
+    Both are added up in one sum: for two sums XLA for GPUs would write the terms to memory.
     """
     (log_p, p, L_p), (log_q, q, L_q) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     a, b = divergence_terms(p, q, beta, log_p, log_q)
-    return zero_where_not_nan(jnp.isneginf(L_p) | jnp.isneginf(L_q), class_sum(of_p * a + of_q * b, axis, axis_name))
+    return zero_where_not_nan(jnp.isneginf(L_p) | jnp.isneginf(L_q), class_sum(w_p * a + w_q * b, axis, axis_name))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))

@@ -41,13 +41,7 @@ def _centred_log_p_jvp(  # noqa: PLR0917  (a rule has no keywords)
     (x, again), (x_dot, _) = primals, tangents
     x_dot = widened(x_dot)
     out = centred_log_p(x, axis, axis_name, want, order + 1, again)
-    c = out[0]
-    if again is not None:
-
-        def on_gpus(_: Any, again: Array) -> tuple[Array, Array]:
-            return centred_log_p(again, axis, axis_name, want, order + 1)[0], again
-
-        c, x = sums.by_platform((c, x), again, on_gpus=on_gpus, otherwise=lambda c_and_x, _: c_and_x)
+    c, x = sums.value_again(lambda x: centred_log_p(x, axis, axis_name, want, order + 1)[0], out[0], x, again)
     p = normalize(x, axis, axis_name, want, order + 1).p
     H_dot = -class_sum(p * c * x_dot, axis, axis_name)
     return out, (sums.centred_rate(x, p, x_dot, axis, axis_name) + H_dot, H_dot)
@@ -65,8 +59,8 @@ def _varentropy_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, ta
     """V̇ = Σ p (c² + 2c − V) ẋ  (MATH 6.2)."""
     (x,), (x_dot,) = primals, tangents
     x_dot = widened(x_dot)
-    out = _varentropy(x, axis, axis_name)
-    V, x = sums.value_again(_varentropy, out, x, axis, axis_name)
+    out, again = _varentropy(x, axis, axis_name), sums.read_again(x, axis, axis_name)
+    V, x = sums.value_again(lambda x: _varentropy(x, axis, axis_name), out, x, again)
     (c, _), p = centred_log_p(x, axis, axis_name), normalize(x, axis, axis_name).p
     return out, class_sum(p * (c**2 + 2 * c - V) * x_dot, axis, axis_name)
 
@@ -100,12 +94,8 @@ def _expansion(  # noqa: PLR0917  (as `maps.Arguments` has them)
     return H - class_sum(change, axis, axis_name)
 
 
-def shannon(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
-    """H alone, with the reduced axes kept."""
-    return centred_log_p(x, axis, axis_name, "H")[1]
-
-
-def _entropy(x: Array, again: Array | None, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+def shannon(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, again: Array | None = None) -> Array:
+    """H alone, with the reduced axes kept. again: as in `maps.normalize`."""
     return centred_log_p(x, axis, axis_name, "H", again=again)[1]
 
 
@@ -148,7 +138,7 @@ def entropy(
     Array([-0., -0.], dtype=float32)
     """
     arguments = maps.check("entropy", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return maps.reduce_classes(_entropy, arguments, phi, check_flag("entropy", "keepdims", keepdims), reads_again=True)
+    return maps.reduce_classes(shannon, arguments, phi, check_flag("entropy", "keepdims", keepdims), reads_again=True)
 
 
 @public

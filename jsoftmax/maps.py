@@ -41,8 +41,9 @@ def normalize(  # noqa: PLR0917  (as rules, which have no keywords, call it)
     again: Array | None = None,
 ) -> Normalized:
     """l = log p, p and L; x = −inf leaves a class out. want: what is wanted; order: of the derivative; is_shifted:
-    whether the maximum of each row is known to be 0. again: x once more, for the rule, as `sums.read_again` gives it;
-    it has the values and the derivatives of x."""
+    whether the maximum of each row is known to be 0. again: x once more, for the rule, computed from what
+    `sums.read_again` gives; None if the rule should use x itself. It must have the values and the derivatives of x: the
+    rule takes ẋ from x, and derivatives of the rule from `again`."""
     return sums.normalized(x, axis, axis_name, want, order, is_shifted)
 
 
@@ -161,12 +162,9 @@ def _of_weighted_scores(  # noqa: PLR0917  (as `Arguments` has them)
     def x(z: Array) -> Array:
         return weighted_scores(phi, z, where, log_weights)
 
-    def x_again(z: Array) -> Array | None:
-        again = sums.read_again(z, axis, axis_name)
-        return None if again is z else x(again)
-
-    again = map(x_again, given) if reads_again else ()
-    return f(*map(x, given), *again, *parameters, axis, axis_name)
+    scores = [sums.read_again(z, axis, axis_name) for z in given] if reads_again else []
+    again = [None if z is None else x(z) for z in scores]
+    return f(*map(x, given), *parameters, axis, axis_name, *again)
 
 
 def keep_classes(
@@ -180,8 +178,8 @@ def keep_classes(
     """f(x, …, *parameters, axis, axis_name) for x = ψ(z) + log w, with a result in the dtype of the scores.
 
     All is compiled as one program, so that results that f drops are not computed, and narrow scores need not be stored
-    in a wide dtype. reads_again: whether f takes each x a second time, for its rule, from `sums.read_again`; None
-    where that has nothing else than x.
+    in a wide dtype. reads_again: whether f, after its other arguments, may get each x a second time, for its rule, as
+    `normalize` has it.
     """
     return _of_weighted_scores(f, *arguments, phi, parameters, reads_again).astype(arguments.dtype)
 
@@ -280,7 +278,7 @@ def log_softmax(
     Array([-2.06115...e-09, -2.00000...e+01], dtype=float32)
     """
     arguments = check("log_softmax", {"z": z}, axis, where, phi, log_weights, axis_name)
-    return keep_classes(_log_p, arguments, phi, reads_again=True)
+    return keep_classes(log_p, arguments, phi, reads_again=True)
 
 
 @public
@@ -314,17 +312,14 @@ def log_normalizer(
     return reduce_classes(log_sum, arguments, phi, check_flag("log_normalizer", "keepdims", keepdims))
 
 
-def _p(x: Array, again: Array | None, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+def _p(x: Array, axis: tuple[int, ...], axis_name: AxisName, again: Array | None = None) -> Array:
     return normalize(x, axis, axis_name, "p", again=again).p
 
 
-def _log_p(x: Array, again: Array | None, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+def log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName = None, again: Array | None = None) -> Array:
+    """log p only. again: as in `normalize`; of a caller that has none it is made from x."""
+    again = sums.read_again(x, axis, axis_name) if again is None else again
     return normalize(x, axis, axis_name, "log_p", again=again).log_p
-
-
-def log_p(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
-    """log p only."""
-    return normalize(x, axis, axis_name, "log_p").log_p
 
 
 def log_sum(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:

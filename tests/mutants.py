@@ -82,7 +82,7 @@ MUTANTS = (
     Mutant("_series.py", "1 + y_near / k * total", "1 - y_near / k * total", f"{ORACLE} -k tsallis"),
     # sums: digits, differences, classes left out
     Mutant("maps.py", " & ~jnp.isneginf(log_weights) & ~jnp.isneginf(z)", " & ~jnp.isneginf(log_weights)", f"{EDGES} -k 'test_rows and softmax'"),
-    Mutant("maps.py", "None if again is z else x(again)", "None if again is z else weighted_scores(phi, again, where, None)", f"{SUMS} -k read_the_scores"),
+    Mutant("maps.py", "None if z is None else x(z)", "None if z is None else weighted_scores(phi, z, where, None)", f"{SUMS} -k read_the_scores"),
     Mutant("maps.py", "else x + jnp.where(kept, log_weights, 0)", "else x - jnp.where(kept, log_weights, 0)", f"{LOSSES} -k prior"),
     Mutant("sums/reference.py", "u = not_below(x) - not_below(peak)", "u = x - peak", f"{CASES} -k 'products or quotient'"),
     Mutant("sums/reference.py", "small + (jnp.maximum(ones, jnp.finfo(small.dtype).eps) - 1)", "(small + jnp.maximum(ones, jnp.finfo(small.dtype).eps)) - 1", f"{DIGITS} -k 'bounds or running_sum'"),

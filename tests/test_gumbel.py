@@ -372,10 +372,8 @@ def test_densities_at_the_corners():
 
     @verify.jit_formulas
     def results(z, corner):
-        x, densities = (
-            gumbel.exp_concrete(KEY, z, 1e-3),
-            (gumbel.concrete_log_density, gumbel.binary_concrete_log_density),
-        )
+        x = gumbel.exp_concrete(KEY, z, 1e-3)
+        densities = gumbel.concrete_log_density, gumbel.binary_concrete_log_density
         slopes = [jax.grad(lambda x, f=f: jnp.sum(f(x, z, 0.5)))(corner) for f in densities]
         return x, gumbel.exp_concrete_log_density(x, z, 1e-3), *(f(corner, z, 0.5) for f in densities), *slopes
 

@@ -210,26 +210,21 @@ def is_read_once(x: Array, axis: tuple[int, ...]) -> bool:
     return cpu.is_large(x) and not _is_long(x.shape, axis)
 
 
-def read_again(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
-    """x, for a rule whose value is computed in the same program. If GPUs read a row once, the rule gets it behind a
-    barrier, and computes again what XLA would otherwise write to memory for both."""
+def read_again(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array | None:
+    """x, for a rule whose value is computed in the same program, if GPUs read a row once: there it is behind a barrier,
+    and the rule computes again what XLA would otherwise write to memory for value and rule. None if they do not, and
+    the rule should use x itself."""
     if axis_name is not None or not is_read_once(x, axis):
-        return x
+        return None
     return by_platform(x, on_gpus=lax.optimization_barrier, otherwise=lambda x: x)
 
 
-def value_again(
-    f: Callable[..., Array], value: Array, x: Array, axis: tuple[int, ...], axis_name: AxisName = None
-) -> tuple[Array, Array]:
-    """value = f(x, axis, axis_name) and x, for the rule of f; both from `read_again` where that puts a barrier."""
-    if axis_name is not None or not is_read_once(x, axis):
+def value_again(f: Callable[[Array], Array], value: Array, x: Array, again: Array | None) -> tuple[Array, Array]:
+    """value = f(x) and x, for a rule that needs both. On GPUs they are f(again) and `again`, if it is given: x as
+    `read_again` gives it. Elsewhere nothing is computed twice."""
+    if again is None:
         return value, x
-
-    def on_gpus(_: Array, x: Array) -> tuple[Array, Array]:
-        x = lax.optimization_barrier(x)
-        return f(x, axis, axis_name), x
-
-    return by_platform(value, x, on_gpus=on_gpus, otherwise=lambda value, x: (value, x))
+    return by_platform((value, x), again, on_gpus=lambda _, again: (f(again), again), otherwise=lambda given, _: given)
 
 
 def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
@@ -245,7 +240,8 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     """A derivative along ẋ.
 
     It is checkpointed. For few scores, x alone is kept for the backward pass; for many, x and p, because the form for
-    CPU reads p and the others read x. GPUs then compute e^u again, in one kernel with the derivative.
+    CPU reads p and the others read x. From an x of `read_again` GPUs compute e^u again, in one kernel with the
+    derivative.
     """
     of_many = cpu.is_large(x) and axis_name is None
     in_parts = of_many and _is_long(x.shape, axis)
