@@ -120,6 +120,11 @@ def plain_smoothing(z: jax.Array, y: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy(z, optax.smooth_labels(jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype), 0.1))
 
 
+def made(z: jax.Array) -> jax.Array:
+    """Scores as programs make them: of logits read as float32, with a temperature."""
+    return z.astype(jnp.float32) / 0.7
+
+
 def plain_gumbel_softmax(z: jax.Array, key: jax.Array) -> jax.Array:
     return jax.nn.softmax((z + jax.random.gumbel(key, z.shape, z.dtype)) / 0.5)
 
@@ -142,6 +147,14 @@ CASES = (
         "cross_entropy, smoothing",
         lambda z, y: losses.cross_entropy(z, y, label_smoothing=0.1),
         plain_smoothing,
+        labels,
+    ),
+    Case("softmax of float32(z) / 0.7", lambda z: js.softmax(made(z)), lambda z: jax.nn.softmax(made(z))),
+    Case("entropy of float32(z) / 0.7", lambda z: js.entropy(made(z)), lambda z: plain_entropy(made(z))),
+    Case(
+        "cross_entropy of float32(z) / 0.7",
+        lambda z, y: losses.cross_entropy(made(z), y),
+        lambda z, y: optax.softmax_cross_entropy_with_integer_labels(made(z), y),
         labels,
     ),
     Case("sparsemax", js.sparsemax),

@@ -2,8 +2,10 @@
 
 import functools
 import itertools
+import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -258,28 +260,59 @@ def _by_every_form(function, dtype, shapes, monkeypatch):
         np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=tolerance, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("function", [js.softmax, js.log_softmax, js.entropy, js.varentropy], ids=lambda f: f.__name__)
+READ_TWICE = {f.__name__: f for f in (js.softmax, js.log_softmax, js.entropy, js.varentropy)}
+READ_TWICE["tsallis_entropy"] = functools.partial(js.tsallis_entropy, alpha=1.5)
+
+
+@pytest.mark.parametrize("function", READ_TWICE.values(), ids=READ_TWICE)
 def test_rules_that_read_the_scores_again(function, monkeypatch):
-    """On GPUs a rule computes ψ and the sums again: it has the derivatives of the value, with weights and a mask."""
+    """On GPUs a rule computes ψ and the sums again: it has the derivatives of the value, with weights and a mask, in a
+    scan too."""
     rng = np.random.default_rng(5)
     z, log_weights = (jnp.asarray(rng.normal(0, 2, shape), np.float32) for shape in ((6, 17), (17,)))
     where = jnp.arange(17) % 5 > 0
 
-    def found(z):
-        def total(z):
-            value = function(1.5 * z, phi=js.taylor(2), where=where, log_weights=log_weights)
-            return jnp.sum(
-                jnp.where(jnp.isneginf(value), 0, jnp.cos(jnp.arange(value.size)).reshape(value.shape) * value)
-            )
+    def total(z, log_weights):
+        value = function(1.5 * z, phi=js.taylor(2), where=where, log_weights=log_weights)
+        return jnp.sum(jnp.where(jnp.isneginf(value), 0, jnp.cos(jnp.arange(value.size)).reshape(value.shape) * value))
 
-        return jax.jvp(jax.value_and_grad(total), (z,), (jnp.cos(z),))
+    def found(z, log_weights):
+        of_both = jax.value_and_grad(total, (0, 1))
+        whole = jax.jvp(of_both, (z, log_weights), (jnp.cos(z), jnp.sin(log_weights)))
+        parts = jax.lax.scan(lambda none, z: (none, jax.jvp(of_both, (z, log_weights), (z, z[0]))), None, z[None])[1]
+        return whole, parts
 
-    wanted = jax.jit(found)(z)
+    wanted = jax.jit(found)(z, log_weights)
     with monkeypatch.context() as patch, as_on_accelerators():
         patch.setattr(paths, "LARGE", 0)
-        got = jax.jit(found)(z)
+        got = jax.jit(found)(z, log_weights)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.max(np.abs(b)))
+
+
+READS_AGAIN = {
+    "softmax": js.softmax,
+    "log_softmax": js.log_softmax,
+    "softmax, taylor(2)": lambda z: js.softmax(z, phi=js.taylor(2)),
+    "entropy": js.entropy,
+    "varentropy": js.varentropy,
+    "tsallis_entropy": lambda z: js.tsallis_entropy(z, 1.5),
+    "kl_divergence": lambda z: js.kl_divergence(z, jnp.flip(z)),
+    "cross_entropy": lambda z: losses.cross_entropy(z, jnp.zeros(z.shape[:-1], int)),
+}
+
+
+@pytest.mark.parametrize("f", READS_AGAIN.values(), ids=READS_AGAIN)
+def test_on_a_gpu_no_scores_are_written_for_a_rule(f):
+    """A rule reads the scores again, so there are barriers. They are of single numbers: one of scores that are made in
+    the same program would make XLA write them."""
+
+    def value_and_gradient(z):
+        return jax.value_and_grad(lambda z: jnp.sum(jnp.sin(f(z / 1.7))))(z)
+
+    z = jax.ShapeDtypeStruct((1024, 256), jnp.float32)
+    text = jax.export.export(jax.jit(value_and_gradient), platforms=["cuda"])(z).mlir_module()
+    assert set(re.findall(r"stablehlo.optimization_barrier .*: (\S+)", text)) == {"tensor<f32>"}
 
 
 def test_explain():

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import sums
@@ -82,12 +81,12 @@ def _terms_jvp(axis_name: AxisName, mean: bool, order: int, primals: Any, tangen
 
 
 def _terms_rate_of_many(along: Callable[..., Terms], x: Array, *given: Any) -> Terms:
-    """`_terms_rate`, for GPUs from x alone. Behind the barrier they compute p and −l_y again, in one kernel with the
-    derivative; without it XLA would write the maximum for both, and read x three times."""
+    """`_terms_rate`, for GPUs from x alone. From a copy they compute p and −l_y again, in one kernel with the
+    derivative; from x itself XLA would write the maximum for both, and read x three times."""
 
     def again(x: Array, *given: Any) -> Terms:
         _, kept, _, label, x_dot = given
-        x = lax.optimization_barrier(x)
+        x = sums.distinct_copy(x)
         n, p = negative_log_p(x, label, order=1), normalize(x, (x.ndim - 1,), None, "p", 1).p
         return along(p, None if kept is None else ~jnp.isneginf(x), n, label, x_dot)
 

@@ -2,9 +2,9 @@
 
 `reference` is the mathematics, and runs on GPUs and TPUs and for small arrays. `cpu` holds the forms that XLA's CPU
 compiler needs for large arrays; each of its functions equals that of the reference, except for the care of MATH 4.5.
-On GPUs the derivatives of rows of up to 16,384 classes are computed behind a barrier (`read_again`), and those of
-longer rows by `long_rows`. This module decides which form runs, by the size of the array and by the platform that a
-program is compiled for; `explain` says what it decided.
+On GPUs the derivatives of rows of up to 16,384 classes are computed from a copy of the scores that takes no memory
+(`read_again`), and those of longer rows by `long_rows`. This module decides which form runs, by the size of the array
+and by the platform that a program is compiled for; `explain` says what it decided.
 """
 
 import functools
@@ -48,6 +48,7 @@ __all__ = [
     "centred_rate",
     "class_sum",
     "difference",
+    "distinct_copy",
     "exp_sums",
     "explain",
     "gap_sum",
@@ -210,13 +211,22 @@ def is_read_once(x: Array, axis: tuple[int, ...]) -> bool:
     return cpu.is_large(x) and not _is_long(x.shape, axis)
 
 
+def distinct_copy(x: Array) -> Array:
+    """x · 1, with a 1 that the compiler does not know.
+
+    What is computed from it is not what is computed from x, as far as XLA can tell. So a rule on a GPU computes e^u
+    again in the kernel of the derivative, where XLA would write to memory what value and rule have in common. Unlike
+    x behind a barrier, x · 1 is computed within that kernel, with all that makes x from what is in memory.
+    """
+    return x * lax.optimization_barrier(jnp.ones((), x.dtype))
+
+
 def read_again(x: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array | None:
-    """x, for a rule whose value is computed in the same program, if GPUs read a row once: there it is behind a barrier,
-    and the rule computes again what XLA would otherwise write to memory for value and rule. None if they do not, and
-    the rule should use x itself."""
+    """x for a rule whose value is computed in the same program, if GPUs read a row once: there it is a `distinct_copy`.
+    None if they do not, and the rule should use x itself."""
     if axis_name is not None or not is_read_once(x, axis):
         return None
-    return by_platform(x, on_gpus=lax.optimization_barrier, otherwise=lambda x: x)
+    return by_platform(x, on_gpus=distinct_copy, otherwise=lambda x: x)
 
 
 def value_again(f: Callable[[Array], Array], value: Array, x: Array, again: Array | None) -> tuple[Array, Array]:
