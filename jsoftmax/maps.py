@@ -25,7 +25,7 @@ from jsoftmax.checks.arguments import (
     read,
     widened,
 )
-from jsoftmax.phi import Exponential, Phi, exp, log_phi
+from jsoftmax.phi import Exponential, Phi, array_parameters, exp, log_phi
 from jsoftmax.sharding import AxisName, check_axis_name, check_parts, check_sharded
 from jsoftmax.sums import Normalized, Want
 
@@ -208,6 +208,17 @@ def check_phi(function: str, phi: Any) -> None:
     else:
         way_out = "Wrap a function of your own: phi=jsoftmax.from_callable(f)."
     raise TypeError(f"{function}: phi must be a φ such as jsoftmax.exp or jsoftmax.taylor(2); got {phi!r}. {way_out}")
+
+
+def check_phi_of_blocks(function: str, phi: Any) -> None:
+    """The same for a function that computes scores in blocks, which arrays of parameters would not fit."""
+    check_phi(function, phi)
+    for name, shape in array_parameters(phi).items():
+        raise ValueError(
+            f"{function}: the parameters of phi must be single numbers, since scores are computed in blocks; got "
+            f"{phi.name} with {name} of shape {shape}. For a value of each row or class compute all scores and use a "
+            "function of scores; for several models or heads use jax.vmap."
+        )
 
 
 @public

@@ -184,7 +184,9 @@ def test_log_prob_of_draws_of_any_shape():
     np.testing.assert_array_equal(bad[:, 2], 0)
     for labels, error, words in (
         (jnp.ones(3), TypeError, "log_prob: labels must be integers"),
-        (draws[..., :2], ValueError, r"log_prob: labels must broadcast with .* \(3,\)"),
+        (draws[..., :2], ValueError, r"log_prob: labels must end in .* \(3,\); got shape \(5, 2, 2\)"),
+        (draws[0, 0, :, None], ValueError, r"got shape \(3, 1\)"),  # would be [3, 3]
+        (1, ValueError, r"got shape \(\)\. .* jnp.full\(\(3,\), label\)"),
     ):
         with pytest.raises(error, match=words):
             losses.log_prob(z, labels)

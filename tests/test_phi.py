@@ -9,7 +9,7 @@ import pytest
 from cells import covering
 
 import jsoftmax as js
-from jsoftmax import _series, verify
+from jsoftmax import _series, gumbel, heads, verify
 from jsoftmax import phi as phi_room
 
 MORE = (js.taylor(6), js.taylor(8), js.q_exponential(1.0001), js.relu_power(3, 0.1), js.relu_power(1.0, 1.0))
@@ -251,3 +251,28 @@ def test_per_row_parameters():
     np.testing.assert_allclose(got, want, rtol=1e-6)
     per_class = js.softmax(z[0], phi=js.spherical(jnp.array([0.1, 1.0, 2.0])))
     np.testing.assert_allclose(per_class, [0.1 / 8.1, 2 / 8.1, 6 / 8.1], rtol=1e-5)
+
+
+def test_parameters_that_are_arrays():
+    """They broadcast to all scores; what computes scores in blocks takes single numbers."""
+    z, h = jnp.zeros((3, 4)), jnp.ones((3, 2))
+    of_rows, of_classes = js.q_exponential(jnp.full((3, 1), 0.9)), js.q_exponential(jnp.full(4, 0.9))
+    for phi in (of_rows, of_classes):
+        np.testing.assert_allclose(js.softmax(z, phi=phi), 0.25, rtol=1e-6)
+    wrong = js.q_exponential(jnp.full(3, 0.9))
+    for f in (js.softmax, functools.partial(gumbel.categorical, jax.random.key(0))):
+        with pytest.raises(ValueError, match=r"q_exponential: q must .* \(3, 4\); got shape \(3,\).* q\[..., None\]"):
+            f(z, phi=wrong)
+    labels, params = jnp.zeros(3, int), heads.adaptive.init(jax.random.key(0), 2, 4, (2,), div_value=2)
+    for name, f in {
+        "linear_cross_entropy": lambda phi: heads.linear_cross_entropy(h, jnp.ones((4, 2)), labels, phi=phi),
+        "linear_statistics": lambda phi: heads.linear_statistics(h, jnp.ones((4, 2)), labels, phi=phi),
+        "sampled_cross_entropy": lambda phi: heads.sampled_cross_entropy(
+            jax.random.key(0), h, jnp.ones((4, 2)), labels, 2, log_proposal=jnp.zeros(4), phi=phi
+        ),
+        "log_prob": lambda phi: heads.adaptive.log_prob(params, h, labels, phi=phi),
+        "dot_product_attention": lambda phi: js.attention.dot_product_attention(*[jnp.ones((3, 2, 4))] * 3, phi=phi),
+    }.items():
+        for phi in (of_rows, of_classes):
+            with pytest.raises(ValueError, match=rf"{name}: the parameters of phi must be single .* q of shape .*vmap"):
+                f(phi)

@@ -136,6 +136,7 @@ def test_entropy_guide():
 
 def test_phi_guide():
     names = run_examples("docs/guides/phi.md")
+    assert 0 < abs(names["by_a"]) < np.inf
     np.testing.assert_allclose(names["p"], [0.11764706, 0.29411766, 0.58823529], rtol=1e-6)
     np.testing.assert_allclose(names["by_theta"]["scale"], 0.36613, rtol=1e-4)
     for flat in (jsoftmax.spherical(0.1), jsoftmax.relu_power(2, 0.1), jsoftmax.quadratic(1, 0, 2)):

@@ -60,7 +60,7 @@ def check(
 ) -> CheckedArguments:
     """All arguments as `Inputs`, in the accumulation dtype. Only a bias `[…, T, S]` is widened later, block by
     block."""
-    maps.check_phi(function, phi)
+    maps.check_phi_of_blocks(function, phi)
     query, key, value = (
         _check_floating(function, name, a) for name, a in (("query", query), ("key", key), ("value", value))
     )

@@ -113,7 +113,7 @@ def check(
 
     per_token: which of `_labels.SEVERAL` and `_labels.TOP` a token may have instead of one label or a distribution.
     """
-    maps.check_phi(function, phi)
+    maps.check_phi_of_blocks(function, phi)
     hidden, weight = (_check_floating(function, n, a) for n, a in zip(names, (hidden, weight), strict=False))
     _check_shapes(function, hidden, weight, names)
     axis_name = check_axis_name(function, axis_name)

@@ -199,7 +199,7 @@ def _check(  # noqa: PLR0917  (as the public functions have them)
 ) -> tuple[_CheckedArguments, Array, tuple[int, ...]]:
     """The arguments, the draws, and the shape of the result."""
     check_key(function, key)
-    maps.check_phi(function, phi)
+    maps.check_phi_of_blocks(function, phi)
     factors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     arrays = {name: as_floating(function, name, a, "Convert it: astype(float).") for name, a in factors.items()}
     h, W = arrays["hidden"], arrays["weight"]

@@ -18,12 +18,12 @@ from jsoftmax.sharding import AxisName, pick
 
 @functools.partial(jax.jit, static_argnames="axis_name")
 def _log_prob(given: Labelled, labels: Array, phi: Phi, axis_name: AxisName) -> Array:
-    """l_y for labels of any shape that broadcasts with the shape of the rows."""
-    shape = jnp.broadcast_shapes(labels.shape, given.logits.shape[:-1])
+    """l_y for labels whose shape ends in that of the rows."""
+    shape = labels.shape
     front = len(shape) - given.logits.ndim + 1
     x = maps.weighted_scores(phi, read(given.scores()), given.where, given.log_weights)
     x = jnp.broadcast_to(x, (*shape[front:], x.shape[-1]))
-    label, valid = in_range(jnp.broadcast_to(labels, shape), given.classes, axis_name)
+    label, valid = in_range(labels, given.classes, axis_name)
     if front == 0:
         log_p = -negative_log_p(x, label[..., None], axis_name)[..., 0]
     elif axis_name is not None:
@@ -58,9 +58,10 @@ def log_prob(
 
     Args:
       z, axis, where, phi, log_weights, axis_name: as `logits`, … in `cross_entropy`.
-      labels: integers, of any shape that broadcasts with `[...]`, that of the scores without the classes: `[k, N]`, as
-        `gumbel.categorical(key, z, shape=(k, N))` draws them, beside scores `[N, K]`, which are not repeated.
-    Returns: the joint shape, in the scores' dtype, but float32 for narrower ones; with the digits of
+      labels: integers, of a shape that ends in `[...]`, that of the scores without the classes: `[k, N]`, as
+        `gumbel.categorical(key, z, shape=(k, N))` draws them, beside scores `[N, K]`, which are not repeated. Scores
+        `[1, K]` are those of every label.
+    Returns: the shape of the labels, in the scores' dtype, but float32 for narrower ones; with the digits of
       `jsoftmax.log_softmax`, of a value near 0 too (MATH 4). Rows that `where` leaves out: 0. A label on a class that
       is left out or impossible, or in a row without classes: −inf, with derivatives 0. Out of range: NaN, with
       derivatives 0. A score of +inf or NaN: NaN in that row alone.
@@ -82,11 +83,11 @@ def log_prob(
     options = {"phi": phi, "log_weights": log_weights, "axis_name": axis_name}
     given = check_labelled(function, z, NO_LABELS, axis, where, **options, names=("z", "labels"))
     batch = given.logits.shape[:-1]
-    try:
-        jnp.broadcast_shapes(array.shape, batch)
-    except ValueError:
+    own = array.shape[max(0, array.ndim - len(batch)) :]
+    if array.ndim < len(batch) or any(rows not in (1, n) for n, rows in zip(own, batch, strict=True)):
         raise ValueError(
-            f"{function}: labels must broadcast with the scores' shape without the classes, {batch}; got shape "
-            f"{array.shape}. Several labels of each row are an axis in front: [k, …]."
-        ) from None
+            f"{function}: labels must end in the scores' shape without the classes, {batch}; got shape {array.shape}. "
+            "Several labels of each row are an axis in front, [k, …]; one label for all rows is "
+            f"jnp.full({batch}, label)."
+        )
     return _log_prob(given, wide_integers(array), phi, axis_name)

@@ -1,6 +1,6 @@
 """φ, the positive map of one score: the base class, the φ of the library by kind, and the list of examples."""
 
-from jsoftmax.phi.base import Exponential, Phi, curvature, exp, log_phi, slope
+from jsoftmax.phi.base import Exponential, Phi, array_parameters, curvature, exp, log_phi, slope
 from jsoftmax.phi.callables import FromCallable, from_callable
 from jsoftmax.phi.examples import PHIS
 from jsoftmax.phi.polynomials import quadratic, spherical, taylor
@@ -12,6 +12,7 @@ __all__ = [
     "Exponential",
     "FromCallable",
     "Phi",
+    "array_parameters",
     "curvature",
     "elu1",
     "exp",

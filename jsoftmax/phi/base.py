@@ -98,7 +98,21 @@ def _number(value: Any) -> str:
 
 def log_phi(phi: Phi, z: Array) -> Array:
     """ψ(z) with the edges of MATH 5, for floating `z` in the accumulation dtype. For `exp` it is z, at no cost."""
-    return z if isinstance(phi, Exponential) else _traced_log(phi, z)
+    if isinstance(phi, Exponential):
+        return z
+    for name, shape in array_parameters(phi).items():
+        if not all(n in (1, of_z) for n, of_z in zip(shape[::-1], z.shape[::-1], strict=False)) or len(shape) > z.ndim:
+            raise ValueError(
+                f"{phi.name}: {name} must be one number, or an array that broadcasts to the scores' shape {z.shape}; "
+                f"got shape {shape}. A value for each row ends in an axis of length 1: {name}[..., None]."
+            )
+    return _traced_log(phi, z)
+
+
+def array_parameters(phi: Phi) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters that are arrays with axes, by name. Those of a user's function do not count."""
+    values = {f.name: getattr(phi, f.name) for f in dataclasses.fields(phi)}  # pyright: ignore[reportArgumentType]
+    return {name: tuple(a.shape) for name, a in values.items() if getattr(a, "ndim", 0)}
 
 
 # These are compiled by themselves, as `maps.normalize` is: rules call them many times, and JAX keeps their traces.

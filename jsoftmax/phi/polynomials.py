@@ -138,8 +138,8 @@ def spherical(epsilon: Any) -> Phi:
     sign of all scores.
 
     Args:
-      epsilon: ε > 0, a number or an array that broadcasts to the scores; may be traced, vmapped and learned. A traced
-        ε < 0 gives NaN; so learn its logarithm: spherical(jnp.exp(a)).
+      epsilon: ε > 0, a number or an array that broadcasts to the scores (in heads and attention a number); may be
+        traced, vmapped and learned. A traced ε < 0 gives NaN; so learn its logarithm: spherical(jnp.exp(a)).
     Raises: ValueError if ε is known at trace time and not positive.
     Source: de Brébisson & Vincent 2016, section 3.1; ε keeps log p finite at z = 0.
 

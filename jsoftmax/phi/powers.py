@@ -79,7 +79,8 @@ def q_exponential(q: Any) -> Phi:
     p = φ(z)/Σ φ(z); the tempered softmax of bi-tempered losses normalises by a shift of z and is another map.
 
     Args:
-      q: any number, or an array that broadcasts to the scores; may be traced, vmapped and learned.
+      q: any number, or an array that broadcasts to the scores (in heads and attention one number); may be traced,
+        vmapped and learned.
     Raises: ValueError if q is known at trace time and not finite.
     Source: Tsallis 1988; Naudts 2002 (deformed exponentials).
 

@@ -23,7 +23,7 @@ def check(function: str, params: Any, hidden: Any, phi: Any) -> tuple[AdaptivePa
 
     The weights of the tails keep their dtype. They are widened chunk by chunk.
     """
-    maps.check_phi(function, phi)
+    maps.check_phi_of_blocks(function, phi)
     params = check_params(function, params)
     h = as_floating(function, "hidden", hidden, "Convert it: hidden.astype(float).")
     d = params.head.shape[1]
