@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
@@ -85,6 +86,18 @@ def _is_kept(x: Array, axis: tuple[int, ...], top_k: Array | None, top_p: Array 
     return kept | has_bad_score(x, axis) | (x == peak)
 
 
+def _reject_cuts_by_position(z: Any, axis: Any, where: Any) -> None:
+    """Rejects cuts that are given by position, where `axis` and `where` are."""
+    far = isinstance(axis, float) or (arguments.is_int(axis) and axis >= np.ndim(z))
+    cuts = [value for value, is_cut in ((axis, far), (where, arguments.is_concrete_number(where))) if is_cut]
+    if cuts:
+        named = ", ".join(f"{'top_k' if arguments.is_int(value) else 'top_p'}={value}" for value in cuts)
+        raise ValueError(
+            f"truncate: axis must be an axis of z, and where a mask; got axis {axis} and where {where} for scores with "
+            f"{np.ndim(z)} dimension(s). If cuts are meant, name them: {named}."
+        )
+
+
 @public
 def truncate(
     z: ArrayLike,
@@ -130,6 +143,7 @@ def truncate(
     Array([-inf,   3., -inf,   3.], dtype=float32)
     """
     function = "truncate"
+    _reject_cuts_by_position(z, axis, where)
     given = maps.check(function, {"z": z}, axis, where, phi, log_weights)
     (z,), axes = given.given, given.axis
     x = maps.weighted_scores(phi, z, given.where, given.log_weights)

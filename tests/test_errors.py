@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jsoftmax as js
-from jsoftmax import gumbel, heads, losses
+from jsoftmax import attention, gumbel, heads, losses, optim, segments
 from jsoftmax.verify import DERIVATIVES, FUNCTIONS
 
 Z = jnp.zeros((2, 3))
@@ -144,6 +144,7 @@ SCORES = [
 
 
 KEY, LABELS, HIDDEN, WEIGHT = jax.random.key(0), jnp.array([0, 1]), jnp.zeros((4, 5)), jnp.zeros((7, 5))
+QUERY = jnp.zeros((3, 1, 2))
 
 TOP = losses.TopTargets(jnp.array([[0], [1]]), jnp.ones((2, 1)))
 
@@ -187,6 +188,22 @@ FROM_ELSEWHERE = [  # as other libraries are called, or with an object of the wr
     (lambda: js.segments.segment_softmax(src=Z), TypeError, "unexpected keyword src=", "Write z=…"),
     (lambda: js.segments.segment_softmax(Z, index=LABELS), TypeError, "keyword index=", "Write segment_ids=…"),
     (lambda: js.segments.segment_softmax(Z, LABELS, dim_size=2), TypeError, "dim_size=", "Write num_segments=…"),
+    (lambda: raw(js.truncate)(Z, 50, 0.9), ValueError, "truncate: axis must", "50", "name them: top_k=50, top_p=0.9."),
+    (lambda: raw(js.truncate)(Z, 0.9), ValueError, "truncate: axis must", "got axis 0.9", "name them: top_p=0.9."),
+    (lambda: raw(js.truncate)(Z, 1, 0.9), ValueError, "truncate: axis must", "where 0.9", "name them: top_p=0.9."),
+    (lambda: raw(js.truncate)(Z, -3), ValueError, "truncate: axis -3 is out of range"),
+    (
+        lambda: raw(heads.linear_log_normalizer)(LABELS, WEIGHT),
+        TypeError,
+        "linear_log_normalizer: hidden must be real and floating",
+        "Check the order of the arguments: hidden, weight, bias. Convert integers by hidden.astype(float).",
+    ),
+    (
+        lambda: raw(heads.linear_cross_entropy)(HIDDEN, LABELS, WEIGHT),
+        TypeError,
+        "linear_cross_entropy: weight must be real and floating",
+        "Check the order of the arguments: hidden, weight, labels, bias. Convert integers by weight.astype(float).",
+    ),
     (lambda: js.truncate(Z, k=2), TypeError, "truncate: got an unexpected keyword k=", "Write top_k=…"),
     (lambda: js.softmax(Z, -1, axis=-1), TypeError, "softmax: axis is given twice, as argument 2 and as axis="),
     *(
@@ -225,6 +242,50 @@ FROM_ELSEWHERE = [  # as other libraries are called, or with an object of the wr
         "keyword keepdim=",
         "call it keepdims=; this one does not have it.",
     ),
+    *(
+        (lambda f=f, name=name: f(QUERY, QUERY, QUERY, **{name: None}), TypeError, f"{f.__name__}: ", f"{name}=;", way)
+        for f in (attention.dot_product_attention, attention.attention_statistics)
+        for name, way in (
+            ("causal", "Write is_causal=…"),
+            ("where", "Write mask=…"),
+            ("attn_mask", "Write mask=…"),
+            ("dropout_p", "There is no dropout: apply it to the result."),
+            ("dropout_rate", "There is no dropout: apply it to the result."),
+            (
+                "implementation",
+                "Leave it out: there is one for all platforms. For the kernels of cuDNN use jax.nn.dot_",
+            ),
+            ("logits_soft_cap", "Write soft_cap=…"),
+            ("temperature", "Write scale=1/(temperature * sqrt(H))"),
+        )
+    ),
+    (
+        lambda: heads.linear_log_normalizer(HIDDEN, WEIGHT, chunk_size=2),
+        TypeError,
+        "linear_log_normalizer: got an unexpected keyword chunk_size=",
+        "Write block_size=…",
+    ),
+    (
+        lambda: heads.linear_categorical(KEY, HIDDEN, WEIGHT, top_p=0.5),
+        TypeError,
+        "linear_categorical: got an unexpected keyword top_p=",
+        "by found = heads.linear_top_k(…)",
+        "truncate(found.log_prob, top_p=…)",
+    ),
+    (
+        lambda: heads.sampled_cross_entropy(KEY, HIDDEN, WEIGHT, LABELS, temperature=2.0),
+        TypeError,
+        "sampled_cross_entropy: got an unexpected keyword temperature=",
+        "in a linear layer, hidden and bias.",
+    ),
+    (lambda: js.entropy(probs=Z), TypeError, "keyword probs=", "not probabilities: pass jnp.log(probs)."),
+    (lambda: js.entropy(p=Z), TypeError, "keyword p=", "not probabilities: pass jnp.log(p)."),
+    (lambda: losses.cross_entropy(probs=Z), TypeError, "keyword probs=", "not probabilities: pass jnp.log(probs)."),
+    (lambda: js.softmax(Z, top_p=0.5), TypeError, "keyword top_p=", "Cut the scores first, and pass the result: trunc"),
+    (lambda: js.softmax(Z, implementation="xla"), TypeError, "implementation=", "Leave it out: this function has only"),
+    (lambda: js.softmax(Z, causal=True), TypeError, "keyword causal=", "call it is_causal=; this one does not have it"),
+    (lambda: js.softmax(Z, axes=-1), TypeError, "softmax: got an unexpected keyword axes=", "Write axis=…"),
+    (lambda: js.softmax(Z, unheard_of=1), TypeError, "softmax: got an unexpected keyword unheard_of=", "Leave it out."),
     (lambda: raw(js.entropy)(Z, where=LABELS > 0), ValueError, "entropy: where must broadcast", "where[:, None]"),
     (lambda: raw(js.softmax)(Z, axis=True), TypeError, "softmax: axis must be an int", "got True"),
     (
@@ -285,16 +346,20 @@ def test_wrong_arguments(case):
     check(*case)
 
 
-@pytest.mark.parametrize("module", [js, losses, gumbel, heads, heads.adaptive], ids=lambda m: m.__name__)
-def test_every_function_answers_the_keywords_of_others(module):
-    """The answer comes before a function looks at its arguments."""
-    names = [name for name in module.__all__ if inspect.isfunction(getattr(module, name))]
-    takers = [name for name in names if "where" in inspect.signature(raw(getattr(module, name))).parameters]
-    assert takers
-    for name in takers:
-        check(
-            lambda name=name: getattr(module, name)(reduction="mean"), TypeError, f"{name}: ", "reduction=", "jnp.sum"
-        )
+ROOMS = [js, losses, segments, gumbel, heads, heads.adaptive, heads.factored, attention, optim]
+WITHOUT_SCORES = {"taylor", "spherical", "quadratic", "q_exponential", "relu_power", "from_callable"}
+WITHOUT_SCORES |= {"log_loss", "z_loss"}  # these make a φ or a loss
+
+
+@pytest.mark.parametrize("module", ROOMS, ids=lambda m: m.__name__)
+def test_every_function_answers_keywords_that_it_does_not_have(module):
+    """The answer comes before a function looks at its arguments: for keywords of others, and for any other one."""
+    names = {name for name in module.__all__ if inspect.isfunction(getattr(module, name))} - WITHOUT_SCORES
+    assert names
+    for name in names:
+        f, start = getattr(module, name), f"{name}: got an unexpected keyword "
+        check(lambda f=f: f(reduction="mean"), TypeError, start, "reduction=", "jnp.sum")
+        check(lambda f=f: f(unheard_of=None), TypeError, start, "unheard_of=; its arguments are ")
 
 
 # the named derivatives have their classes last, and no axis

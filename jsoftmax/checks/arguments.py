@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Integer, PRNGKeyArray
 
-from jsoftmax.checks.keywords import FOREIGN, reject_keywords
+from jsoftmax.checks.keywords import reject_keywords
 
 Axis = int | tuple[int, ...] | None
 
@@ -69,16 +69,16 @@ def _all_plain(arguments: Iterable[tuple[str, Any]]) -> bool:
 
 def public(f: _Function) -> _Function:
     """Decorates a public function. Called outside `jit`, its checks and its arithmetic are one compiled program, if the
-    arguments allow it. For a keyword that it does not have, the error says what to write instead."""
+    arguments allow it. Every keyword that it does not have raises an error that says what to write instead."""
     signature = inspect.signature(f)
     parameters = signature.parameters
     names, all_plain = tuple(parameters), _all_plain
     compiled = jax.jit(f, static_argnames=tuple(_STATIC & parameters.keys()))
-    foreign, reject = FOREIGN - parameters.keys(), functools.partial(reject_keywords, f.__name__, names)
+    known, reject = frozenset(names), functools.partial(reject_keywords, f.__name__, names)
     places = tuple(p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD)
 
     def call(*args: Any, **keywords: Any) -> Any:
-        if keywords and not (foreign.isdisjoint(keywords) and keywords.keys().isdisjoint(places[: len(args)])):
+        if keywords and not (known.issuperset(keywords) and keywords.keys().isdisjoint(places[: len(args)])):
             reject(keywords, places[: len(args)])
         plain = len(args) <= len(names) and all_plain(zip(names, args, strict=False)) and all_plain(keywords.items())
         return compiled(*args, **keywords) if plain else f(*args, **keywords)

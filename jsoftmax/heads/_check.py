@@ -114,7 +114,8 @@ def check(
     per_token: which of `_labels.SEVERAL` and `_labels.TOP` a token may have instead of one label or a distribution.
     """
     maps.check_phi_of_blocks(function, phi)
-    hidden, weight = (_check_floating(function, n, a) for n, a in zip(names, (hidden, weight), strict=False))
+    order = names if labels is NO_LABELS else (*names[:2], "labels", names[2])
+    hidden, weight = (_check_floating(function, n, a, order) for n, a in zip(names, (hidden, weight), strict=False))
     _check_shapes(function, hidden, weight, names)
     axis_name = check_axis_name(function, axis_name)
     check_sharded(function, names[1], weight, axis_name)
@@ -210,8 +211,8 @@ def classes_of_block(tokens: int, classes: int, scores: int) -> int:
     return _near_divisor(classes, max(1, scores // tokens))
 
 
-def _check_floating(function: str, argument: str, a: Any) -> Array:
-    way_out = "Check the order of the arguments: hidden and weight come first, then labels, k and bias."
+def _check_floating(function: str, argument: str, a: Any, order: tuple[str, ...]) -> Array:
+    way_out = f"Check the order of the arguments: {', '.join(order)}. Convert integers by {argument}.astype(float)."
     return as_floating(function, argument, a, way_out, "real and floating")
 
 
