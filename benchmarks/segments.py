@@ -9,7 +9,7 @@ from benchmarks import measure
 from benchmarks.measure import Case, F, normal
 from jsoftmax import segments
 
-EDGES, NODES = 1_000_000, 100_000
+EDGES, NODES, HEADS = 1_000_000, 100_000, 4
 
 
 def plain(z: jax.Array, ids: jax.Array) -> jax.Array:
@@ -43,13 +43,15 @@ def with_gradient(f: F) -> F:
 
 
 def cases() -> list[Case]:
-    z = normal(0, (EDGES,))
+    z, of_heads = normal(0, (EDGES,)), normal(2, (EDGES, HEADS))
     ids = jax.random.randint(jax.random.key(1), (EDGES,), 0, NODES)
     forms: dict[str, F] = {"ours": ours, **peers()}
     gradients = {name: with_gradient(f) for name, f in forms.items()}
     return [
         Case("segments", "segment_softmax", (EDGES, NODES), forms, (z, ids)),
         Case("segments", "segment_softmax, value and vjp", (EDGES, NODES), gradients, (z, ids)),
+        Case("segments", "segment_softmax of heads", (EDGES, HEADS, NODES), forms, (of_heads, ids)),
+        Case("segments", "segment_softmax of heads, value and vjp", (EDGES, HEADS, NODES), gradients, (of_heads, ids)),
     ]
 
 

@@ -8,7 +8,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,18 @@ from jsoftmax import maps
 from jsoftmax._rules import compiled_rule
 from jsoftmax.checks import arguments
 from jsoftmax.checks.arguments import public
+from jsoftmax.checks.names import no_attribute
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sums import FAR, SURE, not_below, not_negative
 from jsoftmax.sums.reference import exponential, rest_of
 
 __all__ = ["segment_entropy", "segment_log_normalizer", "segment_log_softmax", "segment_softmax"]
+
+
+if not TYPE_CHECKING:  # a type checker knows the names
+
+    def __getattr__(name: str) -> Any:
+        raise no_attribute(__name__, name)
 
 
 def __dir__() -> list[str]:
@@ -37,25 +44,20 @@ class Layout(NamedTuple):
     """The properties of the rows that are part of the compiled program."""
 
     rows: int
+    """Their number, with one before and one behind those of the caller, for elements of no row."""
     is_sorted: bool
 
 
 def row_sums(layout: Layout, ids: Array, *arrays: Array) -> list[Array]:
-    """Σ over each row, for several arrays `[N, …]`. Elements of no row are dropped."""
-    if not layout.rows:  # gathering from an axis of length 0 raises: here backwards, and in `spread`
-        return [jnp.zeros_like(a, shape=(0, *a.shape[1:])) for a in arrays]
-    sums = functools.partial(
-        jax.ops.segment_sum, segment_ids=ids, num_segments=layout.rows, indices_are_sorted=layout.is_sorted
-    )
-    return _of_each(sums, arrays)
+    """Σ over each row, for several arrays `[N, …]`."""
+    options: Any = {"indices_are_sorted": layout.is_sorted, "mode": "promise_in_bounds"}
+    return _of_each(lambda a: jax.ops.segment_sum(a, ids, layout.rows, **options), arrays)
 
 
 def spread(layout: Layout, ids: Array, *of_rows: Array) -> list[Array]:
-    """The numbers of its row for each element; 0 for elements of no row."""
-    if not layout.rows:
-        return [jnp.zeros_like(a, shape=(*ids.shape, *a.shape[1:])) for a in of_rows]
-    options: Any = {"mode": "fill", "fill_value": 0, "wrap_negative_indices": False}
-    return _of_each(lambda a: a.at[ids].get(**options, indices_are_sorted=layout.is_sorted), of_rows)
+    """The numbers of its row for each element."""
+    options: Any = {"indices_are_sorted": layout.is_sorted, "mode": "promise_in_bounds"}
+    return _of_each(lambda a: a.at[ids].get(**options), of_rows)
 
 
 def _of_each(f: Callable[[Array], Array], arrays: tuple[Array, ...]) -> list[Array]:
@@ -72,11 +74,6 @@ def _of_each(f: Callable[[Array], Array], arrays: tuple[Array, ...]) -> list[Arr
     return apart(*arrays) if len(arrays) == 1 else lax.platform_dependent(*arrays, cpu=apart, default=of_all)
 
 
-def has_row(layout: Layout, ids: Array, like: Array) -> Array:
-    """Whether each element is in a row, in a shape that broadcasts to that of `like`. Sums leave the others out."""
-    return ((ids >= 0) & (ids < layout.rows)).reshape(-1, *[1] * (like.ndim - 1))
-
-
 class _Shifted(NamedTuple):
     """As `sums.reference.Shifted`, for ragged rows."""
 
@@ -90,7 +87,7 @@ def _shifted(x: Array, ids: Array, layout: Layout) -> _Shifted:
     """u = x − max x, e^u, Σ e^u − 1 and max x of each row  (MATH 4.1)."""
     peak = jax.ops.segment_max(lax.stop_gradient(x), ids, layout.rows, indices_are_sorted=layout.is_sorted)
     u = not_below(x) - spread(layout, ids, not_below(peak))[0]
-    e = jnp.where(has_row(layout, ids, x), exponential(x, u), 0)
+    e = exponential(x, u)
     whole = jnp.round(e)
     minus_small, ones = row_sums(layout, ids, whole - e, whole)  # with e − whole, XLA on CPU adds them up in turn
     return _Shifted(u, e, rest_of(-minus_small, ones), peak)
@@ -113,7 +110,7 @@ def normalize(x: Array, ids: Array, layout: Layout) -> Normalized:
     log_total = jnp.log1p(rest)
     rest_beside, log_total_beside = spread(layout, ids, rest, log_total)
     left_out = -jnp.inf - lax.stop_gradient(log_total_beside)  # NaN in a row that is NaN
-    log_p = jnp.where((x > -jnp.inf) & has_row(layout, ids, x), u - log_total_beside, left_out)
+    log_p = jnp.where(x > -jnp.inf, u - log_total_beside, left_out)
     L = jnp.where(peak == jnp.inf, peak, peak + log_total)
     return Normalized(log_p, e / (1 + rest_beside), L, rest / (1 + rest))
 
@@ -124,16 +121,14 @@ def _normalize_jvp(layout: Layout, primals: Any, tangents: Any) -> tuple[Normali
     (x, ids), (x_dot, _) = primals, tangents
     out = normalize(x, ids, layout)
     difference, mean = _minus_mean(out, ids, x_dot, layout)
-    left_out = jnp.isneginf(x) | ~has_row(layout, ids, x)
     p_dot = out.p * difference
     (of_others,) = row_sums(layout, ids, jnp.where(out.p > SURE, 0, p_dot))
-    return out, Normalized(jnp.where(left_out, 0, difference), p_dot, mean, of_others)
+    return out, Normalized(jnp.where(jnp.isneginf(x), 0, difference), p_dot, mean, of_others)
 
 
 @functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
 def _minus_mean(out: Normalized, ids: Array, x_dot: Array, layout: Layout) -> tuple[Array, Array]:
     """ẋ − Σ p ẋ, and Σ p ẋ. For a class with p > ¾ the former is (1 − p) ẋ minus Σ p ẋ over the others  (MATH 4.5)."""
-    x_dot = jnp.where(has_row(layout, ids, x_dot), x_dot, 0)  # it may be NaN for elements of no row
     top, p_x_dot = out.p > SURE, out.p * x_dot
     of_others, of_top = row_sums(layout, ids, jnp.where(top, 0, p_x_dot), jnp.where(top, p_x_dot, 0))
     mean = of_others + of_top
@@ -172,9 +167,16 @@ class Segments(NamedTuple):
 
     x: Array
     ids: Array
-    """The row of each element; of an element of no row, a number outside [0, rows)."""
+    """The row of each element; the caller's first row is 1. Elements of no row are in the first row or the last one,
+    and sorted ids stay sorted."""
     layout: Layout
     dtype: Any
+    has_row: Array
+    """bool, broadcastable to x: which elements are in a row of the caller's."""
+
+    def of_elements(self, a: Array, instead: float) -> Array:
+        """A result of the elements, as the caller gets it; `instead` for elements of no row."""
+        return jnp.where(self.has_row, a, instead).astype(self.dtype)
 
 
 def check(  # noqa: PLR0917  (as the public functions have them)
@@ -194,11 +196,12 @@ def check(  # noqa: PLR0917  (as the public functions have them)
             f"{function}: segment_ids must have one entry for each score along the first axis, {scores.shape[:1]}; got "
             f"shape {ids.shape}. Scores of several heads are [N, heads]."
         )
-    layout = Layout(
-        _row_count(function, ids, num_segments), arguments.check_flag(function, "indices_are_sorted", is_sorted)
-    )
-    ids = arguments.wide_integers(ids)
-    return Segments(maps.weighted_scores(phi, scores, given.where, given.log_weights), ids, layout, given.dtype)
+    rows, ids = _row_count(function, ids, num_segments), arguments.wide_integers(ids)
+    layout = Layout(rows + 2, arguments.check_flag(function, "indices_are_sorted", is_sorted))
+    has_row = ((ids >= 0) & (ids < rows)).reshape(-1, *[1] * (scores.ndim - 1))
+    x = maps.weighted_scores(phi, scores, given.where, given.log_weights)
+    x = jnp.where(has_row, x, lax.stop_gradient(x))  # elements of no row have derivatives 0, NaN too
+    return Segments(x, jnp.where(ids < 0, 0, jnp.minimum(ids, rows) + 1), layout, given.dtype, has_row)
 
 
 def _row_count(function: str, ids: Array, rows: Any) -> int:
@@ -249,7 +252,7 @@ def segment_softmax(
     Array([0.21194..., 0.57611..., 1.        , 0.21194...], dtype=float32)
     """
     given = check("segment_softmax", z, segment_ids, num_segments, indices_are_sorted, phi, where, log_weights)
-    return normalize(given.x, given.ids, given.layout).p.astype(given.dtype)
+    return given.of_elements(normalize(given.x, given.ids, given.layout).p, 0.0)
 
 
 @public
@@ -277,7 +280,7 @@ def segment_log_softmax(
     Array([-2.06115...e-09,  0.00000...e+00, -2.00000...e+01], dtype=float32)
     """
     given = check("segment_log_softmax", z, segment_ids, num_segments, indices_are_sorted, phi, where, log_weights)
-    return normalize(given.x, given.ids, given.layout).log_p.astype(given.dtype)
+    return given.of_elements(normalize(given.x, given.ids, given.layout).log_p, -jnp.inf)
 
 
 @public
@@ -305,7 +308,7 @@ def segment_log_normalizer(
     Array([0.693,  -inf, 1.   ], dtype=float32)
     """
     given = check("segment_log_normalizer", z, segment_ids, num_segments, indices_are_sorted, phi, where, log_weights)
-    return normalize(given.x, given.ids, given.layout).log_normalizer
+    return normalize(given.x, given.ids, given.layout).log_normalizer[1:-1]
 
 
 @public
@@ -334,4 +337,4 @@ def segment_entropy(
     Array([0.693, 0.   , 0.   ], dtype=float32)
     """
     given = check("segment_entropy", z, segment_ids, num_segments, indices_are_sorted, phi, where, log_weights)
-    return centred_log_p(given.x, given.ids, given.layout)[1]
+    return centred_log_p(given.x, given.ids, given.layout)[1][1:-1]

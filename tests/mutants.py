@@ -206,7 +206,7 @@ MUTANTS = (
     Mutant("segments.py", "x_dot, layout)[0] - spread(layout, ids, total)[0]", "x_dot, layout)[0] + spread(layout, ids, total)[0]", f"{SEGMENTS} -k padded_rows"),
     Mutant("segments.py", "complement * x_dot - of_others", "complement * x_dot + of_others", f"{SEGMENTS} -k near_1"),
     Mutant("segments.py", "p_dot, mean, of_others)", "p_dot, mean, -of_others)", f"{SEGMENTS} -k near_1"),
-    Mutant("segments.py", "jnp.where(has_row(layout, ids, x_dot), x_dot, 0)", "x_dot", f"{SEGMENTS} -k no_row"),
+    Mutant("segments.py", "jnp.where(has_row, x, lax.stop_gradient(x))", "x", f"{SEGMENTS} -k 'edges or any_row'"),
     Mutant("segments.py", "jnp.where(peak == jnp.inf, peak, peak + log_total)", "peak + log_total", f"{SEGMENTS} -k edges"),
     Mutant("truncation.py", "above < limit, 0, 1)", "above <= limit, 0, 1)", f"{TRUNCATION} -k sorted_reference"),
     Mutant("truncation.py", "kept &= (bits >= least) | (top_p >= 1)", "kept &= (bits > least) | (top_p >= 1)", f"{TRUNCATION} -k sorted_reference"),

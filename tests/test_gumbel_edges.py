@@ -27,12 +27,13 @@ MAPS = {
     "exp_concrete": lambda z, **o: gumbel.exp_concrete(KEY, z, 0.5, **o),
     "subset_softmax": lambda z, **o: gumbel.subset_softmax(KEY, z, 2, 0.5, **o),
     "conditional_gumbels": lambda z, **o: gumbel.conditional_gumbels(KEY, z, jnp.zeros(len(z), int), **o),
+    "given maximum": lambda z, **o: gumbel.conditional_gumbels(KEY, z, jnp.zeros(len(z), int), maximum=2.0, **o),
     "rao_blackwellised": lambda z, **o: gumbel.rao_blackwellised(KEY, z, jnp.zeros(len(z), int), 0.5, 3, **o),
     "reinmax": lambda z, **o: gumbel.reinmax(KEY, z, 1.0, **o),
 }
 
 
-@pytest.mark.parametrize("name", some(MAPS, ["gumbel_softmax", "subset_softmax", "conditional_gumbels"]))
+@pytest.mark.parametrize("name", some(MAPS, ["gumbel_softmax", "subset_softmax", "given maximum"]))
 def test_edges_of_maps(name):
     """By default of maps with noise, in rounds and with a class given; the others are made of the same steps."""
     f = MAPS[name]
@@ -50,7 +51,7 @@ def test_edges_of_maps(name):
 
     given = BAD, jnp.array([[0.0, 1.0, 9.0]]), jnp.array([[0.0, 1.0, -jnp.inf]])
     value, derivatives, by_option, want = found(*given)
-    empty = -np.inf if name in ("exp_concrete", "conditional_gumbels") else 0
+    empty = -np.inf if name in ("exp_concrete", "conditional_gumbels", "given maximum") else 0
     assert np.all(np.isnan(value[:2]))
     np.testing.assert_array_equal(value[2], np.full(3, empty))
     np.testing.assert_array_equal(value[3, 2], empty)

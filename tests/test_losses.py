@@ -192,6 +192,41 @@ def test_log_prob_of_draws_of_any_shape():
             losses.log_prob(z, labels)
 
 
+def test_no_rows_and_no_classes():
+    for rows, labels in (((0,), (4, 0)), ((2, 0), (4, 2, 0))):
+        assert losses.log_prob(jnp.zeros((*rows, 3)), jnp.zeros(labels, int)).shape == labels
+    for loss in (cross_entropy, losses.focal_cross_entropy, losses.poly_cross_entropy):
+        none = loss(jnp.zeros((3, 0)), jnp.zeros(3, int), class_weights=jnp.zeros(0))
+        np.testing.assert_array_equal(none, [np.nan] * 3)
+
+
+def test_derivatives_of_a_bad_row_are_nan_both_ways():
+    z = jnp.array([[1, np.nan, 2], [1, np.inf, 2], [1.0, 2, 4]])
+    for loss in (cross_entropy, losses.spherical_z_loss):
+        f = functools.partial(loss, labels=jnp.zeros(3, int))
+        (_, along), by_z = jax.jvp(f, (z,), (jnp.ones_like(z),)), jax.grad(lambda z, f=f: f(z).sum())(z)
+        np.testing.assert_array_equal(np.isnan(along), [True, True, False])
+        np.testing.assert_array_equal(np.isnan(by_z), np.isnan(along)[:, None] & np.ones(3, bool))
+
+
+def test_arrays_as_parameters_want_the_classes_last():
+    """The classes are moved to the end, and the parameters would stay where they are."""
+    z, phi = jnp.array([[0.1, 1.2], [-0.7, 0.4]]), js.spherical(jnp.array([0.5, 2.0]))
+    np.testing.assert_allclose(
+        cross_entropy(z, jnp.array([0, 1]), phi=phi), -jnp.diagonal(js.log_softmax(z, phi=phi)), rtol=1e-6
+    )
+    for name, f in {
+        "cross_entropy": lambda axis: cross_entropy(z, jnp.array([0, 0]), axis=axis, phi=phi),
+        "log_prob": lambda axis: losses.log_prob(z, jnp.array([0, 0]), axis=axis, phi=phi),
+        "kl_to_target": lambda axis: losses.kl_to_target(z, jnp.full((2, 2), 0.5), axis=axis, phi=phi),
+        "temperature_for_entropy": lambda axis: js.temperature_for_entropy(z, 0.5, axis=axis, phi=phi),
+        "mixture_log_softmax": lambda axis: js.mixture_log_softmax(z, jnp.zeros(2), axis=axis, phi=phi),
+    }.items():
+        f(-1)
+        with pytest.raises(ValueError, match=rf"{name}: .* the classes must be the last axis; got spherical .* \(0,\)"):
+            f(0)
+
+
 def test_agrees_with_optax():
     z = jnp.asarray(Z, jnp.float32)
     for f, g, labels in (

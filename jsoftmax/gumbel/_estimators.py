@@ -17,6 +17,7 @@ from jsoftmax.gumbel._categorical import categorical
 from jsoftmax.gumbel._concrete import relaxed, straight_through
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sums import has_bad_score
 
 
 @jax.jit
@@ -37,7 +38,7 @@ def conditional(key: Any, x: Array, index: Array, maximum: Array | None) -> Arra
     below = jnp.minimum(below, jnp.nextafter(top, jnp.full_like(top, -jnp.inf)))  # so rounding makes no tie
     perturbed = straight_through(jnp.where(chosen, top, below), scores)
     impossible = ~jnp.any(chosen, -1, keepdims=True) & jnp.any(kept, -1, keepdims=True)
-    bad = impossible | jnp.any(scores == jnp.inf, -1, keepdims=True)
+    bad = impossible | has_bad_score(x, (x.ndim - 1,))
     return jnp.where(bad, jnp.nan, jnp.where(kept, perturbed, -jnp.inf))
 
 

@@ -222,6 +222,11 @@ def _check_shapes(function: str, hidden: Array, weight: Array, names: tuple[str,
             f"{function}: {names[1]} must have two axes, [classes, features]; got shape {weight.shape}. Pass a weight "
             f"[features, classes] as {names[1]}.T."
         )
+    if not weight.shape[0]:
+        raise ValueError(
+            f"{function}: {names[1]} must have at least one class; got shape {weight.shape}. The axes are [classes, "
+            "features]."
+        )
     if not weight.shape[1]:
         raise ValueError(
             f"{function}: {names[1]} must have at least one feature; got shape {weight.shape}. If the scores are "

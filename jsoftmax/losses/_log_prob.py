@@ -1,6 +1,7 @@
 """Log-probabilities of labels, such as draws. The scores of a row are read once for all its labels (MATH 7.1)."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ def _log_prob(given: Labelled, labels: Array, phi: Phi, axis_name: AxisName) -> 
     """l_y for labels whose shape ends in that of the rows."""
     shape = labels.shape
     front = len(shape) - given.logits.ndim + 1
+    several = math.prod(shape[:front])
     x = maps.weighted_scores(phi, read(given.scores()), given.where, given.log_weights)
     x = jnp.broadcast_to(x, (*shape[front:], x.shape[-1]))
     label, valid = in_range(labels, given.classes, axis_name)
@@ -29,9 +31,9 @@ def _log_prob(given: Labelled, labels: Array, phi: Phi, axis_name: AxisName) -> 
     elif axis_name is not None:
         # beside a p near 1 the rule of one label keeps its digits; that of all classes does not
         of_one = jax.vmap(lambda label: -negative_log_p(x, label[..., None], axis_name)[..., 0])
-        log_p = of_one(label.reshape(-1, *shape[front:])).reshape(shape)
+        log_p = of_one(label.reshape(several, *shape[front:])).reshape(shape)
     else:
-        last = jnp.moveaxis(label.reshape(-1, *shape[front:]), 0, -1)  # the labels of a row side by side
+        last = jnp.moveaxis(label.reshape(several, *shape[front:]), 0, -1)  # the labels of a row side by side
         every = maps.log_p(x, (x.ndim - 1,))
         found = pick(every, last)
         log_p = jnp.moveaxis(found, -1, 0).reshape(shape)

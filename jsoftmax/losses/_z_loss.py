@@ -55,7 +55,7 @@ def _z_loss(given: Labelled, scale: Array, shift: Array) -> Array:
     t, _ = _standardized(z, kept)
     loss = log1p_exp(scale * (shift - pick(t, label))) / scale
     loss = jnp.where(pick(kept, label), loss, jnp.inf)
-    loss = jnp.where(has_bad_score(z, (z.ndim - 1,)), jnp.nan, loss)
+    loss = loss * jnp.where(has_bad_score(z, (z.ndim - 1,)), jnp.nan, 1)  # a factor, so that derivatives are NaN too
     if given.where is not None:
         loss = jnp.where(given.keeps(label), loss, 0)
     return given.finish(loss, valid)
