@@ -23,6 +23,9 @@ def pytree_class(cls: _Class) -> _Class:
 
     The class is part of the structure too. `jax.tree_util.register_dataclass` leaves it out: with it the structures of
     softplus and sigsoftmax compare equal (jax 0.10 to 0.12), and a compiled program of one may serve for the other.
+
+    JAX also rebuilds such an object with tracers, or with anything else, as its leaves. Neither `__init__` nor
+    `__post_init__` runs then, so that a check of what the user gives does not see these leaves.
     """
     made = dataclasses.dataclass(frozen=True, repr=False)(cls)
     names = [(f.name, bool(f.metadata.get("static"))) for f in dataclasses.fields(made)]
@@ -35,12 +38,16 @@ def pytree_class(cls: _Class) -> _Class:
     def values(value: Any) -> list[Any]:
         return [getattr(value, name) for name in leaves]
 
+    def rebuilt(aux: Any, children: Any) -> Any:
+        value = object.__new__(made)
+        for name, given in (*zip(fixed, aux[1:], strict=True), *zip(leaves, children, strict=True)):
+            object.__setattr__(value, name, given)
+        return value
+
     jax.tree_util.register_pytree_with_keys(
         made,
         lambda value: (list(zip(keys, values(value), strict=True)), structure(value)),
-        lambda aux, children: made(
-            **dict(zip(fixed, aux[1:], strict=True)), **dict(zip(leaves, children, strict=True))
-        ),
+        rebuilt,
         lambda value: (values(value), structure(value)),
     )
     return made

@@ -305,7 +305,7 @@ def test_sum_of_head_over_classes_on_several_devices():
 
 
 WRONG = [
-    (lambda: TopTargets(INDICES, Q, "rest"), ValueError, "labels.tail must be one of 'class'"),
+    (lambda: TopTargets(INDICES, Q, "rest"), ValueError, "TopTargets: tail must be one of 'class'"),
     (lambda: TopTargets(Q, INDICES), TypeError, "labels.indices must be integers"),
     (lambda: TopTargets(INDICES, INDICES), TypeError, "labels.probabilities must be floating"),
     (lambda: TopTargets(INDICES[0], Q[0]), ValueError, r"must have the shape \(6, k\)"),
@@ -320,6 +320,19 @@ def test_wrong_targets(make, error, words):
     ):
         with pytest.raises(error, match=words):
             call()
+
+
+def test_a_wrong_tail_is_an_error_where_it_is_built():
+    with pytest.raises(ValueError, match="one of 'class', 'renormalise', 'ignore'; got 'drop'"):
+        TopTargets(INDICES, Q, tail="drop")
+
+
+def test_jax_rebuilds_it_and_shows_it():
+    """Anything may be a leaf, since checks come where it is built and where it is used."""
+    top = TopTargets(np.array([[2]]), np.array([[0.5]]), "ignore")
+    names = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), top)
+    assert repr(names) == "TopTargets(indices='.indices', probabilities='.probabilities', tail='ignore')"
+    assert repr(top) == "TopTargets(indices=array([[2]]), probabilities=array([[0.5]]), tail='ignore')"
 
 
 @pytest.mark.parametrize("keyword", [{"label_smoothing": 0.1}, {"margin": 0.1}, {"ignore_label": 3}])

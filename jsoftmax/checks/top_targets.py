@@ -25,6 +25,10 @@ class TopTargets:
     `poly_cross_entropy`, `kl_to_target`, `jsoftmax.heads.linear_cross_entropy` and `linear_cross_entropy_sum`.
     log p_rest is computed from the log-sum-exp of the other classes, so a small p_rest keeps its digits.
 
+    A teacher's `top = jsoftmax.heads.linear_top_k(…)` is made one by `TopTargets(top.indices, jnp.exp(top.log_prob))`.
+    If the teacher has a temperature, divide the scores of the student by the same one. It is a pytree with the arrays
+    as leaves: it may be an argument of a function under `jax.jit`, part of a batch, or the `xs` of a `jax.lax.scan`.
+
     Args:
       indices: integers `[..., k]`, the classes. They must be distinct in each row: a class that is named twice also
         counts twice in p, and so changes the loss, without an error. A class that is out of range is ignored if its
@@ -38,6 +42,7 @@ class TopTargets:
         dtype plus one ε of the probabilities' dtype. So pass probabilities in the dtype to which they were rounded. If
         the other classes are possible, the rounding of bfloat16 probabilities counts as their mass, up to 0.004 times
         −log p_rest: tail="renormalise" avoids this.
+    Raises: ValueError if `tail` is none of the three; for arrays that do not fit, the functions that take it raise.
     Source: Anshumann et al. 2025 (the k largest classes of a teacher, and the bias if the rest is left out).
 
     >>> from jsoftmax.losses import cross_entropy
@@ -50,6 +55,16 @@ class TopTargets:
     probabilities: Any
     tail: str = static("class")
 
+    def __post_init__(self) -> None:  # it does not run where JAX rebuilds the object
+        if self.tail not in TAILS:
+            raise ValueError(
+                f"TopTargets: tail must be one of {', '.join(map(repr, TAILS))}; got {self.tail!r}. 'class' counts the "
+                "rest of the mass as one class."
+            )
+
+    def __repr__(self) -> str:
+        return f"TopTargets(indices={self.indices!r}, probabilities={self.probabilities!r}, tail={self.tail!r})"
+
 
 def mass_is_in_range(top: TopTargets, valid: Array) -> Array:
     """Whether all of the k classes with mass are in range, `[..., 1]`; `valid` says whether each class is."""
@@ -60,12 +75,6 @@ def check_top_targets(function: str, argument: str, top: TopTargets, batch: tupl
     """`TopTargets` whose arrays are checked to have the shape `[*batch, k]`, with indices of at least 32 bits, and
     probabilities in the given dtype, or in their own if it is narrower: `combine` needs to know how they were
     rounded."""
-    if top.tail not in TAILS:
-        wanted = ", ".join(map(repr, TAILS))
-        raise ValueError(
-            f"{function}: {argument}.tail must be one of {wanted}; got {top.tail!r}. 'class' counts the rest of the "
-            "mass as one class."
-        )
     indices = as_array(function, f"{argument}.indices", top.indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(
