@@ -1,9 +1,9 @@
 """Every map from scores to probabilities, p = φ(z) / Σ φ(z), in JAX, with exact closed-form derivatives."""
 
-import importlib.util
-import types
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from jsoftmax.checks.names import no_attribute
 from jsoftmax.derivatives import (
     cross_entropy_hessian,
     entropy_gradient,
@@ -100,22 +100,7 @@ __all__ = [  # noqa: RUF022  (grouped as the guides group them)
 def __getattr__(name: str) -> Any:
     if name in __all__:  # and not here yet: a room
         return importlib.import_module(f"jsoftmax.{name}")
-    way_out = "dir(jsoftmax) lists the public names"
-    if name.isidentifier() and not name.startswith("_"):
-        if importlib.util.find_spec(f"jsoftmax.{name}"):
-            way_out = f"It is a module: import jsoftmax.{name}"
-        elif places := _places(name, "jsoftmax"):
-            way_out = f"It is {' or '.join(places)}"
-    raise AttributeError(f"module 'jsoftmax' has no attribute {name!r}. {way_out}.")
-
-
-def _places(name: str, within: str) -> list[str]:
-    """The places of a public name in the rooms of a module. It imports the rooms, also where a tool only asks whether
-    there is such a name."""
-    module = importlib.import_module(within)
-    rooms = [room for room in module.__all__ if isinstance(getattr(module, room), types.ModuleType)]
-    here = [f"{within}.{name}"] if name in module.__all__ else []
-    return here + [place for room in rooms for place in _places(name, f"{within}.{room}")]
+    raise no_attribute("jsoftmax", name)
 
 
 def __dir__() -> list[str]:

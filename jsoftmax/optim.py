@@ -8,7 +8,7 @@ optax is imported inside the functions that make transformations (the extra `tra
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,18 @@ from jax.typing import ArrayLike
 
 from jsoftmax import maps
 from jsoftmax.checks.arguments import all_known, as_number, is_int, optional_package, public
+from jsoftmax.checks.names import no_attribute
 from jsoftmax.derivatives import cross_entropy_hessian, fisher_information
 from jsoftmax.operators import DiagonalPlusLowRank
 from jsoftmax.phi import Phi, exp
 
 __all__ = ["gauss_newton", "natural_gradient", "newton_cg"]
+
+
+if not TYPE_CHECKING:  # a type checker knows the names
+
+    def __getattr__(name: str) -> Any:
+        raise no_attribute(__name__, name)
 
 
 def __dir__() -> list[str]:

@@ -1,13 +1,18 @@
 """What a user sees: `dir()` holds public names alone, rooms are reached by attribute, signatures are short."""
 
+import functools
 import importlib
 import inspect
+import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 import jsoftmax as js
+from jsoftmax import attention, gumbel, heads, losses, optim, segments
+from jsoftmax.checks.names import OTHER_NAMES
 
 ROOMS = ("losses", "gumbel", "heads", "segments", "attention", "optim")
 NAMESPACES = (*ROOMS, "heads.adaptive", "heads.factored")
@@ -60,6 +65,57 @@ def test_the_error_says_where_a_name_is(name, places):
     with pytest.raises(AttributeError) as caught:
         getattr(js, name)
     assert str(caught.value).endswith(f"has no attribute {name!r}. It is {places}")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "place"),
+    [
+        (
+            js,
+            "top_k",
+            "Here it is jsoftmax.truncate(z, top_k=…), which cuts scores; of a linear layer jsoftmax.heads.li",
+        ),
+        (js, "loss", "Here it is jsoftmax.losses.cross_entropy."),
+        (js, "logsumexp", "Here it is jsoftmax.log_normalizer."),
+        (js, "log_normaliser", "It has log_normalizer."),
+        (losses, "kl_divergence", "It is jsoftmax.kl_divergence."),
+        (losses, "_cross", "dir(jsoftmax.losses) lists the public names."),
+        (heads, "cross_entropy", "It is jsoftmax.losses.cross_entropy."),
+        (heads, "streaming_", "dir(jsoftmax.heads) lists the public names."),
+        (gumbel, "sample", "Here it is jsoftmax.gumbel.categorical."),
+        (attention, "softmax", "It is jsoftmax.softmax."),
+        (optim, "adam", "dir(jsoftmax.optim) lists the public names."),
+        (segments, "scatter_softmax", "Here it is jsoftmax.segments.segment_softmax."),
+    ],
+)
+def test_rooms_say_where_a_name_is(module, name, place):
+    with pytest.raises(AttributeError) as caught:
+        getattr(module, name)
+    start = f"module {module.__name__!r} has no attribute {name!r}. "
+    assert str(caught.value).startswith(start + place)
+
+
+def test_places_of_other_names_exist():
+    for name, told in OTHER_NAMES.items():
+        places = re.findall(r"\b(?:jsoftmax|jax)(?:\.\w+)+", told)
+        assert places, name
+        for place in places:
+            assert functools.reduce(getattr, place.split(".")[1:], importlib.import_module(place.split(".")[0])), place
+
+
+def test_the_table_of_names_says_the_same():
+    """Each function in the table of docs/coming-from.md is also found by its own name, unless we have that name too."""
+    text = (pathlib.Path(__file__).parent.parent / "docs/coming-from.md").read_text()
+    (table,) = re.findall(r"^\| PyTorch \| optax.*?\n\n", text, re.S | re.M)
+    seen = set()
+    for row in table.splitlines()[2:]:
+        *others, ours = (re.findall(r"`([\w.]+)", cell) for cell in row.strip("| ").split(" | "))
+        for name in {path.rpartition(".")[2] for paths in others for path in paths} - set(js.__all__):
+            with pytest.raises(AttributeError) as caught:
+                getattr(js, name)
+            assert any(place.replace("js.", "jsoftmax.") in str(caught.value) for place in ours), name
+            seen.add(name)
+    assert len(seen) > 8
 
 
 def test_a_private_name_imports_nothing():

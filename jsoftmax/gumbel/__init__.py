@@ -14,6 +14,9 @@
 - `reinmax`: a straight-through gradient of second order.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from jsoftmax.checks.names import no_attribute
 from jsoftmax.gumbel._categorical import categorical
 from jsoftmax.gumbel._concrete import (
     binary_concrete_log_density,
@@ -41,6 +44,12 @@ __all__ = [
     "reinmax",
     "subset_softmax",
 ]
+
+
+if not TYPE_CHECKING:  # a type checker knows the names
+
+    def __getattr__(name: str) -> Any:
+        raise no_attribute(__name__, name)
 
 
 def __dir__() -> list[str]:

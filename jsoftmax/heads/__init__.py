@@ -17,6 +17,9 @@
 - `factored`: plain SGD whose time does not grow with the number of classes, a module.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from jsoftmax.checks.names import no_attribute
 from jsoftmax.heads import adaptive, factored
 from jsoftmax.heads.divergence import linear_jsd, linear_kl
 from jsoftmax.heads.quadratic import quadratic_cross_entropy
@@ -48,6 +51,12 @@ __all__ = [
     "quadratic_cross_entropy",
     "sampled_cross_entropy",
 ]
+
+
+if not TYPE_CHECKING:  # a type checker knows the names
+
+    def __getattr__(name: str) -> Any:
+        raise no_attribute(__name__, name)
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,9 @@
 - `TopTargets`: k classes of each row and their probabilities, as a target.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from jsoftmax.checks.names import no_attribute
 from jsoftmax.checks.top_targets import TopTargets
 from jsoftmax.losses._cross_entropy import cross_entropy, focal_cross_entropy, poly_cross_entropy
 from jsoftmax.losses._log_prob import log_prob
@@ -27,6 +30,12 @@ __all__ = [
     "poly_cross_entropy",
     "spherical_z_loss",
 ]
+
+
+if not TYPE_CHECKING:  # a type checker knows the names
+
+    def __getattr__(name: str) -> Any:
+        raise no_attribute(__name__, name)
 
 
 def __dir__() -> list[str]:
