@@ -8,7 +8,7 @@ from rich.console import Console
 
 import jsoftmax as js
 from jsoftmax import cli, verify
-from jsoftmax.cli import train
+from jsoftmax.cli import _progress, train
 from jsoftmax.cli import verify as command
 
 
@@ -62,3 +62,31 @@ def test_tables_fit_80_columns():
     for erratum in verify.ERRATA:
         assert erratum.claimed in "\n".join(errata)
         assert erratum.true in "\n".join(errata)
+
+
+def test_progress_is_told_where_there_is_no_terminal(monkeypatch):
+    console = Console(width=80, file=io.StringIO())
+    monkeypatch.setattr(_progress, "SECONDS", 0.0)
+    told = []
+    for step in _progress.tracked(iter("ab"), "steps", 2, console):
+        assert console.file.getvalue().splitlines() == told
+        told.append(f"steps: {'ab'.index(step) + 1} of 2 after 0 s")
+    assert console.file.getvalue().splitlines() == told
+
+
+def test_tables_are_explained():
+    good = (1e-16, 1e-16, 1e-16, 1e-16)
+    cell = verify.Cell("entropy", "exp", good, good, good, good)
+    assert "f: the value; f′: its Jacobian" in "\n".join(printed(command._table([cell], True)))
+    once, nothing = np.full(3, 0.9), np.full(3, np.nan)
+    plain = train.Result("linear", "cross-entropy", "exp", once, once, once, once)
+    assert train._remarks([plain]) == []
+    riddles = [
+        plain._replace(phi="relu_power(2, 0.1)"),
+        plain._replace(loss="Z-loss", phi="", nll=nothing),
+        plain._replace(loss="sparsemax", phi="", nll=np.full(3, np.inf)),
+    ]
+    for riddle, start in zip(riddles, ("relu_power: ", "Z-loss: ", "NLL ∞: "), strict=True):
+        (remark,) = train._remarks([plain, riddle])
+        assert remark.startswith(start)
+    assert len(train._remarks(riddles)) == 3

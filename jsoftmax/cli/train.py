@@ -15,12 +15,12 @@ import numpy as np
 import optax
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from jsoftmax import PHIS, entmax, exp, fenchel_young_loss, log_softmax, losses, optim
+from jsoftmax.cli._progress import tracked
 from jsoftmax.phi import Phi
 
 EPOCHS, BATCH = 40, 128
@@ -136,17 +136,17 @@ def run(arguments: argparse.Namespace) -> int:
         return fit(*job, optimizer, train=train, test=test, seeds=arguments.seeds)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # one compiles while the other trains
-        results = list(track(pool.map(one, jobs), "training", len(jobs), console=console, transient=True))
+        results = list(tracked(pool.map(one, jobs), "models trained", len(jobs), console))
     console.print(f"{len(jobs)} models trained in {time.perf_counter() - started:.0f} s.")
     if arguments.markdown:
         print(_markdown(_COLUMNS, map(_cells, results)))
     else:
-        console.print(_results_table(results))
+        console.print(_results_table(results), *_remarks(results), sep="\n")
     runs = second_order(train)
     if arguments.markdown:
         print(_markdown(_RUN_COLUMNS, map(_run_cells, runs)))
     else:
-        console.print(_runs_table(runs))
+        console.print(_runs_table(runs), "ms: until the objective is 0.01 % above the least one found.", sep="\n")
     if arguments.plot:
         try:
             from jsoftmax import plot  # noqa: PLC0415  (matplotlib is an extra)
@@ -359,6 +359,21 @@ def _results_table(results: list[Result]) -> Table:
         by_phi = result.phi if result.loss == "cross-entropy" else ", ".join(filter(None, (result.loss, result.phi)))
         table.add_row(by_phi, *_cells(result)[3:])
     return table
+
+
+def _remarks(results: list[Result]) -> list[str]:
+    """A line for each kind of row that would be a riddle."""
+    remarks = {
+        "relu_power: its slope is 0 up to 0, so a score below 0 has no gradient and may stay there; a last layer that "
+        "begins at 0 would not learn.": any(result.phi.startswith("relu_power") for result in results),
+        "Z-loss: it gives scores but no probabilities, and so neither NLL nor entropy.": any(
+            result.loss == "Z-loss" for result in results
+        ),
+        "NLL ∞: a sparse map gives some label of the test set the probability 0.": any(
+            np.any(np.isinf(result.nll)) for result in results
+        ),
+    }
+    return [remark for remark, is_due in remarks.items() if is_due]
 
 
 def _runs_table(runs: list[Run]) -> Table:

@@ -12,11 +12,11 @@ import jax
 import mpmath  # noqa: F401  (the oracle's; named here so that a missing extra is reported before any work)
 from rich import box
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 import jsoftmax
 from jsoftmax import verify
+from jsoftmax.cli._progress import tracked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     cells: list[verify.Cell] = []
     sure: list[verify.Sure] = []
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
-        bar = progress.add_task("function × φ", total=len(verify.PAIRS) + len(verify.SURE))
-        for found in verify.checks(arguments.all):
-            cells.append(found) if isinstance(found, verify.Cell) else sure.append(found)
-            progress.advance(bar)
+    total = len(verify.PAIRS) + len(verify.SURE)
+    for found in tracked(verify.checks(arguments.all), "function × φ", total, console):
+        cells.append(found) if isinstance(found, verify.Cell) else sure.append(found)
     errata = [(erratum, *erratum.errors()) for erratum in verify.ERRATA]
     console.print(_table(cells, arguments.all), _sure_table(sure), _errata_table(errata))
     missed = sum(not found.ok for found in (*cells, *sure)) + sum(
@@ -77,12 +75,16 @@ def environment() -> dict[str, str]:
     }
 
 
+_EXPLAINED = "f: the value; f′: its Jacobian; f″, f‴: the Jacobian's derivatives along one line"
+"""The columns of the table."""
+
+
 def _table(cells: list[verify.Cell], autodiff: bool) -> Table:
     """One line a φ, in 80 columns."""
     wide = "float64" if verify.wide_dtype() == "float64" else "float32"
-    also = f"\n{wide} against autodiff of the plain definitions, too" if autodiff else ""
+    also = f"{wide} against autodiff of the plain definitions, too\n" if autodiff else ""
     table = Table(
-        title=f"Worst relative error against many digits\nleft: {wide}, right: float32; ! is a miss{also}",
+        title=f"Worst relative error against many digits\nleft: {wide}, right: float32; ! is a miss\n{also}{_EXPLAINED}",
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
