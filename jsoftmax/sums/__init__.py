@@ -320,14 +320,15 @@ def explain(shape: tuple[int, ...], axis: Axis = -1, platform: str | None = None
     >>> explain((64, 100))
     'reference: few scores'
     >>> explain((1024, 1024), platform="cuda")
-    'reference: compiled for cuda'
+    'reference: compiled for cuda; the derivative rules read the scores again: one kernel a row'
     """
     axes = canonical_axis("explain", axis, len(shape))
     if not has_form_for_cpu(shape):
         return "reference: few scores"
     platform = jax.default_backend() if platform is None else platform
-    if platform in _GPUS and math.prod(shape) >= paths.LARGE and _is_long(shape, axes):
-        return f"reference: compiled for {platform}; the derivative rules by long_rows: many classes"
+    if platform in _GPUS and math.prod(shape) >= paths.LARGE:
+        by = "by long_rows: many classes" if _is_long(shape, axes) else "read the scores again: one kernel a row"
+        return f"reference: compiled for {platform}; the derivative rules {by}"
     if platform != "cpu":
         return f"reference: compiled for {platform}"
     if math.prod(shape) >= paths.LARGE:
