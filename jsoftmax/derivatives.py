@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -237,12 +238,12 @@ def cross_entropy_hessian(
 def _second_derivative(parts: _Parts, phi: Phi) -> Array:
     """T_ijk = p_i [ b_ij b_ik + a_j a_k + δ_jk ((δ_ij − p_j) t_j − a_j s_j) ],  a = p s,  b_ij = δ_ij s_j − a_j."""
     p, _, s, t = parts
-    a, same = p * s, jnp.eye(p.shape[-1], dtype=bool)
+    a, same = p * s, lax.broadcast_to_rank(jnp.eye(p.shape[-1], dtype=bool), p.ndim + 1)
     b = jnp.where(same, s[..., None, :], 0) - a[..., None, :]
     twice = p[..., None] * (jnp.where(same, t[..., None, :], 0) - (p * t + a * s)[..., None, :])
     p_b, p_a = p[..., None] * b, p[..., :, None] * a[..., None, :]
     products = p_b[..., :, :, None] * b[..., :, None, :] + p_a[..., :, :, None] * a[..., None, None, :]
-    return products + jnp.where(same, twice[..., :, :, None], 0)
+    return products + jnp.where(same[..., None, :, :], twice[..., :, :, None], 0)
 
 
 @public

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -75,7 +76,7 @@ class DiagonalPlusLowRank:
 
     def as_matrix(self) -> Float[Array, "..."]:
         """The dense matrix `[..., K, K]`, in one pass."""
-        same = jnp.eye(self.d.shape[-1], dtype=bool)
+        same = lax.broadcast_to_rank(jnp.eye(self.d.shape[-1], dtype=bool), self.d.ndim + 1)
         diagonal = jnp.where(same, self.d[..., :, None], 0)
         return sum((a[..., :, None] * b[..., None, :] for a, b in self._factors), diagonal)
 
@@ -180,10 +181,11 @@ class DiagonalPlusLowRank:
                 f"{function}: damping must be a number, or one for each matrix of the batch {self.d.shape[:-1]}; got "
                 f"shape {damping.shape}. A damping for each class is not offered: add it to d instead."
             ) from None
-        D = self.d + damping[..., None]
+        D = self.d + lax.broadcast_to_rank(damping, self.d.ndim - 1)[..., None]
         safe = jnp.where(D == 0, 1, D)
         rows = [jnp.stack([jnp.sum(v * u / safe, -1) for u, _ in self._factors], -1) for _, v in self._factors]
-        return D, jnp.eye(len(rows), dtype=self.d.dtype) + jnp.stack(rows, -2)
+        products = jnp.stack(rows, -2)
+        return D, lax.broadcast_to_rank(jnp.eye(len(rows), dtype=self.d.dtype), products.ndim) + products
 
 
 def _vector(method: str, argument: str, v: Any, d: Array) -> Array:
@@ -199,4 +201,4 @@ def _vector(method: str, argument: str, v: Any, d: Array) -> Array:
             f"DiagonalPlusLowRank.{method}: {argument} must have {d.shape[-1]} classes last and broadcast with the "
             f"batch {d.shape[:-1]}; got shape {v.shape}. For several vectors use jax.vmap(operator.{method})."
         )
-    return v
+    return lax.broadcast_to_rank(v, d.ndim)

@@ -1,5 +1,6 @@
-"""Two functions in every mode of differentiation."""
+"""Two functions in every mode of differentiation; and a mode in which JAX promotes nothing."""
 
+import contextlib
 import functools
 
 import jax
@@ -7,6 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsoftmax.verify import jit_formulas
+
+
+@contextlib.contextmanager
+def strict_promotion():
+    """In it JAX raises an error where dtypes, or the ranks of arrays, differ."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
 
 
 def assert_same(f, g, arguments, rtol=1e-11, atol=1e-13):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cells import and_full, named, some
 from compilation import jit_as_user
+from modes import strict_promotion
 
 import jsoftmax as js
 from jsoftmax import gumbel, heads, losses
@@ -447,7 +448,7 @@ def test_log_p_above_0_by_rounding(alpha):
 def test_narrow_logits_under_strict_promotion(shape, dtype):
     """By default in bfloat16, for which the sums have a form of their own: float16 takes no other."""
     z, y = jnp.ones(shape, dtype), jnp.zeros(shape[0], int)
-    with jax.numpy_dtype_promotion("strict"):
+    with strict_promotion():
         for f in (losses.cross_entropy, losses.focal_cross_entropy, losses.poly_cross_entropy):
             total = lambda z, f=f: jnp.sum(f(z, y))  # noqa: E731
             gradient, product = jax.eval_shape(lambda z, f=total: jax.jvp(jax.grad(f), (z,), (z,)), z)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cells import some
 from compilation import jit_as_user
+from modes import strict_promotion
 from platforms import as_on_accelerators
 
 import jsoftmax as js
@@ -199,7 +200,7 @@ def test_no_rows():
 
 
 def test_dtypes_under_strict_promotion():
-    with jax.numpy_dtype_promotion("strict"):
+    with strict_promotion():
         for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
             z = Z.astype(dtype)
             for name, f in MAPS.items():

@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 from cells import product, some
 from compilation import jit_as_user
+from modes import strict_promotion
 from platforms import as_on_accelerators
 
 import jsoftmax as js
@@ -66,7 +67,7 @@ def test_draws(phi, dtype):
 def test_draws_with_64_bits(dtype):
     """With x64, where random bits and sums would be wider, under strict promotion; row by row. By default of float64,
     since float32 is drawn above, without x64."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+    with jax.enable_x64(True), strict_promotion():
         z = jnp.asarray([[0.5, -1.0, 1.5], [0.0, 2.0, 1.0]], dtype)
         draws = gumbel.categorical(KEY, z, shape=(200_000, 2))
         values = jit_as_user(jax.vmap(lambda k: gumbel.reinmax(k, z, 1.0)))(jax.random.split(KEY, 50_000))

@@ -12,6 +12,7 @@ import pytest
 import sharding
 from cells import some
 from jax.sharding import PartitionSpec
+from modes import strict_promotion
 from platforms import as_on_accelerators, traced_anew
 
 import jsoftmax as js
@@ -653,7 +654,7 @@ def everything(params, h, y):
 def test_dtypes_under_strict_promotion_and_debug_nans():
     """Narrow inputs give float32, and gradients whose sums over blocks are rounded once."""
     y = jnp.asarray(30 + LABELS % 30, jnp.int8)
-    with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+    with strict_promotion(), jax.debug_nans(True):
         f = verify.jit_formulas(everything)
         narrow = make(jnp.bfloat16, cutoffs=(8,)), jnp.asarray(H, jnp.bfloat16)
         gradient, floats, classes = f(*narrow, y)
@@ -667,7 +668,7 @@ def test_dtypes_under_strict_promotion_and_debug_nans():
 
 @pytest.mark.parametrize("dtype", some([jnp.float64, jnp.bfloat16], [jnp.bfloat16]))  # a narrow one needs more casts
 def test_strict_promotion(dtype):
-    with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("strict"):
+    with jax.enable_x64(dtype == jnp.float64), strict_promotion():
         given = make(dtype, cutoffs=(8,)), jnp.asarray(H, dtype), jnp.asarray(LABELS)
         gradient, floats, classes = jax.eval_shape(everything, *given)
         assert {a.dtype for a in jax.tree.leaves(gradient)} == {jnp.dtype(dtype)}

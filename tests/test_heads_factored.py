@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, some
+from modes import strict_promotion
 
 import jsoftmax as js
 from jsoftmax import losses, verify
@@ -260,7 +261,7 @@ def test_states_can_be_mapped_over():
 
 @pytest.mark.parametrize("dtype", some([jnp.bfloat16, jnp.float32, jnp.float64], [jnp.bfloat16]))
 def test_dtypes_under_strict_promotion_and_debug_nans(dtype):
-    with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+    with jax.enable_x64(dtype == jnp.float64), strict_promotion(), jax.debug_nans(True):
         wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
         state = factored.init(jnp.asarray(WEIGHT, dtype))
         h, y, _ = (jnp.asarray(a)[0] for a in batches(9, 1))

@@ -10,6 +10,7 @@ import pytest
 import sharding
 from cells import and_full, covering, some
 from jax.sharding import PartitionSpec
+from modes import strict_promotion
 from platforms import as_on_accelerators
 
 import jsoftmax as js
@@ -288,7 +289,7 @@ MODES_OF_DTYPES = and_full(
 @pytest.mark.parametrize(("dtype", "runs"), MODES_OF_DTYPES)
 def test_strict_promotion_and_debug_nans(dtype, runs):
     """dtypes are known when a program is traced. That no step makes a NaN is seen when it runs, in the gate."""
-    with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+    with jax.enable_x64(dtype == jnp.float64), strict_promotion(), jax.debug_nans(True):
         hidden, weight, labels = head(6, 10, 3, dtype)
         bias, w = jnp.zeros(10, dtype), jnp.ones(6, dtype)
         options = {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, some
+from modes import strict_promotion
 
 import jsoftmax as js
 from jsoftmax import losses, verify
@@ -130,7 +131,7 @@ def test_edges():
 
 @pytest.mark.parametrize("dtype", some([jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64], [jnp.bfloat16]))
 def test_dtypes_under_strict_promotion_and_debug_nans(dtype):
-    with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+    with jax.enable_x64(dtype == jnp.float64), strict_promotion(), jax.debug_nans(True):
         h, w, b = (jnp.asarray(a, dtype) for a in (H, W, B))
         wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
         for labels in (jnp.asarray(Y, jnp.int8), jnp.asarray(Y, jnp.uint32)):

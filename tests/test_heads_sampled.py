@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, some
+from modes import strict_promotion
 
 import jsoftmax as js
 from jsoftmax import losses, verify
@@ -203,7 +204,7 @@ def test_edges(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_dtypes_under_strict_promotion_and_debug_nans(name):
-    with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+    with strict_promotion(), jax.debug_nans(True):
         for dtype in (jnp.bfloat16, jnp.float32):
             h, w, b = (jnp.asarray(a, dtype) for a in (H, W, B))
             log_q = jnp.asarray(LOG_Q, jnp.float32)
@@ -214,7 +215,7 @@ def test_dtypes_under_strict_promotion_and_debug_nans(name):
                 return jnp.sum(loss)
 
             assert jax.jit(jax.grad(total))(w).dtype == dtype
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+    with jax.enable_x64(True), strict_promotion():
         h, w = jnp.asarray(H), jnp.asarray(W)
         log_q = sampled.log_uniform_proposal(V)
         assert log_q.dtype == jnp.float64

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from cells import and_full, product, some
+from modes import strict_promotion
 
 import jsoftmax as js
 from jsoftmax import losses, verify
@@ -325,7 +326,7 @@ def test_edges():
 def test_dtypes_under_strict_promotion_and_debug_nans(dtype):
     options = {key: value for key, value in OPTIONS["all"].items() if key not in ("class_weights", "log_weights")}
     z, alpha = jnp.asarray(3 * Z, dtype), jnp.asarray(ALPHA, jnp.float32)
-    with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+    with strict_promotion(), jax.debug_nans(True):
         loss = cross_entropy(z, jnp.asarray(LABELS), class_weights=alpha, **options)
         assert loss.dtype == jnp.float32
         q = jax.nn.softmax(z.astype(jnp.float32))
@@ -334,7 +335,7 @@ def test_dtypes_under_strict_promotion_and_debug_nans(dtype):
 
 def test_float64_under_strict_promotion():
     """The count that shares the smoothing has the logits' dtype, too."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+    with jax.enable_x64(True), strict_promotion():
         for labels in (jnp.asarray(LABELS), jax.nn.softmax(jnp.asarray(Z))):
             assert cross_entropy(jnp.asarray(Z), labels, label_smoothing=0.1).dtype == jnp.float64
 

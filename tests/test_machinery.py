@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cells import and_full, covering, named, product, some
 from jax.sharding import PartitionSpec
+from modes import strict_promotion
 
 import jsoftmax as js
 from jsoftmax import verify
@@ -36,7 +37,7 @@ def with_masks(function, dtype, phi):
 @pytest.mark.parametrize(("function", "dtype", "phi"), product(FUNCTIONS, DTYPES, FEW_PHIS), ids=str)
 def test_dtypes_under_strict_promotion(function, dtype, phi):
     """Both are known when a program is traced."""
-    with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("strict"):
+    with jax.enable_x64(dtype == jnp.float64), strict_promotion():
         z, value, gradient = with_masks(function, dtype, phi)
         inexact = jnp.float32 if dtype == jnp.int32 else dtype
         keeps = function.name in ("softmax", "log_softmax") or jnp.finfo(inexact).bits >= 32
@@ -59,7 +60,7 @@ FLOATING = [dtype for dtype in DTYPES if dtype != jnp.int32]
 )
 def test_no_step_makes_a_nan(function, dtype, phi):
     """Runs operation by operation. The cells that multiply two lists have no code of their own."""
-    with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+    with jax.enable_x64(dtype == jnp.float64), strict_promotion(), jax.debug_nans(True):
         z, value, gradient = with_masks(function, dtype, phi)
         value(*z)
         if dtype != jnp.int32:

@@ -9,6 +9,7 @@ import lineax
 import numpy as np
 import pytest
 from cells import product
+from modes import strict_promotion
 
 import jsoftmax as js
 from jsoftmax import verify
@@ -135,7 +136,7 @@ def test_shapes_belong_together():
 
 
 def test_strict_promotion():
-    with jax.numpy_dtype_promotion("strict"):
+    with strict_promotion():
 
         @verify.jit_formulas
         def results(z, v):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, some
+from modes import strict_promotion
 
 import jsoftmax as js
 from jsoftmax import losses
@@ -245,7 +246,7 @@ OF_DTYPES = and_full([("sparsemax", jnp.bfloat16), ("3", jnp.int32)], itertools.
 @pytest.mark.parametrize(("name", "dtype"), OF_DTYPES)
 def test_dtypes(name, dtype):
     f = MAPS[name]
-    with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+    with strict_promotion(), jax.debug_nans(True):
         narrow = jnp.asarray([[1, 2, -1]], dtype)
         assert jit_formulas(f)(narrow).dtype == (jnp.float32 if dtype == jnp.int32 else dtype)
         if dtype != jnp.int32:

@@ -11,6 +11,7 @@ import pytest
 import sharding
 from cells import some
 from jax.sharding import PartitionSpec
+from modes import strict_promotion
 
 import jsoftmax as js
 from jsoftmax import heads, losses, verify
@@ -359,7 +360,7 @@ def test_derivatives_of_little_mass_that_is_shared_out():
 def test_narrow_scores_under_strict_promotion(dtype):
     z, target = jnp.array([[0, 1, 2]], dtype), TopTargets(jnp.array([[0]]), jnp.array([[0.5]], dtype))
     wide = TopTargets(target.indices, target.probabilities.astype(jnp.float32))
-    with jax.numpy_dtype_promotion("strict"):
+    with strict_promotion():
         for f in (losses.cross_entropy, losses.focal_cross_entropy, losses.poly_cross_entropy, losses.kl_to_target):
             of_both = verify.jit_formulas(lambda z, f=f: (f(z, target), f(z.astype(jnp.float32), wide)))
             np.testing.assert_allclose(*of_both(z), rtol=1e-6)

@@ -148,7 +148,6 @@ def block_scores(block: Inputs, place: Place, plan: Plan) -> Array:
 
 def _in_rows(a: Array, groups: int, queries: int) -> Array:
     """An array that broadcasts to `[B, K, G, T, S]`, with groups and queries merged into one axis."""
-    a = a.reshape(*[1] * (5 - a.ndim), *a.shape)
     if groups > 1:
         a = jnp.broadcast_to(a, (*a.shape[:2], groups, queries, a.shape[4]))
     return a.reshape(*a.shape[:2], a.shape[2] * a.shape[3], a.shape[4])
@@ -156,8 +155,8 @@ def _in_rows(a: Array, groups: int, queries: int) -> Array:
 
 def _kept(block: Inputs, place: Place, plan: Plan) -> Array | None:
     """Which keys the queries of a block see, as a mask that broadcasts to `[B, K, G, T, S]`; None if they see all."""
-    query = place.query + lax.broadcasted_iota(jnp.int32, (plan.queries, 1), 0)
-    key = place.key_of_all + lax.broadcasted_iota(jnp.int32, (1, plan.keys), 1)
+    query = place.query + lax.broadcasted_iota(jnp.int32, (1, 1, 1, plan.queries, 1), 3)
+    key = place.key_of_all + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, plan.keys), 4)
     kept = block.mask
     if plan.is_causal:
         kept = _both(kept, key <= query)

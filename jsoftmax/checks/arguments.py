@@ -183,7 +183,8 @@ def one_axis(function: str, axis: Any, axes: tuple[int, ...]) -> int:
 
 
 def check_where(function: str, where: Any, shape: tuple[int, ...], what: str = SCORES_SHAPE) -> jax.Array | None:
-    """`where` as a boolean array that broadcasts to a shape: that of the scores, or of another array that it masks."""
+    """`where` as a boolean array that broadcasts to a shape: that of the scores, or of another array that it masks. It
+    gets as many axes as the shape has."""
     if where is None:
         return None
     array = as_array(function, "where", where)
@@ -196,7 +197,7 @@ def check_where(function: str, where: Any, shape: tuple[int, ...], what: str = S
 
 
 def check_log_weights(function: str, log_weights: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array | None:
-    """`log_weights` in the accumulation dtype; they must broadcast to the scores' shape."""
+    """`log_weights` in the accumulation dtype; they must broadcast to the scores' shape, and get as many axes."""
     if log_weights is None:
         return None
     array = as_scores(function, "log_weights", log_weights).astype(dtype)
@@ -370,7 +371,7 @@ def _check_broadcast(
     except ValueError:
         fits = False
     if fits:
-        return array
+        return lax.broadcast_to_rank(array, len(shape))  # jax_numpy_rank_promotion="raise" wants equal ranks
     if 0 < array.ndim < len(shape) and array.shape == shape[: array.ndim]:
         behind = ", ".join([":"] * array.ndim + ["None"] * (len(shape) - array.ndim))
         way_out = f"If there is one for each row, write {argument}[{behind}]."

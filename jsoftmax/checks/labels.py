@@ -268,10 +268,10 @@ def check_mask(
     mask: Any = check_where(function, where, batch if of_rows else shape, what)
     if of_rows:
         return None, jnp.broadcast_to(mask, batch)
-    if mask.ndim != len(shape):
+    if np.ndim(where) != len(shape):
         raise ValueError(
             f"{function}: where must have as many dimensions as the logits ({len(shape)}), to leave classes out, or as "
-            f"the loss ({len(batch)}), to leave rows out; got shape {mask.shape}. Add axes of length 1."
+            f"the loss ({len(batch)}), to leave rows out; got shape {np.shape(where)}. Add axes of length 1."
         )
     return mask, None
 

@@ -84,7 +84,8 @@ def _table(cells: list[verify.Cell], autodiff: bool) -> Table:
     wide = "float64" if verify.wide_dtype() == "float64" else "float32"
     also = f"{wide} against autodiff of the plain definitions, too\n" if autodiff else ""
     table = Table(
-        title=f"Worst relative error against many digits\nleft: {wide}, right: float32; ! is a miss\n{also}{_EXPLAINED}",
+        title="Worst relative error against many digits\n"
+        f"left: {wide}, right: float32; ! is a miss\n{also}{_EXPLAINED}",
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,

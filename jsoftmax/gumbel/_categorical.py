@@ -41,7 +41,7 @@ def _whole_numbers(key: Any, x: Array, axis_name: AxisName) -> Array:
     whole = jnp.floor(share)
     first = shard_index(axis_name).astype(jnp.uint32) * x.shape[-1]
     steps = (first + jnp.arange(x.shape[-1], dtype=jnp.uint32)) * jnp.uint32(_GOLDEN)
-    offset = (jax.random.bits(key, (*x.shape[:-1], 1), "uint32") + steps) >> 8
+    offset = (jax.random.bits(key, (*x.shape[:-1], 1), "uint32") + lax.broadcast_to_rank(steps, x.ndim)) >> 8
     up = share - whole > offset.astype(jnp.int32).astype(x.dtype) * 2.0**-24
     return (whole.astype(jnp.int32) + up.astype(jnp.int32)).astype(jnp.uint32)
 
@@ -95,7 +95,8 @@ def _draw(key: Any, x: Array, draws: int, axis_name: AxisName) -> Array:
         left = own - jnp.where(drawn > 0, jnp.take_along_axis(F, drawn - 1, -1), 0)
         drawn = drawn * length + _within(jnp.take_along_axis(blocks, drawn[..., None], -2), left)
     first = shard_index(axis_name) * classes + classes // groups * jnp.arange(groups, dtype=jnp.int32)
-    return psum(jnp.sum(jnp.where(inside, first[:, None] + drawn, 0), -2, dtype=jnp.int32), axis_name)
+    drawn = lax.broadcast_to_rank(first[:, None], drawn.ndim) + drawn
+    return psum(jnp.sum(jnp.where(inside, drawn, 0), -2, dtype=jnp.int32), axis_name)
 
 
 def _block_length(classes: int, searches: int) -> int:

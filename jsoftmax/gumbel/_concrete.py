@@ -42,6 +42,7 @@ def _divide(perturbed: Array, temperature: Array) -> Array:
     peak = jnp.max(lax.stop_gradient(perturbed), -1, keepdims=True, initial=-jnp.inf)
     # `not_below` keeps the subtraction apart from a product that made the scores (MATH 4.1)
     below = not_below(perturbed) - jnp.where(is_finite(peak), peak, 0)
+    temperature = lax.broadcast_to_rank(temperature, below.ndim)  # the same one for all samples of a row
     out = below < -1e18 * temperature
     return jnp.where(out, -jnp.inf, jnp.where(out, 0, below) / temperature)
 
@@ -180,12 +181,14 @@ def _subset(perturbed: Array, temperature: Array, k: int) -> Array:
     """MATH 10.5. log(1 − p) of the largest p is computed from the other classes, so that value and derivative keep
     their digits. Once one class alone is left, it is left out of the next steps."""
 
+    classes = lax.broadcast_to_rank(jnp.arange(perturbed.shape[-1]), perturbed.ndim)
+
     @jax.checkpoint  # else jax 0.10 and 0.11 drop derivative rules at order 2 inside a scan
     def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         a, total = carry
         x, axis = _divide(a, temperature), (a.ndim - 1,)
         log_p, p, L = normalize(x, axis)[:3]
-        top = jnp.arange(a.shape[-1]) == jnp.argmax(x, -1, keepdims=True)
+        top = classes == jnp.argmax(x, -1, keepdims=True)
         of_others = maps.log_sum(jnp.where(top, -jnp.inf, x), axis)
         out, alone = jnp.isneginf(x), jnp.isneginf(of_others)
         of_rest = jnp.log(-expm1(jnp.where(out | top, -1, log_p)))

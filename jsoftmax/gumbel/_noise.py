@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from jsoftmax import maps
@@ -89,7 +90,8 @@ def top_perturbed(key: Any, a: Array, k: int, axis_name: AxisName = None) -> tup
 
 def is_chosen(index: Array, x: Array) -> Array:
     """Whether a class `[..., K]` is that of the index. It is so nowhere if the index is out of range or left out."""
-    return (index[..., None] == jnp.arange(x.shape[-1], dtype=index.dtype)) & ~jnp.isneginf(x)
+    classes = lax.broadcast_to_rank(jnp.arange(x.shape[-1], dtype=index.dtype), x.ndim)
+    return (index[..., None] == classes) & ~jnp.isneginf(x)
 
 
 def one_hot(index: Array, x: Array) -> Array:

@@ -130,15 +130,17 @@ def block_scores(head: Head, start: Array, plan: Plan) -> Array:
 
 def scores_from_products(head: Head, start: Array, o: Array) -> Array:
     """x = ψ(z) + log w,  z = c tanh((o + b)/c)/τ − m 1_y,  o = h Wᵀ  (MATH 11.1)."""
-    if head.bias is not None:
-        o = o + head.bias
+    per_class = (head.bias, head.where, head.log_weights)
+    bias, where, log_weights = (None if a is None else lax.broadcast_to_rank(a, o.ndim) for a in per_class)
+    if bias is not None:
+        o = o + bias
     if head.soft_cap is not None:
         o = head.soft_cap * jnp.tanh(o / head.soft_cap)
     if head.temperature is not None:
         o = o / head.temperature
     if head.margin is not None:
         o = o - jnp.where(is_label(o.shape, head.labels, start=start), head.margin, 0)
-    x = maps.weighted_scores(head.phi, o, head.where, head.log_weights)
+    x = maps.weighted_scores(head.phi, o, where, log_weights)
     if head.banned is not None:
         x = without_labels(x, head.banned, start)
     if head.least is not None:

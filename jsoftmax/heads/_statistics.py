@@ -93,13 +93,13 @@ def initial(head: Head, wanted: Extras) -> PartialStatistics:
         zero - jnp.inf,
         zero - 1,
         zero if wanted.entropy else None,
-        zero[:, None] - jnp.full(head.labels.shape[1], jnp.inf, zero.dtype) if head.labels is not None else None,
+        zero[:, None] - jnp.full((1, head.labels.shape[1]), jnp.inf, zero.dtype) if head.labels is not None else None,
         zero if head.targets is not None else None,
         zero if head.targets is not None else None,
         zero if wanted.spread else None,
         zero if wanted.spread else None,
-        zero[:, None] - jnp.full(wanted.top, jnp.inf, zero.dtype) if wanted.top else None,
-        zero.astype(jnp.int32)[:, None] - jnp.ones(wanted.top, jnp.int32) if wanted.top else None,
+        zero[:, None] - jnp.full((1, wanted.top), jnp.inf, zero.dtype) if wanted.top else None,
+        zero.astype(jnp.int32)[:, None] - jnp.ones((1, wanted.top), jnp.int32) if wanted.top else None,
     )
 
 
@@ -133,7 +133,7 @@ def block_statistics(  # noqa: PLR0917  (what a block has, and how it is searche
         kept = ~jnp.isneginf(x)
         below = jnp.where(kept, -difference(x, peak), 0)
         if head.targets is not None:
-            q = head.targets if head.where is None else jnp.where(head.where, head.targets, 0)
+            q = head.targets if head.where is None else jnp.where(lax.broadcast_to_rank(head.where, 2), head.targets, 0)
             q = q if head.banned is None else without_labels(q, head.banned, start, 0.0)
             impossible = jnp.where(q == 0, 0, jnp.inf).astype(x.dtype)
             made["below"] = jnp.sum(jnp.where(kept, q * below, impossible), 1)

@@ -82,7 +82,7 @@ def _lookup(a: Array, places: Array) -> Array:
     """The numbers of `[N, m]` at the places `[N, k]`. A TPU takes ten kernels for a lookup, and one for comparisons."""
 
     def by_comparison(a: Array, places: Array) -> Array:
-        here = places[:, :, None] == jnp.arange(a.shape[1], dtype=places.dtype)
+        here = places[:, :, None] == jnp.arange(a.shape[1], dtype=places.dtype)[None, None]
         return jnp.sum(jnp.where(here, a[:, None, :], 0), 2, dtype=a.dtype)
 
     if a.shape[1] * places.shape[1] > _COMPARISONS:

@@ -75,7 +75,7 @@ def _loss(hidden: Array, weight: Array, labels: Array, *, bias: Array | None, wh
     a0, a1, a2 = (jnp.asarray(a).astype(dtype) for a in coefficients)
     sums = moments(weight, bias, where, dtype)
     first = precise(hidden, sums.total) + sums.bias[0]
-    square = jnp.sum((precise(hidden, sums.gram) + 2 * sums.cross) * hidden, -1) + sums.bias[1]
+    square = jnp.sum((precise(hidden, sums.gram) + 2 * sums.cross[None]) * hidden, -1) + sums.bias[1]
     total = sums.classes * a0 + a1 * first + a2 * square
 
     label, valid = in_range(labels, weight.shape[0])

@@ -153,7 +153,7 @@ def _scores(given: _CheckedArguments, phi: Phi, draws: Array) -> tuple[Array, Ar
     own = jnp.sum(given.hidden * given.weight[label], -1)
     other = precise(given.hidden, given.weight[draws].T)
     if given.bias is not None:
-        own, other = own + given.bias[label], other + given.bias[draws]
+        own, other = own + given.bias[label], other + given.bias[draws][None]
     return log_phi(phi, own), log_phi(phi, other), label
 
 
@@ -173,15 +173,16 @@ def _finish(loss: Array, given: _CheckedArguments, draws: Array) -> Array:
 @jax.jit
 def _sampled(given: _CheckedArguments, phi: Phi, draws: Array) -> Array:
     own, other, label = _scores(given, phi, draws)
-    hit = draws == label[:, None]
-    x = jnp.concatenate([own[:, None], jnp.where(hit, -jnp.inf, _corrected(other, given.log_q[draws], draws))], -1)
+    hit = draws[None] == label[:, None]
+    other = _corrected(other, given.log_q[draws][None], draws)
+    x = jnp.concatenate([own[:, None], jnp.where(hit, -jnp.inf, other)], -1)
     return _finish(negative_log_p(x, jnp.zeros((*own.shape, 1), jnp.int32))[:, 0], given, draws)
 
 
 @jax.jit
 def _nce(given: _CheckedArguments, phi: Phi, draws: Array) -> Array:
     own, other, label = _scores(given, phi, draws)
-    noise = log1p_exp(_corrected(other, given.log_q[draws], draws))
+    noise = log1p_exp(_corrected(other, given.log_q[draws][None], draws))
     return _finish(log1p_exp(-_corrected(own, given.log_q[label], draws)) + jnp.sum(noise, -1), given, draws)
 
 

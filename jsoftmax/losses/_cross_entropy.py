@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -64,7 +65,7 @@ def _against(given: Labelled, x: Array, axis_name: AxisName) -> tuple[Array, Arr
         return *top_row(given, x, axis_name), None
     q = given.targets()
     if given.class_weights is not None:
-        q = q * given.class_weights
+        q = q * lax.broadcast_to_rank(given.class_weights, q.ndim)
         # a weight may be infinite where the mask is False
         q = q if given.where is None else zero_where(~given.where, q)
     return x, q, axis_name
@@ -104,7 +105,7 @@ def _cross_entropy(  # noqa: PLR0917  (as the public function has them)
     else:
         row, q, name = (x, None, axis_name) if given.by_label else _against(given, x, axis_name)
         n = minus_log_p(row, name)
-        weights = 1 if given.class_weights is None else given.class_weights
+        weights = 1 if given.class_weights is None else lax.broadcast_to_rank(given.class_weights, n.ndim)
         spread = None if smoothing is None else mean_of_kept(weights * n, row, name)
         if q is None:
             loss, L, _ = terms(x, label, axis_name)

@@ -44,7 +44,7 @@ def lay_out(groups: Array, count: int, length: int) -> Layout:
     """
     rows = groups.shape[0]
     blocks = -(-rows // length) + count - 1
-    size = jnp.sum(groups[:, None] == jnp.arange(count, dtype=jnp.int32), 0, dtype=jnp.int32)
+    size = jnp.sum(groups[:, None] == jnp.arange(count, dtype=jnp.int32)[None], 0, dtype=jnp.int32)
     start = jnp.cumsum(size, dtype=jnp.int32) - size
     end_block = jnp.cumsum(-(-size // length), dtype=jnp.int32)
     first_block = jnp.concatenate([jnp.zeros(1, jnp.int32), end_block[:-1]])
@@ -53,7 +53,7 @@ def lay_out(groups: Array, count: int, length: int) -> Layout:
     block = jnp.arange(blocks, dtype=jnp.int32)
     group = jnp.searchsorted(end_block, block, side="right").astype(jnp.int32)
     known = jnp.minimum(group, count - 1)
-    within = ((block - first_block[known]) * length)[:, None] + jnp.arange(length, dtype=jnp.int32)
+    within = ((block - first_block[known]) * length)[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     taken = (within < size[known][:, None]) & (group < count)[:, None]
     row = order[jnp.where(taken, start[known][:, None] + within, 0)]
     known = jnp.minimum(groups, count - 1)
@@ -187,10 +187,10 @@ def _along(primals: Any, tangents: Any, out: TailLoss, length: int, by_label: bo
         def rate(w: Array, w_dot: Array, *rows: Any) -> Array:
             a, a_dot, label, out = rows
             o, x = _scores(w, phi, a, start, classes)
-            q = jnp.exp(difference(x, out.peak) - out.log_total)
+            q = jnp.exp(difference(x, out.peak[None]) - out.log_total[None])
             if by_label:  # p_y − 1 from −l_y
-                hit = jnp.arange(length, dtype=label.dtype)[:, None] == label - start
-                q = jnp.where(hit, expm1(-out.loss), q)
+                hit = jnp.arange(length, dtype=label.dtype)[:, None] == (label - start)[None]
+                q = jnp.where(hit, expm1(-out.loss)[None], q)
             by_score = q * slope(phi, o)
             mean = lax.dot_general(w.astype(a.dtype), by_score, (((0,), (0,)), ((), ())), full_precision(w.dtype))
             result = jnp.sum(mean.T * a_dot, -1) + jnp.sum(by_score * _product(w_dot, a), 0)

@@ -46,7 +46,7 @@ def common_dtype(params: AdaptiveParams, hidden: Any) -> Any:
 def head_scores(params: AdaptiveParams, phi: Phi, hidden: Array) -> Array:
     """x = ψ of the frequent classes, then of the tails."""
     o = precise(hidden, params.head.T)
-    return log_phi(phi, o if params.bias is None else o + params.bias)
+    return log_phi(phi, o if params.bias is None else o + params.bias[None])
 
 
 def tail_scores(tail: Tail, phi: Phi, hidden: Array) -> Array:

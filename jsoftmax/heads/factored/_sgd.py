@@ -38,7 +38,7 @@ class _Scores(NamedTuple):
 def _scores(state: State, hidden: Array, label: Array) -> _Scores:
     """Σ o = mᵀh, Σ o² = hᵀQh and o_y  (MATH 12.1)."""
     by_gram = precise(hidden, state.gram)
-    rows = precise(state.rows[label], state.mix) + state.offset
+    rows = precise(state.rows[label], state.mix) + state.offset[None]
     first, square = precise(hidden, state.total), jnp.sum(by_gram * hidden, -1)
     return _Scores(by_gram, rows, first, square, jnp.sum(rows * hidden, -1))
 
@@ -64,7 +64,7 @@ def _step(
     mark = jnp.where(valid, 1, jnp.nan).astype(dtype)
     value = jnp.mean(mark * values)
     m, rho = state.total, 1 - eta * decay
-    gradient = by_first[:, None] * m + (2 * by_square)[:, None] * P + by_score[:, None] * W_y
+    gradient = by_first[:, None] * m[None] + (2 * by_square)[:, None] * P + by_score[:, None] * W_y
 
     # A = ρ I − η M, M = hᵀ c h: as a product from the right, and its inverse by the smaller of the N × N and d × d
     # forms
@@ -72,9 +72,9 @@ def _step(
     if count <= d:
 
         def by_a(X: Array) -> Array:
-            return rho * X - eta * precise(precise(X, h.T) * c, h)
+            return rho * X - eta * precise(precise(X, h.T) * c[None], h)
 
-        Y, regular = _series(eta / rho * precise(h, h.T) * c, precise(h, state.inverse) / rho)
+        Y, regular = _series(eta / rho * precise(h, h.T) * c[None], precise(h, state.inverse) / rho)
         inverse = (state.inverse + eta * precise(h.T, c[:, None] * Y)) / rho
     else:
         M = precise(h.T, c[:, None] * h)
@@ -91,8 +91,8 @@ def _step(
     E = r[:, None] * h
     _, group = jnp.unique(label, return_inverse=True, size=count)
     E_y = jax.ops.segment_sum(E, group, count)[group]
-    B = by_a(W_y) - eta * g
-    K = (c * eta)[:, None] * (by_a(P) + rho * P) / -2 + by_first[:, None] * (eta**2 * classes / 2 * g - eta * m_A)
+    B = by_a(W_y) - eta * g[None]
+    K = (c * eta)[:, None] * (by_a(P) + rho * P) / -2 + by_first[:, None] * (eta**2 * classes / 2 * g - eta * m_A)[None]
     K_y = r[:, None] * (B + E_y / 2)
 
     fine = jnp.isfinite(value) & jnp.all(jnp.array([jnp.all(jnp.isfinite(a)) for a in (U, q, K, K_y, m_A)]))

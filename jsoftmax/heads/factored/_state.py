@@ -49,7 +49,7 @@ def fold_rows(rows: Array, mix: Array, offset: Array, wanted: Array | bool) -> t
     def body(i: Array, carry: tuple[Array, Array, Array], first: int, length: int) -> tuple[Array, Array, Array]:
         rows, gram, total = carry
         start = first + i * length
-        block = precise(lax.dynamic_slice_in_dim(rows, start, length), mix) + offset
+        block = precise(lax.dynamic_slice_in_dim(rows, start, length), mix) + offset[None]
         rows = lax.dynamic_update_slice_in_dim(rows, block, start, 0)
         return rows, gram + precise(block.T, block), total + precise(jnp.ones(length, rows.dtype), block)
 
@@ -149,7 +149,7 @@ def to_weight(state: State) -> Float[Array, "V d"]:
     (3, 2)
     """
     check_state("to_weight", state)
-    return precise(state.rows, state.mix) + state.offset
+    return precise(state.rows, state.mix) + state.offset[None]
 
 
 @public
@@ -168,5 +168,6 @@ def rows(state: State, labels: ArrayLike) -> Float[Array, "... d"]:
     """
     check_state("rows", state)
     label, valid = in_range(check_row_labels("rows", labels, np.shape(labels)), len(state.rows))
-    found = precise(state.rows[label], state.mix) + state.offset
+    found = precise(state.rows[label], state.mix)
+    found = found + lax.broadcast_to_rank(state.offset, found.ndim)
     return jnp.where(valid[..., None], found, jnp.nan)

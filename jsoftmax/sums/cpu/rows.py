@@ -162,11 +162,12 @@ def _sum_without_one_by_blocks(given: Array, length: int, axis_name: AxisName, f
     block_sum = lax.optimization_barrier(jnp.sum(jnp.exp(_difference(cut, peak[..., None], form)), -1))
     even = not tail.shape[-1]
     total = _sum_by_halves(block_sum, jnp.exp(_difference(tail, peak, form)), even=even)
+    numbers = lax.broadcast_to_rank(jnp.arange(blocks), peak.ndim)
     # the number of the block with the maximum; any number where the tail has the maximum
-    best = jnp.min(jnp.where(block_peak == peak, jnp.arange(blocks), blocks - 1), -1, keepdims=True)
-    others = jnp.where(jnp.arange(blocks) == best, 0, block_sum)
+    best = jnp.min(jnp.where(block_peak == peak, numbers, blocks - 1), -1, keepdims=True)
+    others = jnp.where(numbers == best, 0, block_sum)
     if form.bfloat16:  # taken from x itself: if both read one array, XLA would write it in float32
-        block = jnp.take_along_axis(x, best * length + jnp.arange(length), -1)
+        block = jnp.take_along_axis(x, best * length + lax.broadcast_to_rank(jnp.arange(length), peak.ndim), -1)
     else:
         block = jnp.take_along_axis(cut, best[..., None], -2)[..., 0, :]
     e = jnp.exp(_difference(jnp.concatenate([block, tail], -1), peak, form))
