@@ -241,7 +241,8 @@ def segment_softmax(
       segment_ids: integers `[N]`, the row of each score, in any order; as in `jax.ops.segment_sum` what is outside
         [0, num_segments) is in no row.
       num_segments: how many rows there are, a Python int. None: the largest id plus 1; ids must not be traced then.
-      indices_are_sorted: whether the ids do not decrease, which is faster. If True is wrong, the result is undefined.
+      indices_are_sorted: whether the ids do not decrease, which may be faster on GPUs and TPUs. If True is wrong, the
+        result is undefined.
       phi, where, log_weights: as in `jsoftmax.softmax`, broadcastable to `z`.
     Returns: the shape and dtype of `z`; computed in float32 at least, with the digits and edges of `jsoftmax.softmax`
       (MATH 4, 5). A score in no row: 0, with derivatives 0.

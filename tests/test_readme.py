@@ -173,6 +173,12 @@ def test_segments_guide():
     np.testing.assert_allclose(names["p"], [0.2119416, 0.5761169, 1, 0.2119416], rtol=1e-6)
     np.testing.assert_allclose(names["H"], [jsoftmax.entropy(jnp.array([0.0, 1.0, 0.0])), 0], rtol=1e-6)
     assert names["drawn"].tolist() in ([0, 2, -1], [1, 2, -1], [3, 2, -1])
+    scores, values, attended = (np.asarray(names[name]) for name in ("scores", "values", "attended"))
+    for node, edges in ((1, [0, 1, 2]), (2, [3, 4])):
+        p = np.exp(scores[edges]) / np.exp(scores[edges]).sum(0)
+        want = np.einsum("eh,ehf->hf", p, values[names["senders"][jnp.array(edges)]])
+        np.testing.assert_allclose(attended[node], want, rtol=1e-5)
+    assert not attended[0].any()
 
 
 def test_draws_of_rows():

@@ -244,6 +244,46 @@ def test_policy_loss():
 
 
 @OF_THE_PAGE
+def test_actor():
+    z, reference, advantages = (jnp.float32(RNG.normal(size=shape)) for shape in ((20, 5), (20, 5), 20))
+    actions = jnp.asarray(RNG.integers(0, 5, 20))
+
+    def plain(z):
+        log_p, log_q = (jax.nn.log_softmax(a / 2) for a in (z, reference))
+        gain = advantages * log_p[jnp.arange(20), actions]
+        return jnp.mean(jnp.sum(jnp.exp(log_p) * (0.05 * (log_p - log_q) + 0.01 * log_p), -1) - gain)
+
+    ours = PAGE_NAMES["actor_gradient"](z, reference, actions, advantages, temperature=2.0)
+    assert_close(ours, jax.jit(jax.value_and_grad(plain))(z))
+
+
+@OF_THE_PAGE
+def test_distillation():
+    """k classes and the rest as one more; and what the page says of the other tails."""
+    k, temperature, labels = 5, 2.0, jnp.asarray(RNG.integers(0, CLASSES, (4, 6)))
+    of_teacher = jnp.float32(RNG.normal(size=(4, 6, WIDTH))), jnp.float32(RNG.normal(size=(CLASSES, WIDTH)))
+    teacher = PAGE_NAMES["teach"](*of_teacher, k, temperature)
+    q, classes = jax.lax.top_k(jax.nn.softmax(of_teacher[0] @ of_teacher[1].T / temperature), k)
+
+    def plain(hidden, weight):
+        z = hidden @ weight.T
+        p = jnp.take_along_axis(jax.nn.softmax(z / temperature), classes, -1)
+        soft = -jnp.sum(q * jnp.log(p), -1) - (1 - q.sum(-1)) * jnp.log(1 - p.sum(-1))
+        hard = -jnp.take_along_axis(jax.nn.log_softmax(z), labels[..., None], -1)[..., 0]
+        return jnp.mean(0.9 * temperature**2 * soft + 0.1 * hard)
+
+    def ours(hidden, weight):
+        return PAGE_NAMES["distillation_loss"](hidden, weight, labels, teacher, temperature)
+
+    assert_equal_training(ours, plain, HIDDEN[0], WEIGHT)
+    z = jnp.float32(RNG.normal(size=(4, 6, CLASSES)))
+    ignored, renormalised = (
+        js.losses.cross_entropy(z, js.losses.TopTargets(classes, q, tail)) for tail in ("ignore", "renormalise")
+    )
+    np.testing.assert_allclose(ignored, q.sum(-1) * renormalised, rtol=1e-5)
+
+
+@OF_THE_PAGE
 def test_dpo():
     reference = jnp.float32(RNG.normal(size=(2, 4)) - 20)
 

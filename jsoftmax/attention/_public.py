@@ -50,7 +50,8 @@ def dot_product_attention(
 ) -> Any:
     """Attention, the mean Σ p v of values under p = φ(s)/Σ φ(s), streamed: no array of queries × keys ever exists.
 
-    It is `jax.nn.dot_product_attention` for every φ, with the layout, masks and meaning of that function, and equals
+    It is `jax.nn.dot_product_attention` for every φ, with the layout, masks and meaning of that function, but without
+    its `implementation=`, and equals
 
         s = c tanh((scale q·k + bias)/c)                    without soft_cap  s = scale q·k + bias
         softmax([s, sink], where=…, phi=φ)[..., :-1] @ v                                    (MATH 14.1)
@@ -66,11 +67,12 @@ def dot_product_attention(
       value: `[B, S, K, H']` or `[S, K, H']`, H' = H or not.
       bias: added to the scores; it broadcasts to `[B, N, T, S]`, and missing axes are added in front. Differentiable.
         −inf leaves a key out.
-      mask: bool, of such a shape; False leaves a key out. scale: a factor of q·k, one number; differentiable. None:
-      1/√H. is_causal: whether query t sees only the keys up to position t. Blocks of which it sees none are skipped.
-      query_seq_lengths: integers `[B]`: queries beyond them have output 0. key_value_seq_lengths: integers `[B]`: keys
-      beyond them are left out. Beyond the lengths, arrays may hold anything. local_window_size: (left, right), or one
-      number for both: query t sees only the keys from position t − left to
+      mask: bool, of such a shape; False leaves a key out.
+      scale: a factor of q·k, one number; differentiable. None: 1/√H.
+      is_causal: whether query t sees only the keys up to position t. Blocks of which it sees none are skipped.
+      query_seq_lengths: integers `[B]`: queries beyond them have output 0.
+      key_value_seq_lengths: integers `[B]`: keys beyond them are left out. Beyond both, arrays may hold anything.
+      local_window_size: (left, right), or one number for both: query t sees only the keys from position t − left to
         t + right. Blocks outside are skipped.
       return_residual: whether to return L, too.
       phi: the positive map φ.
