@@ -137,7 +137,7 @@ def test_dtypes_under_strict_promotion_and_debug_nans(dtype):
         for labels in (jnp.asarray(Y, jnp.int8), jnp.asarray(Y, jnp.uint32)):
             for phi in PHIS:
                 got = quadratic_cross_entropy(h, w, labels, b, where=jnp.asarray(KEEP), phi=phi)
-                scores = (h.astype(wide) @ w.astype(wide).T) + b.astype(wide)
+                scores = (h.astype(wide) @ w.astype(wide).T) + b.astype(wide)[None]
                 where = jnp.broadcast_to(KEEP, scores.shape)
                 assert got.dtype == wide
                 np.testing.assert_allclose(got, losses.cross_entropy(scores, labels, where=where, phi=phi), rtol=2e-6)
