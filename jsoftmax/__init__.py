@@ -100,7 +100,7 @@ __all__ = [  # noqa: RUF022  (grouped as the guides group them)
 def __getattr__(name: str) -> Any:
     if name in __all__:  # and not here yet: a room
         return importlib.import_module(f"jsoftmax.{name}")
-    raise no_attribute("jsoftmax", name)
+    no_attribute("jsoftmax", name)
 
 
 def __dir__() -> list[str]:

@@ -211,7 +211,7 @@ def check_phi(function: str, phi: Any) -> None:
 
 
 def check_phi_of_blocks(function: str, phi: Any) -> None:
-    """The same for a function that computes scores in blocks, which arrays of parameters would not fit."""
+    """`check_phi` for a function that computes scores in blocks, which arrays of parameters would not fit."""
     check_phi(function, phi)
     for name, shape in array_parameters(phi).items():
         raise ValueError(
@@ -221,15 +221,14 @@ def check_phi_of_blocks(function: str, phi: Any) -> None:
         )
 
 
-def check_phi_of_last_axis(function: str, phi: Any, axes: tuple[int, ...], ndim: int) -> None:
-    """The same for a function that moves the classes to the last axis, where arrays of parameters do not follow."""
-    check_phi(function, phi)
-    for name, shape in array_parameters(phi).items():
-        if axes != (ndim - 1,):
-            raise ValueError(
-                f"{function}: with parameters of phi that are arrays the classes must be the last axis; got "
-                f"{phi.name} with {name} of shape {shape} and classes on {axes}. Move them: jnp.moveaxis(…, axis, -1)."
-            )
+def check_phi_moves(function: str, phi: Phi, axes: tuple[int, ...], ndim: int) -> None:
+    """Checks a φ for a function that moves the classes to the last axis, where arrays of parameters do not follow."""
+    arrays = {} if axes == (ndim - 1,) else array_parameters(phi)
+    for name, shape in arrays.items():
+        raise ValueError(
+            f"{function}: with parameters of phi that are arrays the classes must be the last axis; got "
+            f"{phi.name} with {name} of shape {shape} and classes on {axes}. Move them: jnp.moveaxis(…, axis, -1)."
+        )
 
 
 @public

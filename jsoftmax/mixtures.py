@@ -66,7 +66,7 @@ def mixture_log_softmax(
             f"{function}: z must have one class axis and one of components; got shape {scores.shape} and axis {axis}. "
             "Write z of shape [..., m, K], e.g. z[None] for one component."
         )
-    maps.check_phi_of_last_axis(function, phi, axes, scores.ndim)
+    maps.check_phi_moves(function, phi, axes, scores.ndim)
     moved = jnp.moveaxis(scores, axes[0], -1)
     try:
         logits = jnp.broadcast_to(logits, moved.shape[:-1])

@@ -7,8 +7,9 @@
 optax is imported inside the functions that make transformations (the extra `train` has it).
 """
 
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,7 @@ from jsoftmax.phi import Phi, exp
 __all__ = ["gauss_newton", "natural_gradient", "newton_cg"]
 
 
-if not TYPE_CHECKING:  # a type checker knows the names
-
-    def __getattr__(name: str) -> Any:
-        raise no_attribute(__name__, name)
+__getattr__ = functools.partial(no_attribute, __name__)
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,7 @@ from jsoftmax.sums.reference import exponential, rest_of
 __all__ = ["segment_entropy", "segment_log_normalizer", "segment_log_softmax", "segment_softmax"]
 
 
-if not TYPE_CHECKING:  # a type checker knows the names
-
-    def __getattr__(name: str) -> Any:
-        raise no_attribute(__name__, name)
+__getattr__ = functools.partial(no_attribute, __name__)
 
 
 def __dir__() -> list[str]:
@@ -47,17 +44,20 @@ class Layout(NamedTuple):
     """Their number, with one before and one behind those of the caller, for elements of no row."""
     is_sorted: bool
 
+    @property
+    def indexing(self) -> dict[str, Any]:
+        """What JAX may know of the ids where it gathers and scatters."""
+        return {"indices_are_sorted": self.is_sorted, "mode": "promise_in_bounds"}
+
 
 def row_sums(layout: Layout, ids: Array, *arrays: Array) -> list[Array]:
     """Σ over each row, for several arrays `[N, …]`."""
-    options: Any = {"indices_are_sorted": layout.is_sorted, "mode": "promise_in_bounds"}
-    return _of_each(lambda a: jax.ops.segment_sum(a, ids, layout.rows, **options), arrays)
+    return _of_each(lambda a: jax.ops.segment_sum(a, ids, layout.rows, **layout.indexing), arrays)
 
 
 def spread(layout: Layout, ids: Array, *of_rows: Array) -> list[Array]:
     """The numbers of its row for each element."""
-    options: Any = {"indices_are_sorted": layout.is_sorted, "mode": "promise_in_bounds"}
-    return _of_each(lambda a: a.at[ids].get(**options), of_rows)
+    return _of_each(lambda a: a.at[ids].get(**layout.indexing), of_rows)
 
 
 def _of_each(f: Callable[[Array], Array], arrays: tuple[Array, ...]) -> list[Array]:
@@ -85,7 +85,7 @@ class _Shifted(NamedTuple):
 
 def _shifted(x: Array, ids: Array, layout: Layout) -> _Shifted:
     """u = x − max x, e^u, Σ e^u − 1 and max x of each row  (MATH 4.1)."""
-    peak = jax.ops.segment_max(lax.stop_gradient(x), ids, layout.rows, indices_are_sorted=layout.is_sorted)
+    peak = jax.ops.segment_max(lax.stop_gradient(x), ids, layout.rows, **layout.indexing)
     u = not_below(x) - spread(layout, ids, not_below(peak))[0]
     e = exponential(x, u)
     whole = jnp.round(e)

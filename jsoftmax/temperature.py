@@ -138,7 +138,7 @@ def temperature_for_entropy(
     function = "temperature_for_entropy"
     arguments = maps.check(function, {"z": z}, axis, where, phi, None)
     (scores,), axes, mask = arguments.scores, arguments.axis, arguments.where
-    maps.check_phi_of_last_axis(function, phi, axes, scores.ndim)
+    maps.check_phi_moves(function, phi, axes, scores.ndim)
     batch = tuple(length for i, length in enumerate(scores.shape) if i not in axes)
     wanted = broadcast_number(function, "target", target, batch, "the scores without their classes,")
     wanted = wanted.astype(scores.dtype)

@@ -4,7 +4,7 @@
 - `attention_statistics`: output, log-normaliser and entropy of each query, as `AttentionStatistics`.
 """
 
-from typing import TYPE_CHECKING, Any
+import functools
 
 from jsoftmax.attention._public import AttentionStatistics, attention_statistics, dot_product_attention
 from jsoftmax.checks.names import no_attribute
@@ -12,10 +12,7 @@ from jsoftmax.checks.names import no_attribute
 __all__ = ["AttentionStatistics", "attention_statistics", "dot_product_attention"]
 
 
-if not TYPE_CHECKING:  # a type checker knows the names
-
-    def __getattr__(name: str) -> Any:
-        raise no_attribute(__name__, name)
+__getattr__ = functools.partial(no_attribute, __name__)
 
 
 def __dir__() -> list[str]:

@@ -147,7 +147,7 @@ def block_scores(block: Inputs, place: Place, plan: Plan) -> Array:
 
 
 def _in_rows(a: Array, groups: int, queries: int) -> Array:
-    """An array that broadcasts to `[B, K, G, T, S]`, with groups and queries merged into one axis."""
+    """An array with five axes that broadcasts to `[B, K, G, T, S]`, with groups and queries merged into one axis."""
     if groups > 1:
         a = jnp.broadcast_to(a, (*a.shape[:2], groups, queries, a.shape[4]))
     return a.reshape(*a.shape[:2], a.shape[2] * a.shape[3], a.shape[4])

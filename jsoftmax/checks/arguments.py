@@ -363,14 +363,18 @@ def _phi_by_name(value: Any) -> str:
     return "Pass a φ by keyword: phi=…" if hasattr(value, "log_phi") else ""
 
 
+def broadcasts_to(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether an array of a shape broadcasts to the wanted shape."""
+    try:
+        return jnp.broadcast_shapes(shape, wanted) == wanted
+    except ValueError:
+        return False
+
+
 def _check_broadcast(
     function: str, argument: str, array: jax.Array, shape: tuple[int, ...], what: str = SCORES_SHAPE
 ) -> jax.Array:
-    try:
-        fits = jnp.broadcast_shapes(array.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if fits:
+    if broadcasts_to(array.shape, shape):
         return lax.broadcast_to_rank(array, len(shape))  # jax_numpy_rank_promotion="raise" wants equal ranks
     if 0 < array.ndim < len(shape) and array.shape == shape[: array.ndim]:
         behind = ", ".join([":"] * array.ndim + ["None"] * (len(shape) - array.ndim))

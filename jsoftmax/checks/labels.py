@@ -131,11 +131,12 @@ def check_labelled(
     names: tuple[str, str] = ("logits", "labels"),
 ) -> Labelled:
     """Checks the arguments of a loss. `where` masks classes or rows, `ignore_label` rows."""
+    maps.check_phi(function, phi)
     z = check_logits(function, names[0], logits)
     check_sharded(function, names[0], z, check_axis_name(function, axis_name))
     dtype = accumulation_dtype(z.dtype)
     axes = canonical_axis(function, axis, z.ndim)
-    maps.check_phi_of_last_axis(function, phi, axes, z.ndim)
+    maps.check_phi_moves(function, phi, axes, z.ndim)
     batch = tuple(length for i, length in enumerate(z.shape) if i not in axes)
     of_classes = tuple(z.shape[i] for i in axes)
     if len(axes) > 1:

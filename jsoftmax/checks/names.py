@@ -4,6 +4,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+from typing import NoReturn
 
 _CROSS_ENTROPY = "jsoftmax.losses.cross_entropy"
 _CUT = "jsoftmax.truncate(z, top_{}=…), which cuts scores"
@@ -55,20 +56,23 @@ OTHER_NAMES = {
 for readers; a test compares the two."""
 
 
-def no_attribute(module: str, name: str) -> AttributeError:
-    """The error for a name that a module does not have, which says where the name is."""
-    message = f"module {module!r} has no attribute {name!r}. "
+def no_attribute(module: str, name: str) -> NoReturn:
+    """Raises for a name that a module does not have, and says where the name is."""
+    raise AttributeError(f"module {module!r} has no attribute {name!r}. {_way_out(module, name)}.")
+
+
+def _way_out(module: str, name: str) -> str:
     if name.startswith("_") or not name.isidentifier():  # Python and tools ask for such names
-        return AttributeError(f"{message}dir({module}) lists the public names.")
+        return f"dir({module}) lists the public names"
     if hasattr(importlib.import_module(module), "__path__") and importlib.util.find_spec(f"{module}.{name}"):
-        return AttributeError(f"{message}It is a module: import {module}.{name}.")
+        return f"It is a module: import {module}.{name}"
     places, known = " or ".join(_places(name, "jsoftmax")), OTHER_NAMES.get(name)
     if known:
-        return AttributeError(f"{message}Here it is {known}.{f' This name is in {places}.' if places else ''}")
+        return f"Here it is {known}{f'. This name is in {places}' if places else ''}"
     if places:
-        return AttributeError(f"{message}It is {places}.")
+        return f"It is {places}"
     near = difflib.get_close_matches(name, importlib.import_module(module).__all__, 1, 0.8)
-    return AttributeError(f"{message}It has {near[0]}." if near else f"{message}dir({module}) lists the public names.")
+    return f"It has {near[0]}" if near else f"dir({module}) lists the public names"
 
 
 def _places(name: str, within: str) -> list[str]:

@@ -14,7 +14,7 @@
 - `reinmax`: a straight-through gradient of second order.
 """
 
-from typing import TYPE_CHECKING, Any
+import functools
 
 from jsoftmax.checks.names import no_attribute
 from jsoftmax.gumbel._categorical import categorical
@@ -46,10 +46,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a type checker knows the names
-
-    def __getattr__(name: str) -> Any:
-        raise no_attribute(__name__, name)
+__getattr__ = functools.partial(no_attribute, __name__)
 
 
 def __dir__() -> list[str]:

@@ -17,7 +17,7 @@
 - `factored`: plain SGD whose time does not grow with the number of classes, a module.
 """
 
-from typing import TYPE_CHECKING, Any
+import functools
 
 from jsoftmax.checks.names import no_attribute
 from jsoftmax.heads import adaptive, factored
@@ -53,10 +53,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a type checker knows the names
-
-    def __getattr__(name: str) -> Any:
-        raise no_attribute(__name__, name)
+__getattr__ = functools.partial(no_attribute, __name__)
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,7 @@
 - `TopTargets`: k classes of each row and their probabilities, as a target.
 """
 
-from typing import TYPE_CHECKING, Any
+import functools
 
 from jsoftmax.checks.names import no_attribute
 from jsoftmax.checks.top_targets import TopTargets
@@ -32,10 +32,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a type checker knows the names
-
-    def __getattr__(name: str) -> Any:
-        raise no_attribute(__name__, name)
+__getattr__ = functools.partial(no_attribute, __name__)
 
 
 def __dir__() -> list[str]:

@@ -47,7 +47,7 @@ def regularized(loss: Array, mean: Any, L: Array, smoothing: Array | None, z_los
 def _weighted(given: Labelled, loss: Array, label: Array, axis_name: AxisName) -> Array:
     """α_y times the loss, and 0 where the label is on a class that the mask leaves out."""
     if given.class_weights is not None:
-        weights = given.class_weights if given.classes else jnp.ones(1, loss.dtype)
+        weights = given.class_weights if given.classes else jnp.ones(1, loss.dtype)  # nothing can be taken from none
 
         def of_label(own: Array) -> Array:
             return apply_to_rows(lambda own, weights: weights[own], own, weights, axis_name=axis_name)

@@ -19,7 +19,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jsoftmax._pytree import jvp_of_live, pytree_class, without_zeros
-from jsoftmax.checks.arguments import accumulation_dtype, all_known, as_number, as_scores, is_concrete_number
+from jsoftmax.checks.arguments import (
+    accumulation_dtype,
+    all_known,
+    as_number,
+    as_scores,
+    broadcasts_to,
+    is_concrete_number,
+)
 
 
 class Phi(abc.ABC):
@@ -101,7 +108,7 @@ def log_phi(phi: Phi, z: Array) -> Array:
     if isinstance(phi, Exponential):
         return z
     for name, shape in array_parameters(phi).items():
-        if not all(n in (1, of_z) for n, of_z in zip(shape[::-1], z.shape[::-1], strict=False)) or len(shape) > z.ndim:
+        if not broadcasts_to(shape, z.shape):
             raise ValueError(
                 f"{phi.name}: {name} must be one number, or an array that broadcasts to the scores' shape {z.shape}; "
                 f"got shape {shape}. A value for each row ends in an axis of length 1: {name}[..., None]."
