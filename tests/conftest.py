@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # wher
 
 import jax
 import jaxtyping
+import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes
@@ -28,6 +29,12 @@ def pytest_configure(config):
 def pytest_collection_finish():
     """What imports and the list of tests have made lives until the end: collections pass it by."""
     gc.freeze()
+
+
+@pytest.fixture
+def rng():
+    """Random numbers of a test's own: those of one generator for a module would differ by the tests that ran before."""
+    return np.random.default_rng(0)
 
 
 MAPS = pathlib.Path("/proc/self/maps")

@@ -440,9 +440,9 @@ def test_wrong_calls(case):
         call(**changed)
 
 
-def test_float64_has_its_digits():
+def test_float64_has_its_digits(rng):
     """docs/guides/attention.md says so. jax.nn's error here is 8e-8 in JAX 0.10 to 0.12."""
-    q, k, v = (RNG.normal(size=(2, 16, 2, 8)) for _ in range(3))
+    q, k, v = (rng.normal(size=(2, 16, 2, 8)) for _ in range(3))
     s = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(8)
     e = np.exp(s - s.max(-1, keepdims=True))
     want = np.einsum("bnts,bsnh->btnh", e / e.sum(-1, keepdims=True), v)

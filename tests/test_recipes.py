@@ -228,9 +228,9 @@ def test_clip():
 
 
 @OF_THE_PAGE
-def test_policy_loss():
-    old, reference = RNG.normal(size=(2, 4, 6)) - 4
-    advantages = jnp.float32(RNG.normal(size=(4, 1)))
+def test_policy_loss(rng):
+    old, reference = rng.normal(size=(2, 4, 6)) - 4
+    advantages = jnp.float32(rng.normal(size=(4, 1)))
     rest = (LABELS, jnp.float32(old), jnp.float32(reference), advantages)
 
     def plain(hidden, weight):
@@ -244,9 +244,9 @@ def test_policy_loss():
 
 
 @OF_THE_PAGE
-def test_actor():
-    z, reference, advantages = (jnp.float32(RNG.normal(size=shape)) for shape in ((20, 5), (20, 5), 20))
-    actions = jnp.asarray(RNG.integers(0, 5, 20))
+def test_actor(rng):
+    z, reference, advantages = (jnp.float32(rng.normal(size=shape)) for shape in ((20, 5), (20, 5), 20))
+    actions = jnp.asarray(rng.integers(0, 5, 20))
 
     def plain(z):
         log_p, log_q = (jax.nn.log_softmax(a / 2) for a in (z, reference))
@@ -258,10 +258,10 @@ def test_actor():
 
 
 @OF_THE_PAGE
-def test_distillation():
+def test_distillation(rng):
     """k classes and the rest as one more; and what the page says of the other tails."""
-    k, temperature, labels = 5, 2.0, jnp.asarray(RNG.integers(0, CLASSES, (4, 6)))
-    of_teacher = jnp.float32(RNG.normal(size=(4, 6, WIDTH))), jnp.float32(RNG.normal(size=(CLASSES, WIDTH)))
+    k, temperature, labels = 5, 2.0, jnp.asarray(rng.integers(0, CLASSES, (4, 6)))
+    of_teacher = jnp.float32(rng.normal(size=(4, 6, WIDTH))), jnp.float32(rng.normal(size=(CLASSES, WIDTH)))
     teacher = PAGE_NAMES["teach"](*of_teacher, k, temperature)
     q, classes = jax.lax.top_k(jax.nn.softmax(of_teacher[0] @ of_teacher[1].T / temperature), k)
 
@@ -276,7 +276,7 @@ def test_distillation():
         return PAGE_NAMES["distillation_loss"](hidden, weight, labels, teacher, temperature)
 
     assert_equal_training(ours, plain, HIDDEN[0], WEIGHT)
-    z = jnp.float32(RNG.normal(size=(4, 6, CLASSES)))
+    z = jnp.float32(rng.normal(size=(4, 6, CLASSES)))
     ignored, renormalised = (
         js.losses.cross_entropy(z, js.losses.TopTargets(classes, q, tail)) for tail in ("ignore", "renormalise")
     )
@@ -284,8 +284,8 @@ def test_distillation():
 
 
 @OF_THE_PAGE
-def test_dpo():
-    reference = jnp.float32(RNG.normal(size=(2, 4)) - 20)
+def test_dpo(rng):
+    reference = jnp.float32(rng.normal(size=(2, 4)) - 20)
 
     def ours(chosen, rejected, weight):
         of = [PAGE_NAMES["sequence_log_prob"](hidden, weight, LABELS) for hidden in (chosen, rejected)]
@@ -299,9 +299,9 @@ def test_dpo():
 
 
 @OF_THE_PAGE
-def test_speculative_tokens_have_the_law_of_the_target():
+def test_speculative_tokens_have_the_law_of_the_target(rng):
     """The first token of many drafts, and the second of those whose first stands."""
-    target, draft = (jnp.float32(RNG.normal(size=(n, 7)) * 1.5) for n in (3, 2))
+    target, draft = (jnp.float32(rng.normal(size=(n, 7)) * 1.5) for n in (3, 2))
     draws = 40_000
 
     @jax.jit
@@ -330,10 +330,10 @@ MAPS = [js.softmax, js.entmax15, js.sparsemax]
 
 @OF_THE_PAGE
 @pytest.mark.parametrize("probabilities", some(MAPS, MAPS[:1]), ids=lambda f: f.__name__)
-def test_router(probabilities):
+def test_router(probabilities, rng):
     """By default by softmax: the router is a recipe for any map, and the sparse maps are in test_sparse.py."""
     tokens, experts, k = 40, 8, 2
-    z, of_weights = jnp.float32(RNG.normal(size=(tokens, experts)) * 2), RNG.normal(size=(tokens, k))
+    z, of_weights = jnp.float32(rng.normal(size=(tokens, experts)) * 2), rng.normal(size=(tokens, k))
     chosen = np.argsort(-np.asarray(probabilities(z)), -1, kind="stable")[:, :k]
     counted = [sum(expert in row for row in chosen) / (tokens * k) for expert in range(experts)]
 
@@ -371,9 +371,9 @@ def test_router_of_equal_and_of_far_scores():
 
 @OF_THE_PAGE
 @pytest.mark.parametrize("scale", [0.3, 3.0, 300.0])
-def test_calibration(scale):
+def test_calibration(scale, rng):
     """Scores that are `scale` times too large; scikit-learn's measures of probabilities before and after."""
-    right = jnp.float32(RNG.normal(size=(2000, 3)) * 1.5)
+    right = jnp.float32(rng.normal(size=(20_000, 3)) * 1.5)
     labels = js.gumbel.categorical(jax.random.key(1), right)
     z = scale * right
     t = PAGE_NAMES["fit_temperature"](z, labels)
@@ -403,20 +403,20 @@ def test_calibration(scale):
 
 @OF_THE_PAGE
 @pytest.mark.parametrize("phi", [js.exp, js.taylor(2)], ids=str)
-def test_pairs_are_bernoulli(phi):
-    z = jnp.float32(RNG.normal(size=9) * 3)
+def test_pairs_are_bernoulli(phi, rng):
+    z = jnp.float32(rng.normal(size=9) * 3)
     odds = phi.definition(z, jnp) / phi.definition(0.0, jnp)
     np.testing.assert_allclose(js.softmax(PAGE_NAMES["pair"](z), phi=phi)[:, 1], odds / (1 + odds), rtol=1e-5)
 
 
 @OF_THE_PAGE
-def test_binary_cross_entropy():
+def test_binary_cross_entropy(rng):
     """Beside optax, and far out beside mpmath, where the naive computation has nothing."""
-    z, labels = jnp.float32(RNG.normal(size=(4, 5)) * 3), jnp.asarray(RNG.integers(0, 2, (4, 5)))
+    z, labels = jnp.float32(rng.normal(size=(4, 5)) * 3), jnp.asarray(rng.integers(0, 2, (4, 5)))
     ours = PAGE_NAMES["binary_cross_entropy"]
     of_optax = optax.sigmoid_binary_cross_entropy
     assert_equal_training(lambda z: ours(z, labels).sum(), lambda z: of_optax(z, labels).sum(), z)
-    q = jnp.float32(RNG.random((4, 5)))
+    q = jnp.float32(rng.random((4, 5)))
     np.testing.assert_allclose(ours(z, jnp.stack([1 - q, q], -1)), of_optax(z, q), rtol=1e-5)
     far = jnp.array([40.0, -40.0, 80.0, 16.5])
     for sign, label in ((1, 1), (-1, 0)):
@@ -432,8 +432,8 @@ CUTS = np.float32([-1, 0, 1e-5, 3]).tolist()
 
 
 @OF_THE_PAGE
-def test_ordinal_training():
-    score, labels = RNG.normal(size=12), jnp.arange(12) % 5
+def test_ordinal_training(rng):
+    score, labels = rng.normal(size=12), jnp.arange(12) % 5
 
     def ours(score, cuts):
         return jnp.mean(js.losses.cross_entropy(PAGE_NAMES["ordinal_log_p"](score, cuts), labels))
