@@ -47,10 +47,18 @@ def normal(seed: int, shape: tuple[int, ...], dtype: str = "float32") -> jax.Arr
 
 
 def interleaved(
-    candidates: dict[str, F], arguments: tuple[Any, ...], calls: dict[str, F] | None = None, fewest: int = 15
+    candidates: dict[str, F],
+    arguments: tuple[Any, ...],
+    calls: dict[str, F] | None = None,
+    fewest: int = 15,
+    second_call: bool = False,
 ) -> dict[str, Any]:
     """Medians in ms over interleaved calls of compiled programs, and the ratios of the first to each other one; MiB of
-    their temporaries."""
+    their temporaries.
+
+    second_call: times the second of two calls in a row, as in a loop of this program. A program that has given back a
+    gigabyte would else cost the next one the time in which the system clears its pages.
+    """
     programs: dict[str, F] = {name: jax.jit(f).lower(*arguments).compile() for name, f in candidates.items()}
     memory = {name: program.memory_analysis().temp_size_in_bytes / 2**20 for name, program in programs.items()}  # pyright: ignore[reportFunctionMemberAccess]
     programs |= {name: lambda *_, call=call: call() for name, call in (calls or {}).items()}
@@ -61,6 +69,8 @@ def interleaved(
     started = time.perf_counter()
     while len(times[first]) < fewest or (time.perf_counter() - started < 2 and len(times[first]) < 200):
         for name, program in programs.items():
+            if second_call:
+                timed(program, *arguments)
             times[name].append(timed(program, *arguments)[0])
     result: dict[str, Any] = {"ms": {name: statistics.median(t) for name, t in times.items()}, "MiB": memory}
     result["ratio"] = {}
@@ -78,11 +88,11 @@ def timed(program: F, *arguments: Any) -> tuple[float, Any]:
     return 1e3 * (time.perf_counter() - start), result
 
 
-def run(cases: list[Case], output: pathlib.Path, fewest: int = 15) -> None:
+def run(cases: list[Case], output: pathlib.Path, fewest: int = 15, second_call: bool = False) -> None:
     """Times every case, prints it, and writes all of them."""
     rows = []
     for case in cases:
-        result = interleaved(case.candidates, case.arguments, case.calls, fewest)
+        result = interleaved(case.candidates, case.arguments, case.calls, fewest, second_call)
         rows.append({"group": case.group, "name": case.name, "shape": case.shape, "dtype": case.dtype, **result})
         against = "  ".join(
             f"{peer} {middle:.2f} [{low:.2f}, {high:.2f}]" for peer, (low, middle, high) in result["ratio"].items()
