@@ -24,6 +24,7 @@ from jsoftmax.checks import arguments
 from jsoftmax.checks.arguments import public
 from jsoftmax.checks.names import no_attribute
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sharding import check_not_explicit
 from jsoftmax.sums import FAR, SURE, not_below, not_negative
 from jsoftmax.sums.reference import exponential, rest_of
 
@@ -196,6 +197,8 @@ def check(  # noqa: PLR0917  (as the public functions have them)
             f"{function}: segment_ids must have one entry for each score along the first axis, {scores.shape[:1]}; got "
             f"shape {ids.shape}. Scores of several heads are [N, heads]."
         )
+    check_not_explicit(function, "z", scores)
+    check_not_explicit(function, "segment_ids", ids)
     rows, ids = _row_count(function, ids, num_segments), arguments.wide_integers(ids)
     layout = Layout(rows + 2, arguments.check_flag(function, "indices_are_sorted", is_sorted))
     has_row = ((ids >= 0) & (ids < rows)).reshape(-1, *[1] * (scores.ndim - 1))

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sharding import DEVICES, assert_close, collectives, exchanged, mesh
 
 import jsoftmax as js
-from jsoftmax import gumbel, losses
+from jsoftmax import gumbel, losses, segments
 from jsoftmax.gumbel._noise import gumbel as noise
 from jsoftmax.sums.cpu.paths import block_length
 from jsoftmax.verify import jit_formulas
@@ -386,6 +386,7 @@ def test_rows_in_explicit_mode(cut, classes):
         lambda z, labels, key: losses.cross_entropy(z, jnp.exp(weights) * jnp.ones(z.shape)),
         lambda z, labels, key: gumbel.categorical(key, z),
         lambda z, labels, key: gumbel.gumbel_top_k(key, z, 2).indices,
+        lambda z, labels, key: losses.plackett_luce_log_prob(z, jnp.stack([labels, (labels + 1) % classes], -1)),
     )
 
     def every(*given):
@@ -401,6 +402,8 @@ def test_rows_in_explicit_mode(cut, classes):
                 assert jax.typeof(found).sharding.spec[0] == (rows[0] if rows else None)
     with jax.set_mesh(explicit), pytest.raises(ValueError, match="cross_entropy: logits must not be sharded over"):
         losses.cross_entropy(given[0], jnp.array(3), axis=None)
+    with jax.set_mesh(explicit), pytest.raises(ValueError, match="segment_softmax: z must not be sharded over"):
+        segments.segment_softmax(given[0], jnp.arange(len(z)), len(z))
 
 
 def test_sparse_maps_and_truncation_of_rows_in_explicit_mode():

@@ -61,14 +61,12 @@ def initial(block: Inputs, wanted: Wanted) -> Running:
 def of_block(block: Inputs, place: Place, wanted: Wanted, plan: Plan) -> Running:
     """The sums of a block, relative to its own peak.
 
-    The output Σ e^u v / Σ e^u takes the whole sum, of which 1 + (Σ e^u − 1) has all digits. Only a small log Σ e^u needs
-    those of Σ e^u − 1, by two sums that are a fifth of the time of the value on CPU.
+    The output Σ e^u v / Σ e^u takes 1 + (Σ e^u − 1), which has all digits if the sum is taken as it is. Only a small
+    log Σ e^u needs the digits of Σ e^u − 1, by two sums that are a fifth of the time of the value on CPU.
     """
     u, e, rest, peak, _ = shifted(block_scores(block, place, plan), (3,))
-    if wanted.log_normalizer or wanted.entropy:
-        rest = jnp.where(is_empty(rest), -1, rest)[..., 0]
-    else:
-        rest = jnp.sum(e, 3) - 1
+    needs_digits = wanted.log_normalizer or wanted.entropy
+    rest = jnp.where(is_empty(rest), -1, rest)[..., 0] if needs_digits else jnp.sum(e, 3) - 1
     gap = jnp.sum(e * -jnp.maximum(u, -FAR), 3) if wanted.entropy else None
     return Running(peak[..., 0], rest, product(e, block.value, 2, plan), gap)
 

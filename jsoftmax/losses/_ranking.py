@@ -11,6 +11,7 @@ from jsoftmax._series import log1p_exp
 from jsoftmax.checks.arguments import as_array, one_axis, public, wide_integers
 from jsoftmax.checks.labels import check_logits, check_mask
 from jsoftmax.phi import Phi, exp
+from jsoftmax.sharding import apply_to_rows
 from jsoftmax.sums import has_bad_score
 
 
@@ -92,5 +93,6 @@ def plackett_luce_log_prob(
             jnp.where(out, lax.broadcasted_iota(chosen.dtype, chosen.shape, at), chosen),
         )
     x = maps.weighted_scores(phi, z, classes, arguments.log_weights)
-    log_prob = _plackett_luce(jnp.moveaxis(x, at, -1), jnp.moveaxis(wide_integers(chosen), at, -1))
+    in_rows = jnp.moveaxis(x, at, -1), jnp.moveaxis(wide_integers(chosen), at, -1)
+    log_prob = apply_to_rows(lambda x, order: _plackett_luce(x, order)[..., None], *in_rows)[..., 0]
     return log_prob if rows is None else jnp.where(rows, log_prob, 0)
