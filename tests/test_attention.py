@@ -332,6 +332,16 @@ def test_digits_of_a_small_entropy():
     np.testing.assert_allclose(scanned(*given, 0.9), wanted, rtol=2e-5)
 
 
+@pytest.mark.parametrize("block_size", [None, 1])
+def test_digits_of_a_small_log_normalizer(block_size):
+    """log(1 + e^−20 + e^−21): the residual keeps them, and the output is the same with it and without."""
+    q, k = jnp.ones((1, 1, 1)), jnp.float32([0, -20, -21]).reshape(3, 1, 1)
+    given = {"scale": 1.0, "block_size": block_size}
+    output, residual = attention.dot_product_attention(q, k, k, **given, return_residual=True)
+    np.testing.assert_allclose(residual.ravel(), np.log1p(np.exp(-20.0) + np.exp(-21.0)), rtol=1e-6)
+    np.testing.assert_allclose(attention.dot_product_attention(q, k, k, **given), output, rtol=1e-6)
+
+
 def gradient(f):
     return jax.grad(lambda *a: jnp.sum(f(*a) ** 2), (0, 1, 2))
 
