@@ -33,7 +33,8 @@ def pytest_collection_finish():
 
 @pytest.fixture
 def rng():
-    """Random numbers of a test's own: those of one generator for a module would differ by the tests that ran before."""
+    """A generator of random numbers for one test. A generator of a whole module would give other numbers if other tests
+    ran before, as they do on several workers."""
     return np.random.default_rng(0)
 
 

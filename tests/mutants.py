@@ -211,9 +211,11 @@ MUTANTS = (
     Mutant("truncation.py", "above < limit, 0, 1)", "above <= limit, 0, 1)", f"{TRUNCATION} -k sorted_reference"),
     Mutant("truncation.py", "kept &= (bits >= least) | (top_p >= 1)", "kept &= (bits > least) | (top_p >= 1)", f"{TRUNCATION} -k sorted_reference"),
     Mutant("attention/_mean.py", "-(1 + jnp.where(p == 0, 0, u)", "-(jnp.where(p == 0, 0, u)", f"{ATTENTION} -k options"),
-    Mutant("attention/_mean.py", "wanted.log_normalizer or wanted.entropy", "wanted.entropy", f"{ATTENTION} -k digits_of_a_small"),
+    Mutant("attention/_mean.py", "if results is Results.OUTPUT:", "if True:", f"{ATTENTION} -k digits_of_a_small"),
+    Mutant("attention/_mean.py", "weighted = tangent_product(", "weighted = product(", f"{ATTENTION} -k of_bfloat16"),
     Mutant("attention/_mean.py", "factor * (part.gap + total * jnp.minimum(fall, FAR))", "factor * (part.gap - total * jnp.minimum(fall, FAR))", f"{ATTENTION} -k options"),
     Mutant("attention/_mean.py", "jnp.where(query < given.query_lengths[:, None, None, None], x, -jnp.inf)", "x", f"{ATTENTION} -k sink"),
+    Mutant("attention/_blocks.py", "return lax.reduce_precision(a, narrow.nexp, narrow.nmant)", "return a", f"{ATTENTION} -k of_bfloat16"),
     Mutant("attention/_blocks.py", "bias = jnp.where(kept, bias, 0)", "bias = 1.0 * bias", f"{ATTENTION} -k left_out"),
 )  # fmt: skip
 

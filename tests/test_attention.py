@@ -15,7 +15,7 @@ from platforms import as_on_accelerators, traced_anew
 
 import jsoftmax as js
 from jsoftmax import attention, verify
-from jsoftmax.attention import _check
+from jsoftmax.attention import _blocks, _check
 from jsoftmax.verify import PHIS
 
 B, T, S, N, K, H = 2, 5, 7, 4, 2, 3
@@ -286,6 +286,8 @@ def test_bad_scores_act_on_their_row_alone():
         assert (of_L(found.log_normalizer) == is_bad).all()
         assert (jnp.isnan(found.output).all(3) == is_bad).all()
         assert (jnp.isnan(found.entropy) == is_bad).all()
+    capped = run(given | {"bias": given["bias"].at[0, 1, 2, 5].set(jnp.nan), "soft_cap": 5.0})
+    assert all((jnp.isnan(a.reshape(B, T, N, -1)).all(3) == is_bad).all() for a in capped)  # not a key less
 
 
 @pytest.mark.parametrize("scale", [5.0, 40.0, 640.0])
@@ -330,6 +332,55 @@ def test_digits_of_a_small_entropy():
         others = np.delete(p, 3, -1)
         wanted = -np.sum(others * np.log(others), -1) - p[..., 3] * np.log1p(-others.sum(-1))
     np.testing.assert_allclose(scanned(*given, 0.9), wanted, rtol=2e-5)
+
+
+def narrow_dot(a, b, axis, precision, dtype=None):
+    """As a GPU computes it by an algorithm with narrow factors. On CPU that has no effect."""
+    if isinstance(precision, jax.lax.DotAlgorithmPreset):
+        a, b = (
+            jax.custom_derivatives.linear_call(
+                lambda _, a: jax.lax.reduce_precision(a, 8, 7), lambda _, cotangent: cotangent, (), a
+            )
+            for a in (a, b)
+        )
+    return DOT(a, b, axis, precision, dtype)
+
+
+DOT = _blocks._dot
+
+
+@pytest.mark.parametrize("scale", [1.25, 10.0, 40.0, 160.0])
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_derivatives_of_bfloat16(scale, accelerator, rng, monkeypatch):
+    """At scores of 5 to 640, where Σ p ẋ v and o Σ p ẋ cancel: within a rounding or two to bfloat16 of the largest
+    entry, and some ulp of float32 of ẋ v  (MATH 14.3)."""
+    q, k, v, q_dot, cotangent = (
+        np.float64(jnp.asarray(rng.normal(size=(1, n, 2, 16)), jnp.bfloat16)) for n in (7, 257, 257, 7, 7)
+    )
+    x, x_dot = (scale * np.einsum("btnh,bsnh->bnts", a, k) for a in (q, q_dot))
+    p = np.exp(x - x.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    o = np.einsum("bnts,bsnh->bnth", p, v)
+    jvp = np.einsum("bnts,bnts,bsnh->bnth", p, x_dot, v) - o * np.sum(p * x_dot, -1, keepdims=True)
+    gap = np.einsum("btnh,bsnh->bnts", cotangent, v) - np.einsum("btnh,bnth->bnt", cotangent, o)[..., None]
+    wanted = {"jvp": jvp, "gradient": scale * np.einsum("bnts,bnts,bsnh->bnth", p, gap, k)}
+
+    def found(*given):
+        q, k, v, q_dot, cotangent = (jnp.asarray(a, jnp.bfloat16) for a in given)
+        f = functools.partial(attention.dot_product_attention, key=k, value=v, scale=scale, block_size=(7, 64))
+        return {"jvp": jax.jvp(f, (q,), (q_dot,))[1], "gradient": jax.vjp(f, q)[1](cotangent)[0]}
+
+    given = q, k, v, q_dot, cotangent
+    if accelerator:
+        monkeypatch.setattr(_blocks, "_dot", narrow_dot)
+        with as_on_accelerators():
+            results = found(*given)
+    else:
+        results = found(*given)
+    largest = 2.0**-23 * scale * 64  # |k| |v| and |q̇| are below 5, and most of their products below 64
+    for mode, want in wanted.items():
+        error = np.max(np.abs(np.float64(np.moveaxis(results[mode], 2, 1)) - want))
+        assert error <= 2.0 ** (-7 if accelerator else -8) * np.max(np.abs(want)) + largest, (mode, error)
 
 
 @pytest.mark.parametrize("block_size", [None, 1])
@@ -426,6 +477,8 @@ WRONG = {
     "values": (ValueError, "value must have the shape of key", {"value": np.zeros((B, S - 1, K, H))}),
     "features": (ValueError, "key must have the batch", {"key": np.zeros((B, S, K, H + 1))}),
     "heads": (ValueError, "query must have a multiple of the heads", {"query": np.zeros((B, T, 3, H))}),
+    "no heads": (ValueError, "query must have a multiple of the heads", {"query": np.zeros((B, T, 0, H))}),
+    "no features": (ValueError, "at least one", {"query": np.zeros((B, T, N, 0)), "key": np.zeros((B, S, K, 0))}),
     "bool bias": (TypeError, "Pass a boolean array as mask", {"bias": np.ones((T, S), bool)}),
     "bias": (ValueError, "bias must broadcast", {"bias": np.zeros((B, S))}),
     "number mask": (TypeError, "mask must be boolean", {"mask": np.ones((T, S))}),

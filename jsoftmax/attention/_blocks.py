@@ -105,6 +105,19 @@ def _dot(a: Array, b: Array, axis: int, precision: Any, dtype: Any = None) -> Ar
     return lax.dot_general(a, b, (((3,), (axis,)), ((0, 1), (0, 1))), precision, preferred_element_type=dtype)
 
 
+def tangent_product(a: Array, b: Array, axis: int, plan: Plan) -> Array:
+    """As `product`, of which a factor is a tangent: that is not narrowed on CPU."""
+    return _dot(a, b, axis, plan.precision if plan.tangent_precision is None else plan.tangent_precision)
+
+
+def rounded_tangent(a: Array, plan: Plan) -> Array:
+    """The tangent as `tangent_product` will take it: rounded to the dtype of narrow factors on GPUs and TPUs."""
+    if plan.tangent_precision is None:
+        return a
+    narrow = jnp.finfo(plan.dtype)
+    return lax.reduce_precision(a, narrow.nexp, narrow.nmant)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _narrow_product(a: Array, b: Array, axis: int, plan: Plan) -> Array:
     return _dot(a.astype(plan.dtype), b.astype(plan.dtype), axis, plan.precision, a.dtype)
@@ -114,9 +127,8 @@ def _narrow_product(a: Array, b: Array, axis: int, plan: Plan) -> Array:
 def _narrow_product_jvp(axis: int, plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """On CPU tangents are not narrowed; neither are, backwards, the sums over blocks."""
     (a, b), (a_dot, b_dot) = primals, without_zeros(tangents)
-    precision = plan.precision if plan.tangent_precision is None else plan.tangent_precision
-    terms = [] if a_dot is None else [_dot(a_dot, b, axis, precision)]
-    terms += [] if b_dot is None else [_dot(a, b_dot, axis, precision)]
+    terms = [] if a_dot is None else [tangent_product(a_dot, b, axis, plan)]
+    terms += [] if b_dot is None else [tangent_product(a, b_dot, axis, plan)]
     return _narrow_product(a, b, axis, plan), sum(terms[1:], terms[0])
 
 
@@ -137,7 +149,7 @@ def block_scores(block: Inputs, place: Place, plan: Plan) -> Array:
     rows = functools.partial(_in_rows, groups=s.shape[2] // plan.queries, queries=plan.queries)
     kept, bias = _kept(block, place, plan), block.bias
     if bias is not None and block.soft_cap is not None:
-        kept = _both(kept, bias > -jnp.inf)  # −∞ leaves a key out under the cap, too
+        kept = _both(kept, bias != -jnp.inf)  # −∞ leaves a key out under the cap, too
         bias = jnp.where(kept, bias, 0)  # where a key is left out the bias may be NaN, and 0 · NaN is NaN
     if bias is not None:
         s = s + rows(bias)

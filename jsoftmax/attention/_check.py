@@ -133,10 +133,15 @@ def _check_shapes(function: str, query: Array, key: Array, value: Array) -> tupl
             f"shape {key.shape}. The axes are [batch, length, heads, features]; repeat keys that are "
             "shared by jnp.broadcast_to."
         )
-    if not key.shape[2] or query.shape[2] % key.shape[2]:
+    if not query.shape[3]:
         raise ValueError(
-            f"{function}: query must have a multiple of the heads of key, {key.shape[2]}; got {query.shape[2]}. The "
-            "heads are the second-to-last axis: swap them with the length if that is there."
+            f"{function}: query and key must have at least one feature; got shape {query.shape}. The axes are [batch, "
+            "length, heads, features]."
+        )
+    if not key.shape[2] or not query.shape[2] or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"{function}: query must have a multiple of the heads of key, {key.shape[2]}, and at least one; got "
+            f"{query.shape[2]}. The heads are the second-to-last axis: swap them with the length if that is there."
         )
     return query, key, value
 

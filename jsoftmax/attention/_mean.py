@@ -1,5 +1,6 @@
 """A mean under p, streamed over the keys, with its one rule (MATH 14.2, 14.3)."""
 
+import enum
 import functools
 from typing import Any, NamedTuple
 
@@ -9,18 +10,27 @@ from jax import lax
 from jaxtyping import Array
 
 from jsoftmax._pytree import jvp_of_live, without_zeros
-from jsoftmax.attention._blocks import Inputs, Place, Plan, block_scores, over_blocks, product
+from jsoftmax.attention._blocks import (
+    Inputs,
+    Place,
+    Plan,
+    block_scores,
+    over_blocks,
+    product,
+    rounded_tangent,
+    tangent_product,
+)
 from jsoftmax.phi import log_phi
 from jsoftmax.sharding import match_varying_axes, pmax, psum
 from jsoftmax.sums import FAR, difference, is_empty, shifted
 
 
-class Wanted(NamedTuple):
-    """Which numbers of each query are wanted beside the output."""
+class Results(enum.Enum):
+    """What is computed of each query. Each one has what those before it have."""
 
-    log_normalizer: bool = False
-    """Without it, log_total is right as a part of p, but a small one lacks digits."""
-    entropy: bool = False
+    OUTPUT = 1
+    LOG_NORMALIZER = 2
+    ENTROPY = 3
 
 
 class Mean(NamedTuple):
@@ -31,8 +41,8 @@ class Mean(NamedTuple):
     peak: Array
     """max x; 0 for an empty row. Derivatives treat it as a constant."""
     log_total: Array
-    """log Σ e^u."""
-    log_normalizer: Array
+    """log Σ e^u. A small one has its digits where the log-normaliser is computed."""
+    log_normalizer: Any = None
     """L = peak + log_total."""
     gap: Any = None
     """Σ p (−u): the entropy is log_total + gap."""
@@ -50,24 +60,25 @@ class Running(NamedTuple):
     """Σ e^u (−u)."""
 
 
-def initial(block: Inputs, wanted: Wanted) -> Running:
+def initial(block: Inputs, results: Results) -> Running:
     """The state before the first key. The zeros are made from the arguments, not from shapes, so that they are sharded
     in the same way."""
     zero = jnp.zeros_like(block.query[..., 0])
     weighted = jnp.zeros_like(block.query, shape=(*zero.shape, block.value.shape[-1]))
-    return Running(zero - jnp.inf, zero - 1, weighted, zero if wanted.entropy else None)
+    return Running(zero - jnp.inf, zero - 1, weighted, zero if results is Results.ENTROPY else None)
 
 
-def of_block(block: Inputs, place: Place, wanted: Wanted, plan: Plan) -> Running:
+def of_block(block: Inputs, place: Place, results: Results, plan: Plan) -> Running:
     """The sums of a block, relative to its own peak.
 
-    The output Σ e^u v / Σ e^u takes 1 + (Σ e^u − 1), which has all digits if the sum is taken as it is. Only a small
-    log Σ e^u needs the digits of Σ e^u − 1, by two sums that are a fifth of the time of the value on CPU.
+    The two sums of `shifted` keep the digits of a small log Σ e^u. The output does not need them, so for it alone there
+    is one sum, which is faster on CPU; XLA drops the other two.
     """
     u, e, rest, peak, _ = shifted(block_scores(block, place, plan), (3,))
-    needs_digits = wanted.log_normalizer or wanted.entropy
-    rest = jnp.where(is_empty(rest), -1, rest)[..., 0] if needs_digits else jnp.sum(e, 3) - 1
-    gap = jnp.sum(e * -jnp.maximum(u, -FAR), 3) if wanted.entropy else None
+    if results is Results.OUTPUT:
+        rest = jnp.sum(e, 3, keepdims=True) - 1
+    rest = jnp.where(is_empty(rest), -1, rest)[..., 0]
+    gap = jnp.sum(e * -jnp.maximum(u, -FAR), 3) if results is Results.ENTROPY else None
     return Running(peak[..., 0], rest, product(e, block.value, 2, plan), gap)
 
 
@@ -133,13 +144,13 @@ def with_sink(part: Running, given: Inputs) -> Running:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def mean(given: Inputs, wanted: Wanted, plan: Plan) -> Mean:
+def mean(given: Inputs, results: Results, plan: Plan) -> Mean:
     """One pass over the keys: the sums of each block, relative to its own peak, are merged."""
 
     def step(block: Inputs, _: Inputs, *, place: Place, known: None, state: Running, plan: Plan) -> Running:
-        return merged(state, of_block(block, place, wanted, plan))
+        return merged(state, of_block(block, place, results, plan))
 
-    start = functools.partial(initial, wanted=wanted)
+    start = functools.partial(initial, results=results)
     blocks = over_blocks(step, (own(given, given, plan), Inputs()), None, start, plan)
     done = with_sink(over_shards(blocks, plan), given)
     empty = jnp.isneginf(done.peak)
@@ -151,7 +162,7 @@ def mean(given: Inputs, wanted: Wanted, plan: Plan) -> Mean:
         done.weighted / (1 + rest)[..., None],
         peak,
         log_total,
-        jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total),
+        None if results is Results.OUTPUT else jnp.where(empty | jnp.isposinf(peak), infinite, peak + log_total),
         None if done.gap is None else done.gap / (1 + rest),
     )
 
@@ -173,17 +184,17 @@ class Rates(NamedTuple):
 
 
 @functools.partial(mean.defjvp, symbolic_zeros=True)
-def _mean_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> tuple[Mean, Mean]:
+def _mean_jvp(results: Results, plan: Plan, primals: Any, tangents: Any) -> tuple[Mean, Mean]:
     """L̇ = Σ p ẋ, (Σ p v)˙ = Σ p (v̇ + ẋ v) − (Σ p v) L̇, gap˙ = −Σ p (1 + u + gap) ẋ  (MATH 14.3)."""
     (given,), dots = primals, without_zeros(tangents[0])
-    out = mean(given, wanted, plan)
+    out = mean(given, results, plan)
     known = match_varying_axes(QueryConstants(out.peak, out.log_total, out.gap), given.key, plan.axis_name)
 
     def step(block: Inputs, dots: Inputs, *, place: Place, known: QueryConstants, state: Rates, plan: Plan) -> Rates:
         return jax.tree.map(jnp.add, state, block_rates(block, dots, place, known, plan))
 
     def start(block: Inputs) -> Rates:
-        zeros = initial(block, wanted)
+        zeros = initial(block, results)
         return Rates(zeros.weighted, jnp.zeros_like(zeros.rest), zeros.gap)
 
     pair = own(given, given, plan), own(dots, given, plan)
@@ -199,7 +210,7 @@ def _mean_jvp(wanted: Wanted, plan: Plan, primals: Any, tangents: Any) -> tuple[
         rates.weighted - out.output * rates.log_total[..., None],
         jnp.zeros_like(out.peak),
         rates.log_total,
-        rates.log_total,
+        None if results is Results.OUTPUT else rates.log_total,
         rates.gap,
     )
 
@@ -224,7 +235,9 @@ def block_rates(block: Inputs, dots: Inputs, place: Place, known: QueryConstants
     """The share of a block in the sums of the rule."""
     x, x_dot = jvp_of_live(lambda block: block_scores(block, place, plan), block, dots._replace(value=None))
     terms = score_terms(x, x_dot, jax.tree.map(lambda a: a[..., None], known))
-    weighted = product(terms.of_log_total, block.value, 2, plan)
+    # One rounding for both sums: beside a p near 1, what they have in common cancels.
+    terms = terms._replace(of_log_total=rounded_tangent(terms.of_log_total, plan))
+    weighted = tangent_product(terms.of_log_total, block.value, 2, plan)
     if dots.value is not None:
         weighted = weighted + product(terms.p, dots.value, 2, plan)
     return Rates(weighted, *(None if a is None else jnp.sum(a, 3) for a in terms[1:]))

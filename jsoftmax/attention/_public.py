@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 
 from jsoftmax.attention import _check
 from jsoftmax.attention._blocks import Inputs, Plan
-from jsoftmax.attention._mean import Mean, Wanted, mean
+from jsoftmax.attention._mean import Mean, Results, mean
 from jsoftmax.checks import arguments
 from jsoftmax.checks.arguments import public
 from jsoftmax.phi import Phi, exp
@@ -120,7 +120,7 @@ def dot_product_attention(
         axis_name=axis_name,
     )
     with_residual = arguments.check_flag("dot_product_attention", "return_residual", return_residual)
-    found = _attend(given, Wanted(log_normalizer=with_residual))
+    found = _attend(given, Results.LOG_NORMALIZER if with_residual else Results.OUTPUT)
     output = given.restore(found.output).astype(given.dtype)
     return (output, given.restore(found.log_normalizer)) if with_residual else output
 
@@ -181,7 +181,7 @@ def attention_statistics(
         block_size=block_size,
         axis_name=axis_name,
     )
-    found = _attend(given, Wanted(log_normalizer=True, entropy=True))
+    found = _attend(given, Results.ENTROPY)
     return AttentionStatistics(
         given.restore(found.output).astype(given.dtype),
         given.restore(found.log_normalizer),
@@ -189,14 +189,14 @@ def attention_statistics(
     )
 
 
-def _attend(given: _check.CheckedArguments, wanted: Wanted) -> Mean:
+def _attend(given: _check.CheckedArguments, results: Results) -> Mean:
     """Compiled by itself, but not where the keys are sharded: JAX traces a rule in `jax.vmap(axis_name=…)` again where
     the name is no longer bound."""
     if given.plan.axis_name is not None:
-        return mean(given.inputs, wanted, given.plan)
-    return _compiled(given.inputs, wanted, given.plan)
+        return mean(given.inputs, results, given.plan)
+    return _compiled(given.inputs, results, given.plan)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _compiled(inputs: Inputs, wanted: Wanted, plan: Plan) -> Mean:
-    return mean(inputs, wanted, plan)
+def _compiled(inputs: Inputs, results: Results, plan: Plan) -> Mean:
+    return mean(inputs, results, plan)
