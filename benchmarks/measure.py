@@ -56,8 +56,8 @@ def interleaved(
     """Medians in ms over interleaved calls of compiled programs, and the ratios of the first to each other one; MiB of
     their temporaries.
 
-    second_call: times the second of two calls in a row, as in a loop of this program. Otherwise the call after a program
-    that has given back a gigabyte also takes the time in which the system clears those pages.
+    second_call: times the second of two calls in a row, as in a loop of this program. Otherwise the call after one that
+    has given back a gigabyte also takes the time in which the system clears those pages.
     """
     programs: dict[str, F] = {name: jax.jit(f).lower(*arguments).compile() for name, f in candidates.items()}
     memory = {name: program.memory_analysis().temp_size_in_bytes / 2**20 for name, program in programs.items()}  # pyright: ignore[reportFunctionMemberAccess]
