@@ -111,7 +111,10 @@ def tangent_product(a: Array, b: Array, axis: int, plan: Plan) -> Array:
 
 
 def rounded_tangent(a: Array, plan: Plan) -> Array:
-    """The tangent as `tangent_product` will take it: rounded to the dtype of narrow factors on GPUs and TPUs."""
+    """The tangent as `tangent_product` will take it: rounded to the dtype of narrow factors on GPUs and TPUs.
+
+    Not by casts there and back, which XLA may drop.
+    """
     if plan.tangent_precision is None:
         return a
     narrow = jnp.finfo(plan.dtype)
