@@ -106,6 +106,13 @@ def key(*_: Any) -> tuple[Any, ...]:
     return (jax.ShapeDtypeStruct((2,), jnp.uint32),)
 
 
+def plain_jensen_shannon(z_p: jax.Array, z_q: jax.Array) -> jax.Array:
+    """Σ p (log p − log m) / 2 + Σ q (log q − log m) / 2, m = (p + q) / 2."""
+    log_p, log_q = jax.nn.log_softmax(z_p), jax.nn.log_softmax(z_q)
+    log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0).astype(log_p.dtype)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_m) + jnp.exp(log_q) * (log_q - log_m), -1) / 2
+
+
 def plain_kl(z_p: jax.Array, z_q: jax.Array) -> jax.Array:
     log_p, log_q = jax.nn.log_softmax(z_p), jax.nn.log_softmax(z_q)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
@@ -141,6 +148,7 @@ CASES = (
     Case("log_normalizer", js.log_normalizer, lambda z: jax.nn.logsumexp(z, -1)),
     Case("entropy", js.entropy, plain_entropy),
     Case("kl_divergence", js.kl_divergence, plain_kl, like_scores),
+    Case("jensen_shannon_divergence", js.jensen_shannon_divergence, plain_jensen_shannon, like_scores),
     Case("softmax, taylor(2)", lambda z: js.softmax(z, phi=js.taylor(2)), plain_taylor),
     Case("cross_entropy", losses.cross_entropy, optax.softmax_cross_entropy_with_integer_labels, labels),
     Case(

@@ -82,6 +82,27 @@ def _far_ratios(p_is_larger: Array, a: Array, beta: Array) -> tuple[Array, Array
 # --- Kullback–Leibler ----------------------------------------------------------------------------------------
 
 
+def _has_no_class(x: Array, L: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    """Whether all classes of a row are left out, as L = −∞ says.
+
+    GPUs ask the scores instead, of rows that they read once: where L is read outside the kernel of a row, XLA computes
+    what leads to it in kernels of its own.
+    """
+    if axis_name is not None or not sums.is_read_once(x, axis):
+        return jnp.isneginf(L)
+
+    def of_scores(x: Array, _: Array) -> Array:
+        return jnp.all(jnp.isneginf(x), axis, keepdims=True)
+
+    return sums.by_platform(x, L, on_gpus=of_scores, otherwise=lambda _, L: jnp.isneginf(L))
+
+
+def _read_again(x: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    """x for a rule, as `sums.read_again` gives it."""
+    again = sums.read_again(x, axis, axis_name)
+    return x if again is None else again
+
+
 def _minus_mean(r: Array, log_p: Array, p: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
     """r − Σ p r, for a class of p > ¾ as (1 − p) r minus the sum over the others, with the digits of 1 − p  (MATH 4.5).
 
@@ -101,15 +122,15 @@ def _kl(x_p: Array, x_q: Array, axis: tuple[int, ...], axis_name: AxisName) -> A
     impossible = jnp.isneginf(x_q)
     D = class_sum(excess(p, log_ratio(log_p, log_q, impossible), q), axis, axis_name)
     infinite = class_sum((impossible & (x_p > -jnp.inf)).astype(D.dtype), axis, axis_name) > 0
-    return jnp.where(jnp.isnan(D), D, jnp.where(jnp.isneginf(L_p), 0, jnp.where(infinite, jnp.inf, D)))
+    D = jnp.where(infinite & ~jnp.isnan(D), jnp.inf, D)
+    return zero_where_not_nan(_has_no_class(x_p, L_p, axis, axis_name), D)
 
 
 @_kl.defjvp
 def _kl_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Ḋ = Σ p (r − Σ p r) ẋ_p + Σ (q − p) ẋ_q  (MATH 6.4). Finite where D is not, because r is 0 where q is."""
     D = _kl(*primals, axis, axis_name)
-    again = [sums.read_again(x, axis, axis_name) for x in primals]
-    x_p, x_q = (x if new is None else new for x, new in zip(primals, again, strict=True))
+    x_p, x_q = (_read_again(x, axis, axis_name) for x in primals)
     x_p_dot, x_q_dot = map(widened, tangents)
     (log_p, p, L_p), (log_q, q, _) = (normalize(x, axis, axis_name) for x in (x_p, x_q))
     impossible = jnp.isneginf(x_q)
@@ -181,9 +202,10 @@ def _jensen_shannon(x_p: Array, x_q: Array, beta: Array, axis: tuple[int, ...], 
 def _jensen_shannon_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Σ β p (r_p − D(p‖m)) ẋ_p + Σ (1 − β) q (r_q − D(q‖m)) ẋ_q + (D(p‖m) − D(q‖m)) β̇  (MATH 6.8)."""
     (x_p, x_q, beta), (x_p_dot, x_q_dot, beta_dot) = primals, without_zeros(tangents)
+    D, rates = _jensen_shannon(x_p, x_q, beta, axis, axis_name), []
+    x_p, x_q = (_read_again(x, axis, axis_name) for x in (x_p, x_q))
     of_both = [normalize(x, axis, axis_name) for x in (x_p, x_q)]
     r = log_ratios_to_mean(of_both[0].p, of_both[1].p, beta, of_both[0].log_p, of_both[1].log_p)
-    D, rates = _jensen_shannon(x_p, x_q, beta, axis, axis_name), []
     for of, r_of, share, dot in zip(of_both, r, (beta, 1 - beta), (x_p_dot, x_q_dot), strict=True):
         if dot is not None:
             centred = _minus_mean(r_of, of.log_p, of.p, axis, axis_name)

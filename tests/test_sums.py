@@ -262,15 +262,19 @@ def _by_every_form(function, dtype, shapes, monkeypatch):
 
 READ_TWICE = {f.__name__: f for f in (js.softmax, js.log_softmax, js.entropy, js.varentropy)}
 READ_TWICE["tsallis_entropy"] = functools.partial(js.tsallis_entropy, alpha=1.5)
+READ_TWICE |= {
+    f.__name__: lambda z, f=f, **options: f(z, z[..., ::-1] / 2, **options)
+    for f in (js.kl_divergence, js.jensen_shannon_divergence)
+}
 
 
 @pytest.mark.parametrize("function", READ_TWICE.values(), ids=READ_TWICE)
 def test_rules_that_read_the_scores_again(function, monkeypatch):
     """On GPUs a rule computes ψ and the sums again: it has the derivatives of the value, with weights and a mask, in a
-    scan too."""
+    row without classes and in a scan too."""
     rng = np.random.default_rng(5)
     z, log_weights = (jnp.asarray(rng.normal(0, 2, shape), np.float32) for shape in ((6, 17), (17,)))
-    where = jnp.arange(17) % 5 > 0
+    where = (jnp.arange(17) % 5 > 0) & (jnp.arange(6)[:, None] != 2)
 
     def total(z, log_weights):
         value = function(1.5 * z, phi=js.taylor(2), where=where, log_weights=log_weights)
@@ -290,9 +294,20 @@ def test_rules_that_read_the_scores_again(function, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.max(np.abs(b)))
 
 
+def test_divergence_of_a_row_without_classes_on_a_gpu(monkeypatch):
+    """Where p has no class, D and its derivatives are 0, though q has classes; a row with a NaN is NaN."""
+    z_p = jnp.array([[-jnp.inf] * 3, [0.0, 1.0, -jnp.inf], [-jnp.inf, -jnp.inf, jnp.nan]])
+    with monkeypatch.context() as patch, as_on_accelerators():
+        patch.setattr(paths, "LARGE", 0)
+        D, pullback = jax.vjp(js.kl_divergence, z_p, jnp.zeros((3, 3)))
+        derivatives = pullback(jnp.ones(3))
+    np.testing.assert_allclose(D[:2], [0, js.kl_divergence(z_p[1], jnp.zeros(3))], rtol=1e-6)
+    assert jnp.isnan(D[2])
+    assert not any(a[0].any() for a in derivatives)
+
+
 COPIED = READ_TWICE | {
     "softmax, taylor(2)": lambda z: js.softmax(z, phi=js.taylor(2)),
-    "kl_divergence": lambda z: js.kl_divergence(z, jnp.flip(z)),
     "cross_entropy": lambda z: losses.cross_entropy(z, jnp.zeros(z.shape[:-1], int)),
 }
 
