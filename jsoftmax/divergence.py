@@ -1,6 +1,7 @@
 """Kullback–Leibler and Jensen–Shannon divergences, for every φ. The heads use its functions of one class too."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from jsoftmax import maps, sums
 from jsoftmax._pytree import without_zeros
 from jsoftmax._series import excess_series, expm1
-from jsoftmax.checks.arguments import Axis, accumulation_dtype, check_option, public, widened
+from jsoftmax.checks.arguments import Axis, accumulation_dtype, option_if_given, public, widened
 from jsoftmax.maps import normalize
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sharding import AxisName
@@ -37,46 +38,49 @@ def log_ratio(log_p: Array, log_q: Array, impossible: Array) -> Array:
     return jnp.where(impossible, 0, jnp.maximum(log_p, -FAR) - jnp.where(impossible, 0, log_q))
 
 
-def log_ratios_to_mean(p: Array, q: Array, beta: Array, log_p: Array, log_q: Array) -> tuple[Array, Array]:
-    """log (p/m) and log (q/m), m = β p + (1 − β) q, exactly 0 where p = q  (MATH 6.8).
+def shares(beta: Array | None) -> tuple[Array | float, Array | float]:
+    """β and 1 − β; ½ and ½ for None, of which the compiler knows more than of an array."""
+    return (0.5, 0.5) if beta is None else (beta, 1 - beta)
+
+
+def log_ratios_to_mean(p: Array, q: Array, beta: Array | None, log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    """log (p/m) and log (q/m), m = β p + (1 − β) q, exactly 0 where p = q  (MATH 6.8). beta: None for ½.
 
     The first is 0 where p is 0, and the second where q is 0. At an end of β, m may be 0 where p or q is positive: then
     the logarithm is 0 too, because β or 1 − β gives its class no weight.
     """
     there = ~(jnp.isneginf(log_p) & jnp.isneginf(log_q))
     delta = jnp.where(there, log_p, 0) - jnp.where(there, log_q, 0)
-    near = jnp.abs(delta) < _NEAR
-    d = jnp.where(near, delta, 0)
-    of_larger, of_smaller = _far_ratios(delta > 0, jnp.where(near, 1, jnp.abs(delta)), beta)
-    r_p = jnp.where(near, -jnp.log1p((1 - beta) * jnp.expm1(-d)), jnp.where(delta > 0, of_larger, of_smaller))
-    r_q = jnp.where(near, -jnp.log1p(beta * jnp.expm1(d)), jnp.where(delta > 0, of_smaller, of_larger))
+    of_p, of_q = shares(beta)
+    r_p, r_q = _log_ratio_to_mean(delta, of_p, of_q), _log_ratio_to_mean(-delta, of_q, of_p)
     return jnp.where((p == 0) | jnp.isinf(r_p), 0, r_p), jnp.where((q == 0) | jnp.isinf(r_q), 0, r_q)
 
 
-def divergence_terms(p: Array, q: Array, beta: Array, log_p: Array, log_q: Array) -> tuple[Array, Array]:
+def _log_ratio_to_mean(delta: Array, own: Array | float, other: Array | float) -> Array:
+    """log (p/m) = −log(own + other e^−δ), δ = log p − log q, own + other = 1  (MATH 6.8)."""
+    bounded = jnp.maximum(delta, -_NO_OVERFLOW)
+    if isinstance(other, float):  # ½: nothing cancels, and own e^δ is nothing beside other where e^−δ would overflow
+        return jnp.where(delta < -_NO_OVERFLOW, delta - math.log(other), -jnp.log1p(other * expm1(-bounded)))
+    cancels, overflows = (delta > _NEAR) & (other > 0.5), (delta < -_NO_OVERFLOW) & (other > 0)
+    far = cancels | overflows
+    e = jnp.exp(-jnp.where(far, jnp.abs(delta), 1))
+    total = jnp.where(cancels, own + other * e, other + own * e)  # where it overflows, over e^−δ
+    lost = cancels & (total < jnp.finfo(delta.dtype).tiny)  # own is nothing, and e^−δ underflows
+    by_log = jnp.where(overflows | lost, delta, 0) - jnp.log(jnp.where(far, jnp.where(lost, other, total), 1))
+    return jnp.where(far, by_log, -jnp.log1p(other * expm1(-jnp.where(far, 0, bounded))))
+
+
+def divergence_terms(p: Array, q: Array, beta: Array | None, log_p: Array, log_q: Array) -> tuple[Array, Array]:
     """The non-negative terms of D(p‖m) and D(q‖m), m = β p + (1 − β) q  (MATH 6.8)."""
     r_p, r_q = log_ratios_to_mean(p, q, beta, log_p, log_q)
-    m = beta * p + (1 - beta) * q
+    of_p, of_q = shares(beta)
+    m = of_p * p + of_q * q
     return excess(p, r_p, m), excess(q, r_q, m)
 
 
 def zero_where_not_nan(left_out: Array, a: Array) -> Array:
     """a, and 0 where it is left out, unless it is NaN."""
     return jnp.where(left_out & ~jnp.isnan(a), 0, a)
-
-
-def _far_ratios(p_is_larger: Array, a: Array, beta: Array) -> tuple[Array, Array]:
-    """log (larger/m) and log (smaller/m), a = |δ|, with log1p where they may be small  (MATH 6.8)."""
-    of_p, of_q = jnp.broadcast_arrays(beta, 1 - beta)
-    w_larger, w_smaller = jnp.where(p_is_larger, of_p, of_q), jnp.where(p_is_larger, of_q, of_p)
-    by_log1p = w_smaller <= 0.5
-    total = jnp.where(by_log1p, 1, w_larger + w_smaller * jnp.exp(-a))
-    lost = total < jnp.finfo(a.dtype).tiny  # where the larger has no weight, and e^−a underflows
-    by_log = jnp.where(lost, a - jnp.log(jnp.where(lost, w_smaller, 1)), -jnp.log(jnp.where(lost, 1, total)))
-    of_larger = jnp.where(by_log1p, -jnp.log1p(jnp.where(by_log1p, w_smaller * jnp.expm1(-a), 0)), by_log)
-    growth = w_larger * jnp.expm1(jnp.minimum(a, _NO_OVERFLOW))
-    small = (growth < 1) & ((a < _NO_OVERFLOW) | (w_larger == 0))
-    return of_larger, jnp.where(small, -jnp.log1p(jnp.where(small, growth, 0)), of_larger - a)
 
 
 # --- Kullback–Leibler ----------------------------------------------------------------------------------------
@@ -181,7 +185,13 @@ def kl_divergence(
 
 
 def _sum_of_divergences(  # noqa: PLR0917  (what two laws with a weight each need)
-    x_p: Array, x_q: Array, beta: Array, w_p: Array | int, w_q: Array | int, axis: tuple[int, ...], axis_name: AxisName
+    x_p: Array,
+    x_q: Array,
+    beta: Array | None,
+    w_p: Array | float,
+    w_q: Array | float,
+    axis: tuple[int, ...],
+    axis_name: AxisName,
 ) -> Array:
     """w_p D(p‖m) + w_q D(q‖m), m = β p + (1 − β) q, of non-negative terms; 0 if no class is left for p or q.
 
@@ -193,9 +203,9 @@ def _sum_of_divergences(  # noqa: PLR0917  (what two laws with a weight each nee
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _jensen_shannon(x_p: Array, x_q: Array, beta: Array, axis: tuple[int, ...], axis_name: AxisName) -> Array:
-    """β D(p‖m) + (1 − β) D(q‖m)  (MATH 6.8)."""
-    return _sum_of_divergences(x_p, x_q, beta, beta, 1 - beta, axis, axis_name)
+def _jensen_shannon(x_p: Array, x_q: Array, beta: Array | None, axis: tuple[int, ...], axis_name: AxisName) -> Array:
+    """β D(p‖m) + (1 − β) D(q‖m)  (MATH 6.8). beta: None for ½."""
+    return _sum_of_divergences(x_p, x_q, beta, *shares(beta), axis, axis_name)
 
 
 @functools.partial(_jensen_shannon.defjvp, symbolic_zeros=True)
@@ -206,7 +216,7 @@ def _jensen_shannon_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any
     x_p, x_q = (_read_again(x, axis, axis_name) for x in (x_p, x_q))
     of_both = [normalize(x, axis, axis_name) for x in (x_p, x_q)]
     r = log_ratios_to_mean(of_both[0].p, of_both[1].p, beta, of_both[0].log_p, of_both[1].log_p)
-    for of, r_of, share, dot in zip(of_both, r, (beta, 1 - beta), (x_p_dot, x_q_dot), strict=True):
+    for of, r_of, share, dot in zip(of_both, r, shares(beta), (x_p_dot, x_q_dot), strict=True):
         if dot is not None:
             centred = _minus_mean(r_of, of.log_p, of.p, axis, axis_name)
             rates.append(share * of.p * centred * widened(dot))
@@ -216,7 +226,7 @@ def _jensen_shannon_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any
         D_dot = class_sum(functools.reduce(jnp.add, rates), axis, axis_name)
         D_dot = jnp.where(empty & ~jnp.isnan(D), 0, D_dot)
     if beta_dot is not None:
-        D_dot = D_dot + _sum_of_divergences(x_p, x_q, beta, 1, -1, axis, axis_name) * beta_dot
+        D_dot = D_dot + _sum_of_divergences(x_p, x_q, beta, 1.0, -1.0, axis, axis_name) * beta_dot
     return D, D_dot
 
 
@@ -256,5 +266,5 @@ def jensen_shannon_divergence(
     """
     function = "jensen_shannon_divergence"
     arguments = maps.check(function, {"z_p": z_p, "z_q": z_q}, axis, where, phi, log_weights, axis_name)
-    share = check_option(function, beta, accumulation_dtype(arguments.dtype), beta=(0.0, 1.0))
+    share = option_if_given(function, beta, accumulation_dtype(arguments.dtype), default=0.5, beta=(0.0, 1.0))
     return maps.reduce_classes(_jensen_shannon, arguments, phi, parameters=(share,))

@@ -156,7 +156,7 @@ def _of_weighted_scores(  # noqa: PLR0917  (as `Arguments` has them)
     where: Array | None,
     log_weights: Array | None,
     phi: Phi,
-    parameters: tuple[Array, ...],
+    parameters: tuple[Array | None, ...],
     reads_again: bool = False,
 ) -> Array:
     def x(z: Array) -> Array:
@@ -171,7 +171,7 @@ def keep_classes(
     f: Callable[..., Array],
     arguments: Arguments,
     phi: Phi,
-    parameters: tuple[Array, ...] = (),
+    parameters: tuple[Array | None, ...] = (),
     *,
     reads_again: bool = False,
 ) -> Array:
@@ -189,7 +189,7 @@ def reduce_classes(
     arguments: Arguments,
     phi: Phi,
     keepdims: bool = False,
-    parameters: tuple[Array, ...] = (),
+    parameters: tuple[Array | None, ...] = (),
     *,
     reads_again: bool = False,
 ) -> Array:

@@ -4,12 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 from compilation import jit_as_user
 
 import jsoftmax as js
 from jsoftmax import heads, verify
+from jsoftmax.divergence import log_ratios_to_mean
 
 NO_SCORES, FLAT = jnp.ones((1, 1)), jnp.zeros((3, 1))
 
@@ -74,6 +76,61 @@ def test_digits_of_far_scores(divergence, beta):
     share = np.float64(np.float32(beta))
     r = -np.log1p(share * (p / q - 1))
     np.testing.assert_allclose(found, (1 - share) * q * (r - np.sum(q * r)), rtol=3e-6, atol=1e-12 * beta)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_logarithms_of_ratios(dtype):
+    """log (p/m), log (q/m) and their derivatives in log p, near and far, have the digits of the dtype."""
+    sizes = np.array([1e-6, 0.1, 0.49, 0.51, 2, 10, 40, 79, 81, 86, *([95] if dtype == np.float32 else [300, 700])])
+    delta = np.array([0, *sizes, *-sizes], dtype)
+    betas = np.array([0.0, 1e-7, 0.25, 0.5, 0.75, 1 - 2.0**-20, 1.0], dtype)
+
+    def ratios(log_p, log_q, beta):
+        return jnp.stack(log_ratios_to_mean(jnp.exp(log_p), jnp.exp(log_q), beta, log_p, log_q))
+
+    def along(log_p, log_q, beta):
+        return jax.jvp(lambda log_p: ratios(log_p, log_q, beta), (log_p,), (jnp.ones_like(log_p),))
+
+    with jax.enable_x64(dtype == np.float64):
+        log_p, log_q = (jnp.minimum(jnp.asarray(a), 0) for a in (delta, -delta))
+        found = jit_as_user(jax.vmap(along, (None, None, 0)))(log_p, log_q, betas)
+        of_half = jit_as_user(functools.partial(along, beta=None))(log_p, log_q)
+        there = jnp.exp(log_p) > 0, jnp.exp(log_q) > 0
+    rows = [(beta, np.stack(found, -1)[i]) for i, beta in enumerate(betas.tolist())]
+    for beta, got in [*rows, (0.5, np.stack(of_half, -1))]:
+        for k, d in enumerate(delta.tolist()):
+            for row, sign in enumerate((1, -1)):
+                with mpmath.workdps(60):
+                    own = mpmath.mpf(beta) if row == 0 else 1 - mpmath.mpf(beta)
+                    other = (1 - own) * mpmath.exp(-sign * mpmath.mpf(d))
+                    want = [-mpmath.log(own + other), sign * other / (own + other)]
+                want = [float(a) * bool(there[row][k]) for a in want]
+                rtol = 32 * np.finfo(dtype).eps  # XLA's log1p and expm1 of float64 lose 20
+                np.testing.assert_allclose(got[row, k], want, rtol, 1e-30, err_msg=f"{beta} {row} {d}")
+
+
+def test_half_is_what_an_array_of_one_half_is():
+    """β = ½ as a number of Python has a formula of its own: value, gradient and Hessian product, near, far and out."""
+    far, very_far = jnp.array([0.0, -30.0, -60.0]), jnp.array([0.0, -300.0, -400.0])
+    rows = (Z, -Z), (Z, Z), (Z, OUT), (OUT, Z), (far, jnp.flip(far)), (very_far, jnp.flip(very_far)), (EMPTY, Z)
+    z_p, z_q = (jnp.stack(z) for z in zip(*rows, strict=True))
+
+    @jit_as_user
+    def of_both(z_p, z_q, beta):
+        def results(beta):
+            def total(*given):
+                return jnp.sum(js.jensen_shannon_divergence(*given, beta=beta))
+
+            gradient, along = jax.grad(total, (0, 1)), tuple(jnp.broadcast_to(z, z_p.shape) for z in (Z, jnp.cos(Z)))
+            return js.jensen_shannon_divergence(z_p, z_q, beta=beta), jax.jvp(gradient, (z_p, z_q), along)
+
+        return results(0.5), results(beta)
+
+    found, want = of_both(z_p, z_q, 0.5)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
+    assert jnp.all(found[0][1] == 0)
+    np.testing.assert_allclose(found[0][5], np.log(2), rtol=1e-6)
 
 
 @BOTH
