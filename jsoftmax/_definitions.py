@@ -367,6 +367,6 @@ SPARSE_MAPS = (
 OTHERS = (
     _without_phi("spherical_z_loss", losses.spherical_z_loss, plain_z_loss, _LABEL, keeps=5),
     _without_phi("mixture_log_softmax", _mixture, plain_mixture, keeps=4, keeps_of_many=6),
-    _without_phi("sink_softmax", sink_softmax, plain_sink, 0.5, keeps=2),
+    _without_phi("sink_softmax", sink_softmax, plain_sink, 0.5, keeps_of_many=2),
 )
 """The other functions that take no φ, or are tested for one φ only."""

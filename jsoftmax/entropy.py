@@ -40,9 +40,10 @@ def _centred_log_p_jvp(  # noqa: PLR0917  (a rule has no keywords)
     """Ḣ = −Σ p c ẋ, ċ = ẋ − Σ p ẋ + Ḣ  (MATH 1.5)."""
     (x, again), (x_dot, _) = primals, tangents
     x_dot = widened(x_dot)
-    out = centred_log_p(x, axis, axis_name, want, order + 1, again)
-    c, x = sums.value_again(lambda x: centred_log_p(x, axis, axis_name, want, order + 1)[0], out[0], x, again)
-    p = normalize(x, axis, axis_name, want, order + 1).p
+    following = sums.next_order(x, order, axis_name)
+    out = centred_log_p(x, axis, axis_name, want, following, again)
+    c, x = sums.value_again(lambda x: centred_log_p(x, axis, axis_name, want, following)[0], out[0], x, again)
+    p = normalize(x, axis, axis_name, want, following).p
     H_dot = -class_sum(p * c * x_dot, axis, axis_name)
     return out, (sums.centred_rate(x, p, x_dot, axis, axis_name) + H_dot, H_dot)
 

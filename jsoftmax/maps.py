@@ -59,19 +59,13 @@ def _normalize_jvp(  # noqa: PLR0917  (a rule has no keywords)
 ) -> tuple[Normalized, Normalized]:
     """l̇ = ẋ − Σ p ẋ, ṗ = p (ẋ − Σ p ẋ), L̇ = Σ p ẋ  (MATH 1.2 to 1.4)."""
     (x, again), (x_dot, _) = primals, tangents
-    out = normalize(x, axis, axis_name, want, order + 1, is_shifted, again)
+    out = normalize(x, axis, axis_name, want, sums.next_order(x, order, axis_name), is_shifted, again)
     x, x_dot = x if again is None else again, widened(x_dot)
     return out, Normalized(
         sums.log_p_rate(x, out.p, x_dot, axis, axis_name, order),
         sums.p_rate(x, out.p, x_dot, axis, axis_name, want, order),
         sums.class_sum(out.p * x_dot, axis, axis_name),
     )
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def zero_where(left_out: Array, a: Array) -> Array:
-    """a, and 0 where a class is left out. It is checkpointed, because the backward pass would keep the zeros too."""
-    return jnp.where(left_out, 0, a)
 
 
 def constant_at_impossible(log_p: Array) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jsoftmax import maps
+from jsoftmax import maps, sums
 from jsoftmax.checks.arguments import (
     SCORES_SHAPE,
     accumulation_dtype,
@@ -77,19 +77,19 @@ class Labelled(NamedTuple):
 
     def scores(self) -> Array:
         """The scores, with 0 in rows that do not count. Such rows may hold NaN, and backwards 0 · NaN would be NaN."""
-        return self.logits if self.rows is None else maps.zero_where(~self.rows[..., None], self.logits)
+        return self.logits if self.rows is None else sums.zero_where(~self.rows[..., None], self.logits)
 
     def targets(self) -> Array:
         """The distributions, with 0 in rows that do not count and on classes that the mask leaves out."""
-        q = self.labels if self.rows is None else maps.zero_where(~self.rows[..., None], self.labels)
-        return q if self.where is None else maps.zero_where(~self.where, q)
+        q = self.labels if self.rows is None else sums.zero_where(~self.rows[..., None], self.labels)
+        return q if self.where is None else sums.zero_where(~self.where, q)
 
     def top(self) -> TopTargets:
         """The `TopTargets`, with mass 0 in rows that do not count."""
         top: TopTargets = self.labels
         if self.rows is None:
             return top
-        return TopTargets(top.indices, maps.zero_where(~self.rows[..., None], top.probabilities), top.tail)
+        return TopTargets(top.indices, sums.zero_where(~self.rows[..., None], top.probabilities), top.tail)
 
     def label(self, axis_name: AxisName = None) -> tuple[Array, Array]:
         """Labels `[..., 1]`, with 0 for those out of range, and whether they are in range. For distributions the labels

@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from jsoftmax import maps
+from jsoftmax import maps, sums
 from jsoftmax._precision import precise
 from jsoftmax._series import log1p_exp
 from jsoftmax.checks.arguments import accumulation_dtype, as_floating, as_scores, check_where, is_int, public
@@ -227,7 +227,7 @@ def _check(  # noqa: PLR0917  (as the public functions have them)
     rows = None if mask is None else jnp.broadcast_to(mask, y.shape).reshape(-1)
     hidden = h.reshape(-1, h.shape[-1]).astype(dtype)
     if rows is not None:
-        hidden = maps.zero_where(~rows[:, None], hidden)  # they may hold anything
+        hidden = sums.zero_where(~rows[:, None], hidden)  # they may hold anything
     log_q = lax.stop_gradient(log_q).astype(dtype)
     log_p = maps.log_p(log_q, (0,))
     draws = categorical(key, log_q, shape=(int(num_samples),))

@@ -18,10 +18,9 @@ from jsoftmax.checks.labels import Labelled, check_labelled, reject_given
 from jsoftmax.checks.top_targets import TopTargets, reject_per_class_options
 from jsoftmax.losses._terms import mean_of_kept, negative_log_p, terms
 from jsoftmax.losses._top import top_row
-from jsoftmax.maps import zero_where
 from jsoftmax.phi import Phi, exp
 from jsoftmax.sharding import AxisName, apply_to_rows, is_label, local_value_at_label, psum
-from jsoftmax.sums import class_sum, not_negative
+from jsoftmax.sums import class_sum, not_negative, zero_where
 
 # --- what losses and heads make of them ----------------------------------------------------------------------
 

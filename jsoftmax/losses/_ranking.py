@@ -6,7 +6,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from jsoftmax import maps
+from jsoftmax import maps, sums
 from jsoftmax._series import log1p_exp
 from jsoftmax.checks.arguments import as_array, one_axis, public, wide_integers
 from jsoftmax.checks.labels import check_logits, check_mask
@@ -89,7 +89,7 @@ def plackett_luce_log_prob(
     if rows is not None:  # rows that are left out may hold anything
         out = ~jnp.expand_dims(rows, at)
         z, chosen = (
-            maps.zero_where(out, z),
+            sums.zero_where(out, z),
             jnp.where(out, lax.broadcasted_iota(chosen.dtype, chosen.shape, at), chosen),
         )
     x = maps.weighted_scores(phi, z, classes, arguments.log_weights)

@@ -68,8 +68,9 @@ def _terms_by_class(x: Array, label: Array, mean: bool) -> Terms:
 def _terms_jvp(axis_name: AxisName, mean: bool, order: int, primals: Any, tangents: Any) -> tuple[Terms, Terms]:
     """Σ p ẋ − ẋ_y, with the coefficient expm1(l_y) at the label; Σ p ẋ; and Σ p ẋ − (1/K) Σ ẋ  (MATH 7.1, 7.2)."""
     (x, label), (x_dot, _) = primals, tangents
-    out = terms(x, label, axis_name, mean, order + 1)
-    p = normalize(x, (x.ndim - 1,), axis_name, "loss", order + 1).p
+    following = sums.next_order(x, order, axis_name)
+    out = terms(x, label, axis_name, mean, following)
+    p = normalize(x, (x.ndim - 1,), axis_name, "loss", following).p
     kept = ~jnp.isneginf(x) if mean else None
     along: Any = functools.partial(_terms_rate, axis_name, axis_name is not None and order > 0)
     given: Any = p, kept, out.label, label, x_dot

@@ -58,6 +58,7 @@ __all__ = [
     "is_read_once",
     "label_rates",
     "log_p_rate",
+    "next_order",
     "normalized",
     "not_below",
     "not_negative",
@@ -66,6 +67,7 @@ __all__ = [
     "shifted",
     "value_again",
     "weighted_deviations",
+    "zero_where",
 ]
 
 
@@ -74,6 +76,12 @@ def has_form_for_cpu(shape: tuple[int, ...]) -> bool:
     long row, which may be one of many under `jax.vmap`."""
     size = math.prod(shape)
     return size >= paths.LARGE or (len(shape) == 1 and size > paths.SHORT)
+
+
+def next_order(x: Array, order: int, axis_name: AxisName = None) -> int:
+    """The order for what the rule of that order calls: one more where a form or an exchange depends on it. For few
+    scores it is 0 again, so that JAX traces the functions of values and rules once."""
+    return 0 if axis_name is None and not has_form_for_cpu(x.shape) else order + 1
 
 
 def _by_form_for_cpu(on_cpu: Callable[..., Any], otherwise: Callable[..., Any], apart: bool, *arrays: Any) -> Any:
@@ -187,8 +195,16 @@ def log_p_rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
     order: int = 0,
 ) -> Array:
     """(log p)˙ along ẋ."""
+    if not cpu.is_large(x):
+        return zero_where(jnp.isneginf(x), centred_rate(x, p, x_dot, axis, axis_name))
     on_cpu = functools.partial(cpu.log_p_rate, order=order)
     return _rate(on_cpu, reference.log_p_rate, long_rows.log_p_rate, x, p, x_dot, axis, axis_name)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def zero_where(left_out: Array, a: Array) -> Array:
+    """a, and 0 where a class is left out. It is checkpointed, because the backward pass would keep the zeros too."""
+    return jnp.where(left_out, 0, a)
 
 
 _ROW_KERNEL_CLASSES = 16384
@@ -249,22 +265,23 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
 ) -> Array:
     """A derivative along ẋ.
 
-    It is checkpointed. For few scores, x alone is kept for the backward pass; for many, x and p, because the form for
+    It is checkpointed. For few scores p alone is kept for the backward pass; for many, x and p, because the form for
     CPU reads p and the others read x. From an x of `read_again` GPUs compute e^u again, in one kernel with the
     derivative.
     """
-    of_many = cpu.is_large(x) and axis_name is None
-    in_parts = of_many and _is_long(x.shape, axis)
+    in_parts = axis_name is None and is_read_in_parts(x, axis)
 
-    def recomputed(x: Array, _: Array, x_dot: Array) -> Array:
-        return otherwise(x, x_dot, axis, axis_name, of_many)
+    def recomputed(x: Array, p: Array, x_dot: Array) -> Array:
+        if axis_name is None:
+            p = reference.probabilities(x, axis, True)
+        return otherwise(x, p, x_dot, axis, axis_name)
 
     def on_gpus(x: Array, p: Array, x_dot: Array) -> Array:
         return of_long_rows(x, x_dot, axis) if in_parts else recomputed(x, p, x_dot)
 
     def along(x: Array, p: Array, x_dot: Array) -> Array:
         if not cpu.is_large(x):
-            return recomputed(x, p, x_dot)
+            return otherwise(x, p, x_dot, axis, axis_name)
         own = functools.partial(on_cpu, axis=axis, axis_name=axis_name)
         return by_platform(x, p, x_dot, on_cpu=own, on_gpus=on_gpus, otherwise=recomputed)
 

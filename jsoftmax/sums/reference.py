@@ -183,8 +183,8 @@ def minus_mean(a: Array, p: Array, axis: tuple[int, ...]) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def probabilities(x: Array, axis: tuple[int, ...], in_one_sum: bool) -> Array:
-    """p, as the rules below use it. Its derivative is one of them, so that a GPU reads a row once for derivatives of
-    them, too.
+    """p for the rules below, computed from x again. Its derivative is one of them, so that a GPU reads a row once for
+    derivatives of them, too.
     """
     return normalized(x, axis, None, in_one_sum).p
 
@@ -192,7 +192,8 @@ def probabilities(x: Array, axis: tuple[int, ...], in_one_sum: bool) -> Array:
 @probabilities.defjvp
 def _probabilities_jvp(axis: tuple[int, ...], in_one_sum: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x,), (x_dot,) = primals, tangents
-    return probabilities(x, axis, in_one_sum), p_rate(x, widened(x_dot), axis, None, in_one_sum)
+    p = probabilities(x, axis, in_one_sum)
+    return p, p_rate(x, p, widened(x_dot), axis)
 
 
 def _sharded_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName) -> tuple[Array, Array, Array]:
@@ -204,18 +205,14 @@ def _sharded_rate(x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: Axis
     return x_dot - class_sum(e * x_dot, axis, axis_name) / (1 + rest), e, 1 + rest
 
 
-def centred_rate(
-    x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None, in_one_sum: bool = False
-) -> Array:
+def centred_rate(x: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """ẋ − Σ p ẋ."""
     if axis_name is not None:
         return _sharded_rate(x, x_dot, axis, axis_name)[0]
-    return minus_mean(x_dot, probabilities(x, axis, in_one_sum), axis)
+    return minus_mean(x_dot, p, axis)
 
 
-def p_rate(
-    x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None, in_one_sum: bool = False
-) -> Array:
+def p_rate(x: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """ṗ = p (ẋ − Σ p ẋ)  (MATH 1.2).
 
     In a row with a class of p > ¾, ẋ is taken relative to that of this class, as in `minus_mean`.
@@ -223,7 +220,6 @@ def p_rate(
     if axis_name is not None:
         difference, e, total = _sharded_rate(x, x_dot, axis, axis_name)
         return e * difference / total
-    p = probabilities(x, axis, in_one_sum)
     is_top = p > SURE
     of_top, of_others = class_sum(jnp.where(is_top, x_dot, 0), axis), jnp.where(is_top, 0, p)
     # not of_others (ẋ − ẋ_top): in this form XLA for GPUs makes one kernel of its derivatives, too
@@ -231,11 +227,9 @@ def p_rate(
     return w - p * class_sum(w, axis)
 
 
-def log_p_rate(
-    x: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None, in_one_sum: bool = False
-) -> Array:
+def log_p_rate(x: Array, p: Array, x_dot: Array, axis: tuple[int, ...], axis_name: AxisName = None) -> Array:
     """l̇ = ẋ − Σ p ẋ, 0 where a class is left out  (MATH 1.4)."""
-    return jnp.where(jnp.isneginf(x), 0, centred_rate(x, x_dot, axis, axis_name, in_one_sum))
+    return jnp.where(jnp.isneginf(x), 0, centred_rate(x, p, x_dot, axis, axis_name))
 
 
 def weighted_deviations(w: Array, x_dot: Array, axis: tuple[int, ...]) -> Array:

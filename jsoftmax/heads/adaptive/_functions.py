@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from jsoftmax import maps
+from jsoftmax import maps, sums
 from jsoftmax.checks.arguments import check_where, public
 from jsoftmax.checks.labels import check_ignore_label, in_range
 from jsoftmax.checks.matrices import check_row_labels
@@ -30,7 +30,7 @@ def row_log_prob(  # noqa: PLR0917  (as its caller has them)
     """log p of the labels `[rows]`. dtype: that of the factors of products on GPUs and TPUs."""
     *starts, classes = params.cutoffs
     if where is not None:  # rows left out may hold anything
-        hidden, labels = maps.zero_where(~where[:, None], hidden), jnp.where(where, labels, 0)
+        hidden, labels = sums.zero_where(~where[:, None], hidden), jnp.where(where, labels, 0)
     known, valid = in_range(labels, classes)
     kept = valid if where is None else valid & where
     cluster = sum(((labels >= start).astype(jnp.int32) for start in starts), jnp.zeros(labels.shape, jnp.int32))
@@ -53,7 +53,7 @@ def _loss_in_blocks(params: AdaptiveParams, phi: Phi, hidden: Array, rows: Rows)
     if count and loss.size:
         layout = _blocks.lay_out(rows.tail, count, _blocks.block_length(loss.size))
         inside = jnp.where(layout.taken, rows.inside[layout.row], 0)
-        of_blocks = maps.zero_where(~layout.taken[..., None], hidden[layout.row])
+        of_blocks = sums.zero_where(~layout.taken[..., None], hidden[layout.row])
         by_block = jnp.zeros(layout.row.shape, loss.dtype)
         for i, (projection, weight) in enumerate(params.tails):
             active = layout.group == i

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jsoftmax import maps
+from jsoftmax import maps, sums
 from jsoftmax._loops import cut
 from jsoftmax._precision import precise
 from jsoftmax.checks.arguments import accumulation_dtype, as_floating
@@ -73,7 +73,7 @@ def map_selected(f: Callable[..., Any], wanted: Array, *rows: Array) -> Any:
     layout = lay_out(jnp.where(wanted, 0, 1), 1, block_length(wanted.shape[0]))
 
     def place(a: Array) -> Array:
-        return maps.zero_where(~layout.taken.reshape(*layout.taken.shape, *[1] * (a.ndim - 1)), a[layout.row])
+        return sums.zero_where(~layout.taken.reshape(*layout.taken.shape, *[1] * (a.ndim - 1)), a[layout.row])
 
     def skip(*given: Array) -> Any:
         zeros = [jnp.zeros_like(a, jnp.int32, shape=()) for a in given]  # sharded as the rows are

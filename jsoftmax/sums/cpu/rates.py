@@ -1,4 +1,4 @@
-"""Derivatives of the sums of a large array. They read p, where the reference reads x alone (benchmarks/NOTES.md)."""
+"""Derivatives of the sums of a large array (benchmarks/NOTES.md)."""
 
 import jax.numpy as jnp
 from jax import lax
