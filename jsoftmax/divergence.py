@@ -43,6 +43,11 @@ def shares(beta: Array | None) -> tuple[Array | float, Array | float]:
     return (0.5, 0.5) if beta is None else (beta, 1 - beta)
 
 
+def share_or_nan(beta: Array) -> Array:
+    """β, and NaN for a traced β that is out of [0, 1]."""
+    return jnp.where((beta >= 0) & (beta <= 1), beta, jnp.nan)
+
+
 def log_ratios_to_mean(p: Array, q: Array, beta: Array | None, log_p: Array, log_q: Array) -> tuple[Array, Array]:
     """log (p/m) and log (q/m), m = β p + (1 − β) q, exactly 0 where p = q  (MATH 6.8). beta: None for ½.
 
@@ -218,7 +223,8 @@ def _jensen_shannon_jvp(axis: tuple[int, ...], axis_name: AxisName, primals: Any
     r = log_ratios_to_mean(of_both[0].p, of_both[1].p, beta, of_both[0].log_p, of_both[1].log_p)
     for of, r_of, share, dot in zip(of_both, r, shares(beta), (x_p_dot, x_q_dot), strict=True):
         if dot is not None:
-            centred = _minus_mean(r_of, of.log_p, of.p, axis, axis_name)
+            # NaN also for a law without classes beside one that is NaN
+            centred = jnp.where(jnp.isnan(D), jnp.nan, _minus_mean(r_of, of.log_p, of.p, axis, axis_name))
             rates.append(share * of.p * centred * widened(dot))
     D_dot = jnp.zeros_like(D)
     if rates:
@@ -252,7 +258,7 @@ def jensen_shannon_divergence(
 
     Args:
       z_p, z_q, axis, where, phi, log_weights, axis_name: as in `kl_divergence`.
-      beta: β in [0, 1], one number, which may be traced. Differentiable.
+      beta: β in [0, 1], one number, which may be traced. Differentiable. A traced one out of range gives NaN.
     Returns: `[...]` in [0, log 2], in the scores' common dtype, but float32 for narrower ones. D and its derivatives
       are finite where p or q is 0; at an end of β, the derivative in β leaves out the classes where only one of p and q
       is 0. Small divergences keep their digits, and equal scores give 0. Derivatives do not keep theirs where p and q
@@ -267,4 +273,5 @@ def jensen_shannon_divergence(
     function = "jensen_shannon_divergence"
     arguments = maps.check(function, {"z_p": z_p, "z_q": z_q}, axis, where, phi, log_weights, axis_name)
     share = option_if_given(function, beta, accumulation_dtype(arguments.dtype), default=0.5, beta=(0.0, 1.0))
+    share = None if share is None else share_or_nan(share)
     return maps.reduce_classes(_jensen_shannon, arguments, phi, parameters=(share,))

@@ -147,6 +147,22 @@ def test_ends(divergence, beta):
 
 
 @BOTH
+def test_a_law_without_classes_beside_one_that_is_nan(divergence):
+    """Everything is NaN, the derivatives in the scores of the former, too."""
+    for z_q in (Z.at[0].set(jnp.nan), Z.at[0].set(jnp.inf)):
+        for given in ((EMPTY, z_q, 0.25), (z_q, EMPTY, 0.25)):
+            value, gradients = derivatives(divergence)(*given)
+            assert jnp.isnan(value)
+            assert jnp.all(jnp.isnan(jnp.hstack(gradients[:2]))), gradients
+
+
+@BOTH
+def test_a_traced_beta_out_of_range_gives_nan(divergence):
+    for beta in (-0.5, 1.5):
+        assert jnp.isnan(derivatives(divergence)(Z, -Z, beta)[0])
+
+
+@BOTH
 def test_impossible_classes(divergence):
     """A class of one of them alone adds a finite number; no class left: 0; NaN and +inf: NaN."""
     p, q = np.float64(jax.nn.softmax(Z)), np.float64(jax.nn.softmax(OUT))

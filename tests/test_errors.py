@@ -57,6 +57,15 @@ WRONG = [  # call, error, what the message says
     ),
     (js.softplus, TypeError, "softplus: z must be an array", "got none", "pass it as phi=…"),
     (js.taylor(2), TypeError, "taylor(2): z must be an array", "a φ already: pass it as phi=…"),
+    *(
+        (lambda f=f: f(Z.astype(jnp.float8_e4m3fn)), TypeError, f"{name} must have a dtype with inf", ".astype(jnp.bfl")
+        for name, f in {
+            "softmax: z": js.softmax,
+            "kl_divergence: z_p": lambda z: js.kl_divergence(z, z),
+            "cross_entropy: logits": lambda z: losses.cross_entropy(z, jnp.zeros(2, int)),
+            "linear_log_normalizer: hidden": lambda z: heads.linear_log_normalizer(z, z),
+        }.items()
+    ),
     (lambda: raw(js.entropy)(Z, js.softplus), TypeError, "entropy: axis must be", "Pass a φ by keyword: phi=…"),
     (
         lambda: raw(js.softmax_jacobian)(Z, js.taylor(2)),

@@ -67,7 +67,8 @@ def dot_product_attention(
       value: `[B, S, K, H']` or `[S, K, H']`, H' = H or not.
       bias: added to the scores; it broadcasts to `[B, N, T, S]`, and missing axes are added in front. Differentiable.
         −inf leaves a key out.
-      mask: bool, of such a shape; False leaves a key out.
+      mask: bool, of such a shape; False leaves a key out. Its numbers must be finite, else the gradients by query and
+        key are NaN; for padding, which may hold anything, give lengths.
       scale: a factor of q·k, one number; differentiable. None: 1/√H.
       is_causal: whether query t sees only the keys up to position t. Blocks of which it sees none are skipped.
       query_seq_lengths: integers `[B]`: queries beyond them have output 0.

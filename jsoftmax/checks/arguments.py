@@ -139,12 +139,22 @@ def as_scores(function: str, argument: str, z: Any) -> jax.Array:
     """`z` as a floating-point array; integers and booleans promote as in `jax.nn.softmax`."""
     array = as_array(function, argument, z)
     if jnp.issubdtype(array.dtype, jnp.floating):
-        return array
+        return _with_infinity(function, argument, array)
     if jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_:
         return array.astype(jnp.result_type(float))
     raise TypeError(
         f"{function}: {argument} must be real (floating point, or integers, which promote); got dtype {array.dtype}. "
         "Pass real scores, e.g. jnp.real(z) or jnp.abs(z)."
+    )
+
+
+def _with_infinity(function: str, argument: str, array: jax.Array) -> jax.Array:
+    """The array, if its dtype has −∞, by which a class is left out. Some dtypes of 8 and 4 bits have not."""
+    if array.dtype.itemsize > 1 or np.isinf(np.array(-np.inf).astype(array.dtype)):
+        return array
+    raise TypeError(
+        f"{function}: {argument} must have a dtype with infinities, since −inf leaves a class out; got {array.dtype}. "
+        f"Widen it first: {argument}.astype(jnp.bfloat16)."
     )
 
 
@@ -346,7 +356,7 @@ def as_floating(function: str, argument: str, value: Any, way_out: str, wanted: 
     """`value` as an array of a floating dtype. Integers are rejected, because they are often another argument."""
     array = as_array(function, argument, value)
     if jnp.issubdtype(array.dtype, jnp.floating):
-        return array
+        return _with_infinity(function, argument, array)
     raise TypeError(f"{function}: {argument} must be {wanted}; got dtype {array.dtype}. {way_out}")
 
 

@@ -10,7 +10,14 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jsoftmax._pytree import jvp_of_live, without_zeros
 from jsoftmax.checks.arguments import check_option, public
-from jsoftmax.divergence import divergence_terms, excess, log_ratio, log_ratios_to_mean, zero_where_not_nan
+from jsoftmax.divergence import (
+    divergence_terms,
+    excess,
+    log_ratio,
+    log_ratios_to_mean,
+    share_or_nan,
+    zero_where_not_nan,
+)
 from jsoftmax.heads import _check
 from jsoftmax.heads._head import Head, Heads, Plan, block_scores, map_shards, scan_classes
 from jsoftmax.heads._statistics import Extras, statistics
@@ -262,7 +269,7 @@ def linear_jsd(  # noqa: PLR0917  (two heads, each by position as in `linear_cro
     Args:
       hidden_p, weight_p, hidden_q, weight_q, bias_p, bias_q, phi, soft_cap, temperature, where, log_weights, banned,
         block_size, precision, axis_name, shards: as in `linear_kl`, with as many passes and products.
-      beta: β in [0, 1], one number, which may be traced. Differentiable.
+      beta: β in [0, 1], one number, which may be traced. Differentiable. A traced one out of range gives NaN.
     Returns: `[...]` in [0, log 2], float32 at least; edges as in `jensen_shannon_divergence`.
     Raises: as `linear_kl`.
     Source: Lin 1991, equation 5.1 (weights β, 1 − β); Agarwal et al. 2024 (distillation).
@@ -284,5 +291,5 @@ def linear_jsd(  # noqa: PLR0917  (two heads, each by position as in `linear_cro
         "shards": shards,
     }
     given, heads, plan = _check_both(function, (hidden_p, weight_p, bias_p), (hidden_q, weight_q, bias_q), options)
-    b = check_option(function, beta, heads[0].hidden.dtype, beta=(0.0, 1.0))
+    b = share_or_nan(check_option(function, beta, heads[0].hidden.dtype, beta=(0.0, 1.0)))
     return given.restore(map_shards(jensen_shannon, (*heads, b), plan))
