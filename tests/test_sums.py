@@ -14,7 +14,7 @@ from compilation import jit_as_user
 from platforms import as_on_accelerators, traced_anew
 
 import jsoftmax as js
-from jsoftmax import losses, sums
+from jsoftmax import losses, maps, sums
 from jsoftmax.sums import cpu, long_rows, reference
 from jsoftmax.sums.cpu import paths
 from jsoftmax.verify import DERIVATIVES, FUNCTIONS, LOSSES, jit_formulas
@@ -124,9 +124,14 @@ def tangents(f, x, axis):
 
 
 def of_reference(name, in_one_sum=False):
-    """A rule of the reference, from x alone."""
+    """A rule of the reference, with p as many scores or as few compute it."""
     rule = getattr(reference, name)
-    return lambda x, x_dot, axis: rule(x, reference.probabilities(x, axis, in_one_sum), x_dot, axis)
+
+    def of_scores(x, x_dot, axis):
+        p = reference.probabilities(x, axis) if in_one_sum else maps.normalize(x, axis).p
+        return rule(x, p, x_dot, axis)
+
+    return of_scores
 
 
 @pytest.mark.parametrize("name", ["p_rate", "log_p_rate", "centred_rate"])

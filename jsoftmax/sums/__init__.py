@@ -273,7 +273,7 @@ def _rate(  # noqa: PLR0917  (as rules, which have no keywords, call them)
 
     def recomputed(x: Array, p: Array, x_dot: Array) -> Array:
         if axis_name is None:
-            p = reference.probabilities(x, axis, True)
+            p = reference.probabilities(x, axis)
         return otherwise(x, p, x_dot, axis, axis_name)
 
     def on_gpus(x: Array, p: Array, x_dot: Array) -> Array:

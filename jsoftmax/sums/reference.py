@@ -181,18 +181,18 @@ def minus_mean(a: Array, p: Array, axis: tuple[int, ...]) -> Array:
     return a - class_sum(p * a, axis)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def probabilities(x: Array, axis: tuple[int, ...], in_one_sum: bool) -> Array:
-    """p for the rules below, computed from x again. Its derivative is one of them, so that a GPU reads a row once for
-    derivatives of them, too.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def probabilities(x: Array, axis: tuple[int, ...]) -> Array:
+    """p for the rules below, computed from many scores again, in one sum. Its derivative is one of them, so that a GPU
+    reads a row once for derivatives of them, too.
     """
-    return normalized(x, axis, None, in_one_sum).p
+    return normalized(x, axis, in_one_sum=True).p
 
 
 @probabilities.defjvp
-def _probabilities_jvp(axis: tuple[int, ...], in_one_sum: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _probabilities_jvp(axis: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x,), (x_dot,) = primals, tangents
-    p = probabilities(x, axis, in_one_sum)
+    p = probabilities(x, axis)
     return p, p_rate(x, p, widened(x_dot), axis)
 
 
