@@ -17,9 +17,10 @@ def covering(*lists, met=()):
     several do, the one that is in the fewest rows.
 
     Args:
-      lists: lists of anything.
+      lists: lists of anything; of a dict its keys.
       met: pairs of lists, by their numbers, whose items meet in other tests. Here each of their items is in some row.
     """
+    lists = [list(items) for items in lists]
     counts = [range(len(items)) for items in lists]
     return [_row(lists, row) for row in _covering(counts, met)]
 

@@ -31,6 +31,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    """The same at the end: pytest would collect five times what its process gives back as a whole a moment later."""
+    gc.freeze()
+
+
 @pytest.fixture
 def rng():
     """A generator of random numbers for one test. A generator of a whole module would give other numbers if other tests

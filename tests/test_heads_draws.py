@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sharding
-from cells import and_full, some
+from cells import and_full, covering, some
 from jax.sharding import PartitionSpec
 from modes import assert_same
 
@@ -101,8 +101,9 @@ def test_blocks_do_not_change_draws(replace):
     np.testing.assert_array_equal(drawn[0], drawn[2])
 
 
-LAWS = and_full([("both", "all", False), ("none", "plain", True)], itertools.product(CUTS, OPTIONS, [True, False]))
-"""By default the law with everything and the one without; each way to draw has a derivative of its own."""
+LAWS = and_full([("both", "all", False), ("none", "plain", True)], covering(CUTS, OPTIONS, [True, False]))
+"""By default the law with everything and the one without; each way to draw has a derivative of its own. In the gate
+every two items meet."""
 
 
 @pytest.mark.parametrize(("cuts", "options", "replace"), LAWS)
@@ -271,7 +272,7 @@ WAYS = ("shard_map", "shard_map without check_vma", "vmap", "shards")
 
 @pytest.mark.parametrize(
     ("cuts", "way", "replace"),
-    and_full([("both", "shard_map", False), ("none", "shards", True)], itertools.product(CUTS, WAYS, [True, False])),
+    and_full([("both", "shard_map", False), ("none", "shards", True)], covering(CUTS, WAYS, [True, False])),
 )
 def test_shards(cuts, way, replace):
     """Classes, log-probabilities and gradients of shards of whole chunks."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cells import and_full, product, some
+from cells import and_full, covering, product, some
 from modes import strict_promotion
 
 import jsoftmax as js
@@ -84,7 +84,7 @@ def assert_same(f, g, z, rtol=1e-11):
 
 OF_OPTIONS = and_full(
     [("prior", js.softplus), ("rows", js.spherical(0.1)), ("all", js.exp)],
-    itertools.product(OPTIONS, [js.exp, js.spherical(0.1), js.softplus]),
+    covering(OPTIONS, [js.exp, js.spherical(0.1), js.softplus], met=[(0, 1)]),
 )
 """By default each option in some row. One option alone is met in the gate."""
 
@@ -376,8 +376,9 @@ TERMS = {  # the loss of one class, of n = −log p
 
 OF_FACTORS = and_full(
     [("focal", "weights"), ("focal, gamma", "prior"), ("poly, epsilon", "rows")],
-    itertools.product(TERMS, ["plain", "prior", "weights", "classes", "rows", "ignored"]),
+    covering(TERMS, ["plain", "prior", "weights", "classes", "rows", "ignored"], met=[(0, 1)]),
 )
+"""In the gate each term and each option: the terms know of n and of the factors alone."""
 
 
 @pytest.mark.parametrize(("terms", "name"), OF_FACTORS)
