@@ -117,7 +117,10 @@ FEW_PHIS = (js.spherical(0.1),)
 """Attention takes φ by its logarithm, as everything does. This one has a parameter; exp is met below."""
 
 
-@pytest.mark.parametrize("phi", some(PHIS, FEW_PHIS), ids=str)
+WITH_PARAMETERS = [phi for phi in PHIS if jax.tree.leaves(phi)]
+
+
+@pytest.mark.parametrize("phi", some([*WITH_PARAMETERS, js.softplus], FEW_PHIS), ids=str)
 def test_every_phi(phi):
     with jax.enable_x64(True):
         given = arrays(bias="none", sink=phi is js.softplus)

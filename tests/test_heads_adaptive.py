@@ -175,10 +175,10 @@ def in_all_modes(params, h, labels, phi=js.exp, **options):
     return value, jax.jvp(lambda *a: total(*a)[1], (params, h), along)[1], gradient, hvp
 
 
-@pytest.mark.parametrize("dtype", some(["float32", "bfloat16"], ["bfloat16"]))
-def test_as_on_accelerators(dtype, monkeypatch):
-    """Tails of none, few or all rows are what blocks of rows are, in derivatives too: to the digits of the dtype. One
-    program takes all labels. By default in the dtype that needs the more casts."""
+def test_as_on_accelerators(monkeypatch):
+    """Tails of none, few or all rows are what blocks of rows are, in derivatives too: to the digits of the dtype, here
+    the one that needs the more casts. One program takes all labels."""
+    dtype = "bfloat16"
     given = make(dtype), jnp.asarray(H, dtype)
     mixed = {name: jnp.asarray(a, jnp.int32).at[3].set(-100).at[4].set(CLASSES) for name, a in MIXED.items()}
 
@@ -190,11 +190,10 @@ def test_as_on_accelerators(dtype, monkeypatch):
     monkeypatch.setattr(_streamed, "_SCORES", ROWS * 5)  # several blocks of classes
     with as_on_accelerators():
         found = of_each()
-    tolerance = 1e-5 if dtype == "float32" else 0.03
     for name in MIXED:
         for got, want in zip(jax.tree.leaves(found[name]), jax.tree.leaves(wanted[name]), strict=True):
             scale = np.nanmax(np.abs(np.float32(want)))
-            np.testing.assert_allclose(np.float32(got), np.float32(want), tolerance, tolerance * scale, err_msg=name)
+            np.testing.assert_allclose(np.float32(got), np.float32(want), 0.03, 0.03 * scale, err_msg=name)
 
 
 def test_shapes_and_batches():

@@ -272,7 +272,9 @@ WAYS = ("shard_map", "shard_map without check_vma", "vmap", "shards")
 
 @pytest.mark.parametrize(
     ("cuts", "way", "replace"),
-    and_full([("both", "shard_map", False), ("none", "shards", True)], covering(CUTS, WAYS, [True, False])),
+    and_full(
+        [("both", "shard_map", False), ("none", "shards", True)], covering(CUTS, WAYS, [True, False], met=[(0, 1)])
+    ),
 )
 def test_shards(cuts, way, replace):
     """Classes, log-probabilities and gradients of shards of whole chunks."""

@@ -59,6 +59,7 @@ THIRD = [f for f in EVERY if f.orders == 4 and f.third_by_autodiff]
 FEW_THIRD = named(THIRD, ("entropy", "kl_divergence", "softmax", "log_softmax", "log_normalizer"))
 """The third derivatives of the others are autodiff's of the sums and rules of these."""
 OF_THIRD = and_full(covering(FEW_THIRD, PHIS, met=[(0, 1)]), covering(THIRD, PHIS, met=[(0, 1)]))
+OF_AUTODIFF = [pytest.param(*row, marks=pytest.mark.full) for row in covering(EVERY, PHIS, met=[(0, 1)])]
 
 
 @pytest.mark.parametrize(("function", "phi"), OF_THIRD, ids=str)
@@ -67,8 +68,16 @@ def test_third_derivatives(function, phi):
     assert not missed(function, [phi], np.float64)
 
 
-# Every pair of function and φ in both dtypes: `python -m jsoftmax verify`; all orders, and autodiff: `verify --all`,
-# which the gate runs.
+@pytest.mark.parametrize(("function", "phi"), OF_AUTODIFF, ids=str)
+def test_autodiff(function, phi):
+    """Jacobian and Hessian, and a third derivative, against `jax.jacrev` and `jax.hessian` of the plain definition:
+    each function and each φ."""
+    errors = verify.against_autodiff(function, phi)
+    assert all(e <= t for e, t in zip(errors, verify.tolerances(function, np.float64), strict=False)), errors
+
+
+# Every pair of function and φ in both dtypes: `python -m jsoftmax verify`, which the gate runs. All orders, and
+# autodiff of every pair: `verify --all`, which the forge runs beside it.
 
 
 OF_SURE = (

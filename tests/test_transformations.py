@@ -173,7 +173,7 @@ def test_checkpointed_bodies_keep_rules_at_order_two_in_a_scan():
     np.testing.assert_allclose(jax.jvp(jax.grad(h), (x,), (1.0,))[1] / jnp.sin(x), 49, rtol=1e-5)
 
 
-@pytest.mark.parametrize("classes", some([3, 60, 300, 1000, 4500], [3]))
+@pytest.mark.parametrize("classes", some([3, 300, 4500], [3]))
 def test_left_out_in_a_scan(classes):
     """A class with a score of −inf at order 2 in a scan, where JAX may differentiate the bodies of functions: the
     results are those without the scan. By default of one length, since all of them take the same rules."""
