@@ -468,7 +468,7 @@ def test_one_draw_as_on_accelerators():
     assert chi_square(drawn, p) < 4
 
 
-@pytest.mark.full  # By default the shapes of batches, below, and those of the losses, above.
+@pytest.mark.full  # By default those of the losses, above.
 def test_shapes_of_top_k_and_draws():
     params, h = make(), jnp.asarray(H, jnp.float32)
     for rows in (0, 1, 17):
@@ -482,6 +482,7 @@ def test_shapes_of_top_k_and_draws():
     assert adaptive.categorical(jax.random.PRNGKey(0), params, h[0]).shape == ()
 
 
+@pytest.mark.full  # Batches are made rows in one place for all functions; those of the losses are above.
 def test_batches_of_top_k_and_draws():
     """As of rows, mapped over and in a loop, too."""
 
@@ -544,7 +545,7 @@ def test_derivatives_of_rows_on_several_devices():
     sharding.assert_close(results(sharded), results(top), 1e-4)
 
 
-@pytest.mark.full  # Rows are independent of each other, as the batches above show.
+@pytest.mark.full  # Rows are independent of each other, as the batches of the losses show.
 @pytest.mark.parametrize("replace", [True, False])
 def test_rows_on_several_devices(replace):
     """Top k and draws of rows that are sharded, inside shard_map and under jit."""
@@ -665,7 +666,8 @@ def test_dtypes_under_strict_promotion_and_debug_nans():
         np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("dtype", some([jnp.float64, jnp.bfloat16], [jnp.bfloat16]))  # a narrow one needs more casts
+@pytest.mark.full  # Strict promotion of each function: test_promotion.py.
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
 def test_strict_promotion(dtype):
     with jax.enable_x64(dtype == jnp.float64), strict_promotion():
         given = make(dtype, cutoffs=(8,)), jnp.asarray(H, dtype), jnp.asarray(LABELS)

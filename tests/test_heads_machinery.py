@@ -18,7 +18,6 @@ from jsoftmax import heads, losses
 from jsoftmax.heads import _check, _head
 from jsoftmax.verify import jit_formulas
 
-FEW_DTYPES = [jnp.bfloat16]
 """Others need fewer casts than a narrow one, whose branches float16 takes, too."""
 
 
@@ -246,7 +245,7 @@ def test_blocks_of_ignored_tokens_are_skipped():
 # --- dtypes and digits ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", some([jnp.bfloat16, jnp.float16], FEW_DTYPES))
+@pytest.mark.parametrize("dtype", some([jnp.bfloat16, jnp.float16], [jnp.bfloat16]))
 def test_narrow_factors_are_summed_in_float32(dtype):
     """Values and gradients of narrow arrays, beside those of the same numbers in float64, at scores up to `scale`."""
     hidden, weight, labels = head(64, 300, 16, dtype)
@@ -284,12 +283,10 @@ def test_gradient_of_a_narrow_weight_is_rounded_once():
         np.testing.assert_array_equal(by, jnp.array([[-256], [256]], jnp.bfloat16))
 
 
-MODES_OF_DTYPES = and_full([(dtype, False) for dtype in FEW_DTYPES], [(jnp.float16, False), (jnp.float64, True)])
-
-
-@pytest.mark.parametrize(("dtype", "runs"), MODES_OF_DTYPES)
+@pytest.mark.full  # Strict promotion of each function: test_promotion.py.
+@pytest.mark.parametrize(("dtype", "runs"), [(jnp.bfloat16, False), (jnp.float16, False), (jnp.float64, True)])
 def test_strict_promotion_and_debug_nans(dtype, runs):
-    """dtypes are known when a program is traced. That no step makes a NaN is seen when it runs, in the gate."""
+    """dtypes are known when a program is traced. That no step makes a NaN is seen when it runs."""
     with jax.enable_x64(dtype == jnp.float64), strict_promotion(), jax.debug_nans(True):
         hidden, weight, labels = head(6, 10, 3, dtype)
         bias, w = jnp.zeros(10, dtype), jnp.ones(6, dtype)

@@ -41,6 +41,7 @@ def test_cross_entropy(numbers):
     same(smoothed, numbers["torch"]["smoothed distributions"])
 
 
+@pytest.mark.full  # Against the densities as they are written: test_gumbel.py.
 def test_densities_of_relaxed_samples(numbers):
     """PyTorch's ExpRelaxedCategorical, RelaxedOneHotCategorical and RelaxedBernoulli."""
     assert numbers["torch"]["concrete"].keys() == {str(t) for t in peers.TEMPERATURES}
@@ -51,6 +52,7 @@ def test_densities_of_relaxed_samples(numbers):
         same(gumbel.binary_concrete_log_density(np.exp(log_x), peers.Z, tau), theirs["binary"], rtol=1e-4)
 
 
+@pytest.mark.full  # Against the conditions of the maximum, and the plain definition: test_sparse.py.
 def test_sparse_maps(numbers):
     theirs = numbers["entmax"]
     agrees(js.sparsemax, theirs["sparsemax"], lambda _: peers.G)
@@ -64,6 +66,7 @@ def test_fenchel_young_losses(numbers):
         agrees(lambda z, a=float(alpha): js.fenchel_young_loss(z, peers.LABELS, a), of_alpha, jnp.ones_like)
 
 
+@pytest.mark.full  # Against the plain definition: test_heads_adaptive.py.
 def test_adaptive_softmax(numbers):
     """torch.nn.AdaptiveLogSoftmaxWithLoss: values, gradients by the weights' names, the mode."""
     theirs, params = numbers["torch"]["adaptive"], adaptive.from_torch(peers.ADAPTIVE)

@@ -96,7 +96,7 @@ FEW = (
 takes, are in a scan in test_sparse.py, too."""
 OF_LABELS = ("cross_entropy", "kl_to_target", "plackett_luce_log_prob")
 """The other losses are functions of the −log p that the first of these takes."""
-EVERY = [(f, TWO[1]) for f in FUNCTIONS + named(LOSSES, OF_LABELS)]
+EVERY = [(f, TWO[1]) for f in (*FUNCTIONS, *named(LOSSES, OF_LABELS))]
 EVERY += [(f, TWO[0]) for f in named(DERIVATIVES + LOSSES + SPARSE_MAPS + OTHERS, FEW)]
 SHORT = [  # a transformation sees the rules of a function, and those of log φ: each once
     *covering(FUNCTIONS, PHIS, WAYS, met=[(0, 1), (0, 2), (1, 2)]),
