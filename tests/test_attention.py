@@ -419,7 +419,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some(MODES, ["gradient, remat", "Hessian product", "reverse over reverse"]))
 def test_no_array_of_queries_by_keys(mode):
     """The largest array of the compiled program is no larger than the arguments."""
     length, width = 96, 4

@@ -57,12 +57,11 @@ def total(f):
 
 
 def everything(f):
-    """Gradient, Hessian product, value, forward mode, reverse over reverse."""
+    """Gradient, Hessian product, value, forward mode."""
 
     def run(*given):
         dots, gradient = tuple(jnp.cos(a) for a in given), jax.grad(total(f), EVERY)
-        twice = jax.grad(lambda *given: sum(jnp.vdot(g, g) for g in gradient(*given)), EVERY)
-        return *jax.jvp(gradient, given, dots), *jax.jvp(f, given, dots), twice(*given)
+        return *jax.jvp(gradient, given, dots), *jax.jvp(f, given, dots)
 
     return jit_formulas(run)
 
@@ -78,6 +77,17 @@ def test_parts_equal_the_whole(way, of_all):
     """The other ways, by default, of functions of scores: test_sharded.py."""
     with jax.enable_x64(True):
         assert_close(everything(WAYS[way]())(*arrays()), of_all, 1e-10)
+
+
+@pytest.mark.full  # Of functions of scores in test_sharded.py, of heads in test_heads_sharded.py.
+@pytest.mark.parametrize("way", WAYS)
+def test_reverse_over_reverse(way):
+    def twice(f):
+        gradient = jax.grad(total(f), EVERY)
+        return jit_formulas(jax.grad(lambda *given: sum(jnp.vdot(g, g) for g in gradient(*given)), EVERY))
+
+    with jax.enable_x64(True):
+        assert_close(twice(WAYS[way]())(*arrays()), twice(statistics)(*arrays()), 1e-10)
 
 
 def test_gradients_taken_inside(of_all):

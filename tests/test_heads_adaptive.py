@@ -153,6 +153,7 @@ def test_reverse_over_reverse_and_forward():
         assert_close(ours, plain)
 
 
+@pytest.mark.full  # Against blocks of rows: `test_as_on_accelerators`.
 def test_any_labels():
     """No row is dropped, whatever the labels are; one program for all, as it runs for users."""
     params, h = make(), jnp.asarray(H, jnp.float32)

@@ -98,12 +98,14 @@ def derivatives(f, *, all_modes):
 
 
 WAYS = ("shard_map", "shard_map without check_vma", "vmap")
+ALIKE = ("tsallis_entropy", "varentropy", "focal_cross_entropy", "poly_cross_entropy", "cross_entropy of distributions")
 MAPPED = and_full(
-    [(name, WAYS[:1]) for name in NAMES if name != "poly_cross_entropy"],
+    [(name, WAYS[:1]) for name in NAMES if name not in ALIKE],
     [(name, WAYS[:1]) for name in NAMES],
     [(name, WAYS[1:]) for name in CORE],
 )
-"""By default every function but one: the poly loss is another function of the −log p that the focal loss takes."""
+"""By default every function but those that make the same sums as others: two entropies as that of Rényi and its
+exponents, losses of −log p as cross-entropy."""
 
 
 @pytest.mark.parametrize(("name", "by"), MAPPED, ids=lambda a: a[0] if isinstance(a, tuple) else a)

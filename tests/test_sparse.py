@@ -53,7 +53,7 @@ def check_optimal(z, p, alpha, tolerance):
         assert np.all((r <= tolerance * (1 + np.abs(top).max())) | (r ** (1 / (alpha - 1)) < 1e-290))  # underflow
 
 
-@pytest.mark.parametrize("alpha", some(ALPHAS, FEW_ALPHAS))
+@pytest.mark.parametrize("alpha", some(ALPHAS, [1.5, 3.0]))
 def test_optimal(alpha):
     with jax.enable_x64(True):
         for classes in (1, 2, 7, 1000):
@@ -199,7 +199,7 @@ MAPS = {
 }
 
 
-@pytest.mark.parametrize("name", some(MAPS, ["sparsemax", "1.7"]))
+@pytest.mark.parametrize("name", some(MAPS, ["1.7"]))
 def test_edges_and_axes(name):
     """The power of 1.5 is an integer as that of 2 is, and 3 is as 1.7: of both are the dtypes below."""
     f = MAPS[name]
