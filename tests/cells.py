@@ -1,8 +1,8 @@
-"""Which cells of a product of lists run by default: those of a covering array. The others are marked `full`.
+"""Which cells of a product of lists run by default: those of a covering array. More cells are marked `full`.
 
 A mistake nearly always needs at most two causes: a function and a φ, a transformation and an option. So each pair of
 items of two lists is in a cell that `pytest` or `verify` runs, unless both items only repeat what others of their lists
-do; a comment says so then. `pytest -m "full or not full"` runs the others, too.
+do; a comment says so then. `pytest -m "full or not full"` runs the cells that are marked, too.
 """
 
 import itertools

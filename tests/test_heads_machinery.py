@@ -194,7 +194,7 @@ FEW_FUNCTIONS = [loss, statistics, summed, kl]
 """The others go through the scans of these."""
 OF_MEMORY = and_full(
     covering(FEW_MODES, FEW_FUNCTIONS, met=[(0, 1)]),
-    covering(FEW_MODES, FUNCTIONS),
+    covering(["hvp in a scan", "reverse over reverse"], FUNCTIONS),
     covering(MODES, FUNCTIONS, met=[(0, 1)]),
 )
 

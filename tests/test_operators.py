@@ -1,6 +1,7 @@
 """DiagonalPlusLowRank against dense linear algebra, for every operator and φ: one list of each."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import lineax
 import numpy as np
 import pytest
-from cells import product
+from cells import and_full, covering
 from modes import strict_promotion
 
 import jsoftmax as js
@@ -28,7 +29,13 @@ def batch(phi, rows=3):
     return np.stack([verify.scores(verify.FUNCTIONS[0], phi, seed)[0] for seed in range(rows)])
 
 
-@pytest.mark.parametrize(("name", "phi"), product(list(OPERATORS), js.PHIS, met=[(0, 1)]), ids=str)
+OF_DENSE = and_full(
+    covering(OPERATORS, js.PHIS, met=[(0, 1)]), itertools.product(OPERATORS, (js.exp, js.spherical(0.1)))
+)
+"""Each operator of each φ, as a matrix: `python -m jsoftmax verify`."""
+
+
+@pytest.mark.parametrize(("name", "phi"), OF_DENSE, ids=str)
 def test_equals_dense(name, phi):
     """Every method against the dense matrix in float64, damped so that D > 0; the operators are often indefinite."""
     with jax.enable_x64(True):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import and_full, some
+from cells import and_full, covering, some
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sharding import DEVICES, assert_close, collectives, exchanged, mesh
 
@@ -354,7 +354,7 @@ def test_nan_beside_empty_parts():
 EXPLICIT = and_full(
     [("cross_entropy", 8), ("softmax", 1000), ("entropy", 4500)],
     [(name, CLASSES) for name in NAMES],
-    itertools.product(CORE, [8, 1000]),
+    covering(CORE, [8, 1000], met=[(0, 1)]),
 )
 """By default a loss of few classes, a map of blocks, and an entropy of blocks that leave a tail. The other functions
 are met in explicit mode below, or make the same sums; outside it, all are above."""
@@ -371,7 +371,7 @@ def test_explicit_mode(name, classes):
         np.testing.assert_allclose(gradient(*given), want, rtol=1e-4, atol=1e-6)
 
 
-OF_ROWS = and_full([("classes", CLASSES)], itertools.product(["classes", "rows"], [CLASSES, 1000]))
+OF_ROWS = and_full([("classes", CLASSES)], [("rows", 1000)])
 """By default classes, in which sums are made; gradients in `test_explicit_mode`. Rows that are cut are below."""
 
 
