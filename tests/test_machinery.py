@@ -98,19 +98,12 @@ def test_residuals(function, phi):
     assert sum(leaf.nbytes for leaf in beyond) <= sum(1.25 * a.nbytes for a in z)
 
 
-OF_ROWS = named(
-    FUNCTIONS + LOSSES + SPARSE_MAPS + OTHERS,
-    (
-        *("entropy", "softmax", "log_softmax", "kl_divergence", "cross_entropy", "plackett_luce_log_prob"),
-        *("entmax15", "sink_softmax", "mixture_log_softmax"),
-    ),
-)
-"""Each has a rule, or a loop, of its own, or reads its scores in a way of its own."""
+EVERY = FUNCTIONS + LOSSES + SPARSE_MAPS + OTHERS
 
 
 @pytest.mark.parametrize(
     "function",
-    some(OF_ROWS, named(OF_ROWS, ("entmax15",))),
+    some(EVERY, named(EVERY, ("entmax15",))),
     ids=str,
 )
 def test_survives_shard_map(function):
