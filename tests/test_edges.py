@@ -70,9 +70,11 @@ def value_and_derivatives(function, phi, z, where, log_weights):
 
 # here and below functions meet φ in `verify`, and numbers of classes in test_sums.py
 OF_ROWS = and_full(
-    covering(FUNCTIONS, PHIS, met=[(0, 1)]), itertools.product(FUNCTIONS, [js.exp, js.relu_power(2, 0.1)])
+    covering(FUNCTIONS, PHIS, met=[(0, 1)]),
+    itertools.product(FUNCTIONS, [js.exp, js.relu_power(2, 0.1), js.q_exponential(1.5)]),
 )
-"""In the gate each function with φ = exp, whose logarithm is the score, and with one that is 0 at some scores."""
+"""In the gate each function with φ = exp, whose logarithm is the score, with one that is 0 at some scores, and with one
+of a bounded domain."""
 
 
 @pytest.mark.parametrize(("function", "phi"), OF_ROWS, ids=str)

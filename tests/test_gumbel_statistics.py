@@ -41,7 +41,7 @@ def assert_mean(samples, want):
 
 FEW_PHIS = [js.exp, js.spherical(0.1)]
 OF_DRAWS = product(FEW_PHIS, ["float32", "bfloat16"], met=[(0, 1)])
-OF_DRAWS += [pytest.param(js.relu_power(2, 0.1), "float32", marks=pytest.mark.full)]  # is 0 at some scores
+OF_DRAWS += [pytest.param(js.relu_power(2, 0.1), "float32", marks=pytest.mark.full)]  # It is 0 at some scores.
 
 
 @pytest.mark.parametrize(("phi", "dtype"), OF_DRAWS, ids=str)

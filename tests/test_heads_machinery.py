@@ -18,8 +18,6 @@ from jsoftmax import heads, losses
 from jsoftmax.heads import _check, _head
 from jsoftmax.verify import jit_formulas
 
-"""Others need fewer casts than a narrow one, whose branches float16 takes, too."""
-
 
 def head(tokens, classes, features, dtype=jnp.float32, scale=1.0):
     rng = np.random.default_rng(0)
@@ -197,6 +195,7 @@ OF_MEMORY = and_full(
     covering(["hvp in a scan", "reverse over reverse"], FUNCTIONS),
     covering(MODES, FUNCTIONS, met=[(0, 1)]),
 )
+"""In the gate every function and mode, and each function in the two modes that need most."""
 
 
 @pytest.mark.parametrize(
@@ -283,10 +282,13 @@ def test_gradient_of_a_narrow_weight_is_rounded_once():
         np.testing.assert_array_equal(by, jnp.array([[-256], [256]], jnp.bfloat16))
 
 
-@pytest.mark.full  # Strict promotion of each function: test_promotion.py.
-@pytest.mark.parametrize(("dtype", "runs"), [(jnp.bfloat16, False), (jnp.float16, False), (jnp.float64, True)])
+MODES_OF_DTYPES = and_full([(jnp.bfloat16, False)], [(jnp.float16, False), (jnp.bfloat16, True), (jnp.float64, True)])
+"""By default a narrow one, which needs more casts. float16 takes its branches, float32 those of float64."""
+
+
+@pytest.mark.parametrize(("dtype", "runs"), MODES_OF_DTYPES)
 def test_strict_promotion_and_debug_nans(dtype, runs):
-    """dtypes are known when a program is traced. That no step makes a NaN is seen when it runs."""
+    """dtypes are known when a program is traced. That no step makes a NaN is seen when it runs, in the gate."""
     with jax.enable_x64(dtype == jnp.float64), strict_promotion(), jax.debug_nans(True):
         hidden, weight, labels = head(6, 10, 3, dtype)
         bias, w = jnp.zeros(10, dtype), jnp.ones(6, dtype)

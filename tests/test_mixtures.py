@@ -106,7 +106,7 @@ def test_sink_edges():
 
 
 PHIS = (js.exp, js.spherical(0.1), js.taylor(2), js.relu_power(2, 0.1))
-"""φ enters by the entropy and its derivative, which test_oracle.py has of every φ."""
+"""φ enters by the entropy and its derivative, which `python -m jsoftmax verify` has of every φ."""
 
 
 @pytest.mark.parametrize("phi", some(PHIS, PHIS[:2]), ids=str)

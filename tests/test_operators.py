@@ -1,4 +1,4 @@
-"""DiagonalPlusLowRank against dense linear algebra, for every operator and φ: one list of each."""
+"""DiagonalPlusLowRank against dense linear algebra, for each operator and each φ: one list of each."""
 
 import functools
 import itertools

@@ -70,7 +70,7 @@ def test_hessian_of_a_whole_model(phi):
 
 @pytest.mark.parametrize("phi", some(PHIS, [js.exp, js.relu_power(2, 0.1)]), ids=str)
 def test_fisher_information(phi):
-    """φ enters by the slope of log φ, which test_oracle.py has of every φ."""
+    """φ enters by the slope of log φ, which test_phi.py has of every φ."""
     with jax.enable_x64(True):
         z = jnp.array([0.3, -0.7, 1.1])
 

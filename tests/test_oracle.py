@@ -46,7 +46,7 @@ THIRD = [f for f in EVERY if f.orders == 4 and f.third_by_autodiff]
 FEW_THIRD = named(THIRD, ("entropy", "kl_divergence", "softmax", "log_softmax", "log_normalizer"))
 """The third derivatives of the others are autodiff's of the sums and rules of these."""
 OF_THIRD = and_full(covering(FEW_THIRD, PHIS, met=[(0, 1)]), covering(THIRD, PHIS, met=[(0, 1)]))
-OF_AUTODIFF = [pytest.param(*row, marks=pytest.mark.full) for row in covering(EVERY, PHIS, met=[(0, 1)])]
+OF_AUTODIFF = [*covering(EVERY, PHIS, met=[(0, 1)]), *((f, jsoftmax.exp) for f in SPARSE_MAPS + OTHERS)]
 
 
 @pytest.mark.parametrize(("function", "phi"), OF_THIRD, ids=str)
@@ -55,10 +55,11 @@ def test_third_derivatives(function, phi):
     assert not missed(function, [phi], np.float64)
 
 
+@pytest.mark.full  # Against many digits above.
 @pytest.mark.parametrize(("function", "phi"), OF_AUTODIFF, ids=str)
 def test_autodiff(function, phi):
-    """Jacobian and Hessian, and a third derivative, against `jax.jacrev` and `jax.hessian` of the plain definition:
-    each function and each φ."""
+    """Jacobian and Hessian, and a third derivative where there is one, against `jax.jacrev` and `jax.hessian` of the
+    plain definition: each function and each φ."""
     errors = verify.against_autodiff(function, phi)
     assert all(e <= t for e, t in zip(errors, verify.tolerances(function, np.float64), strict=False)), errors
 

@@ -52,7 +52,7 @@ def test_densities_of_relaxed_samples(numbers):
         same(gumbel.binary_concrete_log_density(np.exp(log_x), peers.Z, tau), theirs["binary"], rtol=1e-4)
 
 
-@pytest.mark.full  # Against the conditions of the maximum, and the plain definition: test_sparse.py.
+@pytest.mark.full  # Against the conditions of the maximum: test_sparse.py; against the definition: test_oracle.py.
 def test_sparse_maps(numbers):
     theirs = numbers["entmax"]
     agrees(js.sparsemax, theirs["sparsemax"], lambda _: peers.G)

@@ -136,10 +136,11 @@ ALONE = [pair for pair in itertools.combinations(range(len(LISTS)), 2) if pair !
 CELLS = and_full(
     covering(FEW_READERS, *LISTS[1:], met=ALONE),
     covering(FEW_READERS, *LISTS[1:]),
+    covering(*LISTS, met=ALONE),
 )
 """By default each of few readers, each producer and shape, and each mode in each dtype. In the gate every two items of
-the few readers, producers, shapes, dtypes and modes meet. The other functions meet scores that are made in the same
-program, and forms, in test_sums.py, modes and dtypes in test_oracle.py."""
+the few readers, producers, shapes, dtypes and modes meet, and each function is in a cell. Functions meet dtypes, and
+forms, in test_sums.py."""
 
 
 def ours(function, x):

@@ -325,11 +325,12 @@ def trace(order, f, given, options):
 @pytest.mark.parametrize(("name", "order"), and_full([(name, 1) for name in CALLS], [(name, 2) for name in CALLS]))
 def test_nothing_is_promoted(name, order):
     """By default the gradient, which needs the value, too, of the call with most options: the other calls take fewer
-    steps of the same functions. In the gate Hessian products, which need both, of the first call and of that one."""
+    steps of the same functions, or of the other kind of labels. In the gate every call, and of that one the Hessian
+    product."""
     most = max(CALLS[name], key=lambda call: len(call[2]))
     with strict_promotion():
-        for call in [most] if order == 1 or most is CALLS[name][0] else [CALLS[name][0], most]:
-            trace(order, *call)
+        for call in [most] if order == 1 else CALLS[name]:
+            trace(order if call is most else 1, *call)
 
 
 def test_every_function_is_here():

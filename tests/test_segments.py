@@ -58,9 +58,9 @@ def everything(f, z, v):
     return f(z), jax.jvp(f, (z,), (v,))[1], jax.grad(total)(z), jax.jvp(jax.grad(total), (z,), (v,))[1]
 
 
-PHIS = (js.exp, js.spherical(0.1), js.relu_power(2, 0.1))
+PHIS = (js.exp, js.spherical(0.1), js.relu_power(2, 0.1), js.q_exponential(1.5))
 """A row takes φ by its logarithm, as the dense functions do. The first one's is the score, the second has a parameter,
-and the third is 0 at some scores."""
+the third is 0 at some scores, and the fourth has a bounded domain."""
 
 
 def given(phi):

@@ -98,14 +98,14 @@ def derivatives(f, *, all_modes):
 
 
 WAYS = ("shard_map", "shard_map without check_vma", "vmap")
-ALIKE = ("tsallis_entropy", "varentropy", "focal_cross_entropy", "poly_cross_entropy", "cross_entropy of distributions")
+ALIKE = ("tsallis_entropy", "focal_cross_entropy", "poly_cross_entropy", "cross_entropy of distributions")
 MAPPED = and_full(
     [(name, WAYS[:1]) for name in NAMES if name not in ALIKE],
     [(name, WAYS[:1]) for name in NAMES],
     [(name, WAYS[1:]) for name in CORE],
 )
-"""By default every function but those that make the same sums as others: two entropies as that of Rényi and its
-exponents, losses of −log p as cross-entropy."""
+"""By default every function but those that make the same sums as another: tsallis_entropy those of renyi_entropy, the
+other losses, which are functions of −log p, those of cross_entropy."""
 
 
 @pytest.mark.parametrize(("name", "by"), MAPPED, ids=lambda a: a[0] if isinstance(a, tuple) else a)
@@ -357,7 +357,7 @@ EXPLICIT = and_full(
     covering(CORE, [8, 1000], met=[(0, 1)]),
 )
 """By default a loss of few classes, a map of blocks, and an entropy of blocks that leave a tail. The other functions
-are met in explicit mode below, or make the same sums; outside it, all are above."""
+are met in explicit mode below, or make the same sums."""
 
 
 @pytest.mark.parametrize(("name", "classes"), EXPLICIT)
