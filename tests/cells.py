@@ -20,7 +20,6 @@ def covering(*lists, met=()):
       lists: lists of anything; of a dict its keys.
       met: pairs of lists, by their numbers, whose items meet in other tests. Here each of their items is in some row.
     """
-    lists = [list(items) for items in lists]
     counts = [range(len(items)) for items in lists]
     return [_row(lists, row) for row in _covering(counts, met)]
 
@@ -59,7 +58,7 @@ def named(functions, names):
 
 
 def _row(lists, row):
-    return tuple(items[i] for items, i in zip(lists, row, strict=True))
+    return tuple([*items][i] for items, i in zip(lists, row, strict=True))
 
 
 def _covering(counts, met):

@@ -24,6 +24,11 @@ def assert_same(f, g, arguments, rtol=1e-11, atol=1e-13):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
+def reverse_over_reverse(gradient, argnums):
+    """The gradient of the sum of the squares of a gradient, which has a part for each argument, by these arguments."""
+    return jax.grad(lambda *given: sum(jnp.vdot(g, g) for g in gradient(*given)), argnums)
+
+
 def in_all_modes(f, in_a_scan, *arguments):
     """Value and jvp; and gradient and Hessian product, in a scan or not, of a sum with unequal weights; by every
     argument.

@@ -153,7 +153,7 @@ OF_PHI = {name: ours for name, (ours, _) in RECORDS.items()} | DRAWS
 
 FEW_PHIS = [js.taylor(2), js.relu_power(2, 0.1)]
 """One with parameters that are no arrays, and one that is 0 at some scores."""
-OF_LOG_PHI = and_full(covering(list(OF_PHI), FEW_PHIS, met=[(0, 1)]), covering(list(OF_PHI), js.PHIS, met=[(0, 1)]))
+OF_LOG_PHI = and_full(covering(OF_PHI, FEW_PHIS, met=[(0, 1)]), covering(OF_PHI, js.PHIS, met=[(0, 1)]))
 
 
 @pytest.mark.parametrize(("name", "phi"), OF_LOG_PHI, ids=str)

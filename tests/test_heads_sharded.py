@@ -10,6 +10,7 @@ import optax
 import pytest
 from cells import and_full, covering, some
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from modes import reverse_over_reverse
 from sharding import DEVICES, assert_close, collectives, mesh
 
 from jsoftmax import heads
@@ -81,9 +82,7 @@ def differentiated(f, modes):
         found = {
             "value and forward mode": lambda: jax.jvp(f, given, dots),
             "gradient and Hessian product": lambda: jax.jvp(gradient, given, dots),
-            "reverse over reverse": lambda: jax.grad(
-                lambda *given: sum(jnp.vdot(g, g) for g in gradient(*given)), (0, 1, 2)
-            )(*given),
+            "reverse over reverse": lambda: reverse_over_reverse(gradient, (0, 1, 2))(*given),
         }
         return {mode: found[mode]() for mode in modes}
 
@@ -92,21 +91,17 @@ def differentiated(f, modes):
 
 WAYS = ("shard_map", "shard_map without check_vma", "vmap", "shards")
 SHORT = covering(NAMES, WAYS, MODES, met=[(0, 1), (0, 2), (1, 2)])  # heads meet modes, not in parts, in test_heads.py
-CASES = [pytest.param(name, [row[1:] for row in SHORT if row[0] == name], id=name) for name in NAMES]
-EVERY_TWO = covering(NAMES, WAYS, MODES)
-CASES += [
-    pytest.param(
-        name,
-        [row[1:] for row in EVERY_TWO if row[0] == name and row not in SHORT],
-        marks=pytest.mark.full,
-        id=f"{name}-more",
-    )
-    for name in NAMES
-]
+
+
+def by_head(rows):
+    return [(name, [row[1:] for row in rows if row[0] == name]) for name in NAMES]
+
+
+CASES = and_full(by_head(SHORT), by_head([row for row in covering(NAMES, WAYS, MODES) if row not in SHORT]))
 """By default each head, each way and each mode; in the gate every two of them."""
 
 
-@pytest.mark.parametrize(("name", "parts"), CASES)
+@pytest.mark.parametrize(("name", "parts"), CASES, ids=lambda a: a if isinstance(a, str) else f"{len(a)} parts")
 def test_parts_equal_the_whole(name, parts):
     """In each way and mode."""
     with jax.enable_x64(True):

@@ -125,22 +125,20 @@ LISTS = (EVERY, PRODUCERS, SHAPES, list(TOLERANCES), MODES)
 
 
 FEW = ("softmax", "log_softmax", "entropy", "kl_divergence", "cross_entropy", "focal_cross_entropy")
-READERS = [*named(EVERY, FEW), *SPARSE_MAPS, *OTHERS]
-"""Every way to read scores; the others read them by the same sums (test_sums.py)."""
-FEW_READERS = [*named(READERS, (*FEW, "entmax(alpha=1.7)")), *OTHERS]
-"""One of the sparse maps, which read scores by the same steps."""
+READERS = [*named(EVERY, (*FEW, "entmax(alpha=1.7)")), *OTHERS]
+"""Every way to read scores. The others read them by the same sums (test_sums.py), the sparse maps by the same steps."""
 
 
 MODES_AND_DTYPES = (3, 4)
 ALONE = [pair for pair in itertools.combinations(range(len(LISTS)), 2) if pair != MODES_AND_DTYPES]
 CELLS = and_full(
-    covering(FEW_READERS, *LISTS[1:], met=ALONE),
-    covering(FEW_READERS, *LISTS[1:]),
+    covering(READERS, *LISTS[1:], met=ALONE),
+    covering(READERS, *LISTS[1:]),
     covering(*LISTS, met=ALONE),
 )
-"""By default each of few readers, each producer and shape, and each mode in each dtype. In the gate every two items of
-the few readers, producers, shapes, dtypes and modes meet, and each function is in a cell. Functions meet dtypes, and
-forms, in test_sums.py."""
+"""By default each reader, each producer and shape, and each mode in each dtype. In the gate every two items of
+the readers, producers, shapes, dtypes and modes meet, and each function is in a cell. Functions meet dtypes, and forms,
+in test_sums.py."""
 
 
 def ours(function, x):
@@ -236,10 +234,10 @@ FEWER = ("softmax", "entropy", "cross_entropy")
 
 
 def of_few(*lists):
-    """The fewer functions and all items by default, each once; in the gate each of the few readers with every item, and
-    every two items."""
+    """The fewer functions and all items by default, each once; in the gate each reader with every item, and every two
+    items."""
     alone = list(itertools.combinations(range(1 + len(lists)), 2))
-    return and_full(covering(named(READERS, FEWER), *lists, met=alone), covering(FEW_READERS, *lists))
+    return and_full(covering(named(READERS, FEWER), *lists, met=alone), covering(READERS, *lists))
 
 
 NARROW = of_few(STEPS, [(6, 17), (6, 300), (64, 2100)])

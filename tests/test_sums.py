@@ -285,7 +285,7 @@ FEW_READ_TWICE = ["softmax", "entropy", "kl_divergence", "jensen_shannon_diverge
 """The others compute ψ and their sums again by the same steps."""
 
 
-@pytest.mark.parametrize("name", some(list(READ_TWICE), FEW_READ_TWICE))
+@pytest.mark.parametrize("name", some(READ_TWICE, FEW_READ_TWICE))
 def test_rules_that_read_the_scores_again(name, monkeypatch):
     """On GPUs a rule computes ψ and the sums again: it has the derivatives of the value, with weights and a mask, in a
     row without classes and in a scan too."""

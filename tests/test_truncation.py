@@ -39,7 +39,7 @@ def by_sort(z, top_k=None, top_p=None, min_p=None):
     return kept
 
 
-@pytest.mark.parametrize(("row", "dtype"), product(list(ROWS), ["float32", "bfloat16"], met=[(0, 1)]))
+@pytest.mark.parametrize(("row", "dtype"), product(ROWS, ["float32", "bfloat16"], met=[(0, 1)]))
 def test_equals_a_sorted_reference(row, dtype):
     """One compiled program for all numbers, which are traced."""
     z = jnp.asarray(ROWS[row], jnp.float32).astype(dtype)
