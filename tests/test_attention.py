@@ -165,7 +165,12 @@ AS_JAX_NN = {
 }
 
 
-@pytest.mark.parametrize(("options", "heads"), [*((name, K) for name in AS_JAX_NN), ("bias", N), ("lengths", 1)])
+AS_JAX_NN_BY_DEFAULT = [(name, K) for name in ("scale", "bias of heads, three axes", "mask", "int window")]
+ROWS_AS_JAX_NN = and_full([*AS_JAX_NN_BY_DEFAULT, ("lengths", 1)], [(name, K) for name in AS_JAX_NN], [("bias", N)])
+"""By default one of each kind: the others are met in the tests above, with all derivatives."""
+
+
+@pytest.mark.parametrize(("options", "heads"), ROWS_AS_JAX_NN)
 def test_as_jax_nn(options, heads):
     """Masks, biases, heads in groups, lengths, windows, residuals."""
     given = float32(B, T, N, H), float32(B, S, heads, H, seed=1), float32(B, S, heads, H, seed=2)
@@ -292,7 +297,7 @@ def test_bad_scores_act_on_their_row_alone():
     assert all((jnp.isnan(a.reshape(B, T, N, -1)).all(3) == is_bad).all() for a in capped)  # not a key less
 
 
-@pytest.mark.parametrize("scale", [5.0, 40.0, 640.0])
+@pytest.mark.parametrize("scale", some([5.0, 40.0, 640.0], [640.0]))
 def test_bfloat16(scale):
     """Sums run in float32: the result is within a rounding of the factors e^u, and of itself, at all scales of
     scores."""
@@ -352,10 +357,10 @@ DOT = _blocks._dot
 
 
 OF_BFLOAT16 = and_full(
-    [(False, 1.25), (False, 160.0), (True, 10.0), (True, 40.0)],
+    [(False, 1.25), (True, 10.0)],
     itertools.product([False, True], [1.25, 10.0, 40.0, 160.0]),
 )
-"""By default the ends of the scale on CPU, its middle on accelerators."""
+"""By default of one scale on CPU, and of one on accelerators."""
 
 
 @pytest.mark.parametrize(("accelerator", "scale"), OF_BFLOAT16)
@@ -414,7 +419,8 @@ MODES = {
 }
 
 
-FEW_MODES = ["gradient, remat", "Hessian product", "reverse over reverse"]
+FEW_MODES = ["Hessian product", "reverse over reverse"]
+"""What the others are parts of: the two that need most."""
 
 
 @pytest.mark.parametrize("mode", some(MODES, FEW_MODES))

@@ -19,7 +19,7 @@ from jsoftmax.verify import FUNCTIONS, LOSSES, OTHERS, SPARSE_MAPS, jit_formulas
 inf, nan = np.inf, np.nan
 
 
-@pytest.mark.parametrize("alpha", [2.5, 3.0, 4.5])
+@pytest.mark.parametrize("alpha", some([2.5, 3.0, 4.5], [3.0]))
 def test_entmax_of_a_row_alone_maximises(alpha):
     """A row gives the same alone, in a batch and mapped over; and its p maximises ⟨p, z⟩ − Ω(p) among its
     neighbours."""
@@ -49,8 +49,8 @@ def of_rows(function, z):
 
 
 OF_ROWS = [*FUNCTIONS, *LOSSES, *SPARSE_MAPS, *OTHERS]
-FEW = ("softmax", "cross_entropy", "sparsemax", "entmax(alpha=1.7)")
-"""The others sum rows as the first two do, or iterate until all rows are done as the last two do."""
+FEW = ("softmax", "entmax(alpha=1.7)")
+"""The others sum rows as the first does, or iterate until all rows are done as the second does."""
 
 
 @pytest.mark.parametrize("function", some(OF_ROWS, named(OF_ROWS, FEW)), ids=str)
@@ -124,10 +124,7 @@ LOSSES_OF_LABELS = {
 }
 
 
-FEW_OF_LABELS = (
-    *("cross_entropy", "spherical_z_loss", "fenchel_young_loss"),
-    *("linear_cross_entropy", "quadratic_cross_entropy", "sampled_cross_entropy"),
-)
+FEW_OF_LABELS = ("cross_entropy", "fenchel_young_loss", "linear_cross_entropy", "sampled_cross_entropy")
 """The others find out in the same way that a label is out of range."""
 
 
@@ -226,9 +223,8 @@ OF_NOTHING = {
 
 
 FEW_OF_NOTHING = (
-    *("softmax", "log_normalizer", "kl_divergence", "cross_entropy", "its gradient", "sparsemax of nothing", "entmax"),
-    *("temperature_for_entropy", "categorical", "gumbel_top_k", "linear_cross_entropy", "its sum's gradient"),
-    *("linear_top_k", "linear_categorical", "sampled", "adaptive.log_prob"),
+    *("softmax", "log_normalizer", "its gradient", "entmax", "temperature_for_entropy", "categorical", "gumbel_top_k"),
+    *("linear_cross_entropy", "linear_categorical", "sampled", "adaptive.log_prob"),
 )
 """The others check shapes and reduce rows in the same places."""
 
@@ -256,7 +252,7 @@ def float64_statistics(s, y):
 @pytest.mark.parametrize(
     ("where", "cap", "shift"),
     and_full(
-        [("where", 1.0, 0.0), ("odd", 30.0, -80.0)],
+        [("odd", 30.0, -80.0)],
         [(where, *of) for where in ("where", "log_weights", "odd") for of in ((1.0, 0.0), (30.0, -80.0))],
     ),
 )  # log-weights of −∞ become a mask
@@ -376,7 +372,7 @@ OF_ANY_LENGTH = [name for name in SURE if not any(word in name for word in ("lin
 
 MADE = {"product": lambda z: z * 1.7, "quotient": lambda z: z / 0.6}
 OF_LONG_ROWS = and_full(
-    [("cross_entropy", "product"), ("entropy", "product"), ("kl_divergence", "product"), ("softmax", "quotient")],
+    [("cross_entropy", "product"), ("entropy", "product"), ("softmax", "quotient")],
     itertools.product(OF_ANY_LENGTH, MADE),
 )
 """By default those that make the sums; the others take them from these."""
@@ -490,7 +486,7 @@ TRUTHS = {  # Hessian products at (0, −20, −40) along the first class, by ha
 }
 
 
-@pytest.mark.parametrize("name", some(TRUTHS, ["cross_entropy", "focal", "entropy"]))
+@pytest.mark.parametrize("name", some(TRUTHS, ["cross_entropy", "focal"]))
 def test_second_derivatives_where_p_is_small(name):
     """In float32 as in float64: JAX 0.10's derivative of expm1 is expm1 + 1. Those that call it by other functions than
     the default ones are full."""

@@ -234,8 +234,8 @@ def test_small_log_probs_keep_their_digits():
     np.testing.assert_allclose(f(top_k=2)[1], -np.log1p(np.exp(-17.0)), rtol=1e-5)
 
 
-OF_EDGES = and_full([("none", True), ("both", False)], itertools.product(CUTS, [True, False]))
-"""By default without a cut and with both."""
+OF_EDGES = and_full([("both", False)], itertools.product(CUTS, [True, False]))
+"""By default with both cuts; bad tokens without a cut are in test_heads_machinery.py."""
 
 
 @pytest.mark.parametrize(("cuts", "replace"), OF_EDGES)

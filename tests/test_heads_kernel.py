@@ -1,13 +1,14 @@
 """The kernel for TPUs, interpreted: the same as XLA's loop over blocks; what it is lowered to; wrong calls."""
 
 import functools
+import itertools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import some
+from cells import and_full, some
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from sharding import assert_close
@@ -77,7 +78,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", some(CASES, ["a loss with every option", "statistics"]))
+@pytest.mark.parametrize("name", some(CASES, ["a loss with every option"]))  # digits of the statistics are below
 def test_equals_the_loop(name):
     """Values, gradients and Hessian products, in float64."""
     function, options = CASES[name]
@@ -95,9 +96,11 @@ def test_equals_the_loop(name):
         assert_equal(in_modes(**PALLAS), in_modes())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("scale", [1.0, 640.0])
-def test_keeps_the_digits(dtype, scale):
+OF_DIGITS = and_full([(1.0, "float32"), (640.0, "bfloat16")], itertools.product([1.0, 640.0], ["float32", "bfloat16"]))
+
+
+@pytest.mark.parametrize(("scale", "dtype"), OF_DIGITS)
+def test_keeps_the_digits(scale, dtype):
     hidden, weight, _ = arrays(dtype, scale)
     ours, loop = (
         jax.jit(functools.partial(heads.linear_statistics, **more))(hidden, weight, LABELS) for more in (PALLAS, {})
@@ -167,7 +170,7 @@ def test_a_hessian_product_through_a_scan():
         assert_equal(product(**PALLAS), product())
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", some([True, False], [False]))
 def test_sharded_classes(check_vma):
     hidden, weight, bias = arrays(jnp.float32)
     mesh = jax.make_mesh((2, 4), ("tokens", "classes"), axis_types=(AxisType.Auto,) * 2)

@@ -40,8 +40,8 @@ ON_ACCELERATORS = {
 }
 
 
-RULES = ("linear_cross_entropy", "linear_statistics", "linear_kl", "linear_top_k")
-"""Each has a rule, or a loop, of its own; linear_cross_entropy_sum's is below, over shards."""
+RULES = ("linear_cross_entropy", "linear_kl")
+"""The head of one weight that is trained most, and one of two. linear_cross_entropy_sum is below, over shards."""
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_the_plan_of_accelerators_over_shards(name, monkeypatch):
     sharding.assert_close(found, wanted, 1e-4)
 
 
-@pytest.mark.parametrize("replace", some([True, False], [False]))
+@pytest.mark.full  # Blocks of any length draw the same, see test_heads_draws.py.
+@pytest.mark.parametrize("replace", [True, False])
 def test_draws_as_on_accelerators(replace, monkeypatch):
-    """The same classes, whatever the blocks are. By default distinct ones, which take the way of the others and
-    more."""
+    """The same classes, whatever the blocks are."""
     hidden, weight, _ = head(70, 700, 16)
     draws = functools.partial(heads.linear_categorical, jax.random.key(1), shape=(4, 70), replace=replace)
 
@@ -183,14 +183,14 @@ MODES = {
 }
 
 
-FEW_MODES = ["gradient", "hvp in a scan", "reverse over reverse", "vmap"]
-"""What the others are parts of, or the same scans as."""
+FEW_MODES = ["hvp in a scan", "reverse over reverse"]
+"""What the others are parts of: the two that need most."""
 FUNCTIONS = [loss, statistics, summed, kl, jsd, top, several]
-FEW_FUNCTIONS = [loss, statistics, summed, kl]
-"""The others go through the scans of these."""
+FEW_FUNCTIONS = [loss, summed]
+"""The others go through the scans of the first; the gradient of the second has a scan of its own."""
 OF_MEMORY = and_full(
     covering(FEW_MODES, FEW_FUNCTIONS, met=[(0, 1)]),
-    covering(["hvp in a scan", "reverse over reverse"], FUNCTIONS),
+    covering(FEW_MODES, FUNCTIONS),
     covering(MODES, FUNCTIONS, met=[(0, 1)]),
 )
 """In the gate every function and mode, and each function in the two modes that need most."""
@@ -280,11 +280,8 @@ def test_gradient_of_a_narrow_weight_is_rounded_once():
         np.testing.assert_array_equal(by, jnp.array([[-256], [256]], jnp.bfloat16))
 
 
-MODES_OF_DTYPES = and_full([(jnp.bfloat16, False)], [(jnp.float16, False), (jnp.bfloat16, True), (jnp.float64, True)])
-"""By default a narrow one, which needs more casts. float16 takes its branches, float32 those of float64."""
-
-
-@pytest.mark.parametrize(("dtype", "runs"), MODES_OF_DTYPES)
+@pytest.mark.full  # Strict promotion of all heads is in test_promotion.py.
+@pytest.mark.parametrize(("dtype", "runs"), [(jnp.float16, False), (jnp.bfloat16, True), (jnp.float64, True)])
 def test_strict_promotion_and_debug_nans(dtype, runs):
     """dtypes are known when a program is traced. That no step makes a NaN is seen when it runs, in the gate."""
     with jax.enable_x64(dtype == jnp.float64), strict_promotion(), jax.debug_nans(True):

@@ -107,6 +107,7 @@ def test_the_denominator_is_unbiased():
         assert_mean(values, exact)
 
 
+@pytest.mark.full  # The definition, draw by draw, is above.
 def test_many_samples_give_the_full_loss():
     """Value and gradient tend to those of the cross-entropy as 1/√n: a hundred times as many samples, a tenth of the
     error, in the root mean square over keys, which is known to some 10 %."""
@@ -202,6 +203,7 @@ def test_edges(name):
         assert np.all(np.isnan(LOSSES[name](KEY, h, w, y, N, log_proposal=bad)))
 
 
+@pytest.mark.full  # Strict promotion of both losses is in test_promotion.py.
 @pytest.mark.parametrize("name", LOSSES)
 def test_dtypes_under_strict_promotion_and_debug_nans(name):
     with strict_promotion(), jax.debug_nans(True):

@@ -31,7 +31,7 @@ PARAMETERS = {
 }
 
 
-FEW = ("phi", "smoothing", "weights", "prior", "gamma", "scale")
+FEW = ("phi", "weights", "gamma", "scale")
 """Of each kind of parameter; no loss has code of its own for rows that do not count."""
 
 

@@ -1,12 +1,13 @@
 """The maps with exp are jax.nn's; axes, blocks, masks and weights for every function."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import product, some
+from cells import and_full, covering, named, product, some
 
 import jsoftmax as js
 from jsoftmax.verify import FUNCTIONS, PHIS, jit_formulas
@@ -67,9 +68,17 @@ def test_many_near_the_maximum():
         np.testing.assert_allclose(L, np.log(2.0**23), rtol=1e-4)
 
 
+FEW = named(FUNCTIONS, ("softmax", "entropy", "kl_divergence"))
+AXES = [0, 1, -1, -2, (0, 2), (-1, 0), None, (0, 1, 2)]
+OF_AXES = and_full(
+    covering(FEW, AXES[1::2], met=[(0, 1)]), covering(FUNCTIONS, AXES, met=[(0, 1)]), itertools.product(FUNCTIONS, AXES)
+)
+"""Axes are checked at one place for all functions."""
+
+
 @pytest.mark.parametrize(
     ("function", "axis"),
-    product(FUNCTIONS, [0, 1, -1, -2, (0, 2), (-1, 0), None, (0, 1, 2)], met=[(0, 1)]),  # one check of axes for all
+    OF_AXES,
     ids=str,
 )
 def test_axes(function, axis):
@@ -104,7 +113,7 @@ def test_log_weights_are_added_to_psi_and_differentiated():
     np.testing.assert_allclose(rows, 2 * jax.grad(lambda w: js.entropy(z, log_weights=w))(log_w), rtol=1e-5)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+@pytest.mark.parametrize("function", some(FUNCTIONS, FEW), ids=str)
 def test_second_argument_broadcasts(function):
     if function.scores == 2:
         z, other = scores(4), scores(3, 4, seed=1)
@@ -113,7 +122,11 @@ def test_second_argument_broadcasts(function):
         assert function.ours(scores(3, 4), where=jnp.array([[True], [True], [True]])).shape[0] == 3
 
 
-@pytest.mark.parametrize(("phi", "order"), product(PHIS, [1, 2], met=[(0, 1)]), ids=str)
+OF_EXPANSION = and_full([(js.exp, 1), (js.spherical(0.1), 2), (js.softplus, 2)], itertools.product(PHIS, [1, 2]))
+"""By default a few: that H, g and the Hessian product are those of φ is in test_oracle.py and `verify`."""
+
+
+@pytest.mark.parametrize(("phi", "order"), OF_EXPANSION, ids=str)
 def test_expansion_errs_by_the_next_order(phi, order):
     with jax.enable_x64(True):
         z, dz = np.array([0.3, -0.7, 1.1]), np.array([1.0, -2.0, 0.5])

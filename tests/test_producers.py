@@ -369,7 +369,7 @@ def of_samples(w):
     }
 
 
-FEW_HEADS = ("linear_cross_entropy", "linear_kl", "quadratic", "adaptive", "sampled")
+FEW_HEADS = ("linear_cross_entropy", "linear_kl", "quadratic", "adaptive")
 FEW_MADE = (*FEW_HEADS, "concrete", "temperature")
 """Each makes its scores, or reads them, by code of its own. The others share it: they run in the gate."""
 

@@ -16,8 +16,7 @@ from jsoftmax import losses
 from jsoftmax.verify import jit_formulas
 
 ALPHAS = (1.0, 1.001, 1.1, 1.25, 4 / 3, 1.5, 1.7, 2.0, 2.5, 3.0, 5.0)
-FEW_ALPHAS = (1.001, 1.5, 3.0)
-"""With a way of their own: near the limit, an integer power, beyond 2. α = 1 is softmax. Arrays of α have no integer
+"""1.001 is near the limit, 1.5 has an integer power, 3 is beyond 2; α = 1 is softmax. Arrays of α have no integer
 power."""
 
 
@@ -56,7 +55,7 @@ def check_optimal(z, p, alpha, tolerance):
 @pytest.mark.parametrize("alpha", some(ALPHAS, [1.5, 3.0]))
 def test_optimal(alpha):
     with jax.enable_x64(True):
-        for classes in (1, 2, 7, 1000):
+        for classes in (1, 7, 1000):
             z = np.concatenate([scores(20, classes, scale=s) for s in (1e-6, 0.1, 1.0, 5.0, 100.0)])
             for p in (of_one(alpha, jit_formulas)(z), of_any_wide(z, np.full((100, 1), alpha))):  # integer powers, any
                 check_optimal(z, p, alpha, 1e-9)
@@ -75,9 +74,10 @@ def test_reference_values():
         np.testing.assert_allclose(js.entmax(z, alpha), f(z), rtol=5e-7)
 
 
-@pytest.mark.parametrize("alpha", some(ALPHAS, FEW_ALPHAS))
+@pytest.mark.parametrize("alpha", some(ALPHAS, [1.001]))
 def test_small_probabilities_of_ties_keep_their_digits(alpha):
-    """100,000 classes: all equal, and one above them that takes its share."""
+    """100,000 classes: all equal, and one above them that takes its share. By default of an α near the limit, where
+    each class keeps a share."""
     classes = 100_000
     tied = jnp.zeros(classes)
     for p in (of_one(alpha)(tied), of_any(tied, np.full(1, alpha, np.float32))):
@@ -90,7 +90,8 @@ def test_small_probabilities_of_ties_keep_their_digits(alpha):
         np.testing.assert_allclose(p, want, rtol=2e-5)
 
 
-@pytest.mark.parametrize("alpha", some([1.3, 1.5, 1.7, 2.0], [1.7]))
+@pytest.mark.full  # Sums of rows of all kinds are above.
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 1.7, 2.0])
 def test_sums_are_1_where_the_support_shrinks_slowly(alpha):
     """One class about 1/(α − 1) above many that are nearly equal: Newton's steps leave them group after group."""
     others = np.random.default_rng(2).normal(0, 1e-4, 5000)
@@ -106,7 +107,7 @@ def probabilities_and_slopes(z, alpha):
     return js.entmax(z, alpha), jax.grad(lambda z: jnp.sum(jnp.cos(z) * js.entmax(z, alpha)))(z)
 
 
-@pytest.mark.parametrize("alpha", [3.0, 4.0, 6.0, 10.0, 50.0, 1000.0])
+@pytest.mark.parametrize("alpha", some([3.0, 4.0, 6.0, 10.0, 50.0, 1000.0], [4.0, 1000.0]))
 def test_large_alpha_gives_probabilities(alpha):
     """Rounding leaves a small p uncertain there, but not the sum; each is within what a unit of 1 makes of p^{α−1}."""
     eps = np.finfo(np.float32).eps
@@ -300,10 +301,10 @@ def test_fenchel_young_loss(alpha):
             assert loss(sure, jnp.array(1)) == 0
 
 
-@pytest.mark.parametrize("alpha", some([1.0, 1.3, 1.5, 2.0], [1.3]))
+@pytest.mark.full  # That the loss is not negative is seen above in float64, and by its digits below.
+@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
 def test_fenchel_young_loss_of_distributions_is_not_negative(alpha):
-    """In float32, far from 0 too: a shift of the scores changes nothing, but their own rounding. By default of one α
-    whose powers are neither roots nor products, so that they are rounded more."""
+    """In float32, far from 0 too: a shift of the scores changes nothing, but their own rounding."""
     loss = jax.jit(functools.partial(js.fenchel_young_loss, alpha=alpha))
     for shift in (0.0, 1000.0):
         z = np.float32(scores(200, 6, seed=8)) + np.float32(shift)
