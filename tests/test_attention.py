@@ -130,8 +130,8 @@ def test_other_phis(phi):
 
 @pytest.mark.parametrize("options", some(OPTIONS, ["causal", "all"]))
 def test_options(options):
-    """One of them and all together; those of jax.nn, each alone, below. The soft cap of all hides a wrong sign in the
-    entropy's rule, which one alone shows."""
+    """One of them and all together; those of jax.nn, more of them alone, below. The soft cap of all hides a wrong sign
+    in the entropy's rule, which one alone shows."""
     with jax.enable_x64(True):
         given = arrays(bias="none", sink=False)
         assert_same(*both(given, OPTIONS[options] | {"block_size": BLOCKS["odd"]}), tuple(given.values()), rtol=1e-9)
@@ -165,9 +165,9 @@ AS_JAX_NN = {
 }
 
 
-AS_JAX_NN_BY_DEFAULT = [(name, K) for name in ("scale", "bias of heads, three axes", "mask", "int window")]
+AS_JAX_NN_BY_DEFAULT = [(name, K) for name in ("bias of heads, three axes", "mask of keys", "window", "key lengths")]
 ROWS_AS_JAX_NN = and_full([*AS_JAX_NN_BY_DEFAULT, ("lengths", 1)], [(name, K) for name in AS_JAX_NN], [("bias", N)])
-"""By default one of each kind: the others are met in the tests above, with all derivatives."""
+"""By default a bias, a mask, a window and lengths in forms that the tests above, with all derivatives, do not have."""
 
 
 @pytest.mark.parametrize(("options", "heads"), ROWS_AS_JAX_NN)
@@ -419,8 +419,7 @@ MODES = {
 }
 
 
-FEW_MODES = ["Hessian product", "reverse over reverse"]
-"""What the others are parts of: the two that need most."""
+FEW_MODES = ["gradient, remat", "Hessian product", "reverse over reverse"]
 
 
 @pytest.mark.parametrize("mode", some(MODES, FEW_MODES))

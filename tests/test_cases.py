@@ -375,7 +375,7 @@ OF_LONG_ROWS = and_full(
     [("cross_entropy", "product"), ("entropy", "product"), ("softmax", "quotient")],
     itertools.product(OF_ANY_LENGTH, MADE),
 )
-"""By default those that make the sums; the others take them from these."""
+"""By default those that make the sums of one row; the others take them from these, or make them of two rows."""
 
 
 @pytest.mark.parametrize(("name", "made"), OF_LONG_ROWS)

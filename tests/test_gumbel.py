@@ -297,7 +297,7 @@ def test_subset_tends_to_the_sample_of_top_k():
     np.testing.assert_allclose(whole, jnp.ones((1, 4)), atol=1e-3)
 
 
-GAPS = and_full(
+GAPS = and_full(  # by default each dtype, and gaps of each size
     [(20.0, False), (90.0, False), (300.0, True)], itertools.product([12.0, 20.0, 90.0, 300.0], [False, True])
 )
 

@@ -374,8 +374,8 @@ def test_top_k(k):
 
 @pytest.mark.parametrize("platform", some(["cpu", "tpu"], ["tpu"]))
 def test_top_k_of_long_blocks(platform):
-    """With many equals, of which the first comes first. By default by the form of TPUs, which
-    looks classes up by comparisons."""
+    """With many equals, of which the first comes first. By default by the form of TPUs, which looks
+    classes up by comparisons."""
     hidden, weight = jnp.ones((2, 1)), jnp.round(8 * jnp.sin(jnp.arange(3000.0)))[:, None]
     for k, size in ((1, 3000), (7, 517), (60, 1000)):
         f = verify.jit_formulas(functools.partial(heads.linear_top_k, k=k, block_size=size))

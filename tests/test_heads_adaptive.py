@@ -315,7 +315,7 @@ def test_top_k_of_log_probs():
         np.testing.assert_allclose(found.log_prob, best, rtol=1e-6)
 
 
-@pytest.mark.full  # The largest by parts are in test_gumbel_edges.py.
+@pytest.mark.full  # The largest by parts are in test_heads.py, `test_top_k_of_long_blocks`.
 def test_top_k_of_many_classes():
     """A tail of so many that its largest are found by parts, with a class that is there twice."""
     params = adaptive.init(KEY, 8, 1500, (20,), div_value=1)
@@ -341,7 +341,7 @@ def spoil(tail):
     return tail._replace(weight=tail.weight.at[3].set(jnp.nan))
 
 
-@pytest.mark.full  # Bad rows of losses, entropies and modes are here by default.
+@pytest.mark.full  # By default bad rows of losses, entropies and modes, and impossible classes of top k, below.
 def test_bad_rows_of_top_k_and_draws():
     """NaN in the head is in that row alone; in a tail in rows that searched it, whatever their neighbours did."""
     params, h = make(), jnp.asarray(H, jnp.float32)
@@ -379,7 +379,6 @@ def impossible():
     return js.q_exponential(0.5), params, 9 * jnp.asarray(H, jnp.float32), nothing
 
 
-@pytest.mark.full  # Those of the losses are below.
 def test_impossible_classes_of_top_k():
     """Beyond the classes that are possible: −inf and −1; without any, the mode is −1."""
     phi, params, h, nothing = impossible()
@@ -396,7 +395,7 @@ def test_impossible_classes_of_top_k():
     np.testing.assert_array_equal(mode, -1)
 
 
-@pytest.mark.full  # Those of the losses are below.
+@pytest.mark.full  # By default those of top k, above.
 def test_impossible_classes_of_draws():
     """Beyond the classes that are possible: −inf and −1."""
     phi, params, h, nothing = impossible()
@@ -463,7 +462,7 @@ def test_draws(many_rows):
     assert chi_square(pairs, joint.ravel()) < 4
 
 
-@pytest.mark.full  # One draw of a row by noise is in test_gumbel_statistics.py.
+@pytest.mark.full  # By default draws by noise of other functions, in test_gumbel_statistics.py.
 def test_one_draw_as_on_accelerators():
     """By noise there; the same law."""
     params, h = make(), jnp.broadcast_to(jnp.asarray(H[:1], jnp.float32), (4000, D))
@@ -508,10 +507,10 @@ def test_batches_of_top_k_and_draws():
     np.testing.assert_array_equal(mapped[0], of_one)
 
 
-@pytest.mark.full  # Draws are above by their frequencies, and `log_prob` of any classes by the definition.
-@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("replace", some([True, False], [False]))
 def test_log_prob_of_draws(replace):
-    """What `log_prob` says of them, derivatives too."""
+    """What `log_prob` says of them, derivatives too. By default of distinct ones, which take the same way and a longer
+    one."""
     params, h = make(), jnp.asarray(H, jnp.float32)
 
     def of_draws(params, h):
@@ -655,7 +654,7 @@ def everything(params, h, y):
     return [gradient for _, gradient in made], floats, [classes for (_, classes), _ in made]
 
 
-@pytest.mark.full  # Strict promotion of all functions is in test_promotion.py.
+@pytest.mark.full  # Dtypes are known when a program is traced, which is below.
 def test_dtypes_under_strict_promotion_and_debug_nans():
     """Narrow inputs give float32, and gradients whose sums over blocks are rounded once."""
     y = jnp.asarray(30 + LABELS % 30, jnp.int8)
@@ -671,8 +670,7 @@ def test_dtypes_under_strict_promotion_and_debug_nans():
         np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
 
 
-@pytest.mark.full  # Strict promotion of all functions is in test_promotion.py.
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", some([jnp.float64, jnp.bfloat16], [jnp.bfloat16]))  # a narrow one needs more casts
 def test_strict_promotion(dtype):
     with jax.enable_x64(dtype == jnp.float64), strict_promotion():
         given = make(dtype, cutoffs=(8,)), jnp.asarray(H, dtype), jnp.asarray(LABELS)

@@ -89,8 +89,8 @@ HEADS = {
 
 
 FEW = ("linear_cross_entropy", "of distributions")
-"""By label and by distribution; what has no labels is below. All heads take the scores of banned classes away at one
-place."""
+"""By label and by distribution; what has no labels is below, without derivatives. All heads take the scores of banned
+classes away at one place."""
 
 
 @pytest.mark.parametrize("name", some(HEADS, FEW))

@@ -89,7 +89,7 @@ def test_equals_dense_sgd(name, rows):
     assert not np.allclose(weight, WEIGHT, atol=0.1)
 
 
-@pytest.mark.full  # The same steps in float64, exactly, are above.
+@pytest.mark.full  # By default the same steps in float64, above.
 def test_drift_in_float32():
     """Drift from float64 is like that of dense SGD in float32, with folds and without."""
     loss, of_scores = LOSSES["spherical"]
@@ -264,8 +264,7 @@ def test_states_can_be_mapped_over():
         np.testing.assert_allclose(*weights, rtol=0, atol=1e-4 * np.abs(weights[1]).max())
 
 
-@pytest.mark.full  # Strict promotion of these functions is in test_promotion.py.
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", some([jnp.bfloat16, jnp.float32, jnp.float64], [jnp.bfloat16]))
 def test_dtypes_under_strict_promotion_and_debug_nans(dtype):
     with jax.enable_x64(dtype == jnp.float64), strict_promotion(), jax.debug_nans(True):
         wide = jnp.float64 if dtype == jnp.float64 else jnp.float32

@@ -40,8 +40,9 @@ ON_ACCELERATORS = {
 }
 
 
-RULES = ("linear_cross_entropy", "linear_kl")
-"""The head of one weight that is trained most, and one of two. linear_cross_entropy_sum is below, over shards."""
+RULES = ("linear_cross_entropy", "linear_kl", "linear_top_k")
+"""The head of one weight that is trained most, one of two weights, and the one that merges classes.
+linear_cross_entropy_sum is below, over shards."""
 
 
 @pytest.mark.parametrize(
@@ -109,10 +110,10 @@ def test_the_plan_of_accelerators_over_shards(name, monkeypatch):
     sharding.assert_close(found, wanted, 1e-4)
 
 
-@pytest.mark.full  # Blocks of any length draw the same, see test_heads_draws.py.
-@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("replace", some([True, False], [False]))
 def test_draws_as_on_accelerators(replace, monkeypatch):
-    """The same classes, whatever the blocks are."""
+    """The same classes, whatever the blocks are. By default distinct ones, which take the way of the others and
+    more."""
     hidden, weight, _ = head(70, 700, 16)
     draws = functools.partial(heads.linear_categorical, jax.random.key(1), shape=(4, 70), replace=replace)
 
@@ -184,7 +185,7 @@ MODES = {
 
 
 FEW_MODES = ["hvp in a scan", "reverse over reverse"]
-"""What the others are parts of: the two that need most."""
+"""The two that need most: values, gradients and jvp are parts of them. vmap and jacfwd are met in the gate."""
 FUNCTIONS = [loss, statistics, summed, kl, jsd, top, several]
 FEW_FUNCTIONS = [loss, summed]
 """The others go through the scans of the first; the gradient of the second has a scan of its own."""
@@ -280,10 +281,13 @@ def test_gradient_of_a_narrow_weight_is_rounded_once():
         np.testing.assert_array_equal(by, jnp.array([[-256], [256]], jnp.bfloat16))
 
 
-@pytest.mark.full  # Strict promotion of all heads is in test_promotion.py.
-@pytest.mark.parametrize(("dtype", "runs"), [(jnp.float16, False), (jnp.bfloat16, True)])
+MODES_OF_DTYPES = and_full([(jnp.bfloat16, False)], [(jnp.float16, False), (jnp.bfloat16, True), (jnp.float64, True)])
+"""By default a narrow one, which needs more casts. float16 takes its branches, float32 those of float64."""
+
+
+@pytest.mark.parametrize(("dtype", "runs"), MODES_OF_DTYPES)
 def test_strict_promotion_and_debug_nans(dtype, runs):
-    """dtypes are known when a program is traced. That no step makes a NaN is seen when it runs."""
+    """dtypes are known when a program is traced. That no step makes a NaN is seen when it runs, in the gate."""
     with jax.enable_x64(dtype == jnp.float64), strict_promotion(), jax.debug_nans(True):
         hidden, weight, labels = head(6, 10, 3, dtype)
         bias, w = jnp.zeros(10, dtype), jnp.ones(6, dtype)

@@ -129,8 +129,7 @@ def test_edges():
     np.testing.assert_array_equal(empty, 0)
 
 
-@pytest.mark.full  # Strict promotion of this function is in test_promotion.py.
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", some([jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64], [jnp.bfloat16]))
 def test_dtypes_under_strict_promotion_and_debug_nans(dtype):
     with jax.enable_x64(dtype == jnp.float64), strict_promotion(), jax.debug_nans(True):
         h, w, b = (jnp.asarray(a, dtype) for a in (H, W, B))

@@ -90,20 +90,15 @@ def differentiated(f, modes):
 
 
 WAYS = ("shard_map", "shard_map without check_vma", "vmap", "shards")
-ALIKE = ("linear_log_normalizer", "linear_jsd")
-"""The one is a part of linear_statistics; the other has two heads, as linear_kl."""
-FEW_NAMES = [name for name in NAMES if name not in ALIKE]
-SHORT = covering(FEW_NAMES, WAYS, MODES, met=[(0, 1), (0, 2), (1, 2)])  # whole heads meet modes in test_heads.py
+SHORT = covering(NAMES, WAYS, MODES, met=[(0, 1), (0, 2), (1, 2)])  # whole heads meet modes in test_heads.py
 
 
-def by_head(names, rows):
-    return [(name, [row[1:] for row in rows if row[0] == name]) for name in names]
+def by_head(rows):
+    return [(name, [row[1:] for row in rows if row[0] == name]) for name in NAMES]
 
 
-CASES = and_full(
-    by_head(FEW_NAMES, SHORT), by_head(NAMES, [row for row in covering(NAMES, WAYS, MODES) if row not in SHORT])
-)
-"""By default each head but those that are like others, each way and each mode; in the gate every two of them."""
+CASES = and_full(by_head(SHORT), by_head([row for row in covering(NAMES, WAYS, MODES) if row not in SHORT]))
+"""By default each head, each way and each mode; in the gate every two of them."""
 
 
 @pytest.mark.parametrize(("name", "parts"), CASES, ids=lambda a: a if isinstance(a, str) else f"{len(a)} parts")
@@ -150,7 +145,7 @@ def test_derivatives_inside_a_mesh_of_tokens_and_classes(name):
         assert_close(found, want, 1e-10)
 
 
-@pytest.mark.full  # Derivatives inside a mesh of two axes are above.
+@pytest.mark.full  # By default derivatives inside a mesh of two axes, above.
 def test_tokens_and_classes_over_one_axis():
     """The tokens are gathered; backwards their gradients are summed and scattered. The loss is the same on all, which
     JAX does not know of what is gathered: hence its mean."""

@@ -245,8 +245,8 @@ def summed(z, f, labels, options, counts):
 @pytest.mark.parametrize("axis", some([-1, 0, (0, 2), (2, 0), (1, -3), (2, 1, 0)], [(1, -3)]), ids=str)
 def test_axes_and_masks_as_in_optax(axis):
     """A flat label follows the order of the axes; a class that the mask leaves out counts nothing, in labels either. By
-    default of two axes whose order is not the array's, one of them counted from the end; the last axis and axis 0 are
-    above."""
+    default of two axes whose order is not the array's, one of them counted from the end; the last axis and axis 0,
+    without a mask, are above."""
     image = jnp.sin(jnp.arange(24.0)).reshape(2, 3, 4)
     axes = axis if isinstance(axis, tuple) else (axis,)
     rows = tuple(n for i, n in enumerate(image.shape) if i not in [a % 3 for a in axes])
@@ -375,7 +375,7 @@ TERMS = {  # the loss of one class, of n = −log p
 
 
 OF_FACTORS = and_full(
-    [("focal, gamma", "prior"), ("poly, epsilon", "weights")],
+    [("focal, gamma", "prior"), ("focal", "weights"), ("poly, epsilon", "rows")],
     covering(TERMS, ["plain", "prior", "weights", "classes", "rows", "ignored"], met=[(0, 1)]),
 )
 """In the gate each term and each option: the terms know of n and of the factors alone."""
@@ -383,7 +383,7 @@ OF_FACTORS = and_full(
 
 @pytest.mark.parametrize(("terms", "name"), OF_FACTORS)
 def test_factors(terms, name):
-    """The factors know of the prior, not of the class weights. By default both losses."""
+    """The factors know of the prior, not of the class weights. By default both losses and parameters of both."""
     f, term, parameters = TERMS[terms]
     options = OPTIONS[name]
     with jax.enable_x64(True):

@@ -61,7 +61,8 @@ FLOATING = [dtype for dtype in DTYPES if dtype != jnp.int32]
     ids=str,
 )
 def test_no_step_makes_a_nan(function, dtype, phi):
-    """Runs operation by operation. By default of a map, of one that reduces, and of two arrays, in each dtype."""
+    """Runs operation by operation. By default each dtype once, with a map, one that reduces, and one of
+    two arrays."""
     with jax.enable_x64(dtype == jnp.float64), strict_promotion(), jax.debug_nans(True):
         z, value, gradient = with_masks(function, dtype, phi)
         value(*z)

@@ -371,7 +371,8 @@ def of_samples(w):
 
 FEW_HEADS = ("linear_cross_entropy", "linear_kl", "quadratic", "adaptive")
 FEW_MADE = (*FEW_HEADS, "concrete", "temperature")
-"""Each makes its scores, or reads them, by code of its own. The others share it: they run in the gate."""
+"""Each makes its scores, or reads them, by code of its own. The others share it, or have products of
+gathered rows: they run in the gate."""
 
 
 @pytest.mark.parametrize("name", some(of_heads(jnp.float32), FEW_HEADS))

@@ -227,7 +227,7 @@ DRAWS = {  # and at most how many numbers a row are exchanged at once, of 8 · 1
 
 
 OF_DRAWS = and_full([("few", 15992), ("distinct", 15992)], itertools.product(DRAWS, [15992, 32768]))
-"""By default the draws by numbers of classes and those by noise; derivatives are in `test_top_k`."""
+"""By default the draws by numbers of classes and those by noise; derivatives, in shard_map, are in `test_top_k`."""
 
 
 @pytest.mark.parametrize(("name", "classes"), OF_DRAWS)
@@ -411,7 +411,6 @@ def test_rows_in_explicit_mode(cut, classes):
         segments.segment_softmax(given[0], jnp.arange(len(z)), len(z))
 
 
-@pytest.mark.full  # Other functions of whole rows are in explicit mode above.
 def test_sparse_maps_and_truncation_of_rows_in_explicit_mode():
     explicit, z, labels = mesh(AxisType.Explicit), scores(CLASSES)[0][:DEVICES], LABELS[:DEVICES]
 

@@ -90,8 +90,7 @@ def test_small_probabilities_of_ties_keep_their_digits(alpha):
         np.testing.assert_allclose(p, want, rtol=2e-5)
 
 
-@pytest.mark.full  # Sums of rows of all kinds are above.
-@pytest.mark.parametrize("alpha", [1.3, 1.5, 1.7, 2.0])
+@pytest.mark.parametrize("alpha", some([1.3, 1.5, 1.7, 2.0], [1.7]))
 def test_sums_are_1_where_the_support_shrinks_slowly(alpha):
     """One class about 1/(α − 1) above many that are nearly equal: Newton's steps leave them group after group."""
     others = np.random.default_rng(2).normal(0, 1e-4, 5000)
@@ -301,10 +300,10 @@ def test_fenchel_young_loss(alpha):
             assert loss(sure, jnp.array(1)) == 0
 
 
-@pytest.mark.full  # That the loss is not negative is seen above in float64, and by its digits below.
-@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
+@pytest.mark.parametrize("alpha", some([1.0, 1.3, 1.5, 2.0], [1.3]))
 def test_fenchel_young_loss_of_distributions_is_not_negative(alpha):
-    """In float32, far from 0 too: a shift of the scores changes nothing, but their own rounding."""
+    """In float32, far from 0 too: a shift of the scores changes nothing, but their own rounding. By default of one α
+    whose powers are neither roots nor products, so that they are rounded more."""
     loss = jax.jit(functools.partial(js.fenchel_young_loss, alpha=alpha))
     for shift in (0.0, 1000.0):
         z = np.float32(scores(200, 6, seed=8)) + np.float32(shift)

@@ -51,10 +51,10 @@ assert_same = functools.partial(modes.assert_same, rtol=1e-10, atol=1e-12)
 
 
 OF_LOSSES = and_full(
-    [("class", js.relu_power(2, 0.1)), ("renormalise", js.taylor(2))],
+    [("class", js.relu_power(2, 0.1)), ("renormalise", js.taylor(2)), ("ignore", js.softplus)],
     covering(TAILS, [js.exp, js.spherical(0.1), js.relu_power(2, 0.1)], met=[(0, 1)]),
 )
-"""By default a tail that is a class and one that is none. They are met with few φ, since the tail does not change how
+"""By default each tail. They are met with few φ, since the tail does not change how
 log φ is counted."""
 
 
@@ -265,10 +265,9 @@ def test_narrow_scores_axes_and_vmap():
 OF_PARTS = ["scores in shard_map", "head in shard_map", "head by shards"]
 
 
-@pytest.mark.full  # Merges of heads over devices are in test_heads_sharded.py.
-@pytest.mark.parametrize("way", OF_PARTS)
+@pytest.mark.parametrize("way", some(OF_PARTS, ["head in shard_map"]))
 def test_classes_on_several_devices(way):
-    """Value, gradient, Hessian product."""
+    """Value, gradient, Hessian product. By default the way that needs both the head's merges and the loss's."""
     with jax.enable_x64(True):
         given, q = (jnp.asarray(HIDDEN), jnp.asarray(WEIGHT)), jnp.asarray(Q)
 
@@ -358,8 +357,7 @@ def test_derivatives_of_little_mass_that_is_shared_out():
     np.testing.assert_allclose(jax.grad(loss)(jnp.array([1e-20, 3e-20])), [1.875e19, -6.25e18], rtol=1e-5)
 
 
-@pytest.mark.full  # Strict promotion of all losses is in test_promotion.py.
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", some([jnp.bfloat16, jnp.float16], [jnp.bfloat16]))
 def test_narrow_scores_under_strict_promotion(dtype):
     z, target = jnp.array([[0, 1, 2]], dtype), TopTargets(jnp.array([[0]]), jnp.array([[0.5]], dtype))
     wide = TopTargets(target.indices, target.probabilities.astype(jnp.float32))

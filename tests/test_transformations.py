@@ -88,20 +88,18 @@ def plain(function, phi, z, v):
 
 TWO = (jsoftmax.exp, jsoftmax.spherical(0.1))
 WAYS = ((SCAN, OVER_PHI), (MAP,))
-FEW = (
-    *("fenchel_young_loss", "mixture_log_softmax", "sink_softmax"),
-    *("entropy_gradient", "cross_entropy_hessian", "spherical_z_loss"),
-)
-"""The last three, which are expressions of the functions, in the gate. The others have the rules of these, or of the
-functions themselves; the sparse maps, which the Fenchel–Young loss takes, are in a scan in test_sparse.py, too."""
+WITH_RULES = ("fenchel_young_loss", "mixture_log_softmax", "sink_softmax")
+EXPRESSIONS = ("entropy_gradient", "cross_entropy_hessian", "spherical_z_loss")
+"""Some of those that are expressions of functions above, in the gate. All others have the rules of these two lists, or
+of the functions; the sparse maps, which the Fenchel–Young loss takes, are in a scan in test_sparse.py, too."""
 OF_LABELS = ("cross_entropy", "kl_to_target", "plackett_luce_log_prob")
 """The other losses are functions of the −log p that the first of these takes."""
 EVERY = [(f, TWO[1]) for f in (*FUNCTIONS, *named(LOSSES, OF_LABELS))]
-EVERY += [(f, TWO[f in DERIVATIVES]) for f in named(DERIVATIVES + SPARSE_MAPS + OTHERS, FEW)]
+EVERY += [(f, TWO[f in DERIVATIVES]) for f in named(DERIVATIVES + SPARSE_MAPS + OTHERS, WITH_RULES + EXPRESSIONS)]
 SHORT = [  # a transformation sees the rules of a function, and those of log φ: each once
     *covering(FUNCTIONS, PHIS, WAYS, met=[(0, 1), (0, 2), (1, 2)]),
     *covering(named(LOSSES, OF_LABELS), TWO, WAYS[:1], met=[(0, 1)]),  # the other way, and φ with names: those above
-    *covering(named(DERIVATIVES + SPARSE_MAPS + OTHERS, FEW[:3]), [jsoftmax.exp], WAYS[:1]),
+    *covering(named(DERIVATIVES + SPARSE_MAPS + OTHERS, WITH_RULES), [jsoftmax.exp], WAYS[:1]),
 ]
 
 
