@@ -217,11 +217,11 @@ def test_shapes_and_batches():
         return adaptive.log_prob(params, h, y), adaptive.entropy(params, h), adaptive.predict(params, h)
 
     same, one, (ours, want) = results(h, y)
-    none = verify.jit_formulas(of_few)(h[:0], y[:0])
+    few = [verify.jit_formulas(of_few)(h[:n], y[:n]) for n in (0, 1)]
     for other in same[1:]:
         np.testing.assert_allclose(other, same[0], rtol=1e-5)
     np.testing.assert_allclose(one, same[0][0], rtol=1e-5)
-    assert [a.shape for a in none] == [(0,)] * 3
+    assert [[a.shape for a in result] for result in few] == [[(0,)] * 3, [(1,)] * 3]
     assert plain.cutoffs == (CLASSES,)
     np.testing.assert_allclose(ours, want, rtol=1e-5)
     np.testing.assert_array_equal(adaptive.predict(plain, h), jnp.argmax(h @ plain.head.T + plain.bias, -1))

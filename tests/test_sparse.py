@@ -55,7 +55,7 @@ def check_optimal(z, p, alpha, tolerance):
 @pytest.mark.parametrize("alpha", some(ALPHAS, [1.5, 3.0]))
 def test_optimal(alpha):
     with jax.enable_x64(True):
-        for classes in (1, 7, 1000):
+        for classes in (1, 2, 7, 1000):
             z = np.concatenate([scores(20, classes, scale=s) for s in (1e-6, 0.1, 1.0, 5.0, 100.0)])
             for p in (of_one(alpha, jit_formulas)(z), of_any_wide(z, np.full((100, 1), alpha))):  # integer powers, any
                 check_optimal(z, p, alpha, 1e-9)

@@ -54,8 +54,7 @@ OF_LOSSES = and_full(
     [("class", js.relu_power(2, 0.1)), ("renormalise", js.taylor(2)), ("ignore", js.softplus)],
     covering(TAILS, [js.exp, js.spherical(0.1), js.relu_power(2, 0.1)], met=[(0, 1)]),
 )
-"""By default each tail. They are met with few φ, since the tail does not change how
-log φ is counted."""
+"""By default each tail. They are met with few φ, since the tail does not change how log φ is counted."""
 
 
 @pytest.mark.parametrize(("tail", "phi"), OF_LOSSES, ids=str)
