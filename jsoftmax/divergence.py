@@ -18,7 +18,7 @@ from jsoftmax.phi import Phi, exp
 from jsoftmax.sharding import AxisName
 from jsoftmax.sums import FAR, SURE, class_sum
 
-_NEAR, _NO_OVERFLOW = 0.5, 80.0
+_NEAR = 0.5
 
 # --- class by class ------------------------------------------------------------------------------------------
 
@@ -55,24 +55,67 @@ def log_ratios_to_mean(p: Array, q: Array, beta: Array | None, log_p: Array, log
     the logarithm is 0 too, because β or 1 − β gives its class no weight.
     """
     there = ~(jnp.isneginf(log_p) & jnp.isneginf(log_q))
-    delta = jnp.where(there, log_p, 0) - jnp.where(there, log_q, 0)
-    of_p, of_q = shares(beta)
-    r_p, r_q = _log_ratio_to_mean(delta, of_p, of_q), _log_ratio_to_mean(-delta, of_q, of_p)
+    r_p, r_q = _log_ratios(jnp.where(there, log_p, 0) - jnp.where(there, log_q, 0), beta)
     return jnp.where((p == 0) | jnp.isinf(r_p), 0, r_p), jnp.where((q == 0) | jnp.isinf(r_q), 0, r_q)
+
+
+@jax.custom_jvp
+def _log_ratios(delta: Array, beta: Array | None) -> tuple[Array, Array]:
+    """log (p/m) and log (q/m) of δ = log p − log q  (MATH 6.8)."""
+    of_p, of_q = shares(beta)
+    return _log_ratio_to_mean(delta, of_p, of_q), _log_ratio_to_mean(-delta, of_q, of_p)
+
+
+@functools.partial(_log_ratios.defjvp, symbolic_zeros=True)
+def _log_ratios_jvp(primals: Any, tangents: Any) -> Any:
+    return _log_ratios(*primals), _rates_of_logs(_ratios(*primals), primals[1], tangents)
+
+
+def _power_bound(dtype: jnp.dtype) -> float:
+    """A power of e that does not overflow, with some room: 80 for float32."""
+    return 0.9 * math.log(jnp.finfo(dtype).max)
 
 
 def _log_ratio_to_mean(delta: Array, own: Array | float, other: Array | float) -> Array:
     """log (p/m) = −log(own + other e^−δ), δ = log p − log q, own + other = 1  (MATH 6.8)."""
-    bounded = jnp.maximum(delta, -_NO_OVERFLOW)
+    bound = _power_bound(delta.dtype)
+    grown = other * expm1(-jnp.maximum(delta, -bound))
     if isinstance(other, float):  # ½: nothing cancels, and own e^δ is nothing beside other where e^−δ would overflow
-        return jnp.where(delta < -_NO_OVERFLOW, delta - math.log(other), -jnp.log1p(other * expm1(-bounded)))
-    cancels, overflows = (delta > _NEAR) & (other > 0.5), (delta < -_NO_OVERFLOW) & (other > 0)
-    far = cancels | overflows
-    e = jnp.exp(-jnp.where(far, jnp.abs(delta), 1))
-    total = jnp.where(cancels, own + other * e, other + own * e)  # where it overflows, over e^−δ
-    lost = cancels & (total < jnp.finfo(delta.dtype).tiny)  # own is nothing, and e^−δ underflows
-    by_log = jnp.where(overflows | lost, delta, 0) - jnp.log(jnp.where(far, jnp.where(lost, other, total), 1))
-    return jnp.where(far, by_log, -jnp.log1p(other * expm1(-jnp.where(far, 0, bounded))))
+        return jnp.where(delta < -bound, delta - math.log(other), -jnp.log1p(grown))
+    grown = grown * jnp.exp(-jnp.clip(delta + bound, -bound, 0))  # other (e^−δ − 1) for δ ≥ −2 bound, though e^−δ = inf
+    total, cancels = own + other * jnp.exp(-jnp.maximum(delta, 0)), (delta > _NEAR) & (other > 0.5)
+    underflows, overflows = total < jnp.finfo(delta.dtype).tiny, jnp.isinf(grown) | (delta < -2 * bound)
+    by_log = (cancels & underflows) | overflows  # where own is nothing beside other e^−δ
+    return jnp.where(by_log, delta - jnp.log(other), -jnp.where(cancels, jnp.log(total), jnp.log1p(grown)))
+
+
+@jax.custom_jvp
+def _ratios(delta: Array, beta: Array | None) -> tuple[Array, Array]:
+    """p/m and q/m of δ = log p − log q, and 0 where one overflows, as m of the other alone does, at an end of β."""
+    (of_p, of_q), bound = shares(beta), _power_bound(delta.dtype)
+    half = jnp.clip(delta / 2, -bound, bound)
+    p, q = jnp.exp(half), jnp.exp(-half)  # over the root of their product
+    p_over_m, q_over_m = (a / (of_p * p + of_q * q) for a in (p, q))
+    return jnp.where(jnp.isinf(p_over_m), 0, p_over_m), jnp.where(jnp.isinf(q_over_m), 0, q_over_m)
+
+
+@functools.partial(_ratios.defjvp, symbolic_zeros=True)
+def _ratios_jvp(primals: Any, tangents: Any) -> Any:
+    ratios = _ratios(*primals)
+    rates = _rates_of_logs(ratios, primals[1], tangents)
+    return ratios, tuple(ratio * rate for ratio, rate in zip(ratios, rates, strict=True))
+
+
+def _rates_of_logs(ratios: tuple[Array, Array], beta: Array | None, tangents: Any) -> tuple[Array, Array]:
+    """ṙ_p = (1 − β) (q/m) δ̇ + (q/m − p/m) β̇,   ṙ_q = −β (p/m) δ̇ + (q/m − p/m) β̇     (MATH 6.8).
+
+    Of bounded factors, where the derivative of the logarithm's own operations would have e^−δ squared, which overflows.
+    """
+    (p_over_m, q_over_m), (of_p, of_q), (delta_dot, beta_dot) = ratios, shares(beta), without_zeros(tangents)
+    by_beta = jnp.zeros_like(p_over_m) if beta_dot is None else (q_over_m - p_over_m) * beta_dot
+    if delta_dot is None:
+        return by_beta, by_beta
+    return of_q * q_over_m * delta_dot + by_beta, by_beta - of_p * p_over_m * delta_dot
 
 
 def divergence_terms(p: Array, q: Array, beta: Array | None, log_p: Array, log_q: Array) -> tuple[Array, Array]:

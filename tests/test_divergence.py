@@ -80,33 +80,56 @@ def test_digits_of_far_scores(divergence, beta):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_logarithms_of_ratios(dtype):
-    """log (p/m), log (q/m) and their derivatives in log p, near and far, have the digits of the dtype."""
-    sizes = np.array([1e-6, 0.1, 0.49, 0.51, 2, 10, 40, 79, 81, 86, *([95] if dtype == np.float32 else [300, 700])])
+    """log (p/m), log (q/m) and their first two derivatives in log p, near and far, have the digits of the dtype."""
+    far = [95] if dtype == np.float32 else [230, 300, 570, 639, 700]
+    sizes = np.array([1e-6, 0.1, 0.49, 0.51, 2, 10, 40, 50, 79, 81, 86, *far])
     delta = np.array([0, *sizes, *-sizes], dtype)
-    betas = np.array([0.0, 1e-7, 0.25, 0.5, 0.75, 1 - 2.0**-20, 1.0], dtype)
+    tiny = [1e-36, 1e-30] if dtype == np.float32 else [1e-300, 1e-100]
+    betas = np.array([0.0, *tiny, 1e-7, 0.25, 0.5, 0.75, 1 - 2.0**-20, 1.0], dtype)
 
     def ratios(log_p, log_q, beta):
         return jnp.stack(log_ratios_to_mean(jnp.exp(log_p), jnp.exp(log_q), beta, log_p, log_q))
 
-    def along(log_p, log_q, beta):
-        return jax.jvp(lambda log_p: ratios(log_p, log_q, beta), (log_p,), (jnp.ones_like(log_p),))
+    def along(f, log_p):
+        return jax.jvp(f, (log_p,), (jnp.ones_like(log_p),))
+
+    def derivatives(log_p, log_q, beta):
+        value, rates = along(lambda log_p: along(lambda log_p: ratios(log_p, log_q, beta), log_p), log_p)
+        return *value, rates[1]
 
     with jax.enable_x64(dtype == np.float64):
         log_p, log_q = (jnp.minimum(jnp.asarray(a), 0) for a in (delta, -delta))
-        found = jit_as_user(jax.vmap(along, (None, None, 0)))(log_p, log_q, betas)
-        of_half = jit_as_user(functools.partial(along, beta=None))(log_p, log_q)
+        found = jit_as_user(jax.vmap(derivatives, (None, None, 0)))(log_p, log_q, betas)
+        of_half = jit_as_user(functools.partial(derivatives, beta=None))(log_p, log_q)
         there = jnp.exp(log_p) > 0, jnp.exp(log_q) > 0
     rows = [(beta, np.stack(found, -1)[i]) for i, beta in enumerate(betas.tolist())]
     for beta, got in [*rows, (0.5, np.stack(of_half, -1))]:
         for k, d in enumerate(delta.tolist()):
             for row, sign in enumerate((1, -1)):
-                with mpmath.workdps(60):
+                with mpmath.workdps(400):
                     own = mpmath.mpf(beta) if row == 0 else 1 - mpmath.mpf(beta)
                     other = (1 - own) * mpmath.exp(-sign * mpmath.mpf(d))
-                    want = [-mpmath.log(own + other), sign * other / (own + other)]
+                    m = own + other
+                    want = [-mpmath.log(m), sign * other / m, -own * other / m**2]
                 want = [float(a) * bool(there[row][k]) for a in want]
                 rtol = 32 * np.finfo(dtype).eps  # XLA's log1p and expm1 of float64 lose 20
                 np.testing.assert_allclose(got[row, k], want, rtol, 1e-30, err_msg=f"{beta} {row} {d}")
+
+
+@BOTH
+@pytest.mark.parametrize("beta", [0.5, 0.25])
+def test_third_derivatives_of_far_scores(divergence, beta):
+    """Finite, and equal to those of float64, also where the square of p/q overflows."""
+
+    def third(z_p, z_q):
+        hessian = jax.hessian(lambda z_p: divergence(z_p, z_q, beta))
+        return jax.jvp(hessian, (z_p,), (jnp.cos(z_p),))[1]
+
+    far = np.array([[0.0, -30.0, -1.0], [0.0, -50.0, -60.0], [0.0, -75.0, -1.0]])
+    found = verify.jit_formulas(jax.vmap(third))(jnp.float32(far), jnp.float32(far[:, [1, 2, 0]]))
+    with jax.enable_x64(True):
+        want = verify.jit_formulas(jax.vmap(third))(jnp.asarray(far), jnp.asarray(far[:, [1, 2, 0]]))
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-6)
 
 
 def test_half_is_what_an_array_of_one_half_is():
