@@ -171,7 +171,7 @@ def against_digits(
     return [[error(*pair) for pair in zip(*of_phi, strict=True)] for of_phi in zip(found, wanted, strict=True)]
 
 
-def against_autodiff(function: Function, phi: Phi) -> list[float]:
+def against_autodiff(function: Function, phi: Phi, jit: Callable[..., Any] = jit_formulas) -> list[float]:
     """Errors, by order, of the closed forms against autodiff of the plain definition, in float64.
 
     Value, Jacobian and Hessian are compared in full; the third order is taken along one direction. For a second-order
@@ -196,7 +196,7 @@ def against_autodiff(function: Function, phi: Phi) -> list[float]:
 
     with jax.enable_x64(dtype == np.float64):
         z, v = (jnp.asarray(scores(function, phi, seed), dtype) for seed in (0, 1))
-        closed, by_autodiff = (jit_formulas(functools.partial(orders, f))(z, v) for f in (ours, plain))
+        closed, by_autodiff = (jit(functools.partial(orders, f))(z, v) for f in (ours, plain))
         return [error(*pair) for pair in zip(closed, by_autodiff, strict=True)]
 
 

@@ -6,8 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from jsoftmax.verify import jit_formulas
+from interpreter import evaluated
 
 
 @contextlib.contextmanager
@@ -19,7 +18,7 @@ def strict_promotion():
 
 def assert_same(f, g, arguments, rtol=1e-11, atol=1e-13):
     """`in_all_modes` of f, in a scan, and of g, the plain one, without it."""
-    found, wanted = (jit_formulas(functools.partial(in_all_modes, *of))(*arguments) for of in ((f, True), (g, False)))
+    found, wanted = (evaluated(functools.partial(in_all_modes, *of))(*arguments) for of in ((f, True), (g, False)))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, some
+from interpreter import evaluated
 from modes import assert_same, reverse_over_reverse
 from platforms import as_on_accelerators, traced_anew
 
 import jsoftmax as js
-from jsoftmax import attention, verify
+from jsoftmax import attention
 from jsoftmax.attention import _blocks, _check
 from jsoftmax.verify import PHIS
 
@@ -25,7 +26,7 @@ DIFFERENTIABLE = ("query", "key", "value", "bias", "scale", "sink")
 RNG = np.random.default_rng(0)
 MASK = RNG.random((B, 1, T, S)) > 0.3
 MASK[0, 0, 2] = False  # a row without keys
-LENGTHS = {"query_seq_lengths": np.array([3, 5]), "key_value_seq_lengths": np.array([7, 4])}
+LENGTHS = {"query_seq_lengths": np.array([3, 5], np.int32), "key_value_seq_lengths": np.array([7, 4], np.int32)}
 OPTIONS = {
     "causal": {"is_causal": True},
     "mask, window": {"mask": MASK, "local_window_size": (1, 2)},
@@ -180,8 +181,7 @@ def test_as_jax_nn(options, heads):
     theirs = functools.partial(jax.nn.dot_product_attention, implementation="xla")
     static = {k: options.pop(k) for k in ("is_causal", "local_window_size", "scale") if k in options}
     found, want = (
-        verify.jit_formulas(functools.partial(f, return_residual=True, **static))(*given, **options)
-        for f in (ours, theirs)
+        evaluated(functools.partial(f, return_residual=True, **static))(*given, **options) for f in (ours, theirs)
     )
     counts = want[1] > -1e30  # a row without keys is −∞ with us, and a very negative number with jax.nn
     for a, b in zip(found, (want[0], jnp.where(counts, want[1], -jnp.inf)), strict=True):
@@ -203,7 +203,7 @@ def test_few_queries_and_keys():
     """Three axes, one query, one key, none; values of another width."""
     q, k, v = float32(B, T, N, H), float32(B, S, K, H, seed=1), float32(B, S, K, H, seed=2)
 
-    @verify.jit_formulas
+    @evaluated
     def results(q, k, v):
         pairs = []
         for given in ((q[0], k[0], v[0]), (q[:, :1], k, v), (q, k[:, :1], v[:, :1])):
@@ -231,7 +231,7 @@ def test_rows_without_keys(phi):
     def f(sink=None, **given):
         return attention.attention_statistics(**given, mask=mask, sink=sink, phi=phi, block_size=BLOCKS["odd"])
 
-    statistics = verify.jit_formulas(lambda given: f(**given))
+    statistics = evaluated(lambda given: f(**given))
     found = jax.tree.map(np.asarray, statistics(given | {"sink": None}))
     empty = ~mask.any(3)[:, 0]
     assert not found.output[empty].any()
@@ -246,7 +246,7 @@ def test_rows_without_keys(phi):
         return jnp.sum(jnp.where(empty[..., None, None], rows, 0))  # of the rows without keys alone
 
     without = {name: a for name, a in given.items() if name != "sink"}
-    derivatives = verify.jit_formulas(lambda given: jax.jvp(jax.grad(total), (given,), (given,)))
+    derivatives = evaluated(lambda given: jax.jvp(jax.grad(total), (given,), (given,)))
     assert all(not np.any(a) for a in jax.tree.leaves(derivatives(without)))
     with_sink = jax.tree.map(np.asarray, statistics(given))
     assert not with_sink.output[empty].any()
@@ -264,7 +264,7 @@ def test_what_is_left_out_may_be_anything():
         L = jnp.where(jnp.isfinite(found.log_normalizer), found.log_normalizer, 0)
         return jnp.sum(found.output**2) + jnp.sum(L + found.entropy)
 
-    run = verify.jit_formulas(jax.value_and_grad(total))
+    run = evaluated(jax.value_and_grad(total))
     want = run(given, **lengths)
     bad = dict(given)
     for name, of in (("query", "query"), ("key", "key_value"), ("value", "key_value")):
@@ -285,7 +285,7 @@ def test_what_is_left_out_may_be_anything():
 
 def test_bad_scores_act_on_their_row_alone():
     given = arrays(np.float32, sink=False)
-    run = verify.jit_formulas(lambda given: attention.attention_statistics(**given, block_size=BLOCKS["odd"]))
+    run = evaluated(lambda given: attention.attention_statistics(**given, block_size=BLOCKS["odd"]))
     for bad, of_L in ((jnp.nan, jnp.isnan), (jnp.inf, jnp.isposinf)):
         found = run(given | {"bias": given["bias"].at[0, 1, 2, 5].set(bad)})
         is_bad = np.zeros((B, T, N), bool)
@@ -447,7 +447,7 @@ def test_the_blocks_of_accelerators(monkeypatch):
 
     def run():
         f = functools.partial(attention.dot_product_attention, is_causal=True)
-        return verify.jit_formulas(lambda *a: (f(*a), *jax.jvp(gradient(f), a, a)))(*given)
+        return evaluated(lambda *a: (f(*a), *jax.jvp(gradient(f), a, a)))(*given)
 
     with traced_anew():
         on_cpu = run()

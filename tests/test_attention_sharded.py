@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import some
+from interpreter import evaluated
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from modes import reverse_over_reverse
 from sharding import DEVICES, assert_close, collectives, mesh
 
 from jsoftmax import attention
-from jsoftmax.verify import jit_formulas
 
 B, T, S, N, K, H = 2, 5, 16, 4, 2, 3
 WHOLE = PartitionSpec()
@@ -64,7 +64,7 @@ def everything(f):
         dots, gradient = tuple(jnp.cos(a) for a in given), jax.grad(total(f), EVERY)
         return *jax.jvp(gradient, given, dots), *jax.jvp(f, given, dots)
 
-    return jit_formulas(run)
+    return evaluated(run)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_parts_equal_the_whole(way, of_all):
 
 
 def twice(f):
-    return jit_formulas(reverse_over_reverse(jax.grad(total(f), EVERY), EVERY))
+    return evaluated(reverse_over_reverse(jax.grad(total(f), EVERY), EVERY))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_gradients_taken_inside(of_all):
     """Gradients in the body of a training step, with check_vma."""
     with jax.enable_x64(True):
         over = {"mesh": mesh(), "in_specs": SPECS, "out_specs": SPECS}
-        found = jit_formulas(jax.shard_map(jax.grad(total(of_part), EVERY), **over))(*arrays())
+        found = evaluated(jax.shard_map(jax.grad(total(of_part), EVERY), **over))(*arrays())
         assert_close(found, of_all[0], 1e-10)
 
 
@@ -124,11 +124,11 @@ def test_heads_and_batches_are_sharded_without_an_argument():
     def f(q, k, v):
         return attention.dot_product_attention(q, k, v, is_causal=True, block_size=(2, 3))
 
-    want = jit_formulas(jax.grad(total(f), (0, 1, 2)))(*given)
+    want = evaluated(jax.grad(total(f), (0, 1, 2)))(*given)
     for g in (f, jax.shard_map(f, mesh=cut, in_specs=(spec,) * 3, out_specs=spec)):
         gradient = jax.grad(total(g), (0, 1, 2))
         assert collectives(lambda *a, gradient=gradient: gradient(*a), *placed) == ([], 0)
-        assert_close(jit_formulas(gradient)(*placed), want, 1e-5)
+        assert_close(evaluated(gradient)(*placed), want, 1e-5)
 
 
 def test_wrong_calls():

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from cells import and_full, covering, some
 from compilation import jit_as_user
+from interpreter import evaluated
 from jax.sharding import NamedSharding, PartitionSpec
 from sharding import DEVICES, exchanged, mesh
 
 import jsoftmax as js
 from jsoftmax import losses
 from jsoftmax.sums.cpu.paths import block_length
-from jsoftmax.verify import jit_formulas
 
 ROWS = 8
 LABELS = jnp.arange(ROWS) % 3
@@ -205,8 +205,8 @@ def test_sharded_classes(name, classes):
     mapped = jax.shard_map(lambda z: f(z, axis_name="v"), mesh=mesh(), in_specs=spec, out_specs=out)
     gradient = jax.grad(lambda z: jnp.sum(jnp.sin(f(z).astype(jnp.float32))))
     for g, given in ((mapped, z), (f, parts)):
-        assert_as_wide(jit_formulas(g)(given), want)
-    of_parts, whole = (np.float32(jit_formulas(gradient)(given)) for given in (parts, z))
+        assert_as_wide(evaluated(g)(given), want)
+    of_parts, whole = (np.float32(evaluated(gradient)(given)) for given in (parts, z))
     np.testing.assert_allclose(of_parts, whole, atol=0.02)
     for g in (f, gradient):
         for kind, longest in exchanged(g, parts):
@@ -214,4 +214,4 @@ def test_sharded_classes(name, classes):
             assert longest in (ROWS, ROWS * block_length(classes))
     explicit = mesh(jax.sharding.AxisType.Explicit)
     with jax.set_mesh(explicit):
-        assert_as_wide(jit_formulas(f)(jax.device_put(z, NamedSharding(explicit, spec))), want)
+        assert_as_wide(evaluated(f)(jax.device_put(z, NamedSharding(explicit, spec))), want)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from cells import and_full, named, some
 from compilation import jit_as_user
+from interpreter import evaluated
 from modes import strict_promotion
 
 import jsoftmax as js
 from jsoftmax import gumbel, heads, losses
 from jsoftmax.heads import adaptive
-from jsoftmax.verify import FUNCTIONS, LOSSES, OTHERS, SPARSE_MAPS, jit_formulas
+from jsoftmax.verify import FUNCTIONS, LOSSES, OTHERS, SPARSE_MAPS
 
 inf, nan = np.inf, np.nan
 
@@ -91,7 +92,7 @@ def test_a_temperature_does_not_depend_on_its_neighbours():
 @pytest.mark.parametrize("classes", [1, 2])
 def test_empty_rows_along_any_axis(f, want, classes):
     z = np.full((classes, 3), -inf, np.float32)
-    for found in jit_formulas(lambda z: (f(z, 0), f(z.T, -1), f(z[None], (0, 1))))(z):
+    for found in evaluated(lambda z: (f(z, 0), f(z.T, -1), f(z[None], (0, 1))))(z):
         assert np.all(np.asarray(found) == want)
 
 
@@ -135,7 +136,7 @@ def test_rows_masked_afterwards_have_no_gradient(name):
     z = jnp.asarray(np.random.default_rng(4).normal(0, 1, (3, 16)), jnp.float32)
     y, fine = jnp.array([1, -100, 49 if name not in LOSSES_OF_LABELS else 3]), jnp.array([True, False, True])
 
-    @jit_formulas
+    @evaluated
     def found(z):
         masked = jax.grad(lambda z: jnp.where(y >= 0, f(z, y), 0).sum())(z)
         want = jax.grad(lambda z: jnp.where(fine, f(z, jnp.where(fine, y, 0)), 0).sum())(z)
@@ -271,7 +272,7 @@ def test_soft_cap_comes_before_what_leaves_classes_out(where, cap, shift):
     def f(h):
         return heads.linear_cross_entropy(h, W, jnp.asarray(y), b, soft_cap=cap, **options)
 
-    for jit in (jit_formulas, jit_as_user):
+    for jit in (evaluated, jit_as_user):
         np.testing.assert_allclose(jit(f)(h), want, atol=1e-4)
     total = jit_as_user(lambda h: heads.linear_cross_entropy_sum(h, W, jnp.asarray(y), b, soft_cap=cap, **options))
     np.testing.assert_allclose(total(h), want.sum(), rtol=1e-5)
@@ -290,7 +291,7 @@ def test_statistics_at_a_temperature(T):
         W32, b32 = jnp.asarray(W, jnp.float32), jnp.asarray(b, jnp.float32)
         return heads.linear_statistics(h / T, W32, jnp.asarray(y), b32 / T, soft_cap=5 / T)
 
-    for jit in (jit_formulas, jit_as_user):
+    for jit in (evaluated, jit_as_user):
         found = jit(f)(jnp.asarray(h, jnp.float32), T)
         np.testing.assert_allclose(found.log_prob, -loss, atol=1e-5)
         np.testing.assert_allclose(found.entropy, H, atol=1e-5)
@@ -385,7 +386,7 @@ def test_gradients_of_a_sure_answer_in_a_long_row(name, made):
     z = np.append(np.float32(46.9), np.random.default_rng(0).uniform(-1, 0, 256).astype(np.float32))
     found = jit_as_user(jax.grad(lambda z: SURE[name][0](make(z))))(z)[0]
     with jax.enable_x64(True):
-        want = jit_formulas(jax.grad(SURE[name][0]))(make(np.float64(z)))[0] * make(1.0)
+        want = evaluated(jax.grad(SURE[name][0]))(make(np.float64(z)))[0] * make(1.0)
     np.testing.assert_allclose(found, want, rtol=2e-4, atol=1e-36)
 
 
@@ -406,10 +407,10 @@ def test_scores_of_the_least_finite_number():
     z = np.full((2, 3), np.finfo(np.float32).min)
     for f in (js.log_normalizer, js.entropy, lambda z: js.log_softmax(z)[..., 0], lambda z: js.softmax(z)[..., 0]):
         for g in (jax.grad, jax.hessian):
-            derivative = jit_formulas(g(lambda z, f=f: jnp.sum(f(z))))
+            derivative = evaluated(g(lambda z, f=f: jnp.sum(f(z))))
             np.testing.assert_allclose(derivative(z), derivative(0 * z), atol=1e-6)
 
-    by_scores = jit_formulas(jax.grad(lambda z: gumbel.gumbel_softmax(KEY, z, 1.0)[0, 0]))
+    by_scores = evaluated(jax.grad(lambda z: gumbel.gumbel_softmax(KEY, z, 1.0)[0, 0]))
     equal, far = by_scores(0 * z), by_scores(np.float32([[0], [1]]) * z)
     np.testing.assert_allclose(far[0], equal[0], rtol=1e-6)
     assert np.all(np.isfinite(by_scores(z)))
@@ -498,7 +499,7 @@ def test_second_derivatives_where_p_is_small(name):
 
     z = jnp.array([0.0, -20.0, -40.0])
     with jax.enable_x64(True):
-        want = jit_formulas(product)(jnp.float64(z))
+        want = evaluated(product)(jnp.float64(z))
     np.testing.assert_allclose(want[1], -factor * np.exp(-20.0), rtol=1e-6)
     np.testing.assert_allclose(jit_as_user(product)(z)[1], want[1], rtol=1e-5)
 
@@ -512,7 +513,7 @@ def test_gradients_of_a_sure_fenchel_young_loss(alpha):
     ):
         z = jnp.array([3.8, 0.0]) if alpha > 1 else jnp.array([20.0, 0.0])
         with jax.enable_x64(True):
-            want = np.asarray(jit_formulas(jax.grad(f))(jnp.float64(z)))
+            want = np.asarray(evaluated(jax.grad(f))(jnp.float64(z)))
         assert np.isclose(want[0], -want[1], atol=0)
         np.testing.assert_allclose(jit_as_user(jax.grad(f))(z), want, rtol=1e-4)
 
@@ -522,7 +523,7 @@ def test_no_class_at_all():
     z, y = np.zeros((3, 0), np.float32), np.zeros(3, int)
     functions = losses.cross_entropy, losses.focal_cross_entropy, losses.spherical_z_loss, js.fenchel_young_loss
 
-    @jit_formulas
+    @evaluated
     def results(z):
         of_labels = [(f(z, y), jax.grad(lambda z, f=f: f(z, y).sum())(z)) for f in functions]
         of_no_row = losses.cross_entropy(z[:0], y[:0], label_smoothing=0.1)

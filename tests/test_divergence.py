@@ -8,9 +8,10 @@ import mpmath
 import numpy as np
 import pytest
 from compilation import jit_as_user
+from interpreter import evaluated
 
 import jsoftmax as js
-from jsoftmax import heads, verify
+from jsoftmax import heads
 from jsoftmax.divergence import log_ratios_to_mean
 
 NO_SCORES, FLAT = jnp.ones((1, 1)), jnp.zeros((3, 1))
@@ -61,7 +62,7 @@ def test_of_all_arguments():
     with jax.enable_x64(True):
         given = (*(jnp.asarray(rng.normal(size=(4, 2, 3))) for _ in range(2)), jnp.asarray(rng.normal(size=(2, 3))))
         given = (*given, jnp.asarray(0.3), jnp.asarray(0.1))
-        found, want = (verify.jit_formulas(lambda given, f=f: derivatives(f, given))(given) for f in (ours, plain))
+        found, want = (evaluated(lambda given, f=f: derivatives(f, given))(given) for f in (ours, plain))
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
@@ -126,9 +127,9 @@ def test_third_derivatives_of_far_scores(divergence, beta):
         return jax.jvp(hessian, (z_p,), (jnp.cos(z_p),))[1]
 
     far = np.array([[0.0, -30.0, -1.0], [0.0, -50.0, -60.0], [0.0, -75.0, -1.0]])
-    found = verify.jit_formulas(jax.vmap(third))(jnp.float32(far), jnp.float32(far[:, [1, 2, 0]]))
+    found = evaluated(jax.vmap(third))(jnp.float32(far), jnp.float32(far[:, [1, 2, 0]]))
     with jax.enable_x64(True):
-        want = verify.jit_formulas(jax.vmap(third))(jnp.asarray(far), jnp.asarray(far[:, [1, 2, 0]]))
+        want = evaluated(jax.vmap(third))(jnp.asarray(far), jnp.asarray(far[:, [1, 2, 0]]))
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-6)
 
 
@@ -200,7 +201,7 @@ def test_impossible_classes(divergence):
         assert value == 0
         np.testing.assert_array_equal(jnp.hstack(gradients), 0)
     many = jnp.float32(np.random.default_rng(1).normal(0, 2, (30, 3)))
-    of_many = verify.jit_formulas(jax.vmap(jax.grad(divergence, 1), (None, 0, None)))
+    of_many = evaluated(jax.vmap(jax.grad(divergence, 1), (None, 0, None)))
     np.testing.assert_array_equal(of_many(EMPTY, many, 0.3), 0)
     far, _ = derivatives(divergence)(jnp.array([0, -300.0, -400.0]), jnp.array([-300.0, 0, -400]), 0.5)
     np.testing.assert_allclose(far, np.log(2))
@@ -230,7 +231,7 @@ def of_kl_heads(z_p, z_q):
 def second_derivatives(divergence):
     """By reverse and by forward mode of the gradient; one program for all rows."""
     gradient = jax.grad(divergence, (0, 1))
-    return verify.jit_formulas(lambda *z: [mode(gradient, (0, 1))(*z) for mode in (jax.jacrev, jax.jacfwd)])
+    return evaluated(lambda *z: [mode(gradient, (0, 1))(*z) for mode in (jax.jacrev, jax.jacfwd)])
 
 
 KL = pytest.mark.parametrize("divergence", [js.kl_divergence, of_kl_heads])
@@ -247,11 +248,11 @@ def test_gradient_of_a_gradient_of_kl(divergence, of_p):
 def test_bad_rows_beside_impossible_classes():
     """NaN and +inf make all derivatives NaN, in a row with a class that is left out too; also beside an empty row."""
 
-    @verify.jit_formulas
+    @evaluated
     def of_kl(*given):
         return [(jax.grad(f, 1)(*given), jax.jvp(f, given, (Z, Z))[1]) for f in (js.kl_divergence, of_kl_heads)]
 
-    @verify.jit_formulas
+    @evaluated
     def of_jsd(*given):
         return [jax.jvp(lambda *z, f=f: f(*z, 0.3), given, (Z, Z))[1] for f in (of_scores, of_heads)]
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from cells import and_full, covering, named, product, some
 from compilation import jit_as_user
+from interpreter import evaluated
 
 import jsoftmax as js
 from jsoftmax.losses import cross_entropy
-from jsoftmax.verify import FUNCTIONS, LOSSES, OTHERS, PHIS, SPARSE_MAPS, jit_formulas
+from jsoftmax.verify import FUNCTIONS, LOSSES, OTHERS, PHIS, SPARSE_MAPS
 
 inf, nan = np.inf, np.nan
 FINE, OTHER = np.array([0.5, -1.0, 1.0, 0.3, -0.2]), np.array([-0.7, 0.9, 0.1, -1.2, 0.4])
@@ -179,7 +180,7 @@ def test_rows_with_many_classes_left_out(function, classes):
     long = [np.pad(a, ((0, 0), (0, classes - 5)), constant_values=b) for a, b in zip(short, pads, strict=True)]
     f = jax.vmap(functools.partial(value_and_derivatives, function, js.exp))
     keeps = function.name in ("softmax", "log_softmax")
-    found, wanted = (jit(f)((z,), where, w) for jit, (z, _, where, w) in ((jit_as_user, long), (jit_formulas, short)))
+    found, wanted = (jit(f)((z,), where, w) for jit, (z, _, where, w) in ((jit_as_user, long), (evaluated, short)))
     for i, (got, want) in enumerate(zip(found, wanted, strict=True)):
         cut = got[:, :5] if keeps or i else got
         np.testing.assert_allclose(cut, want, rtol=2e-5, atol=2e-6, err_msg=str(i))
@@ -220,7 +221,7 @@ def test_arguments_not_given(function, phi):
 
     ways_and_both = ((all_kept, (every, zeros)), (some_left_out, (KEEP, zeros)))
 
-    @jit_formulas
+    @evaluated
     def results(z):
         f = functools.partial(value_and_derivatives, function, phi, z)
         return [([f(*given) for given in ways], f(*same)) for ways, same in ways_and_both]

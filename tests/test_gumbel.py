@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, covering, some
+from interpreter import evaluated
 from jax.scipy.special import gammaln
 
 import jsoftmax as js
@@ -133,8 +134,7 @@ def test_equals_the_plain_form_under_every_transformation(phi):
         ours = {name: through(f, True) for name, (f, _) in RECORDS.items()}
         theirs = {name: through(of_plain(f), False) for name, (_, f) in RECORDS.items()}
         got, wanted = (
-            verify.jit_formulas(lambda *a, t=t: {name: f(*a) for name, f in t.items()})(phi, rows, 0.7)
-            for t in (ours, theirs)
+            evaluated(lambda *a, t=t: {name: f(*a) for name, f in t.items()})(phi, rows, 0.7) for t in (ours, theirs)
         )
     for name in RECORDS:
         for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(wanted[name]), strict=True):
@@ -171,7 +171,7 @@ def test_every_function_takes_log_phi(name, phi):
         return law(f, phi, lambda z: z), law(f, js.exp, phi.log)
 
     with jax.enable_x64(True):
-        got, wanted = verify.jit_formulas(both)(np.float64(verify.scores(verify.FUNCTIONS[0], phi)[0]))
+        got, wanted = evaluated(both)(np.float64(verify.scores(verify.FUNCTIONS[0], phi)[0]))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
@@ -243,7 +243,7 @@ def test_shapes_and_axes():
     assert all(len(set(distinct[:, i, j])) == 4 for i in range(2) for j in range(3))
     along_1 = (gumbel.gumbel_softmax, gumbel.exp_concrete, gumbel.reinmax)
 
-    @verify.jit_formulas
+    @evaluated
     def found(z, moved):
         tops = gumbel.gumbel_top_k(KEY, z, 4, 1), gumbel.gumbel_top_k(KEY, moved, 4)
         pairs = [(f(KEY, z, 0.5, 1), jnp.moveaxis(f(KEY, moved, 0.5), -1, 1)) for f in along_1]
@@ -271,14 +271,14 @@ def test_small_temperatures_are_finite():
 
             rows = 3 * jax.random.normal(KEY, (30, 4))
             for order in (jax.grad(total, (0, 1)), jax.hessian(total, (0, 1))):
-                at = verify.jit_formulas(order)
+                at = evaluated(order)
                 for tau in (1e-3, 1e-6, 0.05, 1.0):
                     assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(at(rows, tau)))
 
 
 def test_hard_is_exactly_one_hot():
     z = np.float32(np.random.default_rng(0).normal(size=(1000, 7)))
-    hard = np.asarray(verify.jit_formulas(lambda z: gumbel.gumbel_softmax(KEY, z, 0.3, hard=True))(z))
+    hard = np.asarray(evaluated(lambda z: gumbel.gumbel_softmax(KEY, z, 0.3, hard=True))(z))
     assert set(np.unique(hard)) == {0.0, 1.0}
     np.testing.assert_array_equal(hard.sum(-1), 1)
     np.testing.assert_array_equal(hard.argmax(-1), gumbel.gumbel_top_k(KEY, z, 1).indices[:, 0])
@@ -286,7 +286,7 @@ def test_hard_is_exactly_one_hot():
 
 def test_subset_tends_to_the_sample_of_top_k():
 
-    @verify.jit_formulas
+    @evaluated
     def results(z):
         soft, top = gumbel.subset_softmax(KEY, z, 2, 1e-3), gumbel.gumbel_top_k(KEY, z, 2).indices
         return soft, jnp.take_along_axis(soft, top, -1), gumbel.subset_softmax(KEY, z[:1], 4, 0.01)
@@ -325,7 +325,7 @@ def test_subset_keeps_its_digits(gap, x64):
 def test_a_score_that_stands_for_a_mask_leaves_derivatives_finite():
     z = jnp.array([0.0, 1.0, float(jnp.finfo(jnp.float32).min)])
     z_masked = z.at[2].set(-jnp.inf)
-    of = verify.jit_formulas(jax.grad(jax.grad(lambda tau, z: gumbel.gumbel_softmax(KEY, z, tau)[0])))
+    of = evaluated(jax.grad(jax.grad(lambda tau, z: gumbel.gumbel_softmax(KEY, z, tau)[0])))
     second, want = of(0.5, z), of(0.5, z_masked)
     np.testing.assert_allclose(second, want, rtol=1e-6)
 
@@ -346,7 +346,7 @@ def test_log_inclusion_probability_keeps_its_digits():
 def test_densities_are_normalised(phi):
     """By quadrature in float64: two classes along a line, three over a plane; τ below and above 1."""
     exp_density, density_of, binary_density = (
-        verify.jit_formulas(functools.partial(f, phi=phi))
+        evaluated(functools.partial(f, phi=phi))
         for f in (gumbel.exp_concrete_log_density, gumbel.concrete_log_density, gumbel.binary_concrete_log_density)
     )
     with jax.enable_x64(True):
@@ -374,7 +374,7 @@ def test_densities_are_normalised(phi):
 
 def test_densities_at_the_corners():
 
-    @verify.jit_formulas
+    @evaluated
     def results(z, corner):
         x = gumbel.exp_concrete(KEY, z, 1e-3)
         densities = gumbel.concrete_log_density, gumbel.binary_concrete_log_density
@@ -392,19 +392,19 @@ def test_conditional_gumbels_have_the_index_on_top():
     rng = np.random.default_rng(0)
     z, index = np.float32(5 * rng.normal(size=(5000, 6))), rng.integers(0, 6, 5000)
     perturbed, given = (
-        np.asarray(verify.jit_formulas(functools.partial(gumbel.conditional_gumbels, maximum=maximum))(KEY, z, index))
+        np.asarray(evaluated(functools.partial(gumbel.conditional_gumbels, maximum=maximum))(KEY, z, index))
         for maximum in (None, 2.5)
     )
     np.testing.assert_array_equal(np.argmax(perturbed, -1), index)
     np.testing.assert_array_equal(np.max(given, -1), 2.5)
     np.testing.assert_array_equal(np.argmax(given, -1), index)
-    jacobian = verify.jit_formulas(jax.jacrev(lambda z: gumbel.conditional_gumbels(KEY, z, jnp.array(1))))(Z[0])
+    jacobian = evaluated(jax.jacrev(lambda z: gumbel.conditional_gumbels(KEY, z, jnp.array(1))))(Z[0])
     np.testing.assert_array_equal(jacobian, np.eye(4))
 
 
 def test_reinmax_has_heuns_jacobian():
 
-    @verify.jit_formulas
+    @evaluated
     def results(z):
         reinmax = functools.partial(gumbel.reinmax, KEY, temperature=2.0)
         return reinmax(z), js.softmax(z), js.softmax(z / 2), jax.jacrev(reinmax)(z)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from cells import some
 from compilation import jit_as_user
+from interpreter import evaluated
 from modes import strict_promotion
 from platforms import as_on_accelerators
 
 import jsoftmax as js
 from jsoftmax import gumbel
 from jsoftmax._top_k import top_k_of_many
-from jsoftmax.verify import jit_formulas
 
 KEY = jax.random.key(0)
 Z = jnp.array([[0.3, -1.2, 2.0, 0.7], [-0.5, 0.1, -2.0, 1.5]])
@@ -44,7 +44,7 @@ def test_edges_of_maps(name):
         value = f(z)
         return jnp.sum(jnp.where(jnp.isfinite(value), jnp.sin(value), 0)), value
 
-    @jit_formulas
+    @evaluated
     def found(z, row, left_out):
         options = {"where": kept}, {"log_weights": jnp.log(kept.astype(jnp.float32))}
         gradient, product, value = jax.jvp(jax.grad(first, has_aux=True), (z,), (jnp.ones_like(z),), has_aux=True)
@@ -110,7 +110,7 @@ def test_top_k_as_on_accelerators():
 def test_no_classes():
     maps = {name: f for name, f in MAPS.items() if name != "subset_softmax"}  # of which k is in [1, K]
 
-    @jit_formulas
+    @evaluated
     def found(z):
         return gumbel.categorical(KEY, z), {name: f(z) for name, f in maps.items()}
 
@@ -122,7 +122,7 @@ def test_no_classes():
 
 def test_one_class():
 
-    @jit_formulas
+    @evaluated
     def found(z):
         ones = [MAPS[name](z) for name in ("gumbel_softmax", "hard", "rao_blackwellised", "reinmax")]
         return (
@@ -149,7 +149,7 @@ def test_edges_of_densities():
     x = np.log(np.float32([[0.5, 0.25, 0.25]] * 4))
     x[2:], x[3, :2] = -np.inf, np.log(0.5)
 
-    @jit_formulas
+    @evaluated
     def found(x, z):
         f = gumbel.exp_concrete_log_density
         slopes = jax.grad(lambda z: jnp.sum(jnp.nan_to_num(f(x, z, 0.5))))(z)
@@ -177,7 +177,7 @@ def test_largest_by_blocks(classes, k):
     a[0], a[1, 3:], a[2], a[3] = -np.inf, -np.inf, np.nan, 0
 
     def results(top):
-        return jit_formulas(lambda a: (top(a, k), jax.grad(lambda a: jnp.sum(jnp.sin(top(a, k)[0][3:])))(a)))
+        return evaluated(lambda a: (top(a, k), jax.grad(lambda a: jnp.sum(jnp.sin(top(a, k)[0][3:])))(a)))
 
     with jax.default_device(jax.devices("cpu")[0]):  # GPUs take the last of several NaN first
         wanted = jax.tree.leaves(results(jax.lax.top_k)(a))
@@ -188,7 +188,7 @@ def test_largest_by_blocks(classes, k):
 def test_no_rows():
     """Any number of classes, in blocks or not."""
 
-    @jit_formulas
+    @evaluated
     def found(z):
         draws = [gumbel.categorical(KEY, z, shape=(n, 0), replace=replace) for n, replace in ((500, True), (2, False))]
         slopes = jax.grad(lambda z: js.softmax(z).sum())(z)

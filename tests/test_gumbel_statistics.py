@@ -10,12 +10,12 @@ import pytest
 import scipy.stats
 from cells import product, some
 from compilation import jit_as_user
+from interpreter import evaluated
 from modes import strict_promotion
 from platforms import as_on_accelerators
 
 import jsoftmax as js
 from jsoftmax import gumbel, losses
-from jsoftmax.verify import jit_formulas
 
 ALARM = 1e-6
 KEY = jax.random.key(11)
@@ -191,7 +191,7 @@ def gradients(estimator, count=100_000):
         index = gumbel.categorical(of_class, SCORES)
         return jax.grad(lambda z: quadratic(estimator(of_noise, z, index)))(SCORES)
 
-    return np.asarray(jit_formulas(jax.vmap(one))(jax.random.split(KEY, count)))  # means do not depend on rounding
+    return np.asarray(evaluated(jax.vmap(one))(jax.random.split(KEY, count)))  # means do not depend on rounding
 
 
 def test_rao_blackwellised_gradient():

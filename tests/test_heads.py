@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, some
+from interpreter import evaluated
 from modes import assert_same
 from platforms import as_on_accelerators
 
 import jsoftmax as js
-from jsoftmax import heads, losses, verify
+from jsoftmax import heads, losses
 from jsoftmax.heads import _top
 from jsoftmax.verify import PHIS
 
@@ -108,7 +109,7 @@ def test_phis_and_their_parameters(phi):
 
         assert_same(ours, plain, (hidden, weight, *leaves), rtol=1e-10)
 
-        @verify.jit_formulas
+        @evaluated
         def modes(hidden, weight):
             found = heads.linear_statistics(hidden, weight, LABELS, phi=phi, block_size=(12, 25)).argmax
             return found, jnp.argmax(js.softmax(hidden @ weight.T, phi=phi), -1)
@@ -239,7 +240,7 @@ def test_sum_by_other_arguments():
             lambda W: heads.linear_cross_entropy_sum(hidden, W, q, block_size=(5, 7)),
             lambda W: jnp.sum(losses.cross_entropy(scores(hidden, W), q)),
         )
-        by, want = (verify.jit_formulas(jax.grad(f))(weight) for f in totals)
+        by, want = (evaluated(jax.grad(f))(weight) for f in totals)
         np.testing.assert_allclose(by, want, rtol=1e-11, atol=1e-13)
         sum_of = functools.partial(heads.linear_cross_entropy_sum, block_size=(5, 7))
         assert_same(
@@ -268,7 +269,7 @@ def test_kl(name):
             lambda h: heads.linear_kl(h, weight, *other[:2], block_size=(5, 7)).sum(),
             lambda h: js.kl_divergence(scores(h, weight), scores(*other[:2])).sum(),
         )
-        frozen, plain = (verify.jit_formulas(jax.grad(f))(hidden) for f in totals)
+        frozen, plain = (evaluated(jax.grad(f))(hidden) for f in totals)
         np.testing.assert_allclose(frozen, plain, rtol=1e-11)
 
 
@@ -290,7 +291,7 @@ def test_jensen_shannon():
         other = (jnp.sin(hidden), jnp.cos(weight), jnp.sin(bias))
         assert_same(ours, plain, (hidden, weight, bias, *other, jnp.asarray(0.3), jnp.asarray(1.5)), 1e-10)
 
-        @verify.jit_formulas
+        @evaluated
         def at_the_ends(beta, p, q):
             return heads.linear_jsd(hidden, weight, other[0], weight, beta=beta), heads.linear_kl(p, weight, q, weight)
 
@@ -358,7 +359,7 @@ def test_top_k(k):
         def plain(hidden, weight, bias):
             return jax.lax.top_k(js.log_softmax(scores(hidden, weight, bias), where=KEEP), k)
 
-        @verify.jit_formulas
+        @evaluated
         def both(*given):
             return heads.linear_top_k(*given[:2], k, given[2], where=KEEP, block_size=(5, 7)), plain(*given)
 
@@ -378,7 +379,7 @@ def test_top_k_of_long_blocks(platform):
     classes up by comparisons."""
     hidden, weight = jnp.ones((2, 1)), jnp.round(8 * jnp.sin(jnp.arange(3000.0)))[:, None]
     for k, size in ((1, 3000), (7, 517), (60, 1000)):
-        f = verify.jit_formulas(functools.partial(heads.linear_top_k, k=k, block_size=size))
+        f = evaluated(functools.partial(heads.linear_top_k, k=k, block_size=size))
         with as_on_accelerators(platform):
             found = f(hidden, weight).indices
         np.testing.assert_array_equal(found, [np.argsort(-np.asarray(weight[:, 0]), stable=True)[:k]] * 2)

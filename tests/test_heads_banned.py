@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import some
+from interpreter import evaluated
 from modes import assert_same
 
 import jsoftmax as js
 from jsoftmax import heads, losses
 from jsoftmax.losses import TopTargets
-from jsoftmax.verify import jit_formulas
 
 TOKENS, CLASSES, FEATURES = 7, 20, 3
 BANNED = np.array([[0, 5, 19], [5, 5, -1], [12, 7, 20], [-1, -1, -1], [1, 2, 4], [3, 0, -7], [9, 8, 10]], np.int32)
 KEEP = np.arange(CLASSES) % 7 != 3
 LEFT = KEEP & ~np.any(np.arange(CLASSES) == BANNED[:, :, None], 1)
-LABELS = np.array([4, 5, 19, 0, 11, 8, 9])
+LABELS = np.array([4, 5, 19, 0, 11, 8, 9], np.int32)
 """The second and the last are banned."""
 Q = np.random.default_rng(0).dirichlet(np.ones(CLASSES), size=TOKENS)
 OPTIONS = {"where": KEEP, "banned": BANNED, "block_size": (3, 6)}
@@ -103,7 +103,7 @@ def test_as_of_masked_scores(name):
 def test_modes_and_the_largest():
     with jax.enable_x64(True):
 
-        @jit_formulas
+        @evaluated
         def results(hidden, weight):
             log_p = js.log_softmax(scores(hidden, weight), where=LEFT)
             found = heads.linear_statistics(hidden, weight, LABELS, **OPTIONS)
@@ -123,7 +123,7 @@ def test_no_lists_and_none_left():
     nothing = np.zeros((TOKENS, 0), int), np.full((TOKENS, 1), -1), np.full((TOKENS, 2), CLASSES)
     every = np.where(np.arange(TOKENS)[:, None] == 2, np.arange(CLASSES), -1)
 
-    @jit_formulas
+    @evaluated
     def results(hidden, weight):
         def loss(hidden):
             return jnp.sum(heads.linear_cross_entropy(hidden, weight, LABELS, banned=every)[2])
@@ -144,7 +144,7 @@ def test_mapped_and_ignored():
     lists, ignored = np.stack([BANNED, BANNED[::-1]]), np.where(np.arange(TOKENS) % 2, LABELS, -100)
     others = np.where((ignored == -100)[:, None], 1, BANNED)
 
-    @jit_formulas
+    @evaluated
     def results(hidden, weight, lists, others):
         def loss(banned):
             return heads.linear_cross_entropy(hidden, weight, LABELS, banned=banned)

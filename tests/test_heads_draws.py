@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import sharding
 from cells import and_full, covering, some
+from interpreter import evaluated
 from jax.sharding import PartitionSpec
 from modes import assert_same
 
 import jsoftmax as js
 from jsoftmax import heads
 from jsoftmax.heads import _head
-from jsoftmax.verify import jit_formulas
 
 TOKENS, CLASSES, FEATURES = 6, 300, 5
 KEEP = np.arange(CLASSES) % 7 != 3
-BANNED = np.array([[0, 5, 299], [5, 5, -1], [128, 127, 300], [-1, -1, -1], [1, 2, 4], [200, 0, -7]])
+BANNED = np.array([[0, 5, 299], [5, 5, -1], [128, 127, 300], [-1, -1, -1], [1, 2, 4], [200, 0, -7]], np.int32)
 OPTIONS = {
     "plain": {},
     "all": {
@@ -117,7 +117,7 @@ def test_log_prob(cuts, options, replace):
             every = {"shape": shape, "replace": replace, "block_size": (4, 128)} | OPTIONS[options] | CUTS[cuts] | more
             return heads.linear_categorical(key, *given, **every)
 
-        (drawn, log_prob), alone = jit_formulas(lambda *g: (draws(*g, return_log_prob=True), draws(*g)))(*given)
+        (drawn, log_prob), alone = evaluated(lambda *g: (draws(*g, return_log_prob=True), draws(*g)))(*given)
         np.testing.assert_array_equal(drawn, alone)
         assert drawn.shape == log_prob.shape == shape
         assert log_prob.dtype == jnp.float64
@@ -143,7 +143,7 @@ def test_draws_of_a_law_that_is_cut(cuts, n):
     """Frequencies with and without replacement; what is cut is never drawn."""
     given = hidden, weight, bias = arrays(jnp.float32)
     options = OPTIONS["all"] | CUTS[cuts]
-    p = np.exp(jit_formulas(lambda *given: plain_log_p(given, CUTS[cuts], **OPTIONS["all"]))(*given))
+    p = np.exp(evaluated(lambda *given: plain_log_p(given, CUTS[cuts], **OPTIONS["all"]))(*given))
     assert np.all(np.sum(p > 0, 1) > 2)
     assert np.all(np.max(p, 1) < 0.9)
     many = np.asarray(heads.linear_categorical(jax.random.key(0), hidden, weight, bias, shape=(n, TOKENS), **options))
@@ -172,10 +172,8 @@ def test_nothing_cut_draws_the_same(replace):
     np.testing.assert_array_equal(draw(), plain)
     np.testing.assert_array_equal(draw(banned=jnp.full((TOKENS, 2), -1)), plain)
     cuts = jnp.array([0.0, 0.05, 1.0, 7.0])
-    mapped = jit_formulas(jax.vmap(draw))(cuts)
-    np.testing.assert_array_equal(
-        jit_formulas(lambda c: jax.lax.scan(lambda _, m: (0, draw(m)), 0, c)[1])(cuts), mapped
-    )
+    mapped = evaluated(jax.vmap(draw))(cuts)
+    np.testing.assert_array_equal(evaluated(lambda c: jax.lax.scan(lambda _, m: (0, draw(m)), 0, c)[1])(cuts), mapped)
     np.testing.assert_array_equal(mapped[0], plain)
     mode = jnp.argmax(hidden @ weight.T + bias, 1)
     only = jnp.where((jnp.arange(4) == 0)[:, None] | replace, mode, -1)
@@ -310,7 +308,7 @@ def test_shards(cuts, way, replace):
                 drawn, log_prob = f(*given)
                 return jnp.sum(jnp.where(drawn >= 0, jnp.sin(log_prob), 0)), (drawn, log_prob)
 
-            return jit_formulas(jax.grad(total, (0, 1), has_aux=True))(*given)
+            return evaluated(jax.grad(total, (0, 1), has_aux=True))(*given)
 
         (by, (drawn, log_prob)), (want_by, (want, want_log_prob)) = results(ways[way]), results(f)
         np.testing.assert_array_equal(drawn, want)

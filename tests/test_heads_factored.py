@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, some
+from interpreter import evaluated
 from modes import strict_promotion
 
 import jsoftmax as js
-from jsoftmax import losses, verify
+from jsoftmax import losses
 from jsoftmax.heads import factored
 from jsoftmax.heads.factored import log_loss, z_loss
 
@@ -70,9 +71,9 @@ def test_equals_dense_sgd(name, rows):
     loss, of_scores = LOSSES[name]
     with jax.enable_x64(True):
         batch = jax.tree.map(jnp.asarray, batches(rows, rate=RATES[name]))
-        ours = verify.jit_formulas(lambda w, b: train(loss, factored.init(w), b, weight_decay=2e-4))
+        ours = evaluated(lambda w, b: train(loss, factored.init(w), b, weight_decay=2e-4))
         state, (values, gradients, mixes) = ours(jnp.asarray(WEIGHT), batch)
-        theirs = verify.jit_formulas(lambda w, b: train_dense(of_scores, w, b, weight_decay=2e-4))
+        theirs = evaluated(lambda w, b: train_dense(of_scores, w, b, weight_decay=2e-4))
         weight, (want, by_hidden) = theirs(jnp.asarray(WEIGHT), batch)
         np.testing.assert_allclose(values, want, rtol=1e-10)
         np.testing.assert_allclose(gradients, by_hidden, rtol=0, atol=1e-10 * np.max(np.abs(by_hidden)))
@@ -97,7 +98,7 @@ def test_drift_in_float32():
         batch = [jnp.asarray(a, jnp.float32) if a.dtype == float else jnp.asarray(a) for a in batches(4)]
         wide = [a.astype(jnp.float64) if a.dtype == jnp.float32 else a for a in batch]
         weight = np.float32(WEIGHT)
-        exact, _ = verify.jit_formulas(functools.partial(train_dense, of_scores))(jnp.asarray(weight, float), wide)
+        exact, _ = evaluated(functools.partial(train_dense, of_scores))(jnp.asarray(weight, float), wide)
         dense, _ = jax.jit(functools.partial(train_dense, of_scores))(jnp.asarray(weight), batch)
         run = jax.jit(functools.partial(train, loss))
         errors = [np.linalg.norm(dense - exact)]
@@ -113,17 +114,17 @@ def test_drift_in_float32():
 FOLD_BEYOND = inspect.signature(factored.loss_and_update).parameters["fold_beyond"].default
 
 
-init, to_weight = verify.jit_formulas(factored.init), verify.jit_formulas(factored.to_weight)
+init, to_weight = evaluated(factored.init), evaluated(factored.to_weight)
 
 
-@verify.jit_formulas
+@evaluated
 def taylor_step(state, batch, beyond, decay):
     h, y, eta = batch
     options = {"loss": LOSSES["taylor"][0], "fold_beyond": beyond, "weight_decay": decay}
     return factored.loss_and_update(state, h, y, eta, **options).state
 
 
-@verify.jit_formulas
+@evaluated
 def dense_step(weight, batch):
     return train_dense(LOSSES["taylor"][1], weight, batch)[0]
 
@@ -157,26 +158,27 @@ def test_loss_is_that_of_the_scores(name):
     loss, of_scores = LOSSES[name]
     with jax.enable_x64(True):
         hidden, labels, eta = (jnp.asarray(a) for a in batches(8, 3))
-        train_all = verify.jit_formulas(functools.partial(train, loss))
+        train_all = evaluated(functools.partial(train, loss))
         state, _ = train_all(factored.init(jnp.asarray(WEIGHT)), (hidden, labels, eta))
         weight, h, y = factored.to_weight(state), hidden.reshape(3, 4, 2, D), labels.reshape(3, 4, 2)
 
-        @verify.jit_formulas
+        @evaluated
         def results(state, weight, h, y):
             each = [lambda h: factored.loss(state, h, y, loss=loss), lambda h: of_scores(h @ weight.T, y)]
             means = [jax.value_and_grad(lambda h, f=f: jnp.mean(f(h)))(h) for f in each]
             step = factored.loss_and_update(state, h, y, 0.1, loss=loss)
-            return [f(h) for f in each], means, step, factored.rows(state, y), factored.refresh(state)
+            same = factored.to_weight(state), factored.refresh(state)
+            return [f(h) for f in each], means, step, factored.rows(state, y), same
 
-        (ours, theirs), means, (value, gradient, _), rows, again = results(state, weight, h, y)
+        (ours, theirs), means, (value, gradient, _), rows, (dense, again) = results(state, weight, h, y)
         np.testing.assert_allclose(ours, theirs, rtol=1e-11)
         assert gradient.shape == h.shape
         for mean, by_hidden in means:
             np.testing.assert_allclose(value, mean, rtol=1e-11)
             np.testing.assert_allclose(gradient, by_hidden, rtol=0, atol=1e-12)
         np.testing.assert_allclose(rows, weight[y], rtol=1e-12)
-        np.testing.assert_array_equal(again.rows, weight)
-        np.testing.assert_array_equal(factored.to_weight(again), weight)
+        np.testing.assert_array_equal(again.rows, dense)
+        np.testing.assert_array_equal(factored.to_weight(again), dense)
         np.testing.assert_allclose(again.gram, state.gram, atol=1e-11)
 
 
@@ -211,7 +213,7 @@ def test_in_place(rows):
     assert not weight.is_deleted()
 
 
-@verify.jit_formulas
+@evaluated
 def step_of_taylor(state, h, y, eta, beyond):
     return factored.loss_and_update(state, h, y, eta, loss=LOSSES["taylor"][0], fold_beyond=beyond)
 
@@ -248,7 +250,7 @@ def test_a_bad_step_leaves_the_state_as_it_was(bad):
 def test_states_can_be_mapped_over():
     h, y, _ = (np.asarray(a)[0] for a in batches(4, 1))
     h = np.float32(h)
-    states = verify.jit_formulas(jax.vmap(factored.init))(np.float32([WEIGHT, -WEIGHT]))
+    states = evaluated(jax.vmap(factored.init))(np.float32([WEIGHT, -WEIGHT]))
 
     def one(state, eta):
         return factored.loss_and_update(state, h, y, eta, loss=LOSSES["z_loss"][0])
@@ -256,7 +258,7 @@ def test_states_can_be_mapped_over():
     def part(tree, i):
         return jax.tree.map(lambda a: np.asarray(a)[i], tree)
 
-    got, of_one = verify.jit_formulas(jax.vmap(one))(states, jnp.array([0.1, 300.0])), verify.jit_formulas(one)
+    got, of_one = evaluated(jax.vmap(one))(states, jnp.array([0.1, 300.0])), evaluated(one)
     for i, rate in enumerate((0.1, 300.0)):
         want = of_one(part(states, i), rate)
         np.testing.assert_allclose(np.asarray(got.loss)[i], want.loss, rtol=1e-5)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sharding
 from cells import and_full, covering, some
+from interpreter import evaluated
 from jax.sharding import PartitionSpec
 from modes import reverse_over_reverse, strict_promotion
 from platforms import as_on_accelerators
@@ -16,7 +17,6 @@ from platforms import as_on_accelerators
 import jsoftmax as js
 from jsoftmax import heads, losses
 from jsoftmax.heads import _check, _head
-from jsoftmax.verify import jit_formulas
 
 
 def head(tokens, classes, features, dtype=jnp.float32, scale=1.0):
@@ -65,13 +65,13 @@ def test_the_plan_of_accelerators(name, dtype, monkeypatch):
         gradient, along, value = jax.jvp(jax.grad(total, (0, 1), has_aux=True), (h, W), (W[:12], W / 3), has_aux=True)
         return value, gradient, along
 
-    wanted = jit_formulas(everything)(hidden, weight)
+    wanted = evaluated(everything)(hidden, weight)
     monkeypatch.setattr(_check, "_SCORES", 12 * 100)
     monkeypatch.setattr(_check, "_SUM_SCORES", 12 * 100)
     blocks = []
     monkeypatch.setattr(_head.Plan, "on_accelerators", recorded(_head.Plan.on_accelerators, blocks))
     with as_on_accelerators():
-        found = jit_formulas(everything)(hidden, weight)
+        found = evaluated(everything)(hidden, weight)
     assert {(plan.tokens, plan.classes) for plan in blocks} == {(12, 175)}  # a divisor of the classes
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         scale = np.max(np.abs(np.float32(want)))
@@ -96,7 +96,7 @@ def test_the_plan_of_accelerators_over_shards(name, monkeypatch):
 
     def all_modes(f):
         gradient = jax.value_and_grad(f, (0, 1))
-        return jit_formulas(lambda h, W, y: jax.jvp(lambda h, W: gradient(h, W, y), (h, W), (jnp.cos(h), jnp.sin(W))))
+        return evaluated(lambda h, W, y: jax.jvp(lambda h, W: gradient(h, W, y), (h, W), (jnp.cos(h), jnp.sin(W))))
 
     specs = (PartitionSpec(), PartitionSpec("v"), PartitionSpec())
     sharded = jax.shard_map(
@@ -119,8 +119,8 @@ def test_draws_as_on_accelerators(replace, monkeypatch):
 
     monkeypatch.setattr(_check, "_SCORES", 70 * 128)
     with as_on_accelerators():
-        found = jit_formulas(draws)(hidden, weight)
-        wanted = jit_formulas(functools.partial(draws, block_size=(16, 256)))(hidden, weight)
+        found = evaluated(draws)(hidden, weight)
+        wanted = evaluated(functools.partial(draws, block_size=(16, 256)))(hidden, weight)
     assert np.mean(np.asarray(found) == wanted) > 0.98  # a rounding may move a draw
 
 
@@ -235,7 +235,7 @@ def test_blocks_of_ignored_tokens_are_skipped():
     np.testing.assert_allclose(value, want)
     jax.tree.map(np.testing.assert_array_equal, gradients, wanted)
     assert "conditional" in f.lower(hidden, weight).compile().as_text()
-    ignored = jit_formulas(functools.partial(heads.linear_cross_entropy, ignore_label=-100))
+    ignored = evaluated(functools.partial(heads.linear_cross_entropy, ignore_label=-100))
     every = ignored(bad, weight, np.full(32, -100))
     np.testing.assert_array_equal(every, 0)
 
@@ -255,7 +255,7 @@ def test_narrow_factors_are_summed_in_float32(dtype):
 
         return jax.value_and_grad(mean, (0, 1), has_aux=True)(hidden, weight)
 
-    narrow, wide = jax.jit(run), jit_formulas(run)
+    narrow, wide = jax.jit(run), evaluated(run)
     for scale in (5, 20, 80, 640):
         scaled = (weight.astype(jnp.float32) * (scale / 12)).astype(dtype)
         (_, found), gradients = narrow(hidden, scaled)
@@ -277,7 +277,7 @@ def test_gradient_of_a_narrow_weight_is_rounded_once():
     hidden, weight = jnp.asarray(np.ones((512, 1)), jnp.bfloat16), jnp.asarray(np.zeros((2, 1)), jnp.bfloat16)
     f = functools.partial(heads.linear_cross_entropy, block_size=(1, 1))
     for g in (f, lambda *a: heads.linear_cross_entropy_sum(*a, block_size=(1, 1))):
-        by = jit_formulas(jax.grad(lambda W, g=g: jnp.sum(g(hidden, W, jnp.zeros(512, int)))))(weight)
+        by = evaluated(jax.grad(lambda W, g=g: jnp.sum(g(hidden, W, jnp.zeros(512, int)))))(weight)
         np.testing.assert_array_equal(by, jnp.array([[-256], [256]], jnp.bfloat16))
 
 
@@ -320,7 +320,7 @@ def test_strict_promotion_and_debug_nans(dtype, runs):
             return sum(jnp.sum(a) for a in found), found
 
         gradient = jax.grad(total, (0, 1, 2), has_aux=True)
-        call = jit_formulas(gradient) if runs else functools.partial(jax.eval_shape, gradient)
+        call = evaluated(gradient) if runs else functools.partial(jax.eval_shape, gradient)
         by, found = call(*given[:2], bias)
         assert {a.dtype for a in found} == {jnp.dtype(wide)}
         assert [g.dtype for g in by] == [dtype] * 3
@@ -360,7 +360,7 @@ def test_tokens_that_do_not_count_have_scores_in_the_domain():
     options = {"phi": js.q_exponential(1.5), "ignore_label": -1, "block_size": (2, 2)}
     for f in (heads.linear_cross_entropy, heads.linear_cross_entropy_sum):
         total = lambda W, f=f: jnp.sum(f(hidden, W, labels, bias, **options))  # noqa: E731
-        value, by = jit_formulas(jax.value_and_grad(total))(weight)
+        value, by = evaluated(jax.value_and_grad(total))(weight)
         assert jnp.isfinite(value)
         assert jnp.all(jnp.isfinite(by))
 
@@ -409,7 +409,7 @@ def test_edges_are_those_of_the_logits(phi, blocks):
         log_prob = -losses.cross_entropy(z, label, phi=phi)
         return log_prob, js.entropy(z, phi=phi), js.log_normalizer(z, phi=phi), js.log_softmax(z, phi=phi)
 
-    @jit_formulas
+    @evaluated
     def results(z, label):
         gradients = [jax.jacrev(lambda z, f=f: f(z, label)[:3])(z) for f in (lambda *a: ours(*a)[:3], plain)]
         return ours(z, label), plain(z, label), gradients
@@ -429,7 +429,7 @@ def test_a_bad_token_spoils_no_other():
     hidden, labels, key = hidden.at[2].set(jnp.nan), labels.at[4].set(20), jax.random.key(0)
     w = jnp.array([1.0, 1, 0, 1, 0, 1])
 
-    @jit_formulas
+    @evaluated
     def results(hidden, labels):
         found = heads.linear_cross_entropy(hidden, weight, labels, block_size=(2, 8))
         total = heads.linear_cross_entropy_sum(hidden.at[2].set(0), weight, labels, token_weights=w)
@@ -471,7 +471,7 @@ def test_tokens_sharded_over_devices():
             each = [change(f) for f in functions]
             return [(f(*given), jax.grad(lambda h, W, y, f=f: jnp.sum(f(h, W, y) ** 1), (0, 1))(*given)) for f in each]
 
-        return jit_formulas(run)(hidden, weight, labels)
+        return evaluated(run)(hidden, weight, labels)
 
     got, want = with_gradients(of_all), with_gradients(lambda f: f)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -486,7 +486,7 @@ def test_vmap_over_heads_scan_and_remat():
     def gradient(W, y):
         return jax.grad(lambda W: jnp.sum(f(hidden, W, y)))(W)
 
-    @jit_formulas
+    @evaluated
     def results(hs, Ws):
         mapped = jax.vmap(f, (0, 0, None))(hs, Ws, labels)
         scanned = jax.lax.scan(lambda c, hW: (c, jax.checkpoint(f)(*hW, labels)), 0, (hs, Ws))[1]

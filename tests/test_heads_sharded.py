@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 from cells import and_full, covering, some
+from interpreter import evaluated
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from modes import reverse_over_reverse
 from sharding import DEVICES, assert_close, collectives, mesh
 
 from jsoftmax import heads
-from jsoftmax.verify import jit_formulas
 
 TOKENS, FEATURES, CLASSES = 6, 3, 32
 BLOCKS = {"block_size": (3, 4)}
@@ -86,7 +86,7 @@ def differentiated(f, modes):
         }
         return {mode: found[mode]() for mode in modes}
 
-    return jit_formulas(run)
+    return evaluated(run)
 
 
 WAYS = ("shard_map", "shard_map without check_vma", "vmap", "shards")
@@ -140,8 +140,8 @@ def test_derivatives_inside_a_mesh_of_tokens_and_classes(name):
         parts = (TOKENS_CUT, CLASSES_CUT, CLASSES_CUT)
         of_part = total_and_derivatives(name, psum=lambda a: jax.lax.psum(a, "t"), axis_name="v")
         over = {"in_specs": (*parts, TOKENS_CUT, TOKENS_CUT), "out_specs": (WHOLE, parts, parts)}
-        found = jit_formulas(jax.shard_map(of_part, mesh=two_dimensional(), **over))(*given)
-        want = jit_formulas(total_and_derivatives(name))(*given)
+        found = evaluated(jax.shard_map(of_part, mesh=two_dimensional(), **over))(*given)
+        want = evaluated(total_and_derivatives(name))(*given)
         assert_close(found, want, 1e-10)
 
 
@@ -162,12 +162,12 @@ def test_tokens_and_classes_over_one_axis():
             return jax.value_and_grad(total, (0, 1, 2))(hidden, weight, bias)
 
         over = {"mesh": mesh(), "in_specs": (CLASSES_CUT,) * 4, "out_specs": (WHOLE, (CLASSES_CUT,) * 3)}
-        found = jit_formulas(jax.shard_map(of_part, **over))(hidden, weight, bias, labels)
+        found = evaluated(jax.shard_map(of_part, **over))(hidden, weight, bias, labels)
 
         def total(hidden, weight, bias):
             return jnp.sum(jnp.sin(heads.linear_cross_entropy(hidden, weight, labels, bias)))
 
-        want = jit_formulas(jax.value_and_grad(total, (0, 1, 2)))(hidden, weight, bias)
+        want = evaluated(jax.value_and_grad(total, (0, 1, 2)))(hidden, weight, bias)
         assert_close(found, want, 1e-10)
 
 
@@ -191,10 +191,10 @@ def test_derivatives_inside_without_check_vma(name):
 
         specs = (WHOLE, CLASSES_CUT, CLASSES_CUT)
         over = {"in_specs": (*specs, WHOLE, WHOLE), "out_specs": (WHOLE, [specs] * 2)}
-        value, *derivatives = jit_formulas(total_and_derivatives(name))(*given)
+        value, *derivatives = evaluated(total_and_derivatives(name))(*given)
         want = value, [(by_h, DEVICES * by_W, DEVICES * by_b) for by_h, by_W, by_b in derivatives]
         for f in (jax.shard_map(of_part, mesh=mesh(), check_vma=False, **over), mapped):
-            found = jit_formulas(f)(*given)
+            found = evaluated(f)(*given)
             assert_close(found, want, 1e-10)
 
 
@@ -210,10 +210,10 @@ def test_the_same_draws(replace):
         return heads.linear_categorical(keys[2], h, W, shape=(9, 4), replace=replace, where=where, **o)
 
     over = {"mesh": mesh(), "in_specs": (WHOLE, CLASSES_CUT, CLASSES_CUT), "out_specs": WHOLE}
-    want = jit_formulas(f)(hidden, weight, where)
-    of_part = jit_formulas(jax.shard_map(lambda *given: f(*given, axis_name="v"), **over))
+    want = evaluated(f)(hidden, weight, where)
+    of_part = evaluated(jax.shard_map(lambda *given: f(*given, axis_name="v"), **over))
     np.testing.assert_array_equal(of_part(hidden, weight, where), want)
-    by_shards = jit_formulas(lambda *given: f(*given, shards=DEVICES))
+    by_shards = evaluated(lambda *given: f(*given, shards=DEVICES))
     np.testing.assert_array_equal(by_shards(hidden, weight, where), want)
 
 
@@ -294,7 +294,7 @@ def stepper(optimizer, head, gradient=lambda f: f, mean=lambda a: a, **options):
         updates, state = optimizer.update(by_params, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    return jit_formulas(step)
+    return evaluated(step)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_explicit_axes(name):
     """Inside shard_map, and by auto_axes; elsewhere an error that names both. One check for all heads."""
     with jax.enable_x64(True):
         given, labels = arrays()
-        want = jit_formulas(functions(labels, WEIGHTS)[name])(*given)
+        want = evaluated(functions(labels, WEIGHTS)[name])(*given)
         parts = (TOKENS_CUT, CLASSES_CUT, CLASSES_CUT, TOKENS_CUT)
         with jax.set_mesh(two_dimensional(AxisType.Explicit)):
             given = [jax.device_put(a, spec) for a, spec in zip((*given, labels), parts, strict=True)]

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import some
+from interpreter import evaluated
 
 import jsoftmax as js
 from jsoftmax import losses
-from jsoftmax.verify import jit_formulas
 
 Z = jnp.array([[0.5, -1.0, 2.0], [0.1, 0.2, 0.3]])
 LABELS = jnp.array([2, -1])
@@ -45,7 +45,7 @@ def test_rows_that_do_not_count_leave_no_nan(name):
 
     rows = jnp.array([True, False])
 
-    @jit_formulas
+    @evaluated
     def found(a, z):
         of_one = jax.value_and_grad(total)(a, Z[:1], LABELS[:1])
         both = [jax.value_and_grad(total)(a, z, LABELS, **more) for more in ({"ignore_label": -1}, {"where": rows})]

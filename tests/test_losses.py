@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from cells import and_full, covering, product, some
+from interpreter import evaluated
 from modes import strict_promotion
 
 import jsoftmax as js
@@ -76,7 +77,7 @@ def assert_same(f, g, z, rtol=1e-11):
         product = jax.jvp(jax.grad(scanned), (z,), (v,))[1] if in_a_scan else jnp.tensordot(hessian, v, z.ndim)
         return value, jacobian, hessian, product
 
-    programs = [verify.jit_formulas(functools.partial(results, *of)) for of in ((f, True), (g, False))]
+    programs = [evaluated(functools.partial(results, *of)) for of in ((f, True), (g, False))]
     for a, b in zip(*(program(z) for program in programs), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-13)
 
@@ -167,7 +168,7 @@ def test_log_prob_of_draws_of_any_shape():
     z, mask, f = np.float32(Z), KEEP, losses.log_prob
     draws = np.random.default_rng(0).integers(0, 4, (5, 2, 3))
 
-    @verify.jit_formulas
+    @evaluated
     def results(z, draws):
         log_p = js.log_softmax(z, where=mask[None])
         want = log_p[jnp.arange(3), draws]
@@ -265,7 +266,7 @@ def test_axes_and_masks_as_in_optax(axis):
         for ours, theirs, given in pairs:
             options = {"axis": axis, "where": where}
 
-            @verify.jit_formulas
+            @evaluated
             def results(image, given, ours=ours, theirs=theirs, options=options):
                 found, want = (f(image, given, **options) for f in (ours, theirs))
                 counts = found != 0  # optax counts an integer label on a class left out
@@ -303,7 +304,7 @@ def test_edges():
     labels, quiet = np.array([0, 0, 0, 0, 2, -1, 0]), np.array([True] + [False] * 6)
     q, out = np.float32([[0, 1], [0.5, 0.5]]), np.float32([[-inf, 0.3], [-inf, 0.3]])
 
-    @verify.jit_formulas
+    @evaluated
     def results(z, out):
         f, by_label = cross_entropy, jax.grad(lambda z: cross_entropy(z, labels).sum())
         masks = {"where": quiet}, {"where": np.stack([quiet, quiet], -1)}
@@ -347,7 +348,7 @@ def test_labels_of_any_width(dtype):
     labels = jnp.array([127, 3, 100])
     functions = (cross_entropy, losses.focal_cross_entropy, losses.spherical_z_loss, js.fenchel_young_loss)
 
-    @verify.jit_formulas
+    @evaluated
     def results(z, labels):
         ignored = [f(z, labels, ignore_label=-1) for f in functions]
         return [*ignored, *(f(z, labels) for f in functions), losses.plackett_luce_log_prob(z[0], labels)]
@@ -399,7 +400,7 @@ def test_factors(terms, name):
             q = np.exp(np.sin(3 * Z))
             q /= q.sum(-1, keepdims=True)
 
-            @verify.jit_formulas
+            @evaluated
             def both(z, q):
                 return f(z, q, **parameters, **options), sum(q[:, k] * plain(z, jnp.full(3, k)) for k in range(4))
 
@@ -458,7 +459,7 @@ def test_kl_to_target_edges():
     z = np.float32([[0, 1, 2], [0, 1, -inf], [0, 1, -inf], [-inf] * 3, [nan, 0, 0], [inf, 0, 0]])
     q = np.float32([[0, 0.5, 0.5], [0.5, 0.5, 0], [0, 0.5, 0.5], [0] * 3, [1, 0, 0], [1, 0, 0]])
 
-    @verify.jit_formulas
+    @evaluated
     def results(z, q):
         f = losses.kl_to_target
         gradients = jax.grad(lambda z, q: f(z, q).sum(), (0, 1))(z, q)
@@ -494,7 +495,7 @@ def test_spherical_z_loss():
         options = {"scale": 2.0, "shift": 0.7}
         assert_same(lambda z: losses.spherical_z_loss(z, labels, **options), lambda z: plain(z, 2.0, 0.7), z)
 
-        @verify.jit_formulas
+        @evaluated
         def masked_and_shifted(z, labels):
             f = losses.spherical_z_loss
             part = f(z[:, KEEP], jnp.array([1, 0, 2]), where=jnp.array([True, True, False]))
@@ -560,7 +561,7 @@ def test_plackett_luce_edges_and_axes():
     z = np.float32([0.5, -1.0, -inf, 0.3])
     orders, first = np.array([[0, 3], [0, 0], [0, 4], [-1, 0], [0, 2]]), np.array([True, False])
 
-    @verify.jit_formulas
+    @evaluated
     def results(z, orders):
         rows = jnp.stack([z, z[::-1]])
         same = f(z[jnp.array([0, 1, 3])], jnp.array([0, 2])), f(z.at[2].set(9.0), orders[0], where=z > -inf)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, covering, named, product, some
+from interpreter import evaluated
 
 import jsoftmax as js
-from jsoftmax.verify import FUNCTIONS, PHIS, jit_formulas
+from jsoftmax.verify import FUNCTIONS, PHIS
 
 LENGTHS = [1, 2, 7, 64, 255, 256, 257, 300, 320, 1000, 1024, 4097]
 
@@ -125,7 +126,7 @@ def test_expansion_errs_by_the_next_order(phi, order):
     with jax.enable_x64(True):
         z, dz = np.array([0.3, -0.7, 1.1]), np.array([1.0, -2.0, 0.5])
 
-        @jit_formulas
+        @evaluated
         def expansion_and_entropy(dz):
             return js.entropy_expansion(z, dz, order, phi=phi), js.entropy(z + dz, phi=phi)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, some
+from interpreter import evaluated
 
 import jsoftmax as js
 from jsoftmax import verify
@@ -22,7 +23,7 @@ def test_mixture_is_defined_by_its_two_lines():
     with jax.enable_x64(True):
         z, logits, f = scores(2, 3, 4, 5), scores(2, 3, 4, seed=1), js.mixture_log_softmax
 
-        @verify.jit_formulas
+        @evaluated
         def pairs(z, logits):
             made = []
             for phi in (js.exp, js.spherical(0.1)):
@@ -46,7 +47,7 @@ def test_derivatives_of_a_mixture():
     with jax.enable_x64(True):
         given = scores(2, 3, 4), scores(2, 3, seed=1)
         ours, theirs = (
-            verify.jit_formulas(lambda *given, f=f: jax.jvp(jax.jacrev(f, (0, 1)), given, given))(*given)
+            evaluated(lambda *given, f=f: jax.jvp(jax.jacrev(f, (0, 1)), given, given))(*given)
             for f in (js.mixture_log_softmax, plain)
         )
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -72,7 +73,7 @@ def test_mixture_keeps_digits_and_edges():
 def test_sink_is_a_class_that_is_dropped():
     z, sink = scores(3, 5), scores(3, 1, seed=1)
 
-    @verify.jit_formulas
+    @evaluated
     def results(z, sink):
         def extended(z, sink):
             return js.softmax(jnp.concatenate([z, jnp.broadcast_to(sink, (3, 1))], -1))[:, :-1]
@@ -119,7 +120,7 @@ def test_temperature(phi):
         def round_trip(z, t):
             return js.temperature_for_entropy(z, js.entropy(z / t[:, None], phi=phi), phi=phi)
 
-        @verify.jit_formulas
+        @evaluated
         def checked(z, t):
             target = js.entropy(z / t[:, None], phi=phi)
             got = js.temperature_for_entropy(z, target, phi=phi)
@@ -150,7 +151,7 @@ def test_temperature_in_a_scan_at_order_two():
         def scanned(z):
             return jax.lax.scan(lambda c, row: (c + total(row), None), 0.0, z)[0]
 
-        @verify.jit_formulas
+        @evaluated
         def results(z):
             got = jax.jvp(jax.grad(scanned), (z,), (jnp.cos(z),))[1]
             return got, jnp.stack([jax.jvp(jax.grad(total), (row,), (jnp.cos(row),))[1] for row in z])
@@ -203,7 +204,7 @@ def test_temperature_is_found_between_the_limits_of_the_entropy(phi, limit):
 def test_temperature_edges():
     f = js.temperature_for_entropy
 
-    @verify.jit_formulas
+    @evaluated
     def results(z):
         masked, of_columns = f(z[:1], 0.5, where=jnp.array([True, False, True])), f(z[4:5].T, 0.5, axis=0)
         of_targets, out_of_reach = f(z, jnp.array([0.69, 0.5, 0.5, 0.5, 0.5, 0.5])), (f(z[0], 1.2), f(z[0], 0.0))

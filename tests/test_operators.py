@@ -10,6 +10,7 @@ import lineax
 import numpy as np
 import pytest
 from cells import and_full, covering, some
+from interpreter import evaluated
 from modes import strict_promotion
 
 import jsoftmax as js
@@ -50,7 +51,7 @@ def test_equals_dense(name, phi):
         z = np.float64(batch(phi))
         v, b = np.sin(1 + z), np.cos(2 * z)
 
-        @verify.jit_formulas
+        @evaluated
         def results(z, v, b):
             A = OPERATORS[name](z, phi=phi)
             damping = 0.1 - jnp.minimum(jnp.min(A.d, -1), 0)
@@ -78,14 +79,14 @@ def test_sign_of_a_diagonal_below_0():
     """One of three entries."""
     u = jnp.array([[1.0], [0.5], [0.25]])
     A = js.DiagonalPlusLowRank(jnp.array([2.0, -1.0, 3.0]), u, u)
-    (sign, logabs), dense = verify.jit_formulas(lambda A: (A.slogdet(), A.as_matrix()))(A)
+    (sign, logabs), dense = evaluated(lambda A: (A.slogdet(), A.as_matrix()))(A)
     assert sign == -1
     np.testing.assert_allclose(logabs, np.linalg.slogdet(dense)[1], rtol=1e-6)
 
 
 def test_some_are_indefinite():
     """What the solves above are tested on."""
-    eigenvalues = np.linalg.eigvalsh(verify.jit_formulas(lambda z: js.entropy_hessian(z).as_matrix())(batch(js.exp)))
+    eigenvalues = np.linalg.eigvalsh(evaluated(lambda z: js.entropy_hessian(z).as_matrix())(batch(js.exp)))
     assert np.any(eigenvalues > 1e-2)
     assert np.any(eigenvalues < -1e-2)
 
@@ -153,7 +154,7 @@ def test_shapes_belong_together():
 def test_strict_promotion():
     with strict_promotion():
 
-        @verify.jit_formulas
+        @evaluated
         def results(z, v):
             A = js.softmax_jacobian(z)
             return A.mv(v), A.pinv_mv(v), A.solve(v, 0.1), *A.slogdet(0.1), A.as_matrix(), A.trace()
@@ -165,7 +166,7 @@ def test_strict_promotion():
 
 def test_a_zero_of_the_damped_diagonal_is_nan_in_its_row():
 
-    @verify.jit_formulas
+    @evaluated
     def results(z):
         A = js.softmax_jacobian(z)
         return (A.solve(jnp.ones(3)), *A.slogdet()), A.solve(jnp.ones(3), jnp.array([0.1, 0.2]))
@@ -179,7 +180,7 @@ def test_a_zero_of_the_damped_diagonal_is_nan_in_its_row():
 @pytest.mark.parametrize("keep", [[True] * 5, [True, False, True, True, False]])
 def test_pseudo_inverse(keep):
 
-    @verify.jit_formulas
+    @evaluated
     def inverse_and_dense(z, where):
         J = js.softmax_jacobian(z, where)
         return jax.vmap(J.pinv_mv)(jnp.eye(5)), J.as_matrix()
@@ -193,7 +194,7 @@ def test_lives_inside_transformations():
     """A pytree in jit, vmap, scan and grad: the same values, no retrace for new scores."""
     z, v = batch(js.exp), jnp.array([1.0, 2.0, -1.0, 0.5])
 
-    @verify.jit_formulas
+    @evaluated
     def products(z):
         A = js.entropy_hessian(z)
         return A, A.mv(v), jax.vmap(lambda A: A.mv(v))(A), jax.lax.scan(lambda carry, A: (carry, A.mv(v)), 0.0, A)[1]
@@ -218,7 +219,7 @@ def test_lives_inside_transformations():
         return jnp.sum(jnp.linalg.solve(jax.jacobian(jax.nn.softmax)(z) + 0.5 * jnp.eye(4), v) ** 2)
 
     for transform in (jax.grad, jax.hessian):
-        found, want = (verify.jit_formulas(transform(f))(z[0]) for f in (through, dense))
+        found, want = (evaluated(transform(f))(z[0]) for f in (through, dense))
         np.testing.assert_allclose(found, want, rtol=2e-4, atol=1e-5)
     assert repr(A) == "DiagonalPlusLowRank(shape=(3, 4, 4), rank=2)"
 

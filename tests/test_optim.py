@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 from cells import some
+from interpreter import evaluated
 from jax.flatten_util import ravel_pytree
 
 import jsoftmax as js
 from jsoftmax import optim
-from jsoftmax.verify import PHIS, jit_formulas
+from jsoftmax.verify import PHIS
 
 
 def data(rows=5, features=4, classes=3):
@@ -52,7 +53,7 @@ def test_hessian_of_a_whole_model(phi):
 
         loss = loss_of(network, phi)
 
-        @jit_formulas
+        @evaluated
         def results(flat):
             z, J, curvature = scores(flat), jax.jacobian(scores)(flat), jax.hessian(scores)(flat)
             B = js.cross_entropy_hessian(z, targets, phi=phi).as_matrix()
@@ -74,7 +75,7 @@ def test_fisher_information(phi):
     with jax.enable_x64(True):
         z = jnp.array([0.3, -0.7, 1.1])
 
-        @jit_formulas
+        @evaluated
         def results(z):
             p, J = js.softmax(z, phi=phi), jax.jacobian(lambda z: js.log_softmax(z, phi=phi))(z)
             return js.fisher_information(z, phi=phi), jnp.einsum("y,yi,yj->ij", p, J, J)
@@ -90,16 +91,16 @@ def test_steps_are_damped_solves(phi):
         inputs, targets = data(rows=20)
         W = jnp.asarray(np.random.default_rng(3).normal(size=(4, 3))) / 3
         loss, damping = loss_of(lambda W, inputs: inputs @ W, phi), 0.1
-        gradient = jit_formulas(jax.grad(loss))(W, inputs, targets)
-        hessian = np.asarray(jit_formulas(jax.hessian(loss))(W, inputs, targets)).reshape(12, 12)
+        gradient = evaluated(jax.grad(loss))(W, inputs, targets)
+        hessian = np.asarray(evaluated(jax.hessian(loss))(W, inputs, targets)).reshape(12, 12)
         want = -np.linalg.solve(hessian + damping * np.eye(12), gradient.ravel()).reshape(4, 3)
         newton = optim.newton_cg(lambda W, inputs: inputs @ W, damping, phi=phi)
-        update = jit_formulas(newton.update)
+        update = evaluated(newton.update)
         np.testing.assert_allclose(
             update(gradient, newton.init(W), W, inputs=inputs, targets=targets)[0], want, rtol=1e-5, atol=1e-6
         )
         natural = optim.natural_gradient(lambda W, inputs: inputs @ W, damping, phi=phi)
-        step = jit_formulas(natural.update)(gradient, natural.init(W), W, inputs=inputs)[0]
+        step = evaluated(natural.update)(gradient, natural.init(W), W, inputs=inputs)[0]
         F = js.fisher_information(inputs @ W, phi=phi).as_matrix()
         J = jnp.einsum("nf,kl->nkfl", inputs, jnp.eye(3)).reshape(20, 3, 12)
         matrix = jnp.einsum("nka,nkl,nlb->ab", J, F, J) / 20 + damping * np.eye(12)
@@ -121,7 +122,7 @@ def test_newton_with_a_line_search_converges_in_a_few_steps():
         )
         state = optimizer.init(W)
 
-        @jit_formulas
+        @evaluated
         def step(W, state):
             value, gradient = jax.value_and_grad(loss)(W, inputs, targets)
             updates, state = optimizer.update(
@@ -144,7 +145,7 @@ def test_newton_points_downhill(phi):
     loss, damping, indefinite = loss_of(linear, phi), 1e-3, 0
     newton = optim.newton_cg(linear, damping, phi=phi)
 
-    @jit_formulas
+    @evaluated
     def step(W, inputs, targets):
         gradient = jax.grad(loss)(W, inputs, targets)
         hessian = jax.hessian(loss)(W, inputs, targets).reshape(W.size, W.size)
@@ -168,7 +169,7 @@ def test_iterations_and_a_traced_damping():
         W = jnp.asarray(np.random.default_rng(3).normal(size=(4, 3)))
         gradient = jax.grad(loss_of(lambda W, inputs: inputs @ W, js.exp))(W, inputs, targets)
 
-        @jit_formulas
+        @evaluated
         def step(damping):
             newton = optim.newton_cg(lambda W, inputs: inputs @ W, damping, iterations=1)
             return newton.update(gradient, newton.init(W), W, inputs=inputs, targets=targets)[0]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, covering, named, some
+from interpreter import evaluated
 
 import jsoftmax
 from jsoftmax import cli, verify
@@ -26,7 +27,7 @@ def grouped(rows):
 def missed(function, phis, dtype):
     """The cells whose error is too large, with their errors."""
     allowed = verify.tolerances(function, dtype)
-    errors = verify.against_digits(function, phis, dtype)
+    errors = verify.against_digits(function, phis, dtype, evaluated)
     found = [(f"{function} {phi}", of_phi) for phi, of_phi in zip(phis, errors, strict=True)]
     return [cell for cell in found if not all(e <= t for e, t in zip(cell[1], allowed, strict=True))]
 
@@ -60,7 +61,7 @@ def test_third_derivatives(function, phi):
 def test_autodiff(function, phi):
     """Jacobian and Hessian, and a third derivative where there is one, against `jax.jacrev` and `jax.hessian` of the
     plain definition: each function and each φ."""
-    errors = verify.against_autodiff(function, phi)
+    errors = verify.against_autodiff(function, phi, evaluated)
     assert all(e <= t for e, t in zip(errors, verify.tolerances(function, np.float64), strict=False)), errors
 
 

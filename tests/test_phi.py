@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import covering
+from interpreter import evaluated
 
 import jsoftmax as js
 from jsoftmax import _series, gumbel, heads, verify
@@ -56,7 +57,7 @@ def test_digits_of_taylor(order, bound):
 def test_relu_itself_has_finite_curvature():
     """m = 1 at the smallest scores, where 1/z nearly overflows."""
     z = jnp.array([2e-38, 0.5, 0.0])
-    hessian = verify.jit_formulas(jax.hessian(lambda z: js.entropy(z, phi=js.relu_power(1.0, 0.1))))(z)
+    hessian = evaluated(jax.hessian(lambda z: js.entropy(z, phi=js.relu_power(1.0, 0.1))))(z)
     assert np.all(np.isfinite(hessian))
 
 
@@ -99,7 +100,7 @@ def test_law(function, phi):
 def test_edges(phi):
     bad = np.float32([-np.inf, np.inf, np.nan])
 
-    @verify.jit_formulas
+    @evaluated
     def results(bad, z):
         rates = jax.grad(phi)(z), phi(z) * jax.grad(phi.log)(z)
         return phi.log(bad), phi.log(jnp.ones(3, jnp.bfloat16)), (phi(z), jnp.exp(phi.log(z))), rates
@@ -118,7 +119,7 @@ def test_zeros_and_domain():
     np.testing.assert_array_equal(js.softmax(z, phi=phi)[:2], 0)
     np.testing.assert_array_equal(js.log_softmax(z, phi=phi)[:2], -jnp.inf)
 
-    @verify.jit_formulas
+    @evaluated
     def of_all(z):
         functions = [functools.partial(f, phi=phi) for f in (js.entropy, js.varentropy, js.log_normalizer)]
         return [(jax.value_and_grad(f)(z), jax.value_and_grad(f)(z[2:]), jax.hessian(f)(z)) for f in functions]
@@ -141,7 +142,7 @@ def test_q_is_smooth_through_one():
         def entropy(q):
             return js.entropy(z, phi=js.q_exponential(q))
 
-        f, first, second = map(verify.jit_formulas, (entropy, jax.grad(entropy), jax.grad(jax.grad(entropy))))
+        f, first, second = map(evaluated, (entropy, jax.grad(entropy), jax.grad(jax.grad(entropy))))
         np.testing.assert_allclose(first(1.0), (f(1 + 1e-5) - f(1 - 1e-5)) / 2e-5, rtol=1e-8)
         second = second(1.0)
         np.testing.assert_allclose(second, (f(1 + 1e-3) - 2 * f(1.0) + f(1 - 1e-3)) / 1e-6, rtol=1e-4)

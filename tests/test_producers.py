@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 from cells import and_full, covering, named, some
 from compilation import jit_as_user
+from interpreter import evaluated
 from jax.sharding import PartitionSpec
 from sharding import mesh
 
 import jsoftmax as js
 from jsoftmax import gumbel, heads, losses
 from jsoftmax.sums.cpu import paths
-from jsoftmax.verify import DERIVATIVES, FUNCTIONS, LOSSES, OTHERS, SPARSE_MAPS, jit_formulas
+from jsoftmax.verify import DERIVATIVES, FUNCTIONS, LOSSES, OTHERS, SPARSE_MAPS
 
 
 class Producer(NamedTuple):
@@ -178,7 +179,7 @@ def in_one_program(function, producer, mode, given, jit=jit_as_user):
     return jit(functools.partial(result, lambda z, c: ours(function, producer.make(z, c)), mode))(*given)
 
 
-reference = functools.partial(in_one_program, jit=jit_formulas)
+reference = functools.partial(in_one_program, jit=evaluated)
 """In float64, beside which no compiler's rounding is seen in float32."""
 
 
@@ -312,7 +313,7 @@ def test_parts_of_scores_made_on_each_device(function, shape):
         return {mode: result(f, mode, z, c, z) for mode in ("value", "gradient")}
 
     with jax.enable_x64(True):
-        wanted = jit_formulas(whole)(np.float64(z), 1.5)
+        wanted = evaluated(whole)(np.float64(z), 1.5)
     for mode, want in jax.tree.map(np.float64, wanted).items():
         found = jit_as_user(functools.partial(result, lambda z, c: of_parts(z), mode))(z, c, z)
         bound = allowed(
@@ -407,7 +408,7 @@ def test_what_takes_no_scores(name, modes):
     def found(dtype):
         f = made(lambda a: jnp.asarray(a, dtype))[name]
         given = [jnp.asarray(a, dtype) for a in (z, 1.5, np.cos(z))]
-        jit = jit_formulas if dtype == "float64" else jit_as_user
+        jit = evaluated if dtype == "float64" else jit_as_user
         results = jit(lambda *given: {mode: result(lambda z, c: f(c * z), mode, *given) for mode in modes})(*given)
         return {mode: np.float64(a) for mode, a in results.items()}
 

@@ -19,11 +19,11 @@ import scipy.special
 import sklearn.calibration
 import sklearn.metrics
 from cells import some
+from interpreter import evaluated
 
 import jsoftmax as js
 from jsoftmax import heads
 from jsoftmax.heads import adaptive, factored
-from jsoftmax.verify import jit_formulas
 
 CLASSES, WIDTH, IGNORED = 60, 8, -100
 RNG = np.random.default_rng(0)
@@ -84,7 +84,7 @@ def test_accumulated_token_means():
     def mean(parameters):
         return plain_total(parameters, TOKENS, LABELS) / counted(LABELS)
 
-    assert_close(jit_formulas(accumulated)(parameters()), jit_formulas(jax.value_and_grad(mean))(parameters()))
+    assert_close(evaluated(accumulated)(parameters()), evaluated(jax.value_and_grad(mean))(parameters()))
 
 
 @pytest.mark.full  # It is about optax's steps. Gradients in bfloat16 are rounded once: test_heads_machinery.py.
@@ -93,7 +93,7 @@ def test_multi_steps_of_bfloat16_parameters():
     optimizer = optax.MultiSteps(optax.sgd(0.5), every_k_schedule=4)
     start = parameters(jnp.bfloat16)
 
-    @jit_formulas
+    @evaluated
     def step(parameters, state, tokens, labels):
         gradient = jax.grad(lambda p: total(p, tokens, labels) / 6)(parameters)
         assert {a.dtype for a in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.bfloat16)}
@@ -105,7 +105,7 @@ def test_multi_steps_of_bfloat16_parameters():
         made, state = step(made, state, TOKENS[i], LABELS[i])
     assert {a.dtype for a in jax.tree.leaves(made)} == {jnp.dtype(jnp.bfloat16)}
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), start)
-    gradient = jit_formulas(jax.grad(lambda p: plain_total(p, TOKENS, LABELS) / 24))(wide)
+    gradient = evaluated(jax.grad(lambda p: plain_total(p, TOKENS, LABELS) / 24))(wide)
     assert_close(made, jax.tree.map(lambda p, g: p - 0.5 * g, wide, gradient), 0.02)
 
 
@@ -117,10 +117,10 @@ def test_checkpointed_layers(policy):
     """`jax.checkpoint` on the layers, and on the layers with the head. By default nothing is saved, so that everything
     is computed again; with a policy, a part of that is."""
     checkpoint = functools.partial(jax.checkpoint, policy=policy)
-    wanted = jit_formulas(jax.value_and_grad(plain_total))(parameters(), TOKENS, LABELS)
+    wanted = evaluated(jax.value_and_grad(plain_total))(parameters(), TOKENS, LABELS)
     of_layers = functools.partial(total, layer=checkpoint(layer))
     for f in (of_layers, checkpoint(total)):
-        assert_close(jit_formulas(jax.value_and_grad(f))(parameters(), TOKENS, LABELS), wanted)
+        assert_close(evaluated(jax.value_and_grad(f))(parameters(), TOKENS, LABELS), wanted)
 
 
 def test_a_head_behind_each_layer_of_a_scan():
@@ -145,7 +145,7 @@ def test_a_head_behind_each_layer_of_a_scan():
         f = jax.value_and_grad(functools.partial(scanned, head=head))
         return jax.jvp(f, (parameters,), (jax.tree.map(jnp.cos, parameters),))
 
-    found, want = (jit_formulas(functools.partial(results, head))(parameters()) for head in (streamed, plain))
+    found, want = (evaluated(functools.partial(results, head))(parameters()) for head in (streamed, plain))
     assert_close(found, want, 1e-3)
 
 
@@ -163,14 +163,14 @@ def test_checkpoints_go_on_as_if_nothing_had_been(tmp_path):
     hidden, labels = jax.random.normal(jax.random.key(1), (24, WIDTH)), jnp.abs(LABELS.ravel()) % CLASSES
     optimizer = optax.adam(0.1)
 
-    @jit_formulas
+    @evaluated
     def adaptive_step(made):
         params, state = made
         gradient = jax.grad(lambda params: -adaptive.log_prob(params, hidden, labels).mean())(params)
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(params, updates), state
 
-    @jit_formulas
+    @evaluated
     def factored_step(state):
         loss = factored.log_loss(js.taylor(2))
         return factored.loss_and_update(state, hidden, labels, 0.1, loss=loss).state
@@ -445,7 +445,7 @@ def test_ordinal_training(rng):
 
     with jax.enable_x64(True):
         every, given = (0, 1), (jnp.asarray(score), jnp.asarray(CUTS))
-        assert_close(*(jit_formulas(jax.value_and_grad(f, every))(*given) for f in (ours, plain)), 1e-6)
+        assert_close(*(evaluated(jax.value_and_grad(f, every))(*given) for f in (ours, plain)), 1e-6)
 
 
 @OF_THE_PAGE

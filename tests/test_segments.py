@@ -8,10 +8,10 @@ import numpy as np
 import platforms
 import pytest
 from cells import some
+from interpreter import evaluated
 
 import jsoftmax as js
 from jsoftmax import segments
-from jsoftmax.verify import jit_formulas
 
 LENGTHS = (3, 0, 1, 7, 2)
 """Of the rows; one is empty, one has a single class."""
@@ -78,7 +78,7 @@ def by_segments(phi):
     def ours(z):
         return jnp.concatenate([getattr(segments, name)(z, np.asarray(IDS), ROWS, **options) for name in DENSE])
 
-    return jit_formulas(functools.partial(everything, ours))(z, v)
+    return evaluated(functools.partial(everything, ours))(z, v)
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def by_padded_rows(phi):
     def dense(z):
         return jnp.concatenate([by_dense_rows(name, z, where, log_weights, phi) for name in DENSE])
 
-    return jit_formulas(functools.partial(everything, dense))(z, v)
+    return evaluated(functools.partial(everything, dense))(z, v)
 
 
 def assert_same(found, wanted):
@@ -137,7 +137,7 @@ def test_edges():
     z = jnp.array([1.0, nan, inf, 0.0, -inf, -inf, 7.0, 0.0, nan, inf])  # row 4 is empty, the last two are in no row
     functions = (segments.segment_softmax, segments.segment_log_normalizer, segments.segment_entropy)
 
-    @jit_formulas
+    @evaluated
     def found(z):
         first = [jax.grad(lambda z, f=f: jnp.sum(f(z, ids, 6)[-1:])) for f in functions]
         second = [jax.grad(lambda z, g=g: jnp.sum(g(z))) for g in first]
@@ -168,7 +168,7 @@ def test_other_shapes():
     for name in DENSE:
         f = getattr(segments, name)
 
-        @jit_formulas
+        @evaluated
         def found(z, f=f):
             by_heads = jax.vmap(lambda z: f(z, ids, ROWS), 1, 1)(z)
             return f(z, ids, ROWS, indices_are_sorted=True), by_heads, f(z.astype(jnp.bfloat16), ids, ROWS)
@@ -195,7 +195,7 @@ def test_in_a_scan_of_second_order():
         return jnp.sum(jax.lax.scan(lambda total, t: (total + f(z * t), None), jnp.zeros(ROWS), jnp.ones(3))[0] ** 2)
 
     ours = functools.partial(scanned, lambda z: segments.segment_entropy(z, ids, ROWS))
-    found, want = (jit_formulas(jax.hessian(f))(z) for f in (ours, functools.partial(scanned, plain)))
+    found, want = (evaluated(jax.hessian(f))(z) for f in (ours, functools.partial(scanned, plain)))
     np.testing.assert_allclose(found, want, 2e-4, 2e-4)
 
 

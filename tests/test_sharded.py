@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, covering, some
+from interpreter import evaluated
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from modes import reverse_over_reverse
 from sharding import DEVICES, assert_close, collectives, exchanged, mesh
@@ -20,7 +21,6 @@ import jsoftmax as js
 from jsoftmax import gumbel, losses, segments
 from jsoftmax.gumbel._noise import gumbel as noise
 from jsoftmax.sums.cpu.paths import block_length
-from jsoftmax.verify import jit_formulas
 
 ROWS, CLASSES = 5, 24
 WHOLE, PARTS = PartitionSpec(), PartitionSpec(None, "v")
@@ -95,7 +95,7 @@ def derivatives(f, *, all_modes):
             return found
         return *found, reverse_over_reverse(gradient, (0, 1))(*given)
 
-    return jit_formulas(run)
+    return evaluated(run)
 
 
 WAYS = ("shard_map", "shard_map without check_vma", "vmap")
@@ -135,10 +135,10 @@ def test_differentiated_inside(name):
             gradient = jax.grad(lambda z: jnp.sum(jnp.sin(f(z, w, **options))))
             return jax.jvp(gradient, (z,), (w,))
 
-        want = jit_formulas(of_part)(*given)
+        want = evaluated(of_part)(*given)
         of_part = functools.partial(of_part, axis_name="v")
-        assert_close(jit_formulas(in_shard_map(of_part, PARTS))(*given), want, 1e-11)
-        gradient, _ = jit_formulas(in_shard_map(of_part, PARTS, check_vma=False))(*given)
+        assert_close(evaluated(in_shard_map(of_part, PARTS))(*given), want, 1e-11)
+        gradient, _ = evaluated(in_shard_map(of_part, PARTS, check_vma=False))(*given)
         assert_close(gradient, DEVICES * want[0], 1e-11)
 
 
@@ -235,7 +235,7 @@ def test_draws_by_plain_jit(name, classes):
     """Draws are those of one device, except for the rounding of p. A number a draw, or a few blocks, are exchanged; no
     rows."""
     (draw, limit), z = DRAWS[name], sharded_scores(classes)
-    found, want = (np.asarray(jit_formulas(draw)(a)) for a in (z, np.asarray(z)))
+    found, want = (np.asarray(evaluated(draw)(a)) for a in (z, np.asarray(z)))
     assert np.mean(np.abs(found - want) > 1e-5) < 1e-3
     assert max(longest for _, longest in exchanged(draw, z)) <= ROWS * limit
 
@@ -244,8 +244,8 @@ def test_many_classes():
     """Classes that are summed in blocks, on each device."""
     z, w = scores(DEVICES * 700)
     f = in_shard_map(lambda z, w: js.kl_divergence(z, w, axis_name="v") + js.entropy(z, axis_name="v"))
-    want = jit_formulas(lambda z, w: js.kl_divergence(z, w) + js.entropy(z))(z, w)
-    np.testing.assert_allclose(jit_formulas(f)(z, w), want, rtol=1e-6)
+    want = evaluated(lambda z, w: js.kl_divergence(z, w) + js.entropy(z))(z, w)
+    np.testing.assert_allclose(evaluated(f)(z, w), want, rtol=1e-6)
     z = jax.device_put(z, NamedSharding(mesh(), PARTS))
     f = in_shard_map(lambda z: js.log_normalizer(z, axis_name="v"))
     assert collectives(jax.grad(lambda z: jnp.sum(f(z))), z)[0] == ["all-reduce"] * 2
@@ -261,7 +261,7 @@ def test_two_axes(names):
         out_specs=WHOLE,
     )
     z, _ = scores()
-    np.testing.assert_allclose(jit_formulas(f)(z), losses.cross_entropy(z, LABELS), rtol=1e-6)
+    np.testing.assert_allclose(evaluated(f)(z), losses.cross_entropy(z, LABELS), rtol=1e-6)
 
 
 def test_edges():
@@ -287,8 +287,8 @@ def test_edges():
         value, pull = jax.vjp(f, z)
         return value, pull(jnp.cos(jnp.arange(value.size)).reshape(value.shape))[0]
 
-    wanted = jit_formulas(lambda z: [with_gradient(f, z) for f in functions])(z)
-    found = jit_formulas(lambda z: [with_gradient(in_parts(f), z) for f in functions])(z)
+    wanted = evaluated(lambda z: [with_gradient(f, z) for f in functions])(z)
+    found = evaluated(lambda z: [with_gradient(in_parts(f), z) for f in functions])(z)
     for (value, gradient), (want, plain) in zip(found, wanted, strict=True):
         np.testing.assert_allclose(value, want, rtol=1e-6, atol=1e-30)
         np.testing.assert_allclose(gradient, plain, rtol=1e-5, atol=1e-7)
@@ -298,13 +298,13 @@ def test_draws():
     """With replacement, draws are those of the whole row, though one shard and one row are empty."""
     key, z = jax.random.key(1), jnp.linspace(-2, 2, 6 * 16).reshape(6, 16).at[2].set(-jnp.inf).at[3, 9].set(jnp.nan)
     z = z.at[:, 4:8].set(-jnp.inf)
-    whole = jit_formulas(lambda z: gumbel.categorical(key, z, shape=(50, 6)))
+    whole = evaluated(lambda z: gumbel.categorical(key, z, shape=(50, 6)))
     want = whole(z)
 
     def draw(z, **options):
         return gumbel.categorical(key, z, axis_name="v", **options)
 
-    np.testing.assert_array_equal(jit_formulas(in_shard_map(lambda z: draw(z, shape=(50, 6))))(z), want)
+    np.testing.assert_array_equal(evaluated(in_shard_map(lambda z: draw(z, shape=(50, 6))))(z), want)
     np.testing.assert_array_equal(
         whole(jax.device_put(z, NamedSharding(mesh(), PARTS))),
         want,
@@ -312,8 +312,8 @@ def test_draws():
     assert len(np.unique(np.asarray(want[:, 0]) // 4)) == 3
     parts = jnp.moveaxis(z.reshape(6, DEVICES, 4), 1, 0)
     mapped = jax.vmap(lambda z: draw(z, shape=(50, 6)), out_axes=None, axis_name="v")
-    np.testing.assert_array_equal(jit_formulas(mapped)(parts), want)
-    distinct = jit_formulas(in_shard_map(lambda z: draw(z, shape=(13, 6), replace=False)))(z)
+    np.testing.assert_array_equal(evaluated(mapped)(parts), want)
+    distinct = evaluated(in_shard_map(lambda z: draw(z, shape=(13, 6), replace=False)))(z)
     assert all(set(np.asarray(distinct[:, i])) == {-1, *range(4), *range(8, 16)} for i in (0, 1, 4, 5))
     np.testing.assert_array_equal(distinct[:, 2:4], -1)
 
@@ -333,13 +333,13 @@ def test_top_k(k):
     def sample(z):
         return gumbel.gumbel_top_k(key, z, k, axis_name="v")
 
-    found, want = jit_formulas(in_shard_map(sample))(z), jit_formulas(whole)(z)
+    found, want = evaluated(in_shard_map(sample))(z), evaluated(whole)(z)
     np.testing.assert_array_equal(found.indices, want.indices)
     np.testing.assert_allclose(found.perturbed, want.perturbed, rtol=1e-5)
     np.testing.assert_allclose(found.threshold, want.threshold, rtol=1e-5)
 
     def gradient(f):
-        return jit_formulas(jax.grad(lambda z: jnp.sum(jnp.sin(f(z).perturbed) * jnp.arange(1.0, k + 1))))(z)
+        return evaluated(jax.grad(lambda z: jnp.sum(jnp.sin(f(z).perturbed) * jnp.arange(1.0, k + 1))))(z)
 
     for options in ({}, {"check_vma": False}):
         np.testing.assert_allclose(gradient(in_shard_map(sample, **options)), gradient(whole), rtol=1e-4, atol=1e-5)
@@ -367,7 +367,7 @@ mode below, or make the same sums."""
 def test_explicit_mode(name, classes):
     """On axes whose sharding is part of an array's type: few classes, one sum, blocks, and blocks that leave a tail."""
     explicit, f = mesh(AxisType.Explicit), of_scores()[name]
-    gradient = jit_formulas(jax.grad(lambda z, w: jnp.sum(jnp.sin(f(z, w)))))
+    gradient = evaluated(jax.grad(lambda z, w: jnp.sum(jnp.sin(f(z, w)))))
     want = gradient(*scores(classes))
     given = (jax.device_put(a, NamedSharding(explicit, PARTS)) for a in scores(classes))
     with jax.set_mesh(explicit):
@@ -397,11 +397,11 @@ def test_rows_in_explicit_mode(cut, classes):
     def every(*given):
         return [f(*given) for f in functions]
 
-    wanted = jit_formulas(every)(z, labels, jax.random.key(0))
+    wanted = evaluated(every)(z, labels, jax.random.key(0))
     given = [jax.device_put(a, NamedSharding(explicit, s)) for a, s in ((z, spec), (labels, rows))]
     with jax.set_mesh(explicit):
         key = jax.random.key(0)
-        for results in (every(*given, key), jit_formulas(every)(*given, key)):
+        for results in (every(*given, key), evaluated(every)(*given, key)):
             for found, want in zip(results, wanted, strict=True):
                 np.testing.assert_allclose(found, want, rtol=1e-5)
                 assert jax.typeof(found).sharding.spec[0] == (rows[0] if rows else None)
@@ -419,10 +419,10 @@ def test_sparse_maps_and_truncation_of_rows_in_explicit_mode():
         cut = js.truncate(z, top_k=3, top_p=0.9, min_p=0.01)
         return js.entmax(z, 1.7, sink=0.5), js.sparsemax(z, sink=jnp.ones((DEVICES, 1))), gradient, cut
 
-    want = jit_formulas(found)(z, labels)
+    want = evaluated(found)(z, labels)
     rows = NamedSharding(explicit, PartitionSpec("v"))
     with jax.set_mesh(explicit):
-        got = jit_formulas(found)(jax.device_put(z, rows), jax.device_put(labels, rows))
+        got = evaluated(found)(jax.device_put(z, rows), jax.device_put(labels, rows))
         for one, other in zip(got, want, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
             assert jax.typeof(one).sharding.spec[0] == "v"

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, some
+from interpreter import evaluated
 from modes import strict_promotion
 
 import jsoftmax as js
 from jsoftmax import losses
-from jsoftmax.verify import jit_formulas
 
 ALPHAS = (1.0, 1.001, 1.1, 1.25, 4 / 3, 1.5, 1.7, 2.0, 2.5, 3.0, 5.0)
 """1.001 is near the limit, 1.5 has an integer power, 3 is beyond 2; α = 1 is softmax. Arrays of α have no integer
@@ -32,7 +32,7 @@ def of_one(alpha, jit=jax.jit):
 
 of_any = jax.jit(js.entmax)
 """entmax of an array of α: one program for all of them."""
-of_any_wide = jit_formulas(js.entmax)
+of_any_wide = evaluated(js.entmax)
 
 
 def check_optimal(z, p, alpha, tolerance):
@@ -57,7 +57,7 @@ def test_optimal(alpha):
     with jax.enable_x64(True):
         for classes in (1, 2, 7, 1000):
             z = np.concatenate([scores(20, classes, scale=s) for s in (1e-6, 0.1, 1.0, 5.0, 100.0)])
-            for p in (of_one(alpha, jit_formulas)(z), of_any_wide(z, np.full((100, 1), alpha))):  # integer powers, any
+            for p in (of_one(alpha, evaluated)(z), of_any_wide(z, np.full((100, 1), alpha))):  # integer powers, any
                 check_optimal(z, p, alpha, 1e-9)
     p = of_one(alpha)(np.float32(scores(50, 300, scale=2)))
     assert p.dtype == jnp.float32
@@ -86,7 +86,7 @@ def test_small_probabilities_of_ties_keep_their_digits(alpha):
         above = jnp.float32(1e-6)
         p = of_one(alpha)(tied.at[7].set(above))
         with jax.enable_x64(True):
-            want = of_one(alpha, jit_formulas)(np.where(np.arange(classes) == 7, np.float64(above), 0.0))
+            want = of_one(alpha, evaluated)(np.where(np.arange(classes) == 7, np.float64(above), 0.0))
         np.testing.assert_allclose(p, want, rtol=2e-5)
 
 
@@ -98,7 +98,7 @@ def test_sums_are_1_where_the_support_shrinks_slowly(alpha):
         z = np.append(others, 1 / (alpha - 1) + offset).astype(np.float32)
         np.testing.assert_allclose(of_one(alpha)(z).sum(), 1, rtol=5e-6)
         with jax.enable_x64(True):
-            np.testing.assert_allclose(of_one(alpha, jit_formulas)(np.float64(z)).sum(), 1, rtol=1e-12)
+            np.testing.assert_allclose(of_one(alpha, evaluated)(np.float64(z)).sum(), 1, rtol=1e-12)
 
 
 @jax.jit
@@ -137,7 +137,7 @@ def test_alpha_four_thirds_solves_a_cubic():
 STEP = 1e-5
 
 
-@jit_formulas
+@evaluated
 def derivatives(z, v, alpha):
     """p beside α, ∂p/∂α, and the Hessian products of a sum, under a scan and not, with what varies in z and in α."""
 
@@ -160,7 +160,7 @@ def test_derivatives(alpha):
     """Closed Jacobian; ∂p/∂α by central differences, through α = 1 too; both under a scan at order 2."""
     with jax.enable_x64(True):
         z, v = scores(9, seed=3), np.cos(np.arange(9.0))
-        p, jacobian = jit_formulas(lambda z: (js.entmax(z, alpha), jax.jacrev(js.entmax)(z, alpha)))(z)
+        p, jacobian = evaluated(lambda z: (js.entmax(z, alpha), jax.jacrev(js.entmax)(z, alpha)))(z)
         w = np.where(p > 0, p ** (2 - alpha), 0)
         np.testing.assert_allclose(jacobian, np.diag(w) - np.outer(w, w) / w.sum(), rtol=1e-9, atol=1e-12)
         below, at, above, by_alpha, products = derivatives(z, v, alpha)
@@ -178,7 +178,7 @@ def test_alpha_for_each_row_is_traced_and_learned():
     z, alpha = jnp.float32(scores(4, 6)), jnp.array([[1.0], [1.3], [1.5], [2.0]])
     alphas = [float(a) for a in alpha[:, 0]]
 
-    @jit_formulas
+    @evaluated
     def found(z, alpha):
         rows = jnp.stack([js.entmax(z[i], a) for i, a in enumerate(alphas)])
         gradient = jax.grad(lambda a: jnp.sum(js.entmax(z, a) ** 2))(alpha)
@@ -208,7 +208,7 @@ def test_edges_and_axes(name):
     mask = np.array([True, False, True])
     z = np.float32(scores(2, 3, 4))
 
-    @jit_formulas
+    @evaluated
     def found(rows, z):
         def product(z):
             cotangent = jnp.cos(jnp.arange(6.0)).reshape(2, 3)
@@ -248,9 +248,9 @@ def test_dtypes(name, dtype):
     f = MAPS[name]
     with strict_promotion(), jax.debug_nans(True):
         narrow = jnp.asarray([[1, 2, -1]], dtype)
-        assert jit_formulas(f)(narrow).dtype == (jnp.float32 if dtype == jnp.int32 else dtype)
+        assert evaluated(f)(narrow).dtype == (jnp.float32 if dtype == jnp.int32 else dtype)
         if dtype != jnp.int32:
-            gradient = jit_formulas(jax.grad(lambda z: f(z).astype(jnp.float32)[0, 0]))
+            gradient = evaluated(jax.grad(lambda z: f(z).astype(jnp.float32)[0, 0]))
             assert gradient(narrow).dtype == dtype
 
 
@@ -278,7 +278,7 @@ def test_fenchel_young_loss(alpha):
         change, step = other - q, 1e-6
         loss = functools.partial(js.fenchel_young_loss, alpha=alpha)
 
-        @jit_formulas
+        @evaluated
         def found(z, q):
             p = js.entmax(z, alpha)
             by_labels = loss(z, labels), defined(z, hot, alpha), jax.grad(lambda z: loss(z, labels).sum())(z)
@@ -319,7 +319,7 @@ def test_fenchel_young_digits(alpha):
     with an edge; α = 1 is the cross-entropy."""
     edge = 8.0 if alpha == 1 else 1 / (alpha - 1)
     loss, one = functools.partial(js.fenchel_young_loss, labels=jnp.array(0), alpha=alpha), np.eye(3)[0]
-    narrow, wide = jax.jit(loss), jit_formulas(lambda z: (loss(z), defined(z, one, alpha)))
+    narrow, wide = jax.jit(loss), evaluated(lambda z: (loss(z), defined(z, one, alpha)))
     for gap in (edge - 0.5, edge - 0.01, edge - 1e-3):
         z = np.float32([gap, 0.0, -0.125])
         got = narrow(z)
@@ -338,7 +338,7 @@ def test_fenchel_young_edges(alpha):
     q, out = jnp.array([[0.0, 1.0], [0.5, 0.5]]), jnp.array([[-inf, 0.3], [-inf, 0.3]])
     loss = functools.partial(js.fenchel_young_loss, alpha=alpha)
 
-    @jit_formulas
+    @evaluated
     def found(z, out):
         by_z, by_out = (jax.grad(lambda z, y=y: loss(z, y).sum())(a) for a, y in ((z, labels), (out, q)))
         ignored, quiet = loss(z, labels, ignore_label=-1), loss(z, labels, where=jnp.arange(7) == 0)
@@ -406,7 +406,7 @@ def test_a_sink_is_one_more_class():
 
         both(lambda z, s: js.entmax(z, 1.7, sink=s), lambda z, s: joined(z, s, 1.7), z, sink)
 
-        @jit_formulas
+        @evaluated
         def results(z, sink):
             moved = js.sparsemax(jnp.moveaxis(z, -1, 0), 0, sink=0.3)
             several = js.entmax15(z, (1, 2), sink=0.1).reshape(2, 12), js.entmax15(z.reshape(2, 12), sink=0.1)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from cells import and_full, covering, named, some
 from compilation import jit_as_user
+from interpreter import evaluated
 from platforms import as_on_accelerators, traced_anew
 
 import jsoftmax as js
 from jsoftmax import losses, maps, sums
 from jsoftmax.sums import cpu, long_rows, reference
 from jsoftmax.sums.cpu import paths
-from jsoftmax.verify import DERIVATIVES, FUNCTIONS, LOSSES, jit_formulas
+from jsoftmax.verify import DERIVATIVES, FUNCTIONS, LOSSES
 
 ROWS = {
     "short": (7, 5),
@@ -67,7 +68,7 @@ def test_each_function_equals_the_reference(kind, order, dtype):
         x = scores(shape, dtype)
         peak = np.max(np.where(np.isneginf(x), np.finfo(dtype).min, x), 1, keepdims=True)
         fine = np.isfinite(np.sum(x, 1, where=~np.isneginf(x)))  # all of a bad row need not be NaN, if one number is
-        n, (want_c, want_H), want_sums = jit_formulas(
+        n, (want_c, want_H), want_sums = evaluated(
             lambda x: (
                 reference.normalized(x, axis=axis),
                 reference.centred(x, axis=axis),
@@ -107,7 +108,7 @@ def test_each_function_equals_the_reference(kind, order, dtype):
             return of_all, (reference.gap_sum(x, peak, axis), reference.log_p_rate(x, p, x_dot, axis))
 
         given = (x, p, x_dot, kept, p_y)
-        (got, of_fine), (want, want_of_fine) = jit_as_user(by_cpu)(*given), jit_formulas(by_reference)(*given)
+        (got, of_fine), (want, want_of_fine) = jit_as_user(by_cpu)(*given), evaluated(by_reference)(*given)
         same(got, want)
         same(*(jax.tree.map(lambda a: np.asarray(a)[fine], part) for part in (of_fine, want_of_fine)))
 
@@ -142,7 +143,7 @@ def test_long_rows_equal_the_reference(name, dtype):
         x = jnp.asarray(scores((80, 17), dtype))
         got, want = (
             jit(functools.partial(tangents, rule, axis=(1,)))(x)
-            for jit, rule in ((jit_as_user, getattr(long_rows, name)), (jit_formulas, of_reference(name)))
+            for jit, rule in ((jit_as_user, getattr(long_rows, name)), (evaluated, of_reference(name)))
         )
         same(got, want)
 
@@ -160,7 +161,7 @@ def test_p_in_one_sum(dtype):
 
         got, want = (
             jit(functools.partial(results, in_one_sum=one_sum))(x)
-            for jit, one_sum in ((jit_as_user, True), (jit_formulas, False))
+            for jit, one_sum in ((jit_as_user, True), (evaluated, False))
         )
         same(got, want)
 
@@ -172,7 +173,7 @@ def test_long_rows_whose_maximum_is_0(dtype):
         peak = jnp.max(x, 1, keepdims=True)
         x = x - jnp.where(jnp.isfinite(peak), peak, 0)
         got = jit_as_user(functools.partial(long_rows.normalized_of_shifted, axis=(1,)))(x)
-        want = jit_formulas(functools.partial(reference.normalized, axis=(1,)))(x)
+        want = evaluated(functools.partial(reference.normalized, axis=(1,)))(x)
         same((got[:2], got[2][:70]), (want[:2], want[2][:70]))  # L of a row with +∞ is NaN, for its maximum is not 0
 
 
@@ -263,7 +264,7 @@ def _by_every_form(function, dtype, shapes, monkeypatch):
             patch.setattr(paths, "LARGE", large)
             patch.setattr(paths, "SHORT", paths.SHORT if large == 0 else 2**60)
             patch.setattr(sums, "_ROW_KERNEL_CLASSES", row_kernel)
-            jit = jit_as_user if large == 0 and on_cpu else jit_formulas  # the others are what it is compared with
+            jit = jit_as_user if large == 0 and on_cpu else evaluated  # the others are what it is compared with
             found.append([jit(functools.partial(everything, function))(a) for a in z])
             assert {sums.explain(shape).split(":")[0] for shape in shapes} == {["reference", "cpu"][large == 0]}
     wanted, *others = map(jax.tree.leaves, found)

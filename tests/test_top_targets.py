@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sharding
 from cells import and_full, covering, some
+from interpreter import evaluated
 from jax.sharding import PartitionSpec
 from modes import strict_promotion
 
@@ -226,7 +227,7 @@ def test_edges():
     z[3, 3], z[4, 4], mask[2, 2] = -np.inf, np.nan, False
     many = TopTargets(np.array([[1, 0]]), np.float32([[0.75, 0.75]]))  # more than all of the mass: no rest
 
-    @verify.jit_formulas
+    @evaluated
     def results(z, q):
         def counted(z, q):
             return losses.cross_entropy(z, TopTargets(indices, q), where=rows)
@@ -247,7 +248,7 @@ def test_edges():
 def test_narrow_scores_axes_and_vmap():
     loss, head = losses.cross_entropy, heads.linear_cross_entropy
 
-    @verify.jit_formulas
+    @evaluated
     def results(z, top, *narrow):
         wide = [a.astype(jnp.float32) for a in (z, *narrow)]
         ways = loss(z, top), loss(z.T, top, axis=0), jax.vmap(loss)(z, top)
@@ -283,7 +284,7 @@ def test_classes_on_several_devices(way):
             "head by shards": functools.partial(of_head, shards=sharding.DEVICES),
         }[way]
         ways = (f, True), (of_scores, False)
-        found, want = (verify.jit_formulas(functools.partial(modes.in_all_modes, *g))(*given) for g in ways)
+        found, want = (evaluated(functools.partial(modes.in_all_modes, *g))(*given) for g in ways)
         sharding.assert_close(found, want, 1e-9)
 
 
@@ -362,5 +363,5 @@ def test_narrow_scores_under_strict_promotion(dtype):
     wide = TopTargets(target.indices, target.probabilities.astype(jnp.float32))
     with strict_promotion():
         for f in (losses.cross_entropy, losses.focal_cross_entropy, losses.poly_cross_entropy, losses.kl_to_target):
-            of_both = verify.jit_formulas(lambda z, f=f: (f(z, target), f(z.astype(jnp.float32), wide)))
+            of_both = evaluated(lambda z, f=f: (f(z, target), f(z.astype(jnp.float32), wide)))
             np.testing.assert_allclose(*of_both(z), rtol=1e-6)

@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 from compilation import jit_as_user
+from interpreter import evaluated
 from sklearn.linear_model import LogisticRegression
 
 import jsoftmax as js
 from jsoftmax import cli
 from jsoftmax.cli import train
-from jsoftmax.verify import jit_formulas
 
 (PLAIN,) = train.arms(["cross-entropy"], ["exp"], 0.0)
 
@@ -51,7 +51,7 @@ def test_every_phi_has_finite_gradients_far_out():
     data, _ = train.digits()
     for phi in js.PHIS:
         (arm,) = train.arms(["cross-entropy"], [str(phi)], 0.0)
-        of_arm = jit_formulas(jax.value_and_grad(lambda parameters, arm=arm: train.loss(parameters, data, arm)))
+        of_arm = evaluated(jax.value_and_grad(lambda parameters, arm=arm: train.loss(parameters, data, arm)))
         for scale in (0.0, 1.0, 100.0):
             parameters = jax.tree.map(lambda a, scale=scale: scale * a, train.initial(jax.random.key(1), (64, 10)))
             value, gradient = of_arm(parameters)
@@ -94,9 +94,9 @@ def test_which_losses_go_with_which_phi():
     ]
     z, labels = jnp.array([[0.3, -0.7, 1.1]]), jnp.array([1])
     for arm in train.arms(list(train.LOSSES), ["exp"], 1.0):
-        assert np.isfinite(jit_formulas(arm.loss)(z, labels)).all()
+        assert np.isfinite(evaluated(arm.loss)(z, labels)).all()
         if arm.log_p is not None:
-            np.testing.assert_allclose(np.exp(jit_formulas(arm.log_p)(z)).sum(), 1, rtol=1e-6)
+            np.testing.assert_allclose(np.exp(evaluated(arm.log_p)(z)).sum(), 1, rtol=1e-6)
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import covering, named, some
+from interpreter import evaluated
 
 import jsoftmax
 from jsoftmax import verify
@@ -118,7 +119,7 @@ def _survives(function, phi, ways):
     phi = verify.rounded(phi)
     z, v = (np.stack([verify.scores(function, phi, seed + i)[:, :3] for i in (0, 1)]) for seed in (3, 5))
     with jax.enable_x64(True):
-        got = verify.jit_formulas(functools.partial(ours, function, phi, ways=ways))(np.float64(z), np.float64(v))
+        got = evaluated(functools.partial(ours, function, phi, ways=ways))(np.float64(z), np.float64(v))
     wanted = plain(function, phi, np.float64(z), np.float64(v))
     assert got.keys() == wanted.keys() & set(ways)
     for name in got:
@@ -144,7 +145,7 @@ def test_long_rows_in_a_scan(classes):
                 return jnp.sum(jax.vmap(total)(z))
 
             gradient = jax.grad(scanned if in_a_scan else plainly)
-            return verify.jit_formulas(lambda z: jax.jvp(gradient, (z,), (v,)))(z)
+            return evaluated(lambda z: jax.jvp(gradient, (z,), (v,)))(z)
 
         one = [f for f in FUNCTIONS if f.scores == 1]
         ours = of([f.ours for f in one], True)
@@ -191,7 +192,7 @@ def test_left_out_in_a_scan(classes):
             return jax.jvp(gradient, (z,), (v,))[1], jax.grad(lambda z: jnp.sum(v * gradient(z)))(z)
 
         ours, wanted = (
-            verify.jit_formulas(functools.partial(second, f))() for f in (scanned, lambda z: total(z[0]) + total(z[1]))
+            evaluated(functools.partial(second, f))() for f in (scanned, lambda z: total(z[0]) + total(z[1]))
         )
         for a, b in zip(ours, wanted, strict=True):
             np.testing.assert_array_equal(b[:, 1], 0)

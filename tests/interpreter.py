@@ -1,0 +1,180 @@
+"""Formulas of tests, evaluated by the reference interpreter of StableHLO.
+
+Most tests compare formulas at a few scores. XLA takes 0.04 to 0.8 s to compile such a program. The interpreter, which
+comes with jaxlib, evaluates it in some milliseconds, operation by operation: each result is rounded once to its dtype,
+and numbers below the smallest normal one are kept. What XLA makes of a program is for the tests that compile it: by
+`compilation.jit_as_user` as for users, by `verify.jit_formulas` without XLA's optimisations, as `verify` does.
+
+With `COMPILE_FORMULAS=1` in the environment XLA compiles everything.
+"""
+
+import functools
+import itertools
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import dtypes
+from jax.extend import core
+from jaxlib.mlir import ir, passmanager
+from jaxlib.mlir.dialects import stablehlo
+
+from jsoftmax.verify import jit_formulas
+
+BY_XLA = os.environ.get("COMPILE_FORMULAS") == "1"
+NUMBERS = 500
+"""How many numbers the interpreter computes while XLA compiles one operation: about as many."""
+ROUNDS = 16
+"""How often a while loop is taken to run. Of a scan this is known."""
+CALLS = ("custom_call", "composite", "rng_bit_generator", "cholesky", "triangular_solve", "fft")
+NOT_EVALUATED = {f"stablehlo.{name}" for name in CALLS}
+"""Libraries. What devices exchange is in shard_map, which is not of this dialect."""
+TYPES = {
+    "float32": ir.F32Type.get,
+    "float64": ir.F64Type.get,
+    "int32": lambda: ir.IntegerType.get_signless(32),
+    "int64": lambda: ir.IntegerType.get_signless(64),
+    "uint32": lambda: ir.IntegerType.get_unsigned(32),
+    "uint64": lambda: ir.IntegerType.get_unsigned(64),
+}
+"""In which arrays come from NumPy and go back to it; others are converted to a wider one of these."""
+
+stablehlo.register_stablehlo_passes()
+
+
+def evaluated(f):
+    """f for arguments that are known: evaluated where the interpreter can, else compiled, once for each of their
+    shapes and dtypes. Within a trace it is `jax.jit`."""
+    compiled, programs = jit_formulas(f), {}
+
+    @functools.wraps(f)
+    def of(*arguments, **options):
+        leaves, structure = jax.tree.flatten((arguments, options))
+        if BY_XLA or any(isinstance(leaf, jax.core.Tracer) or _on_several_devices(leaf) for leaf in leaves):
+            return compiled(*arguments, **options)
+        kinds = tuple((np.shape(leaf), str(_dtype(leaf)), _is_number(leaf)) for leaf in leaves)
+        key = structure, kinds, jnp.result_type(float)
+        if key not in programs:
+            programs[key] = _Program(f, leaves, structure)
+        return programs[key](leaves)
+
+    return of
+
+
+class _Program:
+    """f for leaves of these shapes and dtypes."""
+
+    def __init__(self, f, leaves, structure):
+        def of_numpy(*given):
+            arguments, options = structure.unflatten(map(_as, given, leaves))
+            found = f(*arguments, **options)
+            self.results = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), _dtype(a)), found)
+            return jax.tree.map(_for_numpy, found)
+
+        given = [_for_numpy(leaf) for leaf in leaves]
+        traced = jax.jit(of_numpy, keep_unused=True).trace(*given)
+        lowered = traced.lower()
+        self.module = lowered.compiler_ir("stablehlo")
+        some = all(np.size(a) for a in (*given, *jax.tree.leaves(self.results)))
+        faster = some and _size(traced.jaxpr) < NUMBERS * _evaluated_operations(self.module.operation)
+        self.compiled = None if faster else lowered.compile()
+        if self.compiled is None:
+            with self.module.context:  # to operations that the interpreter knows
+                passes = passmanager.PassManager.parse("builtin.module(func.func(chlo-legalize-to-stablehlo))")
+                passes.run(self.module.operation)
+                _copy_what_scatter_writes_to(self.module.operation)
+
+    def __call__(self, leaves):
+        given, (results, structure) = [_for_numpy(leaf) for leaf in leaves], jax.tree.flatten(self.results)
+        if self.compiled is None:
+            with self.module.context:
+                arrays = [np.array(a) for a in stablehlo.eval_module(self.module, [_attribute(a) for a in given])]
+        else:
+            arrays = jax.tree.leaves(self.compiled(*given))
+        return structure.unflatten(_as(a.reshape(like.shape), like) for a, like in zip(arrays, results, strict=True))
+
+
+def _is_number(leaf):
+    """Of Python: its dtype is weak."""
+    return type(leaf) in {int, float}
+
+
+def _dtype(a):
+    """As JAX takes it: of 32 bits unless 64 are enabled."""
+    return dtypes.canonicalize_dtype(a.dtype if hasattr(a, "dtype") else np.result_type(a), allow_extended_dtype=True)
+
+
+def _on_several_devices(leaf):
+    return isinstance(leaf, jax.Array) and len(leaf.devices()) > 1
+
+
+def _for_numpy(a):
+    """The array, with a dtype of `TYPES`, and a number of Python as it is."""
+    if _is_number(a):
+        return a
+    if dtypes.issubdtype(_dtype(a), dtypes.prng_key):
+        a = jax.random.key_data(a)
+    dtype = _dtype(a)
+    if str(dtype) not in TYPES:
+        dtype = jnp.dtype(np.float32 if jnp.issubdtype(dtype, jnp.floating) else np.int32)
+    return jnp.asarray(a, dtype)
+
+
+def _as(a, like):
+    """The array as one of a leaf's own dtype."""
+    if _is_number(like):
+        return a
+    dtype = _dtype(like)
+    return jax.random.wrap_key_data(a) if dtypes.issubdtype(dtype, dtypes.prng_key) else jnp.asarray(a, dtype)
+
+
+def _attribute(a):
+    a = np.asarray(a, _dtype(a))
+    return ir.DenseElementsAttr.get(np.ascontiguousarray(a), type=TYPES[str(a.dtype)](), shape=a.shape)
+
+
+def _is_jaxpr(a):
+    return isinstance(a, core.Jaxpr | core.ClosedJaxpr)
+
+
+def _size(jaxpr):
+    """How many numbers it computes."""
+    jaxpr, total = getattr(jaxpr, "jaxpr", jaxpr), 0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        rounds = eqn.params["length"] if name == "scan" else ROUNDS if name == "while" else 1
+        inner = jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr)
+        total += rounds * sum(_size(a) for a in inner if _is_jaxpr(a))
+        total += sum(math.prod(v.aval.shape) for v in eqn.outvars) * _work(eqn)
+    return total
+
+
+def _work(eqn):
+    """How much a number of its result takes, of what one operation does."""
+    name, shape = eqn.primitive.name, eqn.invars[0].aval.shape if eqn.invars else ()
+    if name == "dot_general":
+        return math.prod(shape[i] for i in eqn.params["dimension_numbers"][0][0])
+    if name in {"sort", "top_k"}:  # compares by a function that is evaluated each time
+        return 100 * math.prod(shape) / max(math.prod(eqn.outvars[0].aval.shape), 1)
+    return 3 * shape[eqn.params["axis"]] if name.startswith("cum") else 1
+
+
+def _evaluated_operations(operation):
+    """How many operations are within; −∞ if one of them is not StableHLO's, or not evaluated."""
+    name = operation.name
+    if name in NOT_EVALUATED or name.split(".")[0] not in {"stablehlo", "chlo", "func", "builtin"}:
+        return -math.inf
+    blocks = itertools.chain.from_iterable(operation.regions)
+    return 1 + sum(_evaluated_operations(inner.operation) for block in blocks for inner in block)
+
+
+def _copy_what_scatter_writes_to(operation):
+    """The interpreter lets scatter write to its operand, which others may read: this gives it a copy."""
+    for inner in list(itertools.chain.from_iterable(itertools.chain.from_iterable(operation.regions))):
+        if inner.operation.name == "stablehlo.scatter":
+            with ir.InsertionPoint(inner), inner.location:
+                for i in range((len(inner.operands) - 1) // 2):
+                    inner.operands[i] = stablehlo.reverse(inner.operands[i], [])
+        _copy_what_scatter_writes_to(inner.operation)
