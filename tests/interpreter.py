@@ -47,23 +47,25 @@ stablehlo.register_stablehlo_passes()
 def evaluated(f):
     """f for arguments that are known: evaluated where the interpreter can, else compiled, once for each of their
     shapes and dtypes. Within a trace it is `jax.jit`."""
-    compiled, programs = jit_formulas(f), {}
+    traced, compiled, programs = jax.jit(f), jit_formulas(f), {}
 
     @functools.wraps(f)
     def of(*arguments, **options):
         leaves, structure = jax.tree.flatten((arguments, options))
-        if BY_XLA or any(isinstance(leaf, jax.core.Tracer) or _on_several_devices(leaf) for leaf in leaves):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return traced(*arguments, **options)
+        if BY_XLA or any(map(_on_several_devices, leaves)):
             return compiled(*arguments, **options)
         kinds = tuple((np.shape(leaf), str(_dtype(leaf)), _is_number(leaf)) for leaf in leaves)
         key = structure, kinds, jnp.result_type(float)
         if key not in programs:
-            programs[key] = _Program(f, leaves, structure)
+            programs[key] = Program(f, leaves, structure)
         return programs[key](leaves)
 
     return of
 
 
-class _Program:
+class Program:
     """f for leaves of these shapes and dtypes."""
 
     def __init__(self, f, leaves, structure):
@@ -90,10 +92,11 @@ class _Program:
         given, (results, structure) = [_for_numpy(leaf) for leaf in leaves], jax.tree.flatten(self.results)
         if self.compiled is None:
             with self.module.context:
-                arrays = [np.array(a) for a in stablehlo.eval_module(self.module, [_attribute(a) for a in given])]
+                found = stablehlo.eval_module(self.module, [_attribute(a) for a in given])
+                arrays = [np.array(a).reshape(a.type.shape) for a in found]
         else:
             arrays = jax.tree.leaves(self.compiled(*given))
-        return structure.unflatten(_as(a.reshape(like.shape), like) for a, like in zip(arrays, results, strict=True))
+        return structure.unflatten(_as(a, like) for a, like in zip(arrays, results, strict=True))
 
 
 def _is_number(leaf):

@@ -157,8 +157,8 @@ def test_reverse_over_reverse_and_forward():
 def test_any_labels():
     """No row is dropped, whatever the labels are; one program for all, as it runs for users."""
     params, h = make(), jnp.asarray(H, jnp.float32)
-    f = jax.jit(jax.value_and_grad(lambda p, h, y: weighted(adaptive.log_prob(p, h, y)), (0, 1)))
-    g = jax.jit(jax.value_and_grad(lambda p, h, y: weighted(by_label(defined(p, h, js.exp), y)), (0, 1)))
+    f = evaluated(jax.value_and_grad(lambda p, h, y: weighted(adaptive.log_prob(p, h, y)), (0, 1)))
+    g = evaluated(jax.value_and_grad(lambda p, h, y: weighted(by_label(defined(p, h, js.exp), y)), (0, 1)))
     for labels in MIXED.values():
         y = jnp.asarray(labels, jnp.int32)
         assert_close(f(params, h, y), g(params, h, y), rtol=2e-5, atol=2e-5)
@@ -308,7 +308,7 @@ def test_top_k_of_log_probs():
     """Also where no tail is searched, or none of the head's classes is among them; for one class and for all."""
     made, h, counts = jax.tree.map(lambda a: 3 * a, make()), jnp.asarray(H, jnp.float32), (1, 5, 20, CLASSES)
 
-    log_probs, every = jax.jit(adaptive.log_probs), jax.jit(lambda *a: [adaptive.top_k(*a, k) for k in counts])
+    log_probs, every = evaluated(adaptive.log_probs), evaluated(lambda *a: [adaptive.top_k(*a, k) for k in counts])
     for tail_bias, k in itertools.product((-9.0, 0.0, 2.0, 9.0), range(len(counts))):
         params = made._replace(bias=made.bias.at[8:].add(tail_bias))
         found, (best, index) = every(params, h)[k], jax.lax.top_k(log_probs(params, h), counts[k])
@@ -362,7 +362,7 @@ def test_bad_rows_of_top_k_and_draws():
             np.testing.assert_allclose(log_p, np.where(one, np.nan, want_log_p), rtol=1e-6)
     spoilt = params._replace(tails=(params.tails[0], spoil(params.tails[1])))
     found = top(spoilt, h)
-    head, log_p = jax.jit(lambda: (js.log_softmax(h @ params.head.T + params.bias), adaptive.log_probs(params, h)))()
+    head, log_p = evaluated(lambda: (js.log_softmax(h @ params.head.T + params.bias), adaptive.log_probs(params, h)))()
     searched = np.asarray(head)[:, 9] > np.sort(np.asarray(log_p)[:, :30], -1)[:, -5]
     assert 0 < np.sum(searched) < ROWS
     np.testing.assert_array_equal(np.isnan(found.log_prob[:, 0]), searched)
@@ -625,7 +625,7 @@ def test_edges():
     quiet = every.at[5].set(False)
     spoilt = f(h.at[5].set(jnp.nan), y.at[5].set(-1), quiet)
     np.testing.assert_allclose(spoilt, clean.at[5].set(0), rtol=1e-5)
-    gradient = jax.jit(jax.grad(lambda p, h, y, w: jnp.sum(adaptive.log_prob(p, h, y, w)), (0, 1)))
+    gradient = evaluated(jax.grad(lambda p, h, y, w: jnp.sum(adaptive.log_prob(p, h, y, w)), (0, 1)))
     one = gradient(params, h.at[5].set(jnp.nan), y.at[5].set(-1), quiet)
     other = gradient(params, h.at[5].set(0.0), y, quiet)
     assert_close(one, other, rtol=1e-6, atol=1e-6)

@@ -160,7 +160,7 @@ def test_several_labels_of_sharded_classes_keep_the_digits_of_a_sure_one():
         return losses.log_prob(z, labels, axis_name="classes")
 
     parts = jax.shard_map(of_parts, mesh=mesh, in_specs=spec, out_specs=whole)
-    for f in (jax.jit, lambda f: jax.jit(jax.grad(lambda z: f(z).sum()))):
+    for f in (evaluated, lambda f: evaluated(jax.grad(lambda z: f(z).sum()))):
         np.testing.assert_allclose(f(parts)(z), f(lambda z: losses.log_prob(z, labels))(z), rtol=1e-5)
 
 
@@ -513,7 +513,7 @@ def test_edges_of_spherical_z_loss():
     nan, inf, near_one = np.nan, np.inf, np.float32([1.0, 1.0, 1 + 2.0**-23])
     z = np.float32([[2, 2, 2], [1e30, -1e30, 0], [1e-30, 0, 0], [nan, 0, 0], [0, inf, 0], [-inf, 0, 1]])
 
-    @jax.jit
+    @evaluated
     def results(z, near_one):
         f, labels = losses.spherical_z_loss, jnp.zeros(6, int)
         gradient = jax.grad(lambda z: f(z, labels).sum())(z)

@@ -215,7 +215,7 @@ def assert_equal_training(ours, plain, *given):
     """Value and gradient by every argument."""
     every = tuple(range(len(given)))
     given = tuple(jnp.float32(a) for a in given)
-    assert_close(*(jax.jit(jax.value_and_grad(f, every))(*given) for f in (ours, plain)))
+    assert_close(*(evaluated(jax.value_and_grad(f, every))(*given) for f in (ours, plain)))
 
 
 @OF_THE_PAGE
@@ -254,7 +254,7 @@ def test_actor(rng):
         return jnp.mean(jnp.sum(jnp.exp(log_p) * (0.05 * (log_p - log_q) + 0.01 * log_p), -1) - gain)
 
     ours = PAGE_NAMES["actor_gradient"](z, reference, actions, advantages, temperature=2.0)
-    assert_close(ours, jax.jit(jax.value_and_grad(plain))(z))
+    assert_close(ours, evaluated(jax.value_and_grad(plain))(z))
 
 
 @OF_THE_PAGE
@@ -366,7 +366,7 @@ def test_router_of_equal_and_of_far_scores():
         _, weights, balance, penalty = route(z)
         return router_objective(jnp.ones(2), balance, penalty, weights)
 
-    assert np.all(np.isfinite(jax.jit(jax.grad(objective))(far)))
+    assert np.all(np.isfinite(evaluated(jax.grad(objective))(far)))
 
 
 @OF_THE_PAGE
@@ -489,7 +489,7 @@ def test_distributions_for_numpyro(phi):
     of_numpyro, logits = names["distributions"], jnp.log(phi.definition(SCORES, jnp))
     ours = names["Categorical"](SCORES, phi, validate_args=True)
     theirs = of_numpyro.Categorical(logits=logits)
-    of_both = [jax.jit(lambda law: law.log_prob(DRAWS))(law) for law in (ours, theirs)]
+    of_both = [evaluated(lambda law: law.log_prob(DRAWS))(law) for law in (ours, theirs)]
     np.testing.assert_allclose(*of_both, rtol=1e-5)
     assert ours.expand((2, 3)).sample(jax.random.key(0), (5,)).shape == (5, 2, 3)
     drawn = ours.sample(jax.random.key(1), (40_000,))
@@ -547,7 +547,7 @@ def test_distributions_for_distrax(phi):
     logits = jnp.log(phi.definition(SCORES, jnp))
     ours, theirs = names["Categorical"](SCORES, phi), names["distrax"].Categorical(logits)
     for of_law in (lambda law: law.log_prob(DRAWS), lambda law: law.entropy(), lambda law: law.mode()):
-        np.testing.assert_allclose(jax.jit(of_law)(ours), of_law(theirs), rtol=1e-5)
+        np.testing.assert_allclose(evaluated(of_law)(ours), of_law(theirs), rtol=1e-5)
     assert (ours.batch_shape, ours.event_shape) == ((3,), ())
     drawn, log_prob = ours.sample_and_log_prob(seed=1, sample_shape=(40, 1000))
     assert drawn.shape == log_prob.shape == (40, 1000, 3)

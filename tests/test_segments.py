@@ -113,7 +113,7 @@ def test_digits_beside_a_probability_near_1(gap):
     """Small log-probabilities, entropies and gradients, of scores that are made in the same program."""
     ids = jnp.array([0, 1, 0, 1])
 
-    @jax.jit
+    @evaluated
     def f(z, scale):
         z = z * scale
         log_p = segments.segment_log_softmax(z, ids, 2)

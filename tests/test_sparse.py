@@ -400,7 +400,7 @@ def test_a_sink_is_one_more_class():
                 gradient = jax.grad(total, (0, 1))
                 return f(*given), *jax.jvp(gradient, given, tuple(map(jnp.cos, given)))
 
-            programs = [jax.jit(functools.partial(results, h)) for h in (f, g)]
+            programs = [evaluated(functools.partial(results, h)) for h in (f, g)]
             for a, b in zip(*(jax.tree.leaves(program()) for program in programs), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 

@@ -45,7 +45,7 @@ def test_equals_a_sorted_reference(row, dtype):
     z = jnp.asarray(ROWS[row], jnp.float32).astype(dtype)
     given = np.asarray(z.astype(jnp.float32))
 
-    @jax.jit
+    @evaluated
     def cut(top_k, top_p, min_p):
         all_three = js.truncate(z, top_k=top_k, top_p=top_p, min_p=min_p)
         return js.truncate(z, top_k=top_k), js.truncate(z, top_p=top_p), js.truncate(z, min_p=min_p), all_three
@@ -84,8 +84,10 @@ def test_other_laws_are_cut_by_their_own_probabilities():
 def test_derivatives_are_those_of_the_classes_that_stay():
     z = np.float32(np.random.default_rng(1).normal(size=9))
     kept = jnp.isfinite(js.truncate(z, top_k=4))
-    want = jax.jit(jax.hessian(lambda z: js.entropy(z, where=kept)))(z)
-    np.testing.assert_allclose(jax.jit(jax.hessian(lambda z: js.entropy(js.truncate(z, top_k=4))))(z), want, 1e-5, 1e-6)
+    want = evaluated(jax.hessian(lambda z: js.entropy(z, where=kept)))(z)
+    np.testing.assert_allclose(
+        evaluated(jax.hessian(lambda z: js.entropy(js.truncate(z, top_k=4))))(z), want, 1e-5, 1e-6
+    )
 
 
 def test_draws_stay_inside():
