@@ -5,8 +5,8 @@ comes with jaxlib, evaluates it in some milliseconds, operation by operation: ea
 and numbers below the smallest normal one are kept. What XLA makes of a program is for the tests that compile it: by
 `compilation.jit_as_user` as for users, by `verify.jit_formulas` without XLA's optimisations, as `verify` does.
 
-With `COMPILE_FORMULAS=1` in the environment XLA compiles everything, as it does with jaxlib before 0.12: there it takes
-a third of the time, and the interpreter ends the process in some loops.
+With `COMPILE_FORMULAS=1` in the environment XLA compiles everything, as it does with jaxlib before 0.12, where it takes
+a third of the time. The interpreter ends the process in some loops of the adaptive head, whose tests compile.
 """
 
 import functools

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import sharding
 from cells import some
-from interpreter import evaluated
 from jax.sharding import PartitionSpec
 from modes import strict_promotion
 from platforms import as_on_accelerators, traced_anew
@@ -96,7 +95,7 @@ def assert_same(f, g, *arguments):
         directions = jax.tree.map(lambda a: jnp.cos(3 * jnp.asarray(a)), arguments)
         return f(*arguments), jax.jvp(jax.grad(scanned if in_a_scan else total, of), arguments, directions)
 
-    ours, theirs = (evaluated(functools.partial(results, *h))(*arguments) for h in ((f, True), (g, False)))
+    ours, theirs = (verify.jit_formulas(functools.partial(results, *h))(*arguments) for h in ((f, True), (g, False)))
     assert_close(ours, theirs)
 
 
@@ -148,8 +147,8 @@ def test_reverse_over_reverse_and_forward():
             along = jax.tree.map(jnp.cos, (params, h))
             return jax.grad(slope, (0, 1))(params, h), jax.jvp(f, (params, h), along)[1]
 
-        ours = evaluated(lambda: results(lambda params, h: adaptive.log_prob(params, h, labels)))()
-        plain = evaluated(lambda: results(lambda params, h: by_label(defined(params, h, js.exp), labels)))()
+        ours = verify.jit_formulas(lambda: results(lambda params, h: adaptive.log_prob(params, h, labels)))()
+        plain = verify.jit_formulas(lambda: results(lambda params, h: by_label(defined(params, h, js.exp), labels)))()
         assert_close(ours, plain)
 
 
@@ -157,8 +156,8 @@ def test_reverse_over_reverse_and_forward():
 def test_any_labels():
     """No row is dropped, whatever the labels are; one program for all, as it runs for users."""
     params, h = make(), jnp.asarray(H, jnp.float32)
-    f = evaluated(jax.value_and_grad(lambda p, h, y: weighted(adaptive.log_prob(p, h, y)), (0, 1)))
-    g = evaluated(jax.value_and_grad(lambda p, h, y: weighted(by_label(defined(p, h, js.exp), y)), (0, 1)))
+    f = jax.jit(jax.value_and_grad(lambda p, h, y: weighted(adaptive.log_prob(p, h, y)), (0, 1)))
+    g = jax.jit(jax.value_and_grad(lambda p, h, y: weighted(by_label(defined(p, h, js.exp), y)), (0, 1)))
     for labels in MIXED.values():
         y = jnp.asarray(labels, jnp.int32)
         assert_close(f(params, h, y), g(params, h, y), rtol=2e-5, atol=2e-5)
@@ -184,7 +183,7 @@ def test_as_on_accelerators(dtype, monkeypatch):
     mixed = {name: jnp.asarray(a, jnp.int32).at[3].set(-100).at[4].set(CLASSES) for name, a in MIXED.items()}
 
     def of_each():
-        f = evaluated(functools.partial(in_all_modes, ignore_label=-100))
+        f = verify.jit_formulas(functools.partial(in_all_modes, ignore_label=-100))
         return {name: f(*given, labels) for name, labels in mixed.items()}
 
     wanted = of_each()
@@ -202,7 +201,7 @@ def test_shapes_and_batches():
     params, plain = make(bias=False), make(cutoffs=())
     h, y = jnp.asarray(H, jnp.float32), jnp.asarray(LABELS)
 
-    @evaluated
+    @verify.jit_formulas
     def results(h, y):
         batches = h.reshape(5, 8, D), y.reshape(5, 8)
         want = js.log_softmax(h @ plain.head.T + plain.bias)
@@ -218,7 +217,7 @@ def test_shapes_and_batches():
         return adaptive.log_prob(params, h, y), adaptive.entropy(params, h), adaptive.predict(params, h)
 
     same, one, (ours, want) = results(h, y)
-    few = [evaluated(of_few)(h[:n], y[:n]) for n in (0, 1)]
+    few = [verify.jit_formulas(of_few)(h[:n], y[:n]) for n in (0, 1)]
     for other in same[1:]:
         np.testing.assert_allclose(other, same[0], rtol=1e-5)
     np.testing.assert_allclose(one, same[0][0], rtol=1e-5)
@@ -272,9 +271,9 @@ def test_skipped_blocks_cost_no_copy_of_the_weights():
 def test_predict():
     params, h = jax.tree.map(lambda a: 3 * np.asarray(a), make()), np.float32(H)
     params.bias[8:] += 1
-    predict = evaluated(adaptive.predict)
+    predict = verify.jit_formulas(adaptive.predict)
     for phi in (js.exp, js.spherical(0.3)):
-        best = evaluated(lambda *given, phi=phi: jnp.argmax(adaptive.log_probs(*given, phi=phi), -1))
+        best = verify.jit_formulas(lambda *given, phi=phi: jnp.argmax(adaptive.log_probs(*given, phi=phi), -1))
         np.testing.assert_array_equal(predict(params, h, phi=phi), best(params, h))
     mode = np.asarray(predict(params, h))
     assert len(set(np.digitize(mode, CUTOFFS))) == 3  # of the head and of both tails
@@ -284,7 +283,7 @@ def test_predict():
     np.testing.assert_array_equal(predict(in_tail, h), 30)
     third = np.arange(ROWS) == 3
     np.testing.assert_array_equal(predict(params, np.where(third[:, None], np.nan, h)), np.where(third, -1, mode))
-    assert not evaluated(jax.grad(lambda h: adaptive.predict(params, h).sum() * 1.0))(h).any()
+    assert not verify.jit_formulas(jax.grad(lambda h: adaptive.predict(params, h).sum() * 1.0))(h).any()
 
 
 # --- the most probable classes, and draws --------------------------------------------------------------------
@@ -308,7 +307,7 @@ def test_top_k_of_log_probs():
     """Also where no tail is searched, or none of the head's classes is among them; for one class and for all."""
     made, h, counts = jax.tree.map(lambda a: 3 * a, make()), jnp.asarray(H, jnp.float32), (1, 5, 20, CLASSES)
 
-    log_probs, every = evaluated(adaptive.log_probs), evaluated(lambda *a: [adaptive.top_k(*a, k) for k in counts])
+    log_probs, every = jax.jit(adaptive.log_probs), jax.jit(lambda *a: [adaptive.top_k(*a, k) for k in counts])
     for tail_bias, k in itertools.product((-9.0, 0.0, 2.0, 9.0), range(len(counts))):
         params = made._replace(bias=made.bias.at[8:].add(tail_bias))
         found, (best, index) = every(params, h)[k], jax.lax.top_k(log_probs(params, h), counts[k])
@@ -362,7 +361,7 @@ def test_bad_rows_of_top_k_and_draws():
             np.testing.assert_allclose(log_p, np.where(one, np.nan, want_log_p), rtol=1e-6)
     spoilt = params._replace(tails=(params.tails[0], spoil(params.tails[1])))
     found = top(spoilt, h)
-    head, log_p = evaluated(lambda: (js.log_softmax(h @ params.head.T + params.bias), adaptive.log_probs(params, h)))()
+    head, log_p = jax.jit(lambda: (js.log_softmax(h @ params.head.T + params.bias), adaptive.log_probs(params, h)))()
     searched = np.asarray(head)[:, 9] > np.sort(np.asarray(log_p)[:, :30], -1)[:, -5]
     assert 0 < np.sum(searched) < ROWS
     np.testing.assert_array_equal(np.isnan(found.log_prob[:, 0]), searched)
@@ -384,7 +383,7 @@ def test_impossible_classes_of_top_k():
     """Beyond the classes that are possible: −inf and −1; without any, the mode is −1."""
     phi, params, h, nothing = impossible()
 
-    @evaluated
+    @verify.jit_formulas
     def results(params, h, nothing):
         best, index = jax.lax.top_k(adaptive.log_probs(params, h, phi=phi), CLASSES)
         return best, index, adaptive.top_k(params, h, CLASSES, phi=phi), adaptive.predict(nothing, h, phi=phi)
@@ -401,7 +400,7 @@ def test_impossible_classes_of_draws():
     """Beyond the classes that are possible: −inf and −1."""
     phi, params, h, nothing = impossible()
 
-    @evaluated
+    @verify.jit_formulas
     def results(params, h):
         distinct = {"shape": (CLASSES, ROWS), "replace": False, "phi": phi, "return_log_prob": True}
         return adaptive.log_probs(params, h, phi=phi), adaptive.categorical(KEY, params, h, **distinct)
@@ -425,7 +424,7 @@ def test_derivatives_beside_impossible_classes_of_top_k_and_draws():
         b = adaptive.categorical(KEY, params, h, phi=phi, return_log_prob=True)[1]
         return jnp.sum(jnp.where(a > -jnp.inf, a, 0)) + jnp.sum(b)
 
-    assert np.isfinite(evaluated(jax.grad(total))(h)).all()
+    assert np.isfinite(verify.jit_formulas(jax.grad(total))(h)).all()
 
 
 def chi_square(drawn, p):
@@ -491,7 +490,7 @@ def test_shapes_of_top_k_and_draws():
 def test_batches_of_top_k_and_draws():
     """As of rows, mapped over and in a loop, too."""
 
-    @evaluated
+    @verify.jit_formulas
     def results(params, h):
         top, batches = functools.partial(adaptive.top_k, params, k=3), h.reshape(5, 8, D)
         tops = [f(batches) for f in (top, jax.vmap(top), functools.partial(jax.lax.map, top))]
@@ -517,7 +516,7 @@ def test_log_prob_of_draws(replace):
     def of_draws(params, h):
         return adaptive.categorical(KEY, params, h, shape=(3, ROWS), replace=replace, return_log_prob=True)
 
-    @evaluated
+    @verify.jit_formulas
     def ours_and_plain(params, h):
         drawn, _ = of_draws(params, h)
 
@@ -545,7 +544,7 @@ def test_derivatives_of_rows_on_several_devices():
 
     def results(f):
         gradient = jax.grad(lambda params, h: weighted(jnp.exp(f(params, h).log_prob)), (0, 1))
-        return evaluated(lambda *given: jax.jvp(gradient, given, given))(params, h)
+        return verify.jit_formulas(lambda *given: jax.jvp(gradient, given, given))(params, h)
 
     sharding.assert_close(results(sharded), results(top), 1e-4)
 
@@ -555,16 +554,16 @@ def test_derivatives_of_rows_on_several_devices():
 def test_rows_on_several_devices(replace):
     """Top k and draws of rows that are sharded, inside shard_map and under jit."""
     params, h = make(), jnp.asarray(H, jnp.float32)
-    top = evaluated(functools.partial(adaptive.top_k, k=4))
+    top = verify.jit_formulas(functools.partial(adaptive.top_k, k=4))
     whole = top(params, h)
     placed = jax.device_put(h, jax.NamedSharding(OVER_ROWS["mesh"], CUT))
-    inside = evaluated(jax.shard_map(functools.partial(adaptive.top_k, k=4), out_specs=CUT, **OVER_ROWS))
+    inside = verify.jit_formulas(jax.shard_map(functools.partial(adaptive.top_k, k=4), out_specs=CUT, **OVER_ROWS))
     for found in (top(params, placed), inside(params, h)):
         np.testing.assert_array_equal(found.indices, whole.indices)
         np.testing.assert_allclose(found.log_prob, whole.log_prob, rtol=1e-5)
     draw = functools.partial(adaptive.categorical, KEY, replace=replace, shape=(6, 10))
-    drawn = evaluated(jax.shard_map(draw, out_specs=PartitionSpec(None, "v"), **OVER_ROWS))(params, h)
-    of_part = evaluated(draw)
+    drawn = verify.jit_formulas(jax.shard_map(draw, out_specs=PartitionSpec(None, "v"), **OVER_ROWS))(params, h)
+    of_part = verify.jit_formulas(draw)
     for i in range(sharding.DEVICES):
         part = of_part(params, h[10 * i :][:10])
         assert np.mean(drawn[:, 10 * i :][:, :10] == part) > 0.95  # a rounding may move a draw
@@ -625,7 +624,7 @@ def test_edges():
     quiet = every.at[5].set(False)
     spoilt = f(h.at[5].set(jnp.nan), y.at[5].set(-1), quiet)
     np.testing.assert_allclose(spoilt, clean.at[5].set(0), rtol=1e-5)
-    gradient = evaluated(jax.grad(lambda p, h, y, w: jnp.sum(adaptive.log_prob(p, h, y, w)), (0, 1)))
+    gradient = jax.jit(jax.grad(lambda p, h, y, w: jnp.sum(adaptive.log_prob(p, h, y, w)), (0, 1)))
     one = gradient(params, h.at[5].set(jnp.nan), y.at[5].set(-1), quiet)
     other = gradient(params, h.at[5].set(0.0), y, quiet)
     assert_close(one, other, rtol=1e-6, atol=1e-6)
@@ -660,7 +659,7 @@ def test_dtypes_under_strict_promotion_and_debug_nans():
     """Narrow inputs give float32, and gradients whose sums over blocks are rounded once."""
     y = jnp.asarray(30 + LABELS % 30, jnp.int8)
     with strict_promotion(), jax.debug_nans(True):
-        f = evaluated(everything)
+        f = verify.jit_formulas(everything)
         narrow = make(jnp.bfloat16, cutoffs=(8,)), jnp.asarray(H, jnp.bfloat16)
         gradient, floats, classes = f(*narrow, y)
         by_float32, *_ = f(*jax.tree.map(lambda a: a.astype(jnp.float32), narrow), y)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, some
-from interpreter import evaluated
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from sharding import assert_close
@@ -92,7 +91,7 @@ def test_equals_the_loop(name):
                 return function(*given, **options, **more)
 
             gradient = jax.grad(lambda *given: jnp.sum(jnp.sin(f(*given))), (0, 1, 2))
-            return evaluated(lambda: (f(*given), *jax.jvp(gradient, given, along)))()
+            return jax.jit(lambda: (f(*given), *jax.jvp(gradient, given, along)))()
 
         assert_equal(in_modes(**PALLAS), in_modes())
 
@@ -106,7 +105,7 @@ OF_DIGITS = and_full(  # by default each scale and each dtype
 def test_keeps_the_digits(scale, dtype):
     hidden, weight, _ = arrays(dtype, scale)
     ours, loop = (
-        evaluated(functools.partial(heads.linear_statistics, **more))(hidden, weight, LABELS) for more in (PALLAS, {})
+        jax.jit(functools.partial(heads.linear_statistics, **more))(hidden, weight, LABELS) for more in (PALLAS, {})
     )
     assert_close(ours, loop, 4e-6)
 
@@ -118,7 +117,7 @@ def test_edges():
     labels = jnp.asarray(LABELS).at[3].set(-1).at[4].set(CLASSES)
     for options in ({}, {"where": np.zeros(CLASSES, bool)}):
         ways = [functools.partial(heads.linear_statistics, **options, **more) for more in (PALLAS, {})]
-        ours, loop = (evaluated(f)(hidden, weight, labels) for f in ways)
+        ours, loop = (jax.jit(f)(hidden, weight, labels) for f in ways)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=4e-6), ours, loop)
     assert heads.linear_statistics(hidden[:0], weight, labels[:0], **PALLAS).entropy.shape == (0,)
     assert heads.linear_cross_entropy(hidden, weight, labels[None][:0], **PALLAS).shape == (0, TOKENS)
@@ -126,7 +125,7 @@ def test_edges():
 
 def test_phi_may_be_an_argument_of_a_jit():
     hidden, weight, _ = arrays(jnp.float32)
-    found = evaluated(lambda phi: heads.linear_log_normalizer(hidden, weight, phi=phi, **PALLAS))(js.exp)
+    found = jax.jit(lambda phi: heads.linear_log_normalizer(hidden, weight, phi=phi, **PALLAS))(js.exp)
     np.testing.assert_allclose(found, heads.linear_log_normalizer(hidden, weight), rtol=1e-6)
 
 
@@ -140,7 +139,7 @@ def test_transformations():
                 return jnp.sum(heads.linear_log_normalizer(hidden, weight, bias, **more))
 
             step = jax.checkpoint(jax.grad(f))
-            return evaluated(
+            return jax.jit(
                 lambda: (
                     jax.vmap(f)(rows),
                     jax.vmap(jax.grad(f))(rows),
@@ -168,7 +167,7 @@ def test_a_hessian_product_through_a_scan():
                 return jax.lax.scan(lambda c, h: (c + f(h), None), 0.0, rows)[0]
 
             rows = hidden.reshape(4, 5, FEATURES)
-            return evaluated(lambda: jax.jvp(jax.grad(total), (rows,), (rows,))[1])()
+            return jax.jit(lambda: jax.jvp(jax.grad(total), (rows,), (rows,))[1])()
 
         assert_equal(product(**PALLAS), product())
 

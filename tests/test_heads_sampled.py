@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, some
-from interpreter import evaluated
 from modes import strict_promotion
 
 import jsoftmax as js
@@ -23,7 +22,7 @@ KEY = jax.random.key(3)
 ROWS, D, V, N = 6, 3, 11, 9
 RNG = np.random.default_rng(0)
 H, W, B = RNG.normal(0, 1, (ROWS, D)), RNG.normal(0, 1, (V, D)), RNG.normal(0, 1, V)
-LABELS = np.array([0, 10, 3, 0, 7, 5], np.int32)
+LABELS = np.array([0, 10, 3, 0, 7, 5])
 LOG_Q = np.log(np.arange(V, 0, -1.0))  # not normalised
 LOSSES = {"sampled_cross_entropy": sampled.sampled_cross_entropy, "nce_loss": sampled.nce_loss}
 
@@ -55,7 +54,7 @@ def test_definition(name, phi):
         assert np.any(draws == LABELS[:, None])  # accidental hits are among them
 
         def ours(h, w, b, phi):
-            options = {"log_proposal": jnp.asarray(LOG_Q), "bias": b, "phi": phi}
+            options = {"log_proposal": LOG_Q, "bias": b, "phi": phi}
             return LOSSES[name](KEY, h, w, LABELS, N, **options)
 
         def results(f, *arguments):
@@ -72,7 +71,7 @@ def test_definition(name, phi):
             return plain(name, draws, h, w, b, phi)
 
         given = (*map(jnp.asarray, (H, W, B)), phi)
-        one, other = (evaluated(functools.partial(results, f))(*given) for f in (ours, defined))
+        one, other = (verify.jit_formulas(functools.partial(results, f))(*given) for f in (ours, defined))
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
