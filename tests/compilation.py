@@ -16,14 +16,14 @@ import importlib.metadata
 import os
 
 LEVEL, EMITTERS = "xla_backend_optimization_level", "xla_cpu_use_fusion_emitters"
-HAS_EMITTERS = importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11."))  # from 0.12 on always used
-AS_FOR_USERS = {LEVEL: 3} | ({EMITTERS: True} if HAS_EMITTERS else {})
+BEFORE_0_12 = importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11."))  # from then on it has no such option
+AS_FOR_USERS = {LEVEL: 3} | ({EMITTERS: True} if BEFORE_0_12 else {})
 
 
 def flags():
     """XLA's flags for the programs of tests. XLA reads them when it is loaded."""
     given = os.environ.get("XLA_FLAGS", "")
-    plain = "" if LEVEL in given else f"--{LEVEL}=0" + (f" --{EMITTERS}=false" if HAS_EMITTERS else "")
+    plain = "" if LEVEL in given else f"--{LEVEL}=0" + (f" --{EMITTERS}=false" if BEFORE_0_12 else "")
     # one part is compiled faster than several, and to the same numbers
     return f"{given} --xla_cpu_parallel_codegen_split_count=1 {plain}".strip()
 

@@ -10,29 +10,29 @@ a third of the time. The interpreter ends the process in some loops of the adapt
 """
 
 import functools
-import itertools
 import math
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compilation import HAS_EMITTERS
+from compilation import BEFORE_0_12
 from jax import dtypes
-from jax.extend import core
 from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import stablehlo
+from jaxprs import inner_jaxprs
 
 from jsoftmax.verify import jit_formulas
 
-BY_XLA = os.environ.get("COMPILE_FORMULAS") == "1" or HAS_EMITTERS
+BY_XLA = os.environ.get("COMPILE_FORMULAS") == "1" or BEFORE_0_12
 NUMBERS = 500
 """How many numbers the interpreter computes while XLA compiles one operation: about as many."""
 ROUNDS = 16
 """How often a while loop is taken to run. Of a scan this is known."""
 CALLS = ("custom_call", "composite", "rng_bit_generator", "cholesky", "triangular_solve", "fft")
 NOT_EVALUATED = {f"stablehlo.{name}" for name in CALLS}
-"""Libraries. What devices exchange is in shard_map, which is not of this dialect."""
+"""Libraries. What devices exchange is in shard_map, which is of another dialect."""
+DIALECTS = {"stablehlo", "chlo", "func", "builtin"}
 TYPES = {
     "float32": ir.F32Type.get,
     "float64": ir.F64Type.get,
@@ -82,13 +82,14 @@ class Program:
         lowered = traced.lower()
         self.module = lowered.compiler_ir("stablehlo")
         some = all(np.size(a) for a in (*given, *jax.tree.leaves(self.results)))
-        faster = some and _size(traced.jaxpr) < NUMBERS * _evaluated_operations(self.module.operation)
-        self.compiled = None if faster else lowered.compile()
+        operations = _operations(self.module)
+        faster = _size(getattr(traced.jaxpr, "jaxpr", traced.jaxpr)) < NUMBERS * len(operations)
+        self.compiled = None if some and faster and all(map(_is_evaluated, operations)) else lowered.compile()
         if self.compiled is None:
             with self.module.context:  # to operations that the interpreter knows
                 passes = passmanager.PassManager.parse("builtin.module(func.func(chlo-legalize-to-stablehlo))")
                 passes.run(self.module.operation)
-                _copy_what_scatter_writes_to(self.module.operation)
+                _copy_what_scatter_writes_to(self.module)
 
     def __call__(self, leaves):
         given, (results, structure) = [_for_numpy(leaf) for leaf in leaves], jax.tree.flatten(self.results)
@@ -140,18 +141,13 @@ def _attribute(a):
     return ir.DenseElementsAttr.get(np.ascontiguousarray(a), type=TYPES[str(a.dtype)](), shape=a.shape)
 
 
-def _is_jaxpr(a):
-    return isinstance(a, core.Jaxpr | core.ClosedJaxpr)
-
-
 def _size(jaxpr):
     """How many numbers it computes."""
-    jaxpr, total = getattr(jaxpr, "jaxpr", jaxpr), 0
+    total = 0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         rounds = eqn.params["length"] if name == "scan" else ROUNDS if name == "while" else 1
-        inner = jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr)
-        total += rounds * sum(_size(a) for a in inner if _is_jaxpr(a))
+        total += rounds * sum(map(_size, inner_jaxprs(eqn)))
         total += sum(math.prod(v.aval.shape) for v in eqn.outvars) * _work(eqn)
     return total
 
@@ -166,20 +162,21 @@ def _work(eqn):
     return 3 * shape[eqn.params["axis"]] if name.startswith("cum") else 1
 
 
-def _evaluated_operations(operation):
-    """How many operations are within; −∞ if one of them is not StableHLO's, or not evaluated."""
-    name = operation.name
-    if name in NOT_EVALUATED or name.split(".")[0] not in {"stablehlo", "chlo", "func", "builtin"}:
-        return -math.inf
-    blocks = itertools.chain.from_iterable(operation.regions)
-    return 1 + sum(_evaluated_operations(inner.operation) for block in blocks for inner in block)
+def _operations(module):
+    """All of them, with those of inner regions."""
+    found = []
+    module.operation.walk(lambda operation: found.append(operation) or ir.WalkResult.ADVANCE)
+    return found
 
 
-def _copy_what_scatter_writes_to(operation):
+def _is_evaluated(operation):
+    return operation.name not in NOT_EVALUATED and operation.name.split(".")[0] in DIALECTS
+
+
+def _copy_what_scatter_writes_to(module):
     """The interpreter lets scatter write to its operand, which others may read: this gives it a copy."""
-    for inner in list(itertools.chain.from_iterable(itertools.chain.from_iterable(operation.regions))):
-        if inner.operation.name == "stablehlo.scatter":
-            with ir.InsertionPoint(inner), inner.location:
-                for i in range((len(inner.operands) - 1) // 2):
-                    inner.operands[i] = stablehlo.reverse(inner.operands[i], [])
-        _copy_what_scatter_writes_to(inner.operation)
+    for operation in _operations(module):
+        if operation.name == "stablehlo.scatter":
+            with ir.InsertionPoint(operation), operation.location:
+                for i in range((len(operation.operands) - 1) // 2):
+                    operation.operands[i] = stablehlo.reverse(operation.operands[i], [])

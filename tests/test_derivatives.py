@@ -53,7 +53,7 @@ def test_rows(derivative, phi):
     )
     others = (V, W)[: derivative.scores - 1]
 
-    @evaluated
+    @jax.jit
     @jax.vmap
     def f(z, where, log_weights):
         return derivative.ours(z, *others, where=where, log_weights=log_weights, phi=phi)

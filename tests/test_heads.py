@@ -305,7 +305,7 @@ def test_jensen_shannon_beside_its_ends():
     no_scores, flat = jnp.ones((1, 1)), jnp.zeros((2, 1))
     a, b = jnp.array([0.0, -3.0]), jnp.array([-3.0, 0.0])
 
-    @evaluated
+    @jax.jit
     def gradients(a, b, beta):
         def divergence(a, b, beta):
             return jnp.sum(heads.linear_jsd(no_scores, flat, no_scores, flat, a, b, beta=beta))

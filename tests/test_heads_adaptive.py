@@ -12,6 +12,7 @@ import pytest
 import sharding
 from cells import some
 from jax.sharding import PartitionSpec
+from jaxprs import equations
 from modes import strict_promotion
 from platforms import as_on_accelerators, traced_anew
 
@@ -242,15 +243,6 @@ def test_layout():
         for n in np.flatnonzero(groups < count):
             assert row.ravel()[place[n]] == n
             assert layout.group[place[n] // length] == groups[n]
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda a: hasattr(a, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)  # noqa: PLW2901
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def test_skipped_blocks_cost_no_copy_of_the_weights():

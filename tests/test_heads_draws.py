@@ -197,7 +197,7 @@ def test_scores_that_are_made_again(dtype):
     keys = jax.random.split(jax.random.key(0))
     hidden, weight = (jax.random.normal(k, (n, 500)).astype(dtype) for k, n in zip(keys, (64, 640), strict=True))
 
-    @evaluated
+    @jax.jit
     def draw(hidden, weight):
         options = {"bias": jnp.linspace(0, 1, 640).astype(dtype), "soft_cap": 90.0}
         mode = heads.linear_top_k(hidden, weight, 1, **options).indices[:, 0]

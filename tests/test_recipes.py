@@ -366,7 +366,7 @@ def test_router_of_equal_and_of_far_scores():
         _, weights, balance, penalty = route(z)
         return router_objective(jnp.ones(2), balance, penalty, weights)
 
-    assert np.all(np.isfinite(evaluated(jax.grad(objective))(far)))
+    assert np.all(np.isfinite(jax.jit(jax.grad(objective))(far)))
 
 
 @OF_THE_PAGE

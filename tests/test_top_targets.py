@@ -121,7 +121,7 @@ def test_sum_of_head_without_the_tokens_that_have_no_weight():
     top, given = TopTargets(indices, jnp.float32(Q)), (jnp.float32(HIDDEN), jnp.float32(WEIGHT))
     weights = np.zeros(ROWS, np.float32)
 
-    @evaluated
+    @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def total(h, W, weights, bias):
         return heads.linear_cross_entropy_sum(h, W, top, bias, token_weights=weights)
@@ -151,7 +151,7 @@ def test_a_rest_that_is_impossible_has_no_mass_by_rounding(dtype):
     less = TopTargets(indices, 0.999 * q / q.sum(-1, keepdims=True))
     almost = TopTargets(np.array([[0]]), np.float32([[1 - 2.0**-24]]))  # 1 − S has its digits there
 
-    @evaluated
+    @jax.jit
     def results(scores, q, given):
         f, top = losses.cross_entropy, TopTargets(indices, given)
         bias = scores[0]
