@@ -6,7 +6,8 @@ and numbers below the smallest normal one are kept. What XLA makes of a program 
 `compilation.jit_as_user` as for users, by `verify.jit_formulas` without XLA's optimisations, as `verify` does.
 
 With `COMPILE_FORMULAS=1` in the environment XLA compiles everything, as it does with jaxlib before 0.12, where it takes
-a third of the time. The interpreter ends the process in some loops of the adaptive head, whose tests compile.
+a third of the time; the interpreter of 0.10 lets scatter write to an operand that others read. It ends the process in
+some loops of the adaptive head, whose tests compile.
 """
 
 import functools
@@ -89,7 +90,6 @@ class Program:
             with self.module.context:  # to operations that the interpreter knows
                 passes = passmanager.PassManager.parse("builtin.module(func.func(chlo-legalize-to-stablehlo))")
                 passes.run(self.module.operation)
-                _copy_what_scatter_writes_to(self.module)
 
     def __call__(self, leaves):
         given, (results, structure) = [_for_numpy(leaf) for leaf in leaves], jax.tree.flatten(self.results)
@@ -171,12 +171,3 @@ def _operations(module):
 
 def _is_evaluated(operation):
     return operation.name not in NOT_EVALUATED and operation.name.split(".")[0] in DIALECTS
-
-
-def _copy_what_scatter_writes_to(module):
-    """The interpreter lets scatter write to its operand, which others may read: this gives it a copy."""
-    for operation in _operations(module):
-        if operation.name == "stablehlo.scatter":
-            with ir.InsertionPoint(operation), operation.location:
-                for i in range((len(operation.operands) - 1) // 2):
-                    operation.operands[i] = stablehlo.reverse(operation.operands[i], [])
