@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -71,28 +72,34 @@ def _log_ratios_jvp(primals: Any, tangents: Any) -> Any:
     return _log_ratios(*primals), _rates_of_logs(_ratios(*primals), primals[1], tangents)
 
 
-def _power_bound(dtype: jnp.dtype) -> float:
-    """A power of e that does not overflow, with some room: 80 for float32."""
+def _exponent_bound(dtype: jnp.dtype) -> float:
+    """A number whose exponential does not overflow, with some room: 80 for float32."""
     return 0.9 * math.log(jnp.finfo(dtype).max)
 
 
 def _log_ratio_to_mean(delta: Array, own: Array | float, other: Array | float) -> Array:
     """log (p/m) = −log(own + other e^−δ), δ = log p − log q, own + other = 1  (MATH 6.8)."""
-    bound = _power_bound(delta.dtype)
-    grown = other * expm1(-jnp.maximum(delta, -bound))
-    if isinstance(other, float):  # ½: nothing cancels, and own e^δ is nothing beside other where e^−δ would overflow
-        return jnp.where(delta < -bound, delta - math.log(other), -jnp.log1p(grown))
-    grown = grown * jnp.exp(-jnp.clip(delta + bound, -bound, 0))  # other (e^−δ − 1) for δ ≥ −2 bound, though e^−δ = inf
-    total, cancels = own + other * jnp.exp(-jnp.maximum(delta, 0)), (delta > _NEAR) & (other > 0.5)
-    underflows, overflows = total < jnp.finfo(delta.dtype).tiny, jnp.isinf(grown) | (delta < -2 * bound)
-    by_log = (cancels & underflows) | overflows  # where own is nothing beside other e^−δ
-    return jnp.where(by_log, delta - jnp.log(other), -jnp.where(cancels, jnp.log(total), jnp.log1p(grown)))
+    nothing = math.log(2 / jnp.finfo(delta.dtype).eps)  # a is nothing beside b where log b − log a is larger
+    if isinstance(other, float):  # ½, where nothing cancels, and e^−δ is large before it overflows
+        grown = other * expm1(-jnp.maximum(delta, -nothing))
+        return jnp.where(delta < -nothing, delta - math.log(other), -jnp.log1p(grown))
+    log_own, log_other = (jnp.log(lax.stop_gradient(share)) for share in (own, other))
+    far = (other > 0) & (jnp.abs(delta) > _NEAR) & (log_other - delta >= nothing + log_own)  # own is nothing beside it
+    near = jnp.where(far, 0, delta)
+    # For δ < −bound the rest of e^−δ comes after `other`, since e^−δ alone may overflow.
+    bound = _exponent_bound(delta.dtype)
+    grown = other * expm1(-jnp.maximum(near, -bound)) * jnp.exp(-jnp.clip(near + bound, -bound, 0))
+    cancels = (near > _NEAR) & (other > 0.5)
+    total = own + other * jnp.exp(-jnp.where(cancels, near, 0))
+    logarithm = jnp.where(cancels, jnp.log(total), jnp.log1p(jnp.where(cancels, 0, grown)))
+    return jnp.where(far, delta - jnp.log(jnp.where(other > 0, other, 1)), -logarithm)
 
 
 @jax.custom_jvp
 def _ratios(delta: Array, beta: Array | None) -> tuple[Array, Array]:
-    """p/m and q/m of δ = log p − log q, and 0 where one overflows, as m of the other alone does, at an end of β."""
-    (of_p, of_q), bound = shares(beta), _power_bound(delta.dtype)
+    """p/m and q/m of δ = log p − log q. At an end of β, m is p or q alone, and the ratio of the other may overflow: it
+    is then 0, since what it is multiplied by is 0: β or 1 − β, or, in derivatives in β, p or q."""
+    (of_p, of_q), bound = shares(beta), _exponent_bound(delta.dtype)
     half = jnp.clip(delta / 2, -bound, bound)
     p, q = jnp.exp(half), jnp.exp(-half)  # over the root of their product
     p_over_m, q_over_m = (a / (of_p * p + of_q * q) for a in (p, q))
@@ -109,7 +116,7 @@ def _ratios_jvp(primals: Any, tangents: Any) -> Any:
 def _rates_of_logs(ratios: tuple[Array, Array], beta: Array | None, tangents: Any) -> tuple[Array, Array]:
     """ṙ_p = (1 − β) (q/m) δ̇ + (q/m − p/m) β̇,   ṙ_q = −β (p/m) δ̇ + (q/m − p/m) β̇     (MATH 6.8).
 
-    Of bounded factors, where the derivative of the logarithm's own operations would have e^−δ squared, which overflows.
+    For 0 < β < 1 all factors are bounded, where autodiff of the logarithm would square e^−δ, which overflows.
     """
     (p_over_m, q_over_m), (of_p, of_q), (delta_dot, beta_dot) = ratios, shares(beta), without_zeros(tangents)
     by_beta = jnp.zeros_like(p_over_m) if beta_dot is None else (q_over_m - p_over_m) * beta_dot

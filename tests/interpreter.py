@@ -5,9 +5,10 @@ comes with jaxlib, evaluates it in some milliseconds, operation by operation: ea
 and numbers below the smallest normal one are kept. What XLA makes of a program is for the tests that compile it: by
 `compilation.jit_as_user` as for users, by `verify.jit_formulas` without XLA's optimisations, as `verify` does.
 
-With `COMPILE_FORMULAS=1` in the environment XLA compiles everything, as it does with jaxlib before 0.12, where it takes
-a third of the time; the interpreter of 0.10 lets scatter write to an operand that others read. It ends the process in
-some loops of the adaptive head, whose tests compile.
+With `COMPILE_FORMULAS=1` in the environment XLA compiles everything, as it does with jaxlib before 0.12: there XLA
+takes a third of the time, and the interpreter is wrong where scatter writes to an operand that others read. Under
+`jax.debug_nans` XLA compiles, too, since JAX looks for NaN in the results of compiled programs. So do tests of the
+adaptive head, in some of whose loops the interpreter of every version ends the process.
 """
 
 import functools
@@ -23,17 +24,18 @@ from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import stablehlo
 from jaxprs import inner_jaxprs
 
-from jsoftmax.verify import jit_formulas
-
 BY_XLA = os.environ.get("COMPILE_FORMULAS") == "1" or BEFORE_0_12
 NUMBERS = 500
-"""How many numbers the interpreter computes while XLA compiles one operation: about as many."""
+"""XLA compiles one operation in about the time in which the interpreter computes so many numbers."""
 ROUNDS = 16
-"""How often a while loop is taken to run. Of a scan this is known."""
-CALLS = ("custom_call", "composite", "rng_bit_generator", "cholesky", "triangular_solve", "fft")
-NOT_EVALUATED = {f"stablehlo.{name}" for name in CALLS}
-"""Libraries. What devices exchange is in shard_map, which is of another dialect."""
+"""How often a while loop is assumed to run; a scan states its length."""
+NOT_EVALUATED = {
+    f"stablehlo.{name}"
+    for name in ("custom_call", "composite", "rng_bit_generator", "cholesky", "triangular_solve", "fft")
+}
+"""Calls of libraries, which the interpreter does not have."""
 DIALECTS = {"stablehlo", "chlo", "func", "builtin"}
+"""A program over several devices has operations of another one."""
 TYPES = {
     "float32": ir.F32Type.get,
     "float64": ir.F64Type.get,
@@ -42,25 +44,26 @@ TYPES = {
     "uint32": lambda: ir.IntegerType.get_unsigned(32),
     "uint64": lambda: ir.IntegerType.get_unsigned(64),
 }
-"""In which arrays come from NumPy and go back to it; others are converted to a wider one of these."""
+"""The dtypes in which arrays are handed over. Other dtypes are converted to a wider one of these."""
+SETTINGS = ("jax_enable_x64", "jax_numpy_dtype_promotion", "jax_default_matmul_precision")
+"""JAX's settings under which one function may be traced to several programs."""
 
 stablehlo.register_stablehlo_passes()
 
 
 def evaluated(f):
     """f for arguments that are known: evaluated where the interpreter can, else compiled, once for each of their
-    shapes and dtypes. Within a trace it is `jax.jit`."""
-    traced, compiled, programs = jax.jit(f), jit_formulas(f), {}
+    shapes and dtypes. Within a trace it is `jax.jit`. It has no static arguments and no `lower`."""
+    compiled, programs = jax.jit(f), {}
 
     @functools.wraps(f)
     def of(*arguments, **options):
         leaves, structure = jax.tree.flatten((arguments, options))
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            return traced(*arguments, **options)
-        if BY_XLA or any(map(_on_several_devices, leaves)):
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        if traced or BY_XLA or jax.config.jax_debug_nans or any(map(_on_several_devices, leaves)):
             return compiled(*arguments, **options)
         kinds = tuple((np.shape(leaf), str(_dtype(leaf)), _is_number(leaf)) for leaf in leaves)
-        key = structure, kinds, jnp.result_type(float)
+        key = structure, kinds, *(getattr(jax.config, name) for name in SETTINGS)
         if key not in programs:
             programs[key] = Program(f, leaves, structure)
         return programs[key](leaves)
@@ -103,7 +106,7 @@ class Program:
 
 
 def _is_number(leaf):
-    """Of Python: its dtype is weak."""
+    """Whether it is a number of Python, whose dtype is weak."""
     return type(leaf) in {int, float}
 
 
@@ -153,11 +156,11 @@ def _size(jaxpr):
 
 
 def _work(eqn):
-    """How much a number of its result takes, of what one operation does."""
+    """The cost of one number of its result, in elementwise operations."""
     name, shape = eqn.primitive.name, eqn.invars[0].aval.shape if eqn.invars else ()
     if name == "dot_general":
         return math.prod(shape[i] for i in eqn.params["dimension_numbers"][0][0])
-    if name in {"sort", "top_k"}:  # compares by a function that is evaluated each time
+    if name in {"sort", "top_k"}:  # some 100 operations a number: the comparison is evaluated each time
         return 100 * math.prod(shape) / max(math.prod(eqn.outvars[0].aval.shape), 1)
     return 3 * shape[eqn.params["axis"]] if name.startswith("cum") else 1
 

@@ -1,7 +1,7 @@
 """Mutants: the package with one mistake each, and the tests that must see it.
 
 python tests/mutants.py                 every mutant against its own tests; a table; exit code 1 if one survives
-python tests/mutants.py phis.py kl      those whose file or text has one of these words
+python tests/mutants.py phi/ kl         those whose file or text has one of these words
 python tests/mutants.py --long          with the cells that are marked `full`
 python tests/mutants.py --table FILE    writes the table there, too
 
@@ -118,10 +118,16 @@ MUTANTS = (
     Mutant("divergence.py", "(p == 0) | jnp.isinf(r_p)", "(p == 0)", DIVERGENCE),
     Mutant("divergence.py", "jnp.where(empty & ~jnp.isnan(D), 0,", "jnp.where(False, 0,", DIVERGENCE),
     Mutant("divergence.py", "delta - math.log(other), -jnp", "delta + math.log(other), -jnp", DIVERGENCE),
-    Mutant("divergence.py", "(cancels & underflows) |", "", DIVERGENCE),
-    Mutant("divergence.py", "jnp.isinf(grown) | (delta < -2 * bound)", "delta < -bound", DIVERGENCE),
-    Mutant("divergence.py", "(delta > _NEAR) & (other > 0.5)", "(delta > 1e9) & (other > 0.5)", DIVERGENCE),
-    Mutant("divergence.py", "grown * jnp.exp(-jnp.clip(", "grown * jnp.exp(jnp.clip(", DIVERGENCE),
+    Mutant("divergence.py", "log_other - delta >= nothing + log_own", "log_other - delta >= 1e9", DIVERGENCE),
+    Mutant("divergence.py", "(other > 0) & (jnp.abs", "(jnp.abs", DIVERGENCE),
+    Mutant("divergence.py", "& (jnp.abs(delta) > _NEAR) ", "", DIVERGENCE),
+    Mutant("divergence.py", "(near > _NEAR) & (other > 0.5)", "(near > 1e9) & (other > 0.5)", DIVERGENCE),
+    Mutant("divergence.py", "* jnp.exp(-jnp.clip(near", "* jnp.exp(jnp.clip(near", DIVERGENCE),
+    Mutant("divergence.py", "jnp.where(cancels, 0, grown)", "grown", DIVERGENCE),
+    Mutant("divergence.py", "jnp.clip(delta / 2, -bound, bound)", "delta / 2", DIVERGENCE),
+    Mutant("divergence.py", "of_q * q_over_m * delta_dot", "of_p * q_over_m * delta_dot", DIVERGENCE),
+    Mutant("divergence.py", "(q == 0) | jnp.isinf(r_q)", "(q == 0)", DIVERGENCE),
+    Mutant("divergence.py", "jnp.where(jnp.isinf(q_over_m), 0, q_over_m)", "q_over_m", DIVERGENCE),
     Mutant("divergence.py", "jnp.where(jnp.isinf(p_over_m), 0, p_over_m)", "p_over_m", DIVERGENCE),
     Mutant("divergence.py", "(q_over_m - p_over_m) * beta_dot", "(q_over_m + p_over_m) * beta_dot", DIVERGENCE),
     Mutant("divergence.py", "by_beta - of_p * p_over_m", "by_beta - of_q * p_over_m", DIVERGENCE),

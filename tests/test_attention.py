@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import and_full, some
+from cells import and_full, named, some
 from interpreter import evaluated
 from modes import assert_same, reverse_over_reverse
 from platforms import as_on_accelerators, traced_anew
@@ -115,7 +115,7 @@ def both(given, options):
     return ours, reference
 
 
-SOME_PHIS = [phi for phi in PHIS if jax.tree.leaves(phi)] + [js.softplus, PHIS[-1]]
+SOME_PHIS = [phi for phi in PHIS if jax.tree.leaves(phi)] + [js.softplus, *named(PHIS, ["from_callable"])]
 """Attention takes φ by its logarithm, as everything does: those with parameters, one without, and a callable. By
 default one with a parameter; exp is met below."""
 

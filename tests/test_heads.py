@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import and_full, some
+from cells import and_full, named, some
 from interpreter import evaluated
 from modes import assert_same
 from platforms import as_on_accelerators
@@ -82,7 +82,7 @@ def test_options(options, blocks):
         assert_same(lambda h, W, b: ours(h, W, LABELS, b), plain, arrays())
 
 
-SOME_PHIS = [phi for phi in PHIS if jax.tree.leaves(phi)] + [js.taylor(2), PHIS[-1]]
+SOME_PHIS = [phi for phi in PHIS if jax.tree.leaves(phi)] + [js.taylor(2), *named(PHIS, ["from_callable"])]
 """A head takes φ by its logarithm, as everything does: those with parameters, one without, and a callable. By default
 one that has parameters, and is 0 at some scores."""
 

@@ -65,9 +65,9 @@ def of_keys(z, _):
     return jax.random.normal(jax.random.key(1), z.shape), jax.random.split(jax.random.key(2))
 
 
-OPERATIONS = (
-    *(of_functions, of_dtypes, of_shapes, of_reductions, of_order, of_indices, of_loops, of_derivatives, of_keys),
-)
+EXACT = (of_functions, of_shapes, of_reductions, of_order, of_indices, of_loops, of_derivatives, of_keys)
+OPERATIONS = [*((operations, 3e-6) for operations in EXACT), (of_dtypes, 1e-2)]
+"""With the relative tolerance of each."""
 
 
 def same(found, want, rtol):
@@ -78,16 +78,12 @@ def same(found, want, rtol):
 
 
 @pytest.mark.skipif(BEFORE_0_12, reason="the interpreter is not used before jaxlib 0.12")
-@pytest.mark.parametrize("operations", OPERATIONS)
-def test_as_by_xla(operations):
+@pytest.mark.parametrize(("operations", "rtol"), OPERATIONS)
+def test_as_by_xla(operations, rtol):
     leaves, structure = jax.tree.flatten(((Z, W), {}))
     program = Program(operations, leaves, structure)
     assert program.compiled is None
-    same(program(leaves), jax.jit(operations)(Z, W), 1e-2 if operations is of_dtypes else 3e-6)
-
-
-def is_evaluated(f, *arguments, **options):
-    return Program(f, *jax.tree.flatten((arguments, options))).compiled is None
+    same(program(leaves), jax.jit(operations)(Z, W), rtol)
 
 
 def test_what_is_left_to_xla():
@@ -96,8 +92,10 @@ def test_what_is_left_to_xla():
     of_parts = jax.shard_map(jnp.sin, mesh=mesh, in_specs=PartitionSpec("a"), out_specs=PartitionSpec("a"))
     square, many = W @ W.T, np.zeros((4096, 100), np.float32)
     for f, z in ((jnp.linalg.inv, square), (jnp.exp, many), (jnp.exp, Z[:0]), (of_parts, Z)):
-        assert not is_evaluated(f, z)
-        same(evaluated(f)(z), jax.jit(f)(z), 1e-5)
+        leaves, structure = jax.tree.flatten(((z,), {}))
+        program = Program(f, leaves, structure)
+        assert program.compiled is not None
+        same(program(leaves), jax.jit(f)(z), 1e-5)
     placed = jax.device_put(Z, NamedSharding(mesh, PartitionSpec("a")))
     assert len(evaluated(jnp.sin)(placed).devices()) == 2
     np.testing.assert_allclose(jax.vmap(jax.grad(evaluated(lambda a: jnp.sum(a**2))))(Z), 2 * Z, 1e-6)
@@ -110,12 +108,26 @@ def test_arguments():
     @evaluated
     def f(tree, c, *, key):
         traced.append(tree["z"].dtype)
-        return tree["z"] * c + jax.random.uniform(key), None
+        return tree["z"] * c, jax.random.uniform(key), None
 
     for dtype in (np.float32, np.float32, jnp.bfloat16):
-        found, none = f({"z": jnp.asarray(Z, dtype)}, 2.0, key=jax.random.key(0))
+        product, drawn, none = f({"z": jnp.asarray(Z, dtype)}, 2.0, key=jax.random.key(0))
         assert none is None
-        np.testing.assert_allclose(found, Z * 2 + jax.random.uniform(jax.random.key(0)), 1e-2, 2e-2)
+        assert product.dtype == dtype
+        np.testing.assert_allclose(product.astype(np.float32), 2 * Z, 1e-2)
+        np.testing.assert_array_equal(drawn, jax.random.uniform(jax.random.key(0)))
     with jax.enable_x64(True):
         assert f({"z": np.float64(Z)}, 2, key=jax.random.key(0))[0].dtype == np.float64
     assert traced == [np.float32, jnp.bfloat16, np.float64]
+
+
+def test_settings():
+    """A function that was evaluated before meets strict promotion and debug_nans, too."""
+    product, root = evaluated(lambda a, b: a * b), evaluated(jnp.sqrt)
+    wide, narrow = jnp.ones(2), jnp.ones(2, jnp.bfloat16)
+    assert product(wide, narrow).dtype == np.float32
+    assert np.isnan(root(-1.0))
+    with jax.numpy_dtype_promotion("strict"), pytest.raises(ValueError, match="promotion"):
+        product(wide, narrow)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        root(-1.0)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from cells import and_full, covering, product, some
+from compilation import jit_as_user
 from interpreter import evaluated
 from modes import strict_promotion
 
@@ -160,7 +161,7 @@ def test_several_labels_of_sharded_classes_keep_the_digits_of_a_sure_one():
         return losses.log_prob(z, labels, axis_name="classes")
 
     parts = jax.shard_map(of_parts, mesh=mesh, in_specs=spec, out_specs=whole)
-    for f in (evaluated, lambda f: evaluated(jax.grad(lambda z: f(z).sum()))):
+    for f in (jit_as_user, lambda f: jit_as_user(jax.grad(lambda z: f(z).sum()))):
         np.testing.assert_allclose(f(parts)(z), f(lambda z: losses.log_prob(z, labels))(z), rtol=1e-5)
 
 

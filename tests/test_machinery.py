@@ -130,7 +130,9 @@ def test_survives_shard_map(function):
     np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("phi", some(PHIS, [js.exp, js.taylor(2), js.spherical(0.1), PHIS[-1]]), ids=str)
+@pytest.mark.parametrize(
+    "phi", some(PHIS, [js.exp, js.taylor(2), js.spherical(0.1), *named(PHIS, ["from_callable"])]), ids=str
+)
 def test_phi_is_an_ordinary_argument(phi):
     """By default of one without parameters, with a static one, with a traced one, and of a callable."""
     z = jnp.array([0.3, -0.7, 1.1])

@@ -8,6 +8,7 @@ import numpy as np
 import platforms
 import pytest
 from cells import some
+from compilation import jit_as_user
 from interpreter import evaluated
 
 import jsoftmax as js
@@ -113,7 +114,7 @@ def test_digits_beside_a_probability_near_1(gap):
     """Small log-probabilities, entropies and gradients, of scores that are made in the same program."""
     ids = jnp.array([0, 1, 0, 1])
 
-    @evaluated
+    @jit_as_user
     def f(z, scale):
         z = z * scale
         log_p = segments.segment_log_softmax(z, ids, 2)

@@ -28,4 +28,4 @@ PHIS: tuple[Phi, ...] = (
     relu_power(2, 0.1),
     from_callable(_squareplus),
 )
-"""The one tuple of examples: tests, `verify`, `train` and the benchmarks iterate over it."""
+"""The one tuple of examples: tests, `verify` and `train` iterate over it."""
