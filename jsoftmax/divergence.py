@@ -84,7 +84,7 @@ def _log_ratio_to_mean(delta: Array, own: Array | float, other: Array | float) -
         grown = other * expm1(-jnp.maximum(delta, -nothing))
         return jnp.where(delta < -nothing, delta - math.log(other), -jnp.log1p(grown))
     log_own, log_other = (jnp.log(lax.stop_gradient(share)) for share in (own, other))
-    far = (other > 0) & (jnp.abs(delta) > _NEAR) & (log_other - delta >= nothing + log_own)  # own is nothing beside it
+    far = (other > 0) & (jnp.abs(delta) > _NEAR) & (delta <= log_other - log_own - nothing)  # own is nothing beside it
     near = jnp.where(far, 0, delta)
     # For δ < −bound the rest of e^−δ comes after `other`, since e^−δ alone may overflow.
     bound = _exponent_bound(delta.dtype)

@@ -87,7 +87,7 @@ def test_logarithms_of_ratios(dtype):
     sizes = np.array([1e-6, 0.1, 0.49, 0.51, 2, 10, 40, 50, 79, 81, 86, *far])
     delta = np.array([0, *sizes, *-sizes], dtype)
     tiny = [1e-36, 1e-30] if dtype == np.float32 else [1e-300, 1e-100]
-    betas = np.array([0.0, *tiny, 1e-7, 0.25, 0.5, 0.75, 1 - 2.0**-20, 1.0], dtype)
+    betas = np.array([0.0, *tiny, 0.4 * np.finfo(dtype).eps, 1e-7, 0.25, 0.5, 0.75, 1 - 2.0**-20, 1.0], dtype)
 
     def ratios(log_p, log_q, beta):
         return jnp.stack(log_ratios_to_mean(jnp.exp(log_p), jnp.exp(log_q), beta, log_p, log_q))
@@ -142,7 +142,7 @@ def test_logarithms_without_their_rule():
 
         return [[orders(f, b) for b in (beta, None)] for f in (_log_ratios.__wrapped__, _log_ratios)]
 
-    for beta in (0.0, 1e-3, 0.25, 1.0):
+    for beta in (0.0, 1e-8, 1e-3, 0.25, 1.0):
         found, want = of_both(beta)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
