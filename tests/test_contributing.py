@@ -1,6 +1,7 @@
 """CONTRIBUTING.md followed literally: its skeletons are run, and what it names is there."""
 
 import ast
+import functools
 import importlib
 import itertools
 import pathlib
@@ -157,6 +158,7 @@ def test_the_files_to_touch_are_named(section, model):
     assert within - named(section) == set()
 
 
+@functools.cache
 def code_of(file):
     """A module without its docstrings and comments; another file as it is."""
     text = file.read_text()

@@ -118,7 +118,7 @@ def of_attention(f):
     ]
 
 
-PARAMS = adaptive.init(KEY, 16, V, (4, 6), head_bias=True)
+PARAMS = jax.eval_shape(lambda: adaptive.init(KEY, 16, V, (4, 6), head_bias=True))
 WIDE = jnp.zeros((2, 3, 16))
 
 

@@ -168,6 +168,7 @@ def test_sparse_guide():
     np.testing.assert_allclose(names["nucleus"], [0.625, 0.375, 0, 0], rtol=1e-6)
 
 
+@pytest.mark.full  # What the page calls is met in test_segments.py.
 def test_segments_guide():
     names = run_examples("docs/guides/segments.md")
     np.testing.assert_allclose(names["p"], [0.2119416, 0.5761169, 1, 0.2119416], rtol=1e-6)
