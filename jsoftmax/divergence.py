@@ -79,20 +79,21 @@ def _exponent_bound(dtype: jnp.dtype) -> float:
 
 def _log_ratio_to_mean(delta: Array, own: Array | float, other: Array | float) -> Array:
     """log (p/m) = −log(own + other e^−δ), δ = log p − log q, own + other = 1  (MATH 6.8)."""
-    nothing = math.log(2 / jnp.finfo(delta.dtype).eps)  # a is nothing beside b where log b − log a is larger
+    nothing = math.log(2 / jnp.finfo(delta.dtype).eps)  # beyond this log b − log a, a + b is b to the dtype's digits
     if isinstance(other, float):  # ½, where nothing cancels, and e^−δ is large before it overflows
         grown = other * expm1(-jnp.maximum(delta, -nothing))
         return jnp.where(delta < -nothing, delta - math.log(other), -jnp.log1p(grown))
-    log_own, log_other = (jnp.log(lax.stop_gradient(share)) for share in (own, other))
+    bound, (log_own, log_other) = _exponent_bound(delta.dtype), map(jnp.log, lax.stop_gradient((own, other)))
     far = (other > 0) & (jnp.abs(delta) > _NEAR) & (delta <= log_other - log_own - nothing)  # own is nothing beside it
-    near = jnp.where(far, 0, delta)
+    at_far, near = jnp.where(far, delta, 0), jnp.where(far, 0, delta)
+    r_far = at_far - jnp.log(other + own * jnp.exp(jnp.minimum(at_far, bound)))
     # For δ < −bound the rest of e^−δ comes after `other`, since e^−δ alone may overflow.
-    bound = _exponent_bound(delta.dtype)
     grown = other * expm1(-jnp.maximum(near, -bound)) * jnp.exp(-jnp.clip(near + bound, -bound, 0))
     cancels = (near > _NEAR) & (other > 0.5)
-    total = own + other * jnp.exp(-jnp.where(cancels, near, 0))
-    logarithm = jnp.where(cancels, jnp.log(total), jnp.log1p(jnp.where(cancels, 0, grown)))
-    return jnp.where(far, delta - jnp.log(jnp.where(other > 0, other, 1)), -logarithm)
+    shift = jnp.where(log_own < -40, 40, 0)  # beside so small an `own`, e^−δ counts where it would underflow
+    total = own * jnp.exp(shift) + other * jnp.exp(shift - jnp.where(cancels, near, 0))
+    logarithm = jnp.where(cancels, jnp.log(total) - shift, jnp.log1p(jnp.where(cancels, 0, grown)))
+    return jnp.where(far, r_far, -logarithm)
 
 
 @jax.custom_jvp

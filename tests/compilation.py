@@ -5,8 +5,8 @@ code, in a third of the time (`conftest.py`). What those may change is rounding:
 made in the same program and of bad scores compile by `jit_as_user`. From JAX 0.12 on, where XLA takes two to four times
 as long, many formulas are not compiled at all (`interpreter.py`).
 
-With `XLA_FLAGS=--xla_backend_optimization_level=3` in the environment all that is compiled, but by
-`verify.jit_formulas`, is compiled as for users; with `COMPILE_FORMULAS=1` nothing is evaluated without being compiled.
+With `XLA_FLAGS=--xla_backend_optimization_level=3` in the environment everything is compiled as for users, except by
+`verify.jit_formulas`; with `COMPILE_FORMULAS=1` nothing is evaluated without being compiled.
 
 With `JAX_COMPILATION_CACHE_DIR=FOLDER` in the environment JAX keeps the compiled programs there, by what XLA is given
 and by its options. The next run, of which most programs are the same, then takes two thirds of the time.

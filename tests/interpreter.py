@@ -7,8 +7,7 @@ and numbers below the smallest normal one are kept. What XLA makes of a program 
 
 With `COMPILE_FORMULAS=1` in the environment XLA compiles everything, as it does with jaxlib before 0.12: there XLA
 takes a third of the time, and the interpreter is wrong where scatter writes to an operand that others read. Under
-`jax.debug_nans` XLA compiles, too, since JAX looks for NaN in the results of compiled programs. So do tests of the
-adaptive head, in some of whose loops the interpreter of every version ends the process.
+`jax.debug_nans` XLA compiles, too, since JAX looks for NaN in the results of compiled programs.
 """
 
 import functools
@@ -45,7 +44,12 @@ TYPES = {
     "uint64": lambda: ir.IntegerType.get_unsigned(64),
 }
 """The dtypes in which arrays are handed over. Other dtypes are converted to a wider one of these."""
-SETTINGS = ("jax_enable_x64", "jax_numpy_dtype_promotion", "jax_default_matmul_precision")
+SETTINGS = (
+    "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_default_matmul_precision",
+)
 """JAX's settings under which one function may be traced to several programs."""
 
 stablehlo.register_stablehlo_passes()

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import pathlib
 import re
+import sys
 import tempfile
 import textwrap
 
@@ -21,11 +22,14 @@ from jsoftmax import verify
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jsoftmax"
-TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SECTIONS = dict(part.split("\n", 1) for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:])
 PLACES = (ROOT, PACKAGE, ROOT / "tests", PACKAGE / "losses", PACKAGE / "heads")
 
 
+LAYERS = re.findall(
+    r"`([\w.]+)`", re.search(r"never import upper ones when they are loaded:(.*?)\. ", TEXT, re.DOTALL)[1]
+)
 NUMBERS = itertools.count()
 
 
@@ -39,10 +43,12 @@ def run(section, *changed):
         text = text.replace(old, new)
     name = f"example_{next(NUMBERS)}"
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        (pathlib.Path(folder) / f"{name}.py").write_text(text)
+        (pathlib.Path(folder) / f"{name}.py").write_text(text, encoding="utf-8")
         patch.syspath_prepend(folder)
         with jaxtyping.install_import_hook(name, "beartype.beartype"):
-            return vars(importlib.import_module(name))
+            names = vars(importlib.import_module(name))
+        del sys.modules[name]
+        return names
 
 
 def entry(section, names):
@@ -52,14 +58,15 @@ def entry(section, names):
 
 
 def named(section):
-    """The files that a section names, and those of folders in the package that it names."""
-    files, paths = set(), re.findall(r"[`(]([\w./-]+[\w/])[`)]", SECTIONS[section])
-    for path in (place / name for name in paths for place in PLACES):
-        files |= {path} if path.is_file() else set(path.rglob("*.py")) if path.name in ROOMS else set()
-    return files
+    """The files that a section names. A folder of the package stands for its modules that the section does not name."""
+    paths = {path.strip("`()") for path in re.findall(r"`[\w./-]+`|\([\w./-]+\)", SECTIONS[section])}
+    found = [place / path for path in paths for place in PLACES]
+    rooms = {path for path in found if path.is_dir() and path.parent == PACKAGE}
+    return {path for path in found if path.is_file()} | {
+        module for room in rooms for module in room.rglob("*.py") if module.name not in ("__init__.py", "examples.py")
+    }
 
 
-ROOMS = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
 RECORD = {function.name: function for function in verify.FUNCTIONS}
 
 
@@ -77,6 +84,15 @@ def test_the_phi():
         assert misses(RECORD[name], phi) == []
     with pytest.raises(ValueError, match="squareplus: b must be > 0"):
         names["squareplus"](-1.0)
+
+
+@pytest.mark.full  # By default orders of two functions, above, and of the function, below, in float64.
+def test_verify_all():
+    """As `verify --all`, with the functions that meet every order, and the gradient beside a probability near 1."""
+    phi = entry("Adding a φ", run("Adding a φ"))
+    function = entry("Adding a function", run("Adding a function"))
+    for pair in ((RECORD["entropy"], phi), (RECORD["kl_divergence"], phi), (function, js.exp), (function, phi)):
+        assert verify.cell(*pair).ok, pair
 
 
 @pytest.mark.parametrize(
@@ -131,15 +147,36 @@ def test_the_digits():
         np.testing.assert_allclose(np.array(names["along_v"], float), along, rtol=1e-12)
 
 
-@pytest.mark.parametrize("section", SECTIONS)
-def test_files_and_names_are_there(section):
-    """Each file; and each name that is said to be in one."""
-    text = SECTIONS[section]
-    for name in re.findall(r"`([\w./-]+\.(?:py|md|yml|toml|ipynb))`", text):
-        assert any((place / name).exists() for place in PLACES), name
-    for names, file in re.findall(r"((?:`\w+`(?:,\s| and\s)?)+)\s+(?:in|of)\s+`([\w./]+\.py)`", text):
-        for name in re.findall(r"`(\w+)`", names):
-            assert re.search(rf"\b{name}\b", (ROOT / file).read_text()), (name, file)
+FILES = {section: re.findall(r"`([\w./-]+\.(?:py|md|yml|toml|ipynb))`", text) for section, text in SECTIONS.items()}
+IN = [
+    (section, name, file)
+    for section, text in SECTIONS.items()
+    for names, file in re.findall(r"((?:`\w+`(?:,\s| and\s)?)+),?\s+(?:in|of|from)\s+`([\w./]+\.py)`", text)
+    for name in re.findall(r"`(\w+)`", names)
+]
+
+
+@pytest.mark.parametrize("section", [section for section, files in FILES.items() if files])
+def test_files_are_there(section):
+    for name in FILES[section]:
+        if (ROOT / ".github").exists() or not name.startswith(".github"):  # a source distribution has no such folder
+            assert any((place / name).exists() for place in PLACES), name
+
+
+@pytest.mark.parametrize(("section", "name", "file"), IN)
+def test_names_are_in_their_files(section, name, file):
+    """Where the text says "`name` in `file`"."""
+    assert re.search(rf"\b{name}\b", code_of(ROOT / file))
+
+
+def test_dotted_names_are_there():
+    """Those of modules of the package: `maps.log_sum`."""
+    rooms = "|".join(name for name in LAYERS if name != "plot")  # which needs matplotlib
+    names = set(re.findall(rf"`((?:{rooms})\.[a-zA-Z]\w*)[`(]", TEXT)) - set(LAYERS)
+    assert len(names) > 10
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(f"jsoftmax.{module}"), attribute), name
 
 
 @pytest.mark.parametrize(
@@ -148,6 +185,7 @@ def test_files_and_names_are_there(section):
         ("Adding a φ", "sigsoftmax"),
         ("Adding a function", "varentropy"),
         ("Adding an option of a loss", "label_smoothing"),
+        ("Adding an option of a loss", "smoothing"),
         ("Adding a head", "linear_jsd"),
     ],
 )
@@ -155,13 +193,14 @@ def test_the_files_to_touch_are_named(section, model):
     """What is there already is in no other file of the package and of its guides and reference."""
     files = [*PACKAGE.rglob("*.py"), *(ROOT / "docs/guides").glob("*.md"), *(ROOT / "docs/api").glob("*.md")]
     within = {file for file in [*files, ROOT / "MATH.md"] if re.search(rf"\b{model}\b", code_of(file))}
+    assert within
     assert within - named(section) == set()
 
 
 @functools.cache
 def code_of(file):
     """A module without its docstrings and comments; another file as it is."""
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     if file.suffix != ".py":
         return text
     tree = ast.parse(text)
@@ -171,23 +210,33 @@ def code_of(file):
     return ast.unparse(tree)
 
 
-LAYERS = re.findall(r"`([\w.]+)`", re.search(r"never import upper ones:(.*?)\. ", TEXT, re.DOTALL)[1])
-
-
 def layer(module):
     """The number of the last layer that the module is in."""
     within = [name for name in LAYERS if f"{module}.".startswith(f"{name}.")]
+    assert within, f"CONTRIBUTING.md has no layer for {module}"
     return LAYERS.index(max(within, key=len))
+
+
+def loaded(tree):
+    """The statements that run when a module is loaded."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, ast.FunctionDef | ast.Lambda):
+            yield node
+            yield from loaded(node)
 
 
 def imports(tree):
     """The modules of the package that a module imports when it is loaded."""
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "jsoftmax":
-            for name in node.names:
-                path = f"{node.module}.{name.name}"
-                file = ROOT / path.replace(".", "/")
-                yield path if file.is_dir() or file.with_suffix(".py").exists() else node.module
+    for node in loaded(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name.split(".")[0] == "jsoftmax")
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            if node.module.split(".")[0] == "jsoftmax":
+                for name in node.names:
+                    path = f"{node.module}.{name.name}"
+                    file = ROOT / path.replace(".", "/")
+                    yield path if file.is_dir() or file.with_suffix(".py").exists() else node.module
 
 
 def test_lower_modules_never_import_upper_ones():
@@ -198,7 +247,7 @@ def test_lower_modules_never_import_upper_ones():
             continue
         own = layer(module.removeprefix("jsoftmax."))
         met.add(own)
-        for other in imports(ast.parse(file.read_text())):
+        for other in imports(ast.parse(file.read_text(encoding="utf-8"))):
             if other == "jsoftmax":  # the public functions
                 assert LAYERS[own] in LAYERS[LAYERS.index("attention") + 1 :], (module, other)
             else:

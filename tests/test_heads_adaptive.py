@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sharding
 from cells import some
+from interpreter import evaluated
 from jax.sharding import PartitionSpec
 from jaxprs import equations
 from modes import strict_promotion
@@ -96,7 +97,7 @@ def assert_same(f, g, *arguments):
         directions = jax.tree.map(lambda a: jnp.cos(3 * jnp.asarray(a)), arguments)
         return f(*arguments), jax.jvp(jax.grad(scanned if in_a_scan else total, of), arguments, directions)
 
-    ours, theirs = (verify.jit_formulas(functools.partial(results, *h))(*arguments) for h in ((f, True), (g, False)))
+    ours, theirs = (evaluated(functools.partial(results, *h))(*arguments) for h in ((f, True), (g, False)))
     assert_close(ours, theirs)
 
 
@@ -148,8 +149,8 @@ def test_reverse_over_reverse_and_forward():
             along = jax.tree.map(jnp.cos, (params, h))
             return jax.grad(slope, (0, 1))(params, h), jax.jvp(f, (params, h), along)[1]
 
-        ours = verify.jit_formulas(lambda: results(lambda params, h: adaptive.log_prob(params, h, labels)))()
-        plain = verify.jit_formulas(lambda: results(lambda params, h: by_label(defined(params, h, js.exp), labels)))()
+        ours = evaluated(lambda: results(lambda params, h: adaptive.log_prob(params, h, labels)))()
+        plain = evaluated(lambda: results(lambda params, h: by_label(defined(params, h, js.exp), labels)))()
         assert_close(ours, plain)
 
 
@@ -184,7 +185,7 @@ def test_as_on_accelerators(dtype, monkeypatch):
     mixed = {name: jnp.asarray(a, jnp.int32).at[3].set(-100).at[4].set(CLASSES) for name, a in MIXED.items()}
 
     def of_each():
-        f = verify.jit_formulas(functools.partial(in_all_modes, ignore_label=-100))
+        f = evaluated(functools.partial(in_all_modes, ignore_label=-100))
         return {name: f(*given, labels) for name, labels in mixed.items()}
 
     wanted = of_each()
@@ -202,7 +203,7 @@ def test_shapes_and_batches():
     params, plain = make(bias=False), make(cutoffs=())
     h, y = jnp.asarray(H, jnp.float32), jnp.asarray(LABELS)
 
-    @verify.jit_formulas
+    @evaluated
     def results(h, y):
         batches = h.reshape(5, 8, D), y.reshape(5, 8)
         want = js.log_softmax(h @ plain.head.T + plain.bias)
@@ -263,9 +264,9 @@ def test_skipped_blocks_cost_no_copy_of_the_weights():
 def test_predict():
     params, h = jax.tree.map(lambda a: 3 * np.asarray(a), make()), np.float32(H)
     params.bias[8:] += 1
-    predict = verify.jit_formulas(adaptive.predict)
+    predict = evaluated(adaptive.predict)
     for phi in (js.exp, js.spherical(0.3)):
-        best = verify.jit_formulas(lambda *given, phi=phi: jnp.argmax(adaptive.log_probs(*given, phi=phi), -1))
+        best = evaluated(lambda *given, phi=phi: jnp.argmax(adaptive.log_probs(*given, phi=phi), -1))
         np.testing.assert_array_equal(predict(params, h, phi=phi), best(params, h))
     mode = np.asarray(predict(params, h))
     assert len(set(np.digitize(mode, CUTOFFS))) == 3  # of the head and of both tails
@@ -275,7 +276,7 @@ def test_predict():
     np.testing.assert_array_equal(predict(in_tail, h), 30)
     third = np.arange(ROWS) == 3
     np.testing.assert_array_equal(predict(params, np.where(third[:, None], np.nan, h)), np.where(third, -1, mode))
-    assert not verify.jit_formulas(jax.grad(lambda h: adaptive.predict(params, h).sum() * 1.0))(h).any()
+    assert not evaluated(jax.grad(lambda h: adaptive.predict(params, h).sum() * 1.0))(h).any()
 
 
 # --- the most probable classes, and draws --------------------------------------------------------------------
@@ -375,7 +376,7 @@ def test_impossible_classes_of_top_k():
     """Beyond the classes that are possible: −inf and −1; without any, the mode is −1."""
     phi, params, h, nothing = impossible()
 
-    @verify.jit_formulas
+    @evaluated
     def results(params, h, nothing):
         best, index = jax.lax.top_k(adaptive.log_probs(params, h, phi=phi), CLASSES)
         return best, index, adaptive.top_k(params, h, CLASSES, phi=phi), adaptive.predict(nothing, h, phi=phi)
@@ -392,7 +393,7 @@ def test_impossible_classes_of_draws():
     """Beyond the classes that are possible: −inf and −1."""
     phi, params, h, nothing = impossible()
 
-    @verify.jit_formulas
+    @evaluated
     def results(params, h):
         distinct = {"shape": (CLASSES, ROWS), "replace": False, "phi": phi, "return_log_prob": True}
         return adaptive.log_probs(params, h, phi=phi), adaptive.categorical(KEY, params, h, **distinct)
@@ -416,7 +417,7 @@ def test_derivatives_beside_impossible_classes_of_top_k_and_draws():
         b = adaptive.categorical(KEY, params, h, phi=phi, return_log_prob=True)[1]
         return jnp.sum(jnp.where(a > -jnp.inf, a, 0)) + jnp.sum(b)
 
-    assert np.isfinite(verify.jit_formulas(jax.grad(total))(h)).all()
+    assert np.isfinite(evaluated(jax.grad(total))(h)).all()
 
 
 def chi_square(drawn, p):
@@ -482,7 +483,7 @@ def test_shapes_of_top_k_and_draws():
 def test_batches_of_top_k_and_draws():
     """As of rows, mapped over and in a loop, too."""
 
-    @verify.jit_formulas
+    @evaluated
     def results(params, h):
         top, batches = functools.partial(adaptive.top_k, params, k=3), h.reshape(5, 8, D)
         tops = [f(batches) for f in (top, jax.vmap(top), functools.partial(jax.lax.map, top))]
@@ -508,7 +509,7 @@ def test_log_prob_of_draws(replace):
     def of_draws(params, h):
         return adaptive.categorical(KEY, params, h, shape=(3, ROWS), replace=replace, return_log_prob=True)
 
-    @verify.jit_formulas
+    @evaluated
     def ours_and_plain(params, h):
         drawn, _ = of_draws(params, h)
 
@@ -536,7 +537,7 @@ def test_derivatives_of_rows_on_several_devices():
 
     def results(f):
         gradient = jax.grad(lambda params, h: weighted(jnp.exp(f(params, h).log_prob)), (0, 1))
-        return verify.jit_formulas(lambda *given: jax.jvp(gradient, given, given))(params, h)
+        return evaluated(lambda *given: jax.jvp(gradient, given, given))(params, h)
 
     sharding.assert_close(results(sharded), results(top), 1e-4)
 
@@ -546,16 +547,16 @@ def test_derivatives_of_rows_on_several_devices():
 def test_rows_on_several_devices(replace):
     """Top k and draws of rows that are sharded, inside shard_map and under jit."""
     params, h = make(), jnp.asarray(H, jnp.float32)
-    top = verify.jit_formulas(functools.partial(adaptive.top_k, k=4))
+    top = evaluated(functools.partial(adaptive.top_k, k=4))
     whole = top(params, h)
     placed = jax.device_put(h, jax.NamedSharding(OVER_ROWS["mesh"], CUT))
-    inside = verify.jit_formulas(jax.shard_map(functools.partial(adaptive.top_k, k=4), out_specs=CUT, **OVER_ROWS))
+    inside = evaluated(jax.shard_map(functools.partial(adaptive.top_k, k=4), out_specs=CUT, **OVER_ROWS))
     for found in (top(params, placed), inside(params, h)):
         np.testing.assert_array_equal(found.indices, whole.indices)
         np.testing.assert_allclose(found.log_prob, whole.log_prob, rtol=1e-5)
     draw = functools.partial(adaptive.categorical, KEY, replace=replace, shape=(6, 10))
-    drawn = verify.jit_formulas(jax.shard_map(draw, out_specs=PartitionSpec(None, "v"), **OVER_ROWS))(params, h)
-    of_part = verify.jit_formulas(draw)
+    drawn = evaluated(jax.shard_map(draw, out_specs=PartitionSpec(None, "v"), **OVER_ROWS))(params, h)
+    of_part = evaluated(draw)
     for i in range(sharding.DEVICES):
         part = of_part(params, h[10 * i :][:10])
         assert np.mean(drawn[:, 10 * i :][:, :10] == part) > 0.95  # a rounding may move a draw
@@ -651,7 +652,7 @@ def test_dtypes_under_strict_promotion_and_debug_nans():
     """Narrow inputs give float32, and gradients whose sums over blocks are rounded once."""
     y = jnp.asarray(30 + LABELS % 30, jnp.int8)
     with strict_promotion(), jax.debug_nans(True):
-        f = verify.jit_formulas(everything)
+        f = evaluated(everything)
         narrow = make(jnp.bfloat16, cutoffs=(8,)), jnp.asarray(H, jnp.bfloat16)
         gradient, floats, classes = f(*narrow, y)
         by_float32, *_ = f(*jax.tree.map(lambda a: a.astype(jnp.float32), narrow), y)
