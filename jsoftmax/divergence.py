@@ -84,7 +84,7 @@ def _log_ratio_to_mean(delta: Array, own: Array | float, other: Array | float) -
         grown = other * expm1(-jnp.maximum(delta, -nothing))
         return jnp.where(delta < -nothing, delta - math.log(other), -jnp.log1p(grown))
     bound, (log_own, log_other) = _exponent_bound(delta.dtype), map(jnp.log, lax.stop_gradient((own, other)))
-    far = (other > 0) & (jnp.abs(delta) > _NEAR) & (delta <= log_other - log_own - nothing)  # own is nothing beside it
+    far = (other > 0) & (delta <= log_other - log_own - nothing)  # own is nothing beside other e^−δ
     at_far, near = jnp.where(far, delta, 0), jnp.where(far, 0, delta)
     r_far = at_far - jnp.log(other + own * jnp.exp(jnp.minimum(at_far, bound)))
     # For δ < −bound the rest of e^−δ comes after `other`, since e^−δ alone may overflow.

@@ -25,7 +25,7 @@ from jsoftmax.heads.adaptive import CostModel, _blocks, _plan, _streamed
 KEY = jax.random.key(0)
 ROWS, D, CUTOFFS, CLASSES = 40, 12, (8, 30), 60
 H = np.random.default_rng(1).normal(0, 1, (ROWS, D))
-LABELS = np.random.default_rng(2).integers(0, CLASSES, ROWS)
+LABELS = np.random.default_rng(2).integers(0, CLASSES, ROWS, np.int32)
 MIXED = {
     "all tails": LABELS,
     "head only": LABELS % 8,

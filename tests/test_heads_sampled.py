@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cells import and_full, some
-from interpreter import evaluated
 from modes import strict_promotion
 
 import jsoftmax as js
@@ -72,7 +71,7 @@ def test_definition(name, phi):
             return plain(name, draws, h, w, b, phi)
 
         given = (*map(jnp.asarray, (H, W, B)), phi)
-        one, other = (evaluated(functools.partial(results, f))(*given) for f in (ours, defined))
+        one, other = (verify.jit_formulas(functools.partial(results, f))(*given) for f in (ours, defined))
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
