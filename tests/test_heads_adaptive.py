@@ -30,8 +30,8 @@ MIXED = {
     "all tails": LABELS,
     "head only": LABELS % 8,
     "one tail only": 30 + LABELS % 30,
-    "every row one class": np.full(ROWS, 59),
-    "one row in a tail": np.where(np.arange(ROWS) == 17, 12, 3),
+    "every row one class": np.full(ROWS, 59, np.int32),
+    "one row in a tail": np.where(np.arange(ROWS) == 17, 12, 3).astype(np.int32),
 }
 
 
