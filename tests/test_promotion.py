@@ -308,7 +308,7 @@ CALLS = {
 
 
 def trace(order, f, given, options):
-    """Traces the gradient of a call by all that is given, or a Hessian product; the call itself, if nothing is."""
+    """Traces the derivative of a call along all that is given, or a Hessian product; the call itself, if nothing is."""
 
     def values(*given):
         return f(*given, **options)
@@ -317,16 +317,15 @@ def trace(order, f, given, options):
         found = [a for a in jax.tree.leaves(values(*given)) if jnp.issubdtype(a.dtype, jnp.floating)]
         return sum((jnp.sum(a.astype(jnp.float32)) for a in found), jnp.float32(0))
 
-    gradient = jax.grad(total, tuple(range(len(given))))
-    of_order = {1: gradient, 2: lambda *given: jax.jvp(gradient, given, given)}
-    jax.eval_shape(of_order[order] if given else values, *given)
+    f_of_order = total if order == 1 else jax.grad(total, tuple(range(len(given))))
+    jax.eval_shape((lambda *given: jax.jvp(f_of_order, given, given)) if given else values, *given)
 
 
 @pytest.mark.parametrize(("name", "order"), and_full([(name, 1) for name in CALLS], [(name, 2) for name in CALLS]))
 def test_nothing_is_promoted(name, order):
-    """By default the gradient, which needs the value, too, of the call with most options: the other calls take fewer
-    steps of the same functions, or of the other kind of labels. In the gate every call, and of that one the Hessian
-    product."""
+    """By default value and derivative rule of the call with most options: the other calls take fewer steps of the same
+    functions, or of the other kind of labels. In the gate every call, and of that one the Hessian product, which needs
+    the gradient."""
     most = max(CALLS[name], key=lambda call: len(call[2]))
     with strict_promotion():
         for call in [most] if order == 1 else CALLS[name]:
