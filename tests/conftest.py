@@ -1,4 +1,5 @@
-"""Types are checked at run time in every test: jaxtyping's annotations by beartype."""
+"""Types are checked at run time, jaxtyping's annotations by beartype: with JAX before 0.12, where the gate runs every
+cell. With newer ones tests take longest already."""
 
 import gc
 import os
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes
-jaxtyping.install_import_hook("jsoftmax", "beartype.beartype")
+if compilation.BEFORE_0_12:
+    jaxtyping.install_import_hook("jsoftmax", "beartype.beartype")
 
 gc.set_threshold(500_000, 20, 100)  # traces make many objects and few cycles: by default, a collection every 700
 

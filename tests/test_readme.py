@@ -134,6 +134,7 @@ def test_entropy_guide():
     np.testing.assert_allclose(names["five_percent_low"], 4.122307e-08, rtol=1e-6)
 
 
+@pytest.mark.full  # What the page calls is met in test_phi.py.
 def test_phi_guide():
     names = run_examples("docs/guides/phi.md")
     assert 0 < abs(names["by_a"]) < np.inf
