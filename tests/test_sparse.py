@@ -52,8 +52,9 @@ def check_optimal(z, p, alpha, tolerance):
         assert np.all((r <= tolerance * (1 + np.abs(top).max())) | (r ** (1 / (alpha - 1)) < 1e-290))  # underflow
 
 
-@pytest.mark.parametrize("alpha", some(ALPHAS, [1.5, 3.0]))
+@pytest.mark.parametrize("alpha", some(ALPHAS, [1.5]))
 def test_optimal(alpha):
+    """By default one α, for which the array of them takes steps of its own; 3 in test_cases.py, by its maximum."""
     with jax.enable_x64(True):
         for classes in (1, 2, 1000):
             z = np.concatenate([scores(8, classes, scale=s) for s in (1e-6, 0.1, 1.0, 5.0, 100.0)])
