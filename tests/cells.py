@@ -5,6 +5,7 @@ items of two lists is in a cell that `pytest` or `verify` runs, unless both item
 do; a comment says so then. `pytest -m "full or not full"` runs the cells that are marked, too.
 """
 
+import inspect
 import itertools
 
 import pytest
@@ -55,6 +56,12 @@ def named(functions, names):
     missing = set(names) - {function.name for function in functions}
     assert not missing, missing
     return [function for function in functions if function.name in names]
+
+
+def returning(module, result):
+    """The names of a module's public functions whose annotation says that they return this."""
+    functions = {name: getattr(module, name) for name in module.__all__ if inspect.isfunction(getattr(module, name))}
+    return {name for name, f in functions.items() if inspect.signature(f).return_annotation is result}
 
 
 def _row(lists, row):

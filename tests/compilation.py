@@ -2,8 +2,8 @@
 
 A test spends most of its time in XLA. Most tests compare formulas, and compile without XLA's optimisations of machine
 code, in a third of the time (`conftest.py`). What those may change is rounding: tests of digits, of scores that are
-made in the same program and of bad scores compile by `jit_as_user`. From JAX 0.12 on, where XLA takes two to four times
-as long, many formulas are not compiled at all (`interpreter.py`).
+made in the same program, of over- and underflow compile by `jit_as_user`. From JAX 0.12 on, where XLA takes two to four
+times as long, many formulas are not compiled at all (`interpreter.py`).
 
 With `XLA_FLAGS=--xla_backend_optimization_level=3` in the environment everything is compiled as for users, except by
 `verify.jit_formulas`; with `COMPILE_FORMULAS=1` nothing is evaluated without being compiled.

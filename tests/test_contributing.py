@@ -3,7 +3,6 @@
 import ast
 import functools
 import importlib
-import itertools
 import pathlib
 import re
 import sys
@@ -25,14 +24,12 @@ PACKAGE = ROOT / "jsoftmax"
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SECTIONS = dict(part.split("\n", 1) for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:])
 PLACES = (ROOT, PACKAGE, ROOT / "tests", PACKAGE / "losses", PACKAGE / "heads")
-
-
 LAYERS = re.findall(
     r"`([\w.]+)`", re.search(r"never import upper ones when they are loaded:(.*?)\. ", TEXT, re.DOTALL)[1]
 )
-NUMBERS = itertools.count()
 
 
+@functools.cache
 def run(section, *changed):
     """The names of a module with the examples of a section, with some of their text changed. Types are checked at run
     time, as in the package."""
@@ -41,7 +38,7 @@ def run(section, *changed):
     for old, new in changed:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
-    name = f"example_{next(NUMBERS)}"
+    name = "example"
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         (pathlib.Path(folder) / f"{name}.py").write_text(text, encoding="utf-8")
         patch.syspath_prepend(folder)

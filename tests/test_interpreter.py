@@ -77,11 +77,15 @@ def same(found, want, rtol):
         np.testing.assert_allclose(*(np.asarray(a, float) for a in numbers), rtol, 1e-6)
 
 
+def program_and_leaves(f, *arguments):
+    leaves, structure = jax.tree.flatten((arguments, {}))
+    return Program(f, leaves, structure), leaves
+
+
 @pytest.mark.skipif(BEFORE_0_12, reason="the interpreter is not used before jaxlib 0.12")
 @pytest.mark.parametrize(("operations", "rtol"), OPERATIONS)
 def test_as_by_xla(operations, rtol):
-    leaves, structure = jax.tree.flatten(((Z, W), {}))
-    program = Program(operations, leaves, structure)
+    program, leaves = program_and_leaves(operations, Z, W)
     assert program.compiled is None
     same(program(leaves), jax.jit(operations)(Z, W), rtol)
 
@@ -92,8 +96,7 @@ def test_what_is_left_to_xla():
     of_parts = jax.shard_map(jnp.sin, mesh=mesh, in_specs=PartitionSpec("a"), out_specs=PartitionSpec("a"))
     square, many = W @ W.T, np.zeros((4096, 100), np.float32)
     for f, z in ((jnp.linalg.inv, square), (jnp.exp, many), (jnp.exp, Z[:0]), (of_parts, Z)):
-        leaves, structure = jax.tree.flatten(((z,), {}))
-        program = Program(f, leaves, structure)
+        program, leaves = program_and_leaves(f, z)
         assert program.compiled is not None
         same(program(leaves), jax.jit(f)(z), 1e-5)
     placed = jax.device_put(Z, NamedSharding(mesh, PartitionSpec("a")))

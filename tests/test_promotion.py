@@ -6,7 +6,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import pytest
-from cells import and_full
+from cells import and_full, returning
 from modes import strict_promotion
 
 import jsoftmax as js
@@ -332,15 +332,11 @@ def test_nothing_is_promoted(name, order):
             trace(order if call is most else 1, *call)
 
 
-def returns_phi(f):
-    return inspect.isfunction(f) and inspect.signature(f).return_annotation is js.phi.Phi
-
-
 def test_every_function_is_here():
     """All that a user calls with arrays, by its last name."""
     rooms = (js, losses, gumbel, heads, attention, segments, adaptive, factored)
     public = {name for room in rooms for name in room.__all__ if inspect.isfunction(getattr(room, name))}
-    makers = {name for name in js.__all__ if returns_phi(getattr(js, name))}
+    makers = returning(js, js.phi.Phi)
     steps = {"init", "refresh", "rows", "to_weight", "log_loss", "z_loss"}  # in factored_step
     tools = {"from_torch", "to_torch", "to_state", "measure_cost_model", "plan_clusters"}
     assert public - makers - steps - tools == {name.split(" of ")[0].split(".")[-1] for name in CALLS} & public

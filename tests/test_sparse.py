@@ -56,9 +56,9 @@ def check_optimal(z, p, alpha, tolerance):
 def test_optimal(alpha):
     """By default one α, for which the array of them takes steps of its own; 3 in test_cases.py, by its maximum."""
     with jax.enable_x64(True):
-        for classes in (1, 2, 1000):
-            z = np.concatenate([scores(8, classes, scale=s) for s in (1e-6, 0.1, 1.0, 5.0, 100.0)])
-            for p in (of_one(alpha, evaluated)(z), of_any_wide(z, np.full((40, 1), alpha))):  # integer powers, any
+        for classes in (1, 2, 7, 1000):
+            z = np.concatenate([scores(20, classes, scale=s) for s in (1e-6, 0.1, 1.0, 5.0, 100.0)])
+            for p in (of_one(alpha, evaluated)(z), of_any_wide(z, np.full((100, 1), alpha))):  # integer powers, any
                 check_optimal(z, p, alpha, 1e-9)
     p = of_one(alpha)(np.float32(scores(50, 300, scale=2)))
     assert p.dtype == jnp.float32
